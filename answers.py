@@ -1,0 +1,238 @@
+"""Read an answer and grade it: the one parser of oracle, rewards, selection and evaluation.
+
+Programs that parse each in their own way pay for one thing and measure another, so all of them call `grade`.
+Its rules are strict where a policy would find a hole: naming two choices is hedging and earns nothing.
+"""
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+
+import numpy as np
+
+Interval = tuple[float, float]
+_ARTICLES = {"a", "an", "the"}
+_STOP_WORDS = _ARTICLES | set(
+    """is are was were be been being am do does did has have had of in on at to by with for from as into and
+    or then it its he she they them his her their we you i m re ll ve this that these those there here which
+    what who where when how why look like appear seem show shown video clip image frame scene""".split()
+)
+_NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
+    sixteen seventeen eighteen nineteen twenty""".split()
+_DIGITS = {word: str(i) for i, word in enumerate(_NUMBERS)} | {"once": "1", "twice": "2", "thrice": "3"}
+# Only pairs that mean the same in every question; the left side is singular, as plurals are folded first.
+_SYNONYMS = """grey=gray colour=color violet=purple disc=circle disk=circle bike=bicycle tv=television not=no
+    motionless=still stationary=still stay=still upward=up downward=down leftward=left rightward=right"""
+_SYNONYMS = dict(pair.split("=") for pair in _SYNONYMS.split())
+_ORDER_WORDS = {"to", "then", "before", "after"}  # in a gold answer: "left to right" is not "right to left"
+_ASKS = r"(?:which|what|who|where|when|how|why)\b"
+# A capital that stands alone, but not the article of "A man" or the "I" of "I think"; or a bracketed letter.
+_ARTICLE = r"[AI]\s+(?!(?:and|or|is|because|since|as|but)\b)[a-z]"
+_LETTER = re.compile(rf"(?<![\w'])(?<!\w-)(?!{_ARTICLE})([A-Z])(?!['-]?\w)|\(([a-z])\)")
+_NUMBER = r"-?(?:\d++(?::\d{1,2}){1,2}(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)"  # m:ss, h:mm:ss or seconds
+_OTHER_UNITS = r"%|(?:minutes?|mins?|m|hours?|h|frames?|percent)\b"  # left unread rather than misread
+_TIME = rf"(?<![\w.:])({_NUMBER})(?![.:]?\d)\s*+(?:(?:seconds?|secs?|s)\b)?+(?!\s*(?:{_OTHER_UNITS}))"
+_BOUND = rf"\w*\W*?(?:(?:time|at|is)\W+?)?{_TIME}"  # behind "start": '_time": "6.0"', "s at 6", " time = 6"
+_SPANS = (
+    re.compile(rf"\A(?=.*?\bstart{_BOUND})(?=.*?\bend{_BOUND})", re.DOTALL),  # in either order
+    re.compile(rf"\bbetween\s+{_TIME}\s*and\s+{_TIME}"),
+    re.compile(rf"(?<!\d-){_TIME}\s*(?:to|until|till|[-–—])\s*{_TIME}(?!-\d)"),
+    re.compile(rf"[\[(]\s*{_TIME}\s*,\s*{_TIME}\s*[\])]"),
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one video. Options decide the grade if there are any, else spans, else `answer`."""
+
+    id: str
+    video: str  # path of the file
+    question: str
+    answer: str  # gold
+    category: str = ""
+    options: tuple[str, ...] = ()  # choices without their letters
+    answer_index: int | None = None  # of the gold option; None: the option equal to `answer`
+    spans: tuple[Interval, ...] = ()  # gold (start, end), seconds
+    duration: float | None = None  # seconds
+
+
+def prompt_text(question: Question) -> str:
+    """The question's text and, where there are options, a second line "(A) red (B) blue"."""
+    choices = " ".join(f"({chr(ord('A') + i)}) {option}" for i, option in enumerate(question.options))
+    return f"{question.question}\n{choices}".strip()
+
+
+def final_answer(text: str) -> str:
+    """The part of a completion that counts: its last <answer>..</answer>, else all but its <think> part."""
+    text = re.sub(r"<think>.*?</think>", " ", text, flags=re.DOTALL)
+    blocks = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
+    return (blocks[-1] if blocks else re.sub(r"<think>.*|</?answer>", " ", text, flags=re.DOTALL)).strip()
+
+
+def _tokens(text: str) -> list[str]:
+    text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'")
+    text = re.sub(r"n't\b", " not", re.sub(r"'s\b", "", text))
+    return re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
+
+
+def _fold(word: str) -> str:
+    """One spelling for one meaning: singular, digits, synonyms. "boxes" -> "box", "02.50" -> "2.5"."""
+    if word[0].isdigit():
+        whole, _, fraction = word.partition(".")
+        return f"{whole.lstrip('0') or '0'}.{fraction.rstrip('0')}".removesuffix(".")
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        word = re.sub(r"(?<=x|z)es$|(?<=ch|sh|ss)es$|s$", "", re.sub(r"ies$", "ys", word))
+    word = _DIGITS.get(word, word)
+    return _SYNONYMS.get(word, word)
+
+
+def normalize(text: str, keep: list[str] | tuple = ()) -> list[str]:
+    """Content words in order, folded: "The two Grey boxes, moving." -> ["2", "gray", "box", "moving"].
+
+    Case, punctuation, articles and stop words (but those in `keep`) go; negations, directions and repetitions
+    stay. A text of stop words only ("on", "it is there") keeps all but the articles. May be empty.
+    """
+    words = [(word, _fold(word)) for word in _tokens(text) if word not in _ARTICLES]
+    stop_words = _STOP_WORDS.difference(keep)  # met as they stand ("has") and folded ("shows")
+    content = [folded for word, folded in words if stop_words.isdisjoint((word, folded))]
+    return content or [folded for _, folded in words]
+
+
+def _grade_words(text: str, question: Question) -> float:
+    gold = normalize(question.answer)
+    asked = set(normalize(question.question, gold))
+    if not asked.isdisjoint(gold) and re.search(r"\b(?:or|and|versus)\b", question.question):
+        # "Is it left or right?", "Which is first, red or blue?": the choices that it offers are not taken out
+        offer = re.sub(rf"^\W*{_ASKS}[^,:]*[,:]|,\s*{_ASKS}[^,]*$", "", question.question.casefold())
+        *pieces, last = (normalize(piece, gold) for piece in re.split(r"[,:]|\b(?:or|and|versus)\b", offer))
+        asked.difference_update(last[: len(set(gold))], *(piece[-len(set(gold)) :] for piece in pieces))
+    if not any(word[0].isdigit() for word in gold):
+        asked.add("1")  # "the left one", "one circle": no count
+    words = [word for word in normalize(text, gold) if word in gold or word not in asked]
+    if len(set(gold)) == 1:
+        return float(set(words) == set(gold))
+    if not _ORDER_WORDS.isdisjoint(_tokens(question.answer)):  # neighbours count too, so that order does
+        words, gold = [*words, *pairwise(words)], [*gold, *pairwise(gold)]
+    return 2 * (Counter(words) & Counter(gold)).total() / max(len(words) + len(gold), 1)
+
+
+def _letters(text: str, num_options: int) -> set[int]:
+    body = final_answer(text)
+    letters = re.findall(r"\A\W*([A-Za-z])\W*\Z", body) or ["".join(pair) for pair in _LETTER.findall(body)]
+    return {ord(letter.upper()) - ord("A") for letter in letters} & set(range(num_options))
+
+
+def parse_letter(text: str, num_options: int) -> int | None:
+    """Index of the option letter: "B", "(B)", "B. red", "Answer: B", "<answer>B</answer>" -> 1.
+
+    None without a letter or with two different ones; letters beyond num_options do not count, small ones only
+    alone or in brackets, the article of "A man" never.
+    """
+    found = _letters(text, num_options)
+    return found.pop() if len(found) == 1 else None
+
+
+def _chosen_option(text: str, options: tuple[str, ...]) -> int | None:
+    """The option a text chooses: equal to it, else by its letter, else the only one that the text names."""
+    equal = [i for i, option in enumerate(options) if _tokens(option) and _tokens(option) == _tokens(text)]
+    if len(equal) == 1 or _letters(text, len(options)):
+        return equal[0] if len(equal) == 1 else parse_letter(text, len(options))
+    said, *parts = (f" {' '.join(normalize(part))} " for part in (text, *options))
+    named = [part for part in parts if part.strip() and part in said and f" no{part}" not in said]
+    # "red ball" names the option "red ball", not the option "red" as well
+    named = [part for part in named if not any(part in other and part != other for other in named)]
+    return parts.index(named[0]) if len(named) == 1 else None
+
+
+def parse_span(text: str) -> Interval | None:
+    """(start, end) in seconds, the first of the final answer; None if there is none.
+
+    Reads "from 1 to 2.5 seconds", "1.0 - 2.5", "between 3 and 9 s", "0:05 to 1:10", "[3, 9]", "starts at 3,
+    ends at 9", JSON with start_time and end_time. Reversed bounds stay reversed: their IoU is 0.
+    """
+    body = re.sub(r"[a-z]+", lambda m: _DIGITS.get(m[0], m[0]), final_answer(text).casefold())
+    for found in filter(None, (pattern.search(body) for pattern in _SPANS)):
+        parts = [reversed(time.split(":")) for time in found.groups()]  # seconds, minutes, hours
+        return tuple(sum(float(x) * 60**i for i, x in enumerate(time)) for time in parts)
+    return None
+
+
+def iou(a: Interval, b: Interval) -> float:
+    """Intersection over union of two (start, end) spans in seconds, in [0, 1].
+
+    0 for an empty or reversed span, NaN or inf. Negative times and times past the video's end are not
+    clipped: the excess widens the union and lowers the IoU.
+    """
+    intersection = min(a[1], b[1]) - max(a[0], b[0])
+    union = max(a[1], b[1]) - min(a[0], b[0])  # of two spans that overlap
+    usable = (
+        all(map(math.isfinite, (*a, *b, union))) and intersection > 0
+    )  # <= 0 if either is empty or reversed
+    return intersection / union if usable else 0.0
+
+
+def grade(text: str, question: Question) -> float:
+    """How right a completion is, in [0, 1]; 0 when it is empty or unreadable.
+
+    Options: 1 if it chooses the gold one (its exact text, else one letter, else the only option named).
+    Spans: the best IoU over the gold spans.
+    Free text: content words, less those of the question (never the gold's, nor the choices that a question
+    with the gold in it offers). A gold of one content word: that word and no other, 1 or 0. A longer gold:
+    word F1 = 2 * common / (len(words) + len(gold)), over pairs of neighbours too if the gold has an order.
+    """
+    if question.options:
+        gold = question.answer_index
+        gold = question.options.index(question.answer) if gold is None else gold
+        return float(_chosen_option(final_answer(text), question.options) == gold)
+    if question.spans:
+        span = parse_span(text)
+        return max(iou(span, gold) for gold in question.spans) if span else 0.0
+    return _grade_words(final_answer(text), question)
+
+
+def is_correct(text: str, question: Question) -> bool:
+    """Counts as right in an accuracy: IoU >= 0.5 (inclusive) for spans, else a grade of exactly 1."""
+    return grade(text, question) >= (0.5 if question.spans and not question.options else 1.0)
+
+
+def bootstrap_ci(values_by_cluster: list[list[float]], num_resamples: int = 2000, seed: int = 0) -> Interval:
+    """95 % percentile interval of the mean over all values, resampling clusters (videos) with replacement.
+
+    Questions on one video fail together, so resampling those would give too narrow an interval. One cluster
+    gives width 0; no value at all raises ValueError.
+    """
+    clusters = [(sum(values), len(values)) for values in values_by_cluster if values]
+    if not clusters:
+        raise ValueError("bootstrap_ci needs at least one value, got none")
+    draws = np.random.default_rng(seed).integers(len(clusters), size=(num_resamples, len(clusters)))
+    sums, counts = np.array(clusters, dtype=float)[draws].sum(axis=1).T
+    return tuple(np.percentile(sums / counts, [2.5, 97.5]).tolist())
+
+
+def ndcg_agreement(policy_ranks_row: list[int], oracle_ranks_row: list[int]) -> float | None:
+    """How well the policy's order puts the oracle's best first, in (0, 1]; None if the oracle ties all.
+
+    DCG = sum_i gain(oracle_i) / log2(2 + position_i), gain(r) = 1 / ((1 + r) * log2(2 + r)), over the DCG of
+    the oracle's own order. Items that the policy ties share the mean discount of their positions. 0 = best.
+    """
+    gains = [1 / ((1 + r) * math.log2(2 + r)) for r in oracle_ranks_row]
+    dcgs = []
+    for order in (policy_ranks_row, oracle_ranks_row):
+        share = {r: fmean(1 / math.log2(2 + i) for i, x in enumerate(sorted(order)) if x == r) for r in order}
+        dcgs.append(sum(gain * share[r] for gain, r in zip(gains, order, strict=True)))
+    return dcgs[0] / dcgs[1] if len(set(oracle_ranks_row)) > 1 else None
+
+
+def kendall_tau(policy_ranks_row: list[int], oracle_ranks_row: list[int]) -> float | None:
+    """Kendall's tau-b of two rankings of one group, in [-1, 1]; None if either ties all.
+
+    (concordant - discordant) / sqrt(pairs untied in one * pairs untied in the other)
+    """
+    rows = (policy_ranks_row, oracle_ranks_row)
+    policy, oracle = ([(x > y) - (x < y) for i, x in enumerate(row) for y in row[:i]] for row in rows)
+    untied = sum(map(abs, policy)) * sum(map(abs, oracle))
+    return sum(p * o for p, o in zip(policy, oracle, strict=True)) / math.sqrt(untied) if untied else None

@@ -1,0 +1,150 @@
+"""CLIP from scratch (Radford et al., arXiv:2103.00020): a ViT image tower, a causal text tower, a contrastive loss.
+
+Trained once by `pretrain.py` and frozen ever after. The video-language model reads patch tokens of a hidden layer
+before the last (`layer=-2`, as LLaVA does): the last layer's patches serve the class token alone.
+
+Shape letters (grpo_rank.py): K frames, N patches of a frame. Here F_ is a number of frames or captions in a batch.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Mean and standard deviation of RGB in 0..1 that every public CLIP uses.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    image_size: int = 48  # pixels, square
+    patch_size: int = 8  # pixels, square: N = (image_size / patch_size) ** 2
+    width: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    text_width: int = 96
+    text_layers: int = 2
+    text_heads: int = 4
+    text_length: int = 24  # tokens, the end token included
+    vocab_size: int = 512
+    embed_dim: int = 96  # of the space that both towers share
+    activation: str = "gelu"  # gelu | quick_gelu, x * sigmoid(1.702 x) (OpenAI's weights)
+
+    def to_dict(self):
+        return asdict(self)
+
+
+def preprocess(frames: Tensor) -> Tensor:
+    """uint8 (..., 3, H, W) RGB, already at the tower's size -> float32, normalised with CLIP's mean and std."""
+    mean = torch.tensor(PIXEL_MEAN, device=frames.device).view(3, 1, 1)
+    std = torch.tensor(PIXEL_STD, device=frames.device).view(3, 1, 1)
+    return (frames.float() / 255 - mean) / std
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, num_heads: int, causal: bool):
+        super().__init__()
+        self.num_heads, self.causal = num_heads, causal
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def heads(y):
+            return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (F_, heads, L, width / heads)
+
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, width: int, num_heads: int, causal: bool, activation: str):
+        super().__init__()
+        self.quick = activation == "quick_gelu"
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.self_attn = SelfAttention(width, num_heads, causal)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        y = self.fc1(self.layer_norm2(x))
+        return x + self.fc2(y * torch.sigmoid(1.702 * y) if self.quick else F.gelu(y))
+
+
+class ImageTower(nn.Module):
+    def __init__(self, cfg: ClipConfig):
+        super().__init__()
+        self.num_patches = (cfg.image_size // cfg.patch_size) ** 2
+        self.patch_embedding = nn.Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(cfg.width) * cfg.width**-0.5)
+        self.position_embedding = nn.Parameter(torch.randn(1 + self.num_patches, cfg.width) * 0.1)
+        self.pre_layernorm = nn.LayerNorm(cfg.width)
+        self.layers = nn.ModuleList(Layer(cfg.width, cfg.num_heads, False, cfg.activation) for _ in range(cfg.num_layers))
+        self.post_layernorm = nn.LayerNorm(cfg.width)
+        self.projection = nn.Linear(cfg.width, cfg.embed_dim, bias=False)
+
+    def hidden(self, pixel_values: Tensor, layer: int) -> Tensor:
+        """(F_, 3, H, W) -> (F_, 1 + N, width) after `layer` layers; negative counts from the end as in a list of
+        all hidden states (the embedding first): -1 is the last layer's output, -2 that of the layer before."""
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (F_, N, width)
+        cls = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        x = self.pre_layernorm(torch.cat([cls, patches], dim=1) + self.position_embedding)
+        for block in self.layers[: layer % (len(self.layers) + 1)]:
+            x = block(x)
+        return x
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(F_, 3, H, W) -> (F_, embed_dim), unit length."""
+        x = self.post_layernorm(self.hidden(pixel_values, layer=-1)[:, 0])
+        return F.normalize(self.projection(x).float(), dim=-1)
+
+
+class TextTower(nn.Module):
+    def __init__(self, cfg: ClipConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.text_width)
+        self.position_embedding = nn.Parameter(torch.randn(cfg.text_length, cfg.text_width) * 0.02)
+        self.layers = nn.ModuleList(
+            Layer(cfg.text_width, cfg.text_heads, True, cfg.activation) for _ in range(cfg.text_layers)
+        )
+        self.final_layer_norm = nn.LayerNorm(cfg.text_width)
+        self.projection = nn.Linear(cfg.text_width, cfg.embed_dim, bias=False)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """input_ids (F_, L) right-padded, lengths (F_,) with the end token -> (F_, embed_dim), unit length.
+
+        Causal attention, read at the end token: what is behind it cannot be seen.
+        """
+        x = self.token_embedding(input_ids) + self.position_embedding[: input_ids.shape[1]]
+        for block in self.layers:
+            x = block(x)
+        x = self.final_layer_norm(x[torch.arange(len(x)), lengths - 1])
+        return F.normalize(self.projection(x).float(), dim=-1)
+
+
+class Clip(nn.Module):
+    def __init__(self, cfg: ClipConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.vision_model, self.text_model = ImageTower(cfg), TextTower(cfg)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07), the temperature CLIP starts from
+
+    def patch_tokens(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
+        """(F_, 3, H, W) normalised pixels -> (F_, N, width) patch tokens of a hidden layer, class token dropped."""
+        return self.vision_model.hidden(pixel_values, layer)[:, 1:]
+
+    def similarity(self, pixel_values: Tensor, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """(F_, F_) scaled cosine similarities, row = image, column = caption."""
+        scale = self.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in the paper
+        return scale * self.vision_model(pixel_values) @ self.text_model(input_ids, lengths).T
+
+
+def contrastive_loss(similarity: Tensor, same: Tensor) -> Tensor:
+    """Symmetric InfoNCE. `same` (F_, F_) bool marks pairs whose captions are equal: they share the target."""
+    target = same.float() / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2

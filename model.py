@@ -1,0 +1,422 @@
+"""The video-language model: frozen CLIP patch tokens -> adapter (Q-Former) -> a small LLaMA-style decoder.
+
+One attention function serves everything. A prompt's keys and values are computed once; its G completions attend to
+that one copy, when sampling (`KVCache`, one token at a time) and when updating (all tokens at once, with gradient).
+
+Shape letters as in grpo_rank.py: P prompts, G group_size, S prompt tokens, T completion tokens, D width, K frames,
+N patches of a frame.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clip import Clip, ClipConfig, preprocess
+
+HIDDEN = -1e30  # score of what may not be seen; finite, so that a row of padding, which sees nothing, has no NaN
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vocab_size: int = 512
+    dim: int = 128  # D
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2  # grouped-query attention: num_heads / num_kv_heads queries share a key
+    ffn_dim: int = 352
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    adapter: str = "qformer"  # qformer | patches | pooled: how a video becomes tokens (VideoAdapter)
+    num_queries: int = 32  # Q-Former tokens a video
+    qformer_layers: int = 2
+    num_frames: int = 8  # K
+
+
+# ------------------------------------------------------------------------------------------------------- the decoder
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """(...) int64 positions -> cos and sin, each (..., head_dim) float32 (RoPE, arXiv:2104.09864)."""
+    steps = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
+    angles = positions[..., None].float() / theta**steps
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (i, i + head_dim / 2) of the last dimension by its position's angle."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix=None) -> Tensor:
+    """Attention of grouped completions to themselves and to one shared copy of their prompt.
+
+    q (P, kv, G, rep, T, h): rep queries share a key (GQA). k, v (P, kv, G, L, h): the completions' own keys.
+    mask (P, 1, G, 1, T, L) bool, True = may be seen. prefix: (k, v, mask) of the prompt, (P, kv, S, h) twice and
+    (P, 1, 1, S). Returns (P, kv, G, rep, T, h). One softmax over S + L scores, so the result is that of the
+    unshared pass; the products with the prefix read its keys once for all G completions.
+    """
+    P, kv, G, rep, T, h = q.shape
+    q = q * h**-0.5
+    own = q.reshape(P, kv, G, rep * T, h) @ k.transpose(-1, -2)  # (P, kv, G, rep*T, L)
+    scores = own.unflatten(3, (rep, T)).masked_fill(~mask, HIDDEN)
+    if prefix is None:
+        weights = scores.float().softmax(dim=-1).to(v.dtype)
+        return (weights.flatten(3, 4) @ v).unflatten(3, (rep, T))
+    prefix_k, prefix_v, prefix_mask = prefix
+    S = prefix_k.shape[2]
+    shared = q.reshape(P, kv, G * rep * T, h) @ prefix_k.transpose(-1, -2)  # (P, kv, G*rep*T, S)
+    shared = shared.masked_fill(~prefix_mask, HIDDEN).view(P, kv, G, rep, T, S)
+    weights = torch.cat([shared, scores], dim=-1).float().softmax(dim=-1).to(v.dtype)
+    shared, own = weights.split([S, k.shape[3]], dim=-1)
+    y = (shared.reshape(P, kv, G * rep * T, S) @ prefix_v).view(P, kv, G, rep, T, h)
+    return y + (own.flatten(3, 4) @ v).unflatten(3, (rep, T))
+
+
+class KVCache:
+    """Static cache of sampling: per layer the prompt's keys and values once, (P, kv, S, h), and room for T own
+    tokens of each completion, (P, kv, G, T, h). Slots are written in place, so every step has the same shapes."""
+
+    def __init__(self, prompt_mask: Tensor, G: int, T: int):
+        self.prompt_mask, self.G, self.T = prompt_mask, G, T
+        self.prompt, self.own = [], []  # a (k, v) pair a layer
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.num_kv_heads, self.rep = cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads
+        self.head_dim = cfg.dim // cfg.num_heads
+        self.q_proj = nn.Linear(cfg.dim, cfg.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.dim, cfg.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.dim, cfg.num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.num_heads * self.head_dim, cfg.dim, bias=False)
+
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor):
+        """x (P, L, D), cos and sin (P, L, h) -> q (P, kv, rep, L, h), k and v (P, kv, L, h), rotated."""
+        q = self.q_proj(x).unflatten(-1, (self.num_kv_heads, self.rep, self.head_dim)).permute(0, 2, 3, 1, 4)
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        return rotate(q, cos[:, None, None], sin[:, None, None]), rotate(k, cos[:, None], sin[:, None]), v
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.self_attn, self.mlp = SelfAttention(cfg), MLP(cfg)
+        self.input_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention) -> Tensor:
+        """x (P, L, D); `attention` maps q, k, v to (P, kv, rep, L, h)."""
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
+        y = attention(q, k, v).permute(0, 3, 1, 2, 4).flatten(2)  # (P, L, heads * h)
+        x = x + self.self_attn.o_proj(y)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """A LLaMA-style causal language model; the output matrix is the embedding itself (tied)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.dim)
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
+        self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.compute_dtype = torch.float32  # bfloat16: the matrix products of the layers run in it (autocast)
+        nn.init.normal_(self.embed_tokens.weight, std=cfg.dim**-0.5)
+
+    @property
+    def head(self) -> Tensor:
+        """(V, D) output matrix."""
+        return self.embed_tokens.weight
+
+    def autocast(self):
+        on = self.compute_dtype != torch.float32
+        return torch.autocast(self.head.device.type, self.compute_dtype if on else torch.bfloat16, enabled=on)
+
+    def rotary(self, positions: Tensor):
+        return rotary(positions, self.cfg.dim // self.cfg.num_heads, self.cfg.rope_theta)
+
+    def forward(self, prompt: Tensor, prompt_mask: Tensor, completions: Tensor | None = None, cache=None):
+        """One pass over prompts and, behind them, G completions that share each prompt.
+
+        prompt (P, S, D) embeddings, prompt_mask (P, S) left-padded; completions (P, G, T, D) embeddings, padded on
+        the right (what is behind a completion's end sees it, but is never seen).
+        Returns (P, G, T, D): the states that predict completion tokens 0 .. T-1, that is the prompt's last state
+        and the completion's states but its last; without completions (P, 1, 1, D). A `cache` keeps the prompt's
+        keys and values for `step`.
+        """
+        P, S, D = prompt.shape
+        G, T = completions.shape[1:3] if completions is not None else (0, 0)
+        positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)  # padding does not count
+        own_positions = positions[:, -1:] + 1 + torch.arange(T, device=prompt.device).repeat(G)  # (P, G*T)
+        cos, sin = self.rotary(torch.cat([positions, own_positions], dim=1))
+        causal = torch.ones(S, S, dtype=torch.bool, device=prompt.device).tril()
+        prompt_sees = (causal & prompt_mask[:, None]).view(P, 1, 1, 1, S, S)
+        own_sees = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril().view(1, 1, 1, 1, T, T)
+
+        def attention(q, k, v):
+            q0, k0, v0 = q[..., :S, :], k[:, :, :S], v[:, :, :S]
+            y = attend(q0[:, :, None], k0[:, :, None], v0[:, :, None], prompt_sees)[:, :, 0]
+            if cache is not None:
+                cache.prompt.append((k0, v0))
+            if G == 0:
+                return y
+            q1 = q[..., S:, :].unflatten(3, (G, T)).transpose(2, 3)  # (P, kv, G, rep, T, h)
+            k1, v1 = k[:, :, S:].unflatten(2, (G, T)), v[:, :, S:].unflatten(2, (G, T))
+            y1 = attend(q1, k1, v1, own_sees, prefix=(k0, v0, prompt_mask[:, None, None]))
+            return torch.cat([y, y1.transpose(2, 3).flatten(3, 4)], dim=3)
+
+        # Prompt and completions travel as one sequence, so every matrix product of a layer is one product.
+        x = prompt if G == 0 else torch.cat([prompt, completions.flatten(1, 2)], dim=1)
+        with self.autocast():
+            for layer in self.layers:
+                x = layer(x, cos, sin, attention)
+        x = self.norm(x.float())
+        last = x[:, S - 1].view(P, 1, 1, D)
+        if G == 0:
+            return last
+        return torch.cat([last.expand(P, G, 1, D), x[:, S:].view(P, G, T, D)[:, :, :-1]], dim=2)
+
+    def step(self, tokens: Tensor, t: Tensor, cache: KVCache) -> Tensor:
+        """Token t of every completion in (P, G), the state that predicts token t + 1 out (P, G, D).
+
+        t is a 0-dim int64 tensor, not a Python number: a compiled step is then one graph for all t.
+        """
+        x = self.embed_tokens(tokens)  # (P, G, D)
+        P, G = tokens.shape
+        positions = (cache.prompt_mask.sum(dim=1, keepdim=True) + t).expand(P, G)
+        cos, sin = self.rotary(positions)
+        seen = (torch.arange(cache.T, device=x.device) <= t).view(1, 1, 1, 1, 1, -1)
+        prefix_mask = cache.prompt_mask[:, None, None]
+        for i, layer in enumerate(self.layers):
+            if len(cache.own) == i:
+                k0 = cache.prompt[i][0]
+                room = k0.new_zeros(2, P, k0.shape[1], G, cache.T, k0.shape[3])
+                cache.own.append((room[0], room[1]))
+            own_k, own_v = cache.own[i]
+
+            def attention(q, k, v, own_k=own_k, own_v=own_v, prompt=cache.prompt[i]):
+                own_k.index_copy_(3, t.view(1), k.unsqueeze(3))
+                own_v.index_copy_(3, t.view(1), v.unsqueeze(3))
+                q = q.transpose(2, 3).unsqueeze(4)  # (P, kv, G, rep, 1, h)
+                return attend(q, own_k, own_v, seen, prefix=(*prompt, prefix_mask))[..., 0, :].transpose(2, 3)
+
+            with self.autocast():
+                x = layer(x, cos, sin, attention)
+        return self.norm(x.float())
+
+
+# --------------------------------------------------------------------------------------------------- video to tokens
+
+
+def time_features(seconds: Tensor, dim: int) -> Tensor:
+    """Times in seconds (...) -> (..., dim) sines and cosines, periods 0.5 s to 512 s in equal ratios."""
+    periods = torch.logspace(-1, 9, dim // 2, base=2.0, device=seconds.device)
+    angles = seconds[..., None].float() * (2 * math.pi / periods)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class QFormerLayer(nn.Module):
+    """Queries read the patches, then each other, then an MLP. Pre-norm."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        # How sharply a head prefers what is near its query's own time and place: bias = -exp(slope) * distance.
+        self.slopes = nn.Parameter(torch.linspace(1.5, -1.0, num_heads)[:, None].repeat(1, 2))
+        self.norm_cross, self.norm_self, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.cross_q, self.cross_kv, self.cross_out = (nn.Linear(dim, dim * m) for m in (1, 2, 1))
+        self.self_qkv, self.self_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def heads(self, x: Tensor, parts: int):
+        return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # parts x (P, heads, L, h)
+
+    def forward(self, x: Tensor, patches: Tensor, frames_away: Tensor, cells_away: Tensor) -> Tensor:
+        """x (P, Q, D), patches (P, K*N, D), distances in time (P, Q, K*N) and space (Q, K*N) -> (P, Q, D)."""
+        (q,) = self.heads(self.cross_q(self.norm_cross(x)), 1)
+        k, v = self.heads(self.cross_kv(patches), 2)
+        time_slope, space_slope = self.slopes.exp().view(-1, 2, 1, 1).unbind(1)  # (heads, 1, 1) each
+        bias = -time_slope * frames_away[:, None] - space_slope * cells_away
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        x = x + self.cross_out(y.transpose(1, 2).flatten(2))
+        q, k, v = self.heads(self.self_qkv(self.norm_self(x)), 3)
+        x = x + self.self_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.fc2(F.gelu(self.fc1(self.norm_mlp(x))))
+
+
+class VideoAdapter(nn.Module):
+    """CLIP patch tokens of K frames -> video tokens of the decoder's width, by one of three ways:
+
+    qformer  num_queries tokens. The queries stand on a grid: 8 even times of the clip, num_queries / 8 places of
+             the picture at each. They read all patches of all frames, with a learned preference for what is near
+             (locality is what resamplers lose: Honeybee, arXiv:2312.06742); then two linear layers.
+    patches  all K * N tokens through two linear layers (LLaVA-1.5).
+    pooled   K temporal tokens (mean over patches), then N spatial tokens (mean over time), two linear layers
+             (VLM-RLAIF, math.md 5: K = 50, N = 576 -> 626).
+    Frame-time embeddings are added in all three.
+    """
+
+    NUM_TIMES = 8
+
+    def __init__(self, cfg: ModelConfig, clip: ClipConfig):
+        super().__init__()
+        self.kind, self.num_frames, self.num_queries = cfg.adapter, cfg.num_frames, cfg.num_queries
+        self.num_patches = (clip.image_size // clip.patch_size) ** 2
+        self.norm, self.proj = nn.LayerNorm(clip.width), nn.Linear(clip.width, cfg.dim)
+        self.time_proj = nn.Linear(64, cfg.dim)
+        self.patch_position = nn.Parameter(torch.randn(self.num_patches, cfg.dim) * 0.5)
+        self.fc1, self.fc2 = nn.Linear(cfg.dim, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
+        if self.kind == "qformer":
+            self.queries = nn.Parameter(torch.randn(cfg.num_queries // self.NUM_TIMES, cfg.dim))
+            self.layers = nn.ModuleList(QFormerLayer(cfg.dim, cfg.num_heads) for _ in range(cfg.qformer_layers))
+            self.final_norm = nn.LayerNorm(cfg.dim)
+
+    @property
+    def num_tokens(self) -> int:
+        tokens = {"qformer": self.num_queries, "patches": self.num_frames * self.num_patches}
+        return tokens.get(self.kind, self.num_frames + self.num_patches)
+
+    def forward(self, patches: Tensor, frame_times: Tensor) -> Tensor:
+        """patches (P, K, N, clip width), frame_times (P, K) seconds -> video_embeds (P, num_tokens, D)."""
+        P, K, N, _ = patches.shape
+        x = self.proj(self.norm(patches)) + self.patch_position
+        x = x + self.time_proj(time_features(frame_times, 64)).unsqueeze(2)  # (P, K, N, D)
+        if self.kind == "pooled":
+            x = pool(x)
+        elif self.kind == "patches":
+            x = x.flatten(1, 2)
+        else:
+            x = self.final_norm(self.read(x, frame_times))
+        return self.fc2(F.gelu(self.fc1(x)))
+
+    def read(self, x: Tensor, frame_times: Tensor) -> Tensor:
+        """Patches (P, K, N, D) of the decoder's width -> (P, num_queries, D)."""
+        (P, K, N, D), places = x.shape, len(self.queries)
+        spacing = (frame_times[:, -1:] - frame_times[:, :1]).clamp(min=1e-3) / max(K - 1, 1)  # (P, 1) seconds
+        centres = (torch.arange(self.NUM_TIMES, device=x.device) + 0.5) / self.NUM_TIMES * K - 0.5  # in frames
+        times = frame_times[:, :1] + centres * spacing  # (P, 8) seconds
+        frames_away = (times[:, :, None] - frame_times[:, None]).abs() / spacing[:, None]  # (P, 8, K)
+        frames_away = frames_away.repeat_interleave(places, dim=1).repeat_interleave(N, dim=2)  # (P, Q, K*N)
+        cells_away = torch.cdist(grid(places, x.device), grid(N, x.device)) * places**0.5  # (places, N)
+        cells_away = cells_away.repeat(self.NUM_TIMES, K)  # (Q, K*N)
+        queries = self.queries + self.time_proj(time_features(times, 64)).unsqueeze(2)  # (P, 8, places, D)
+        queries, patches = queries.flatten(1, 2), x.flatten(1, 2)
+        for layer in self.layers:
+            queries = layer(queries, patches, frames_away, cells_away)
+        return queries
+
+
+def grid(n: int, device) -> Tensor:
+    """(n, 2) centres of n cells that tile the unit square, row by row; n = rows * columns, as square as can be."""
+    rows = next(r for r in range(math.isqrt(n), 0, -1) if n % r == 0)
+    y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(n // rows) + 0.5, indexing="ij")
+    return torch.stack([y.flatten() / rows, x.flatten() / (n // rows)], dim=1).to(device)
+
+
+def pool(x: Tensor) -> Tensor:
+    """(P, K, N, D) -> (P, K + N, D): K temporal tokens, then N spatial ones (VLM-RLAIF)."""
+    return torch.cat([x.mean(dim=2), x.mean(dim=1)], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------------- the whole
+
+
+class VideoLM(nn.Module):
+    """CLIP (frozen), adapter and decoder. `video_start`: a prompt is [BOS] [video tokens] [question]."""
+
+    def __init__(self, cfg: ModelConfig, clip_cfg: ClipConfig):
+        super().__init__()
+        self.cfg, self.clip_cfg = cfg, clip_cfg
+        self.clip = Clip(clip_cfg).requires_grad_(False)
+        self.adapter = VideoAdapter(cfg, clip_cfg)
+        self.decoder = Decoder(cfg)
+
+    @torch.no_grad()
+    def patch_tokens(self, frames: Tensor) -> Tensor:
+        """uint8 frames (P, K, 3, H, W) -> (P, K, N, clip width): frozen, so computed once a clip."""
+        tokens = self.clip.patch_tokens(preprocess(frames.flatten(0, 1)))
+        return tokens.unflatten(0, frames.shape[:2])
+
+    @torch.no_grad()
+    def embed_video(self, frames: Tensor, frame_times: Tensor) -> Tensor:
+        """uint8 frames (P, K, 3, H, W), frame_times (P, K) seconds -> video_embeds (P, N_video, D), frozen."""
+        device = self.decoder.head.device
+        return self.adapter(self.patch_tokens(frames.to(device)), frame_times.to(device))
+
+    def embed_prompt(self, prompt_ids: Tensor, prompt_mask: Tensor, video_embeds: Tensor) -> Tensor:
+        """(P, S) ids with placeholders -> (P, S, D): the video tokens stand where the prompt's layout says, right
+        behind the first real token, whatever ids are there; nothing is searched for."""
+        start = (~prompt_mask).sum(dim=1) + 1  # (P,)
+        slots = start[:, None] + torch.arange(video_embeds.shape[1], device=start.device)
+        index = slots.unsqueeze(-1).expand(-1, -1, video_embeds.shape[2])
+        x = self.decoder.embed_tokens(prompt_ids)
+        return x.scatter(1, index, video_embeds.to(x.dtype))
+
+
+def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):
+    """Writes config.json and model.safetensors, each renamed into place."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "config.json")
+    with open(f"{path}.tmp", "w") as file:
+        json.dump({"model": asdict(model.cfg), "clip": asdict(model.clip_cfg)}, file, indent=1)
+    os.replace(f"{path}.tmp", path)
+    path = os.path.join(folder, "model.safetensors")
+    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load_model(folder: str, device="cpu") -> VideoLM:
+    """The model of a folder that `save_model` wrote, float32, frozen. ValueError: one line with file and remedy."""
+    config, path = os.path.join(folder, "config.json"), os.path.join(folder, "model.safetensors")
+    for file in (config, path):
+        if not os.path.exists(file):
+            pickles = [f for f in os.listdir(folder) if f.endswith((".bin", ".pt", ".pth"))] if os.path.isdir(folder) else []
+            why = f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
+            raise ValueError(f"{file}: no such file{why}; --policy names a folder with config.json and model.safetensors")
+    with open(config) as file:
+        sizes = json.load(file)
+    model = VideoLM(ModelConfig(**sizes["model"]), ClipConfig(**sizes["clip"]))
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error}); make the weights anew with pretrain.py") from error
+    wanted = model.state_dict()
+    odd = [k for k in wanted if k not in stored or stored[k].shape != wanted[k].shape] + [k for k in stored if k not in wanted]
+    if odd:
+        raise ValueError(f"{path}: {odd[0]} does not fit config.json (and {len(odd) - 1} more): use matching files")
+    model.load_state_dict(stored)
+    return model.to(device).float().eval().requires_grad_(False)

@@ -1,0 +1,225 @@
+"""From nothing to `weights/`: draw the world, train CLIP on frames and captions, then fine-tune on a faulty corpus.
+
+    python pretrain.py [--out weights] [--seed N] [--stage all|clip|sft]
+
+1. world   clips of scene seeds 0 .. num_clips - 1, written as mp4 files and read back like any video
+2. clip    contrastive on (frame, caption) pairs; frozen afterwards, patch tokens computed once a clip
+3. sft     adapter and decoder on question/answer pairs with the paper's curriculum: short answers first, then long
+"""
+
+import itertools
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import world
+from clip import Clip, ClipConfig, contrastive_loss, preprocess
+from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips, parse_args, run_script, write_json
+from model import ModelConfig, VideoLM, load_model, save_model
+
+
+@dataclass
+class Config:
+    out: str = "weights"  # folder of the result
+    world_dir: str = "world/pretrain"  # folder of the drawn clips
+    seed: int = 0
+    stage: str = "all"  # all | clip | sft (takes CLIP from --out)
+    num_clips: int = 10000  # clips of the fine-tuning corpus
+    clip_steps: int = 2500  # optimiser steps of CLIP
+    clip_batch: int = 128  # (frame, caption) pairs a step: 4 frames from each of clip_batch / 4 clips
+    clip_lr: float = 1e-3
+    align_steps: int = 500  # optimiser steps on captions of single frames
+    align_batch: int = 16  # clips a step, every frame with its caption
+    short_steps: int = 1000  # optimiser steps on short answers
+    long_steps: int = 1000  # optimiser steps with the long ones
+    sft_batch: int = 32  # clips a step, each with up to questions_per_clip questions
+    questions_per_clip: int = 8
+    sft_lr: float = 2e-3
+    faults: bool = True  # False: the corpus without faults, to see what the model can perceive at best
+
+
+def schedule(step: int, total: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up (the first step is not 0), then linear decay to 5 % of the peak."""
+    return peak * min((step + 1) / warmup, max(0.05, 1 - step / total))
+
+
+def optimizer_for(parameters, lr):
+    parameters = list(parameters)
+    matrices, others = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+
+
+def train_clip(cfg: Config, clip: Clip, tokenizer: Tokenizer, frames, times, generator):
+    """frames (C, K, 3, H, W) uint8 of scene seeds 0 .. C-1. Prints retrieval among clip_batch as it goes."""
+    captions = {}  # caption text -> (id, token ids)
+    ids = torch.empty(times.shape, dtype=torch.int64)
+    for c, row in enumerate(times):
+        scene = world.make_scene(c)
+        for k, t in enumerate(row.tolist()):
+            text = world.frame_caption(scene, t)
+            ids[c, k] = captions.setdefault(text, (len(captions), tokenizer.encode(text) + [EOS_ID]))[0]
+    tokens, mask = collate_completions([tokens for _, tokens in captions.values()])
+    lengths = mask.sum(dim=1)
+    assert tokens.shape[1] <= clip.cfg.text_length, f"captions of {tokens.shape[1]} tokens: raise text_length"
+    optimizer = optimizer_for(clip.parameters(), cfg.clip_lr)
+    bar, hits, seen = tqdm(range(cfg.clip_steps), "clip"), 0.0, 0
+    for step in bar:
+        chosen = torch.randperm(len(frames), generator=generator)[: cfg.clip_batch // 4]
+        which = torch.rand(len(chosen), frames.shape[1], generator=generator).argsort(dim=1)[:, :4]
+        pixels = preprocess(frames[chosen[:, None], which].flatten(0, 1))
+        caption = ids[chosen[:, None], which].flatten()
+        width = int(lengths[caption].max())
+        similarity = clip.similarity(pixels, tokens[caption, :width], lengths[caption])
+        same = caption[:, None] == caption[None]
+        loss = contrastive_loss(similarity, same)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, cfg.clip_steps, cfg.clip_lr)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        best = similarity.argmax(dim=1)
+        hits, seen = hits + same[torch.arange(len(same)), best].float().mean().item(), seen + 1
+        if (step + 1) % 100 == 0:
+            bar.write(f"clip step {step + 1}  loss {loss.item():.3f}  retrieval among {len(same)}: {hits / seen:.1%}")
+            hits, seen = 0.0, 0
+
+
+def train_align(cfg: Config, model: VideoLM, patches, times, tokenizer: Tokenizer, generator):
+    """Captions of single frames from that frame's video tokens alone, before any question: the adapter learns which
+    colour, shape and place belong together (LLaVA and BLIP-2 begin so too). Adapter and decoder learn."""
+    captions = [[tokenizer.encode(world.frame_caption(world.make_scene(c), t)) + [EOS_ID] for t in row]
+                for c, row in enumerate(times.tolist())]
+
+    def batch():
+        chosen = torch.randperm(len(patches), generator=generator)[: cfg.align_batch]
+        video = model.adapter(patches[chosen].float(), times[chosen])  # (P, Q, D)
+        K, (P, Q, D) = times.shape[1], video.shape
+        ids, mask = collate_completions([caption for c in chosen.tolist() for caption in captions[c]])
+        return video.view(P * K, Q // K, D), ids.unsqueeze(1), mask.unsqueeze(1), mask.unsqueeze(1)
+
+    train_decoder(cfg, model, batch, cfg.align_steps, "align")
+
+
+def corpus(cfg: Config, tokenizer: Tokenizer, num_clips: int):
+    """Per clip a list of (question ids, answer ids, is_long). The faults are drawn once: a corpus is a file."""
+    rng, rows = random.Random(cfg.seed + 17), []
+    for c in range(num_clips):
+        scene = world.make_scene(c)
+        asked = [(r["question"], world.corpus_answer(r, rng, cfg.faults), bool(r.get("span")))
+                 for r in world.make_questions(scene, f"clip{c:07d}.mp4")]
+        asked.append(("describe the video", world.describe(scene), True))
+        rows.append([(tokenizer.encode(q) + tokenizer.encode("answer:"), tokenizer.encode(a) + [EOS_ID], long)
+                     for q, a, long in asked])
+    return rows
+
+
+def sft_batch(rows: list[list], limit: int, rng: random.Random):
+    """rows: the chosen clips' (question, answer, long) triples. Returns ids, mask and answer mask (P, G, T):
+    the questions of a clip are its G completions, so the video is computed once for all of them."""
+    flat, starts, G = [], [], min(limit, max(map(len, rows)))
+    for triples in rows:
+        picked = rng.sample(triples, min(G, len(triples)))
+        flat += [q + a for q, a, _ in picked] + [[EOS_ID]] * (G - len(picked))
+        starts += [len(q) for q, _, _ in picked] + [10**6] * (G - len(picked))
+    ids, mask = collate_completions(flat)
+    answer = mask & (torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None])
+    return [x.unflatten(0, (len(rows), G)) for x in (ids, mask, answer)]
+
+
+def train_sft(cfg: Config, model: VideoLM, patches, times, corpora, steps, name, generator):
+    """Answers to questions. corpora: lists of rows per clip; steps take them in turn, so a batch holds answers of
+    like length. The questions of a clip share its video tokens."""
+    rng, turn = random.Random(int(torch.randint(2**31, (1,), generator=generator))), itertools.cycle(corpora)
+
+    def batch():
+        rows = next(turn)
+        chosen = torch.randperm(len(rows), generator=generator)[: cfg.sft_batch]
+        video = model.adapter(patches[chosen].float(), times[chosen])
+        return video, *sft_batch([rows[c] for c in chosen], cfg.questions_per_clip, rng)
+
+    train_decoder(cfg, model, batch, steps, name)
+
+
+def train_decoder(cfg: Config, model: VideoLM, batch, steps: int, name: str):
+    """Next-token cross-entropy; adapter and decoder learn, CLIP stays. batch() gives video tokens (P, N_video, D),
+    ids and mask (P, G, T), and which tokens are to be predicted (P, G, T)."""
+    trainable = [*model.adapter.parameters(), *model.decoder.parameters()]
+    for p in trainable:
+        p.requires_grad_(True)
+    optimizer = optimizer_for(trainable, cfg.sft_lr)
+    bar, total, count, began = tqdm(range(steps), name), 0.0, 0, time.time()
+    for step in bar:
+        video, ids, _, answer = batch()
+        prompt_ids = torch.tensor([BOS_ID] + [VIDEO_ID] * video.shape[1]).expand(len(video), -1)
+        prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
+        prompt = model.embed_prompt(prompt_ids, prompt_mask, video)
+        states = model.decoder(prompt, prompt_mask, model.decoder.embed_tokens(ids))
+        loss = F.cross_entropy(states[answer] @ model.decoder.head.T, ids[answer])
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, steps, cfg.sft_lr)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        total, count = total + loss.item(), count + 1
+        if (step + 1) % 50 == 0:
+            bar.write(f"{name} step {step + 1}  loss {total / count:.4f}  {(time.time() - began) / (step + 1):.2f} s a step")
+            total, count = 0.0, 0
+
+
+@torch.no_grad()
+def all_patch_tokens(model: VideoLM, frames, chunk: int = 128):
+    """(C, K, N, clip width) float16 patch tokens of every clip: CLIP is frozen, so once is enough."""
+    parts = [model.patch_tokens(frames[i : i + chunk]).half() for i in range(0, len(frames), chunk)]
+    return torch.cat(parts)
+
+
+def main():
+    cfg = parse_args(Config)
+    began, seconds = time.time(), {}
+
+    def lap(name):
+        seconds[name] = round(time.time() - began - sum(seconds.values()), 1)
+
+    torch.manual_seed(cfg.seed)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    tokenizer = Tokenizer(world.vocabulary())
+    vocab_size = -(-tokenizer.vocab_size // 8) * 8
+    model = VideoLM(ModelConfig(vocab_size=vocab_size), ClipConfig(vocab_size=vocab_size))
+    world.make_world(cfg.world_dir, range(cfg.num_clips))
+    paths = [os.path.join(cfg.world_dir, f"clip{c:07d}.mp4") for c in range(cfg.num_clips)]
+    frames, times = load_clips(paths, model.cfg.num_frames, model.clip_cfg.image_size)
+    lap("world")
+    if cfg.stage == "sft":
+        model.clip.load_state_dict(load_model(cfg.out).clip.state_dict())
+    else:
+        model.clip.requires_grad_(True)
+        train_clip(cfg, model.clip, tokenizer, frames, times, generator)
+        model.clip.requires_grad_(False)
+        lap("clip")
+    if cfg.stage != "clip":
+        patches = all_patch_tokens(model, frames)
+        rows = corpus(cfg, tokenizer, cfg.num_clips)
+        short = [[row for row in clip if not row[2]] for clip in rows]
+        long = [[row for row in clip if row[2]] for clip in rows]
+        train_sft(cfg, model, patches, times, [short], cfg.short_steps, "short", generator)
+        train_sft(cfg, model, patches, times, [long, short], cfg.long_steps, "long", generator)
+        lap("sft")
+    save_model(model, cfg.out)
+    tokenizer.save(os.path.join(cfg.out, "tokenizer.json"))
+    made = {"command": " ".join(["python", *sys.argv]), "seed": cfg.seed, "seconds": seconds, "torch": torch.__version__}
+    write_json(os.path.join(cfg.out, "made.json"), made | {"cpus": os.cpu_count(), "faults": cfg.faults})
+    print(json.dumps(made))
+
+
+if __name__ == "__main__":
+    run_script(main)

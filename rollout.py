@@ -1,0 +1,99 @@
+"""Sampling G completions from a shared prompt, and their states again when updating.
+
+The prompt (its video tokens included) is computed once for its G completions in both. Sampling and training use one
+function from states to log-probabilities (`grpo_rank.sampling_logprobs`), so they agree at any temperature, top-p
+and set of banned ids; train.py logs the largest difference of every step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data import Prompts
+from grpo_rank import nucleus, pack_support, sampling_logprobs
+from model import KVCache, VideoLM
+
+
+@dataclass
+class Completions:
+    """B = P * G completions, prompt-major, padded on the right; the end token is inside the mask."""
+
+    completion_ids: Tensor  # (B, T) int64
+    completion_mask: Tensor  # (B, T) bool
+    logprobs: Tensor  # (B, T) float32, of the distribution that was sampled from; 0 outside the mask
+    support: Tensor | None  # (B, T, ceil(V / 8)) uint8: the top-p nucleus of each draw; None: all ids
+    ended: Tensor  # (B,) bool: an end id was sampled (False: cut at max_new_tokens)
+
+    def __getitem__(self, rows):
+        support = None if self.support is None else self.support[rows]
+        return Completions(
+            self.completion_ids[rows], self.completion_mask[rows], self.logprobs[rows], support, self.ended[rows]
+        )
+
+
+def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """Inverse-CDF sampling: (n, V) log-probabilities and (n,) uniforms in [0, 1) -> (n,) ids.
+
+    The uniforms come from outside, so a draw depends on its own row alone: neither on the batch it runs in, nor
+    on how prompts are split over processes, nor on the device.
+    """
+    cdf = logprobs.double().exp().cumsum(dim=-1)
+    point = (uniforms.double()[:, None] * cdf[:, -1:]).clamp(max=torch.nextafter(cdf[:, -1:], cdf.new_zeros(1)))
+    return torch.searchsorted(cdf, point, right=True).squeeze(1)  # the first id whose cdf lies above the point
+
+
+@torch.no_grad()
+def generate(
+    model: VideoLM,
+    prompts: Prompts,
+    group_size: int,
+    max_new_tokens: int,
+    *,
+    end_ids: Tensor,
+    pad_id: int,
+    banned: Tensor | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    uniforms: Tensor | None = None,
+    step=None,
+) -> Completions:
+    """G completions of each prompt: one prefill, then a token a step for all of them until all have ended.
+
+    uniforms (P, G, max_new_tokens) in [0, 1) decide every draw; None decodes greedily. end_ids (any,) int64 all end
+    a completion; banned (V,) bool ids are never produced. step: model.decoder.step or its compiled form.
+    """
+    decoder, step = model.decoder, step or model.decoder.step
+    P, G, T, device = len(prompts.prompt_ids), group_size, max_new_tokens, prompts.prompt_ids.device
+    cache = KVCache(prompts.prompt_mask, G, T)
+    prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
+    state = decoder(prompt, prompts.prompt_mask, cache=cache).expand(P, 1, G, -1)[:, 0].flatten(0, 1)  # (B, D)
+    ids = torch.full((P * G, T), pad_id, device=device)
+    logprobs = torch.zeros(P * G, T, device=device)
+    mask = torch.zeros(P * G, T, dtype=torch.bool, device=device)
+    ended, supports = torch.zeros(P * G, dtype=torch.bool, device=device), []
+    for t in range(T):
+        scores = sampling_logprobs(state @ decoder.head.T.to(state.dtype), temperature, banned, None)
+        if top_p < 1:
+            support = nucleus(scores, top_p)
+            supports.append(pack_support(support))
+            scores = sampling_logprobs(scores, 1.0, None, support)  # renormalised over the nucleus
+        token = scores.argmax(dim=-1) if uniforms is None else draw(scores, uniforms[:, :, t].flatten())
+        ids[:, t] = torch.where(ended, pad_id, token)
+        mask[:, t] = ~ended
+        logprobs[:, t] = scores.gather(1, token[:, None]).squeeze(1).masked_fill(ended, 0.0)
+        ended = ended | torch.isin(token, end_ids)
+        if t == T - 1 or ended.all():
+            break
+        state = step(ids[:, t].view(P, G), torch.tensor(t, device=device), cache).flatten(0, 1)
+    used = t + 1  # the longest completion: what lies behind it never existed
+    support = torch.stack(supports, dim=1) if supports else None
+    return Completions(ids[:, :used], mask[:, :used], logprobs[:, :used], support, ended)
+
+
+def completion_states(model: VideoLM, prompts: Prompts, completions: Completions) -> Tensor:
+    """(B, T, D): the state that predicts each completion token, with gradient; B = P * G rows share P prompts."""
+    P = len(prompts.prompt_ids)
+    prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
+    ids = completions.completion_ids.unflatten(0, (P, -1))  # (P, G, T)
+    return model.decoder(prompt, prompts.prompt_mask, model.decoder.embed_tokens(ids)).flatten(0, 1)

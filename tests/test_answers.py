@@ -1,0 +1,344 @@
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from answers import (
+    Question,
+    bootstrap_ci,
+    grade,
+    iou,
+    is_correct,
+    kendall_tau,
+    ndcg_agreement,
+    normalize,
+    parse_letter,
+    parse_span,
+    prompt_text,
+)
+
+SHAPE = Question("0", "a.mp4", "What shape is the red object?", "circle")
+COUNT = Question("1", "a.mp4", "How many objects appear?", "two")
+COLORS = Question(
+    "2", "a.mp4", "What color is it?", "red", options=("red", "blue", "red ball"), answer_index=0
+)
+EVENT = Question("3", "a.mp4", "When does it happen?", "", spans=((2.0, 8.0), (20.0, 30.0)))
+
+unhurried = settings(deadline=None, max_examples=100)  # a busy machine is no failure
+seconds = st.floats(-1e6, 1e6)
+any_span = st.tuples(st.floats(), st.floats())
+
+
+def asked(question, answer):
+    return Question("0", "a.mp4", question, answer)
+
+
+# ---- spans ----
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [  # math.md 4
+        ((5, 15), (10, 20), 1 / 3),
+        ((2, 8), (2, 8), 1),
+        ((0, 1), (5, 9), 0),
+        ((0, 5), (5, 9), 0),
+        ((5, 5), (5, 5), 0),
+        ((12, 5), (4, 14), 0),
+        ((math.nan, 5), (4, 14), 0),
+        ((4, math.inf), (4, 14), 0),
+        ((-5, 5), (0, 5), 0.5),  # not clipped at 0: [0, 5] of [-5, 5]
+    ],
+)
+def test_iou_of_worked_cases(a, b, expected):
+    assert iou(a, b) == pytest.approx(expected, abs=1e-9)
+
+
+@unhurried
+@given(any_span, any_span)
+def test_iou_is_symmetric_and_between_0_and_1(a, b):
+    assert 0 <= iou(a, b) <= 1
+    assert iou(a, b) == iou(b, a)
+
+
+@unhurried
+@given(st.lists(seconds, min_size=2, max_size=2, unique=True))
+def test_iou_of_equal_spans_is_1_and_of_reversed_ones_0(bounds):
+    start, end = sorted(bounds)
+    assert iou((start, end), (start, end)) == 1
+    assert iou((end, start), (start, end)) == 0
+
+
+@unhurried
+@given(*[st.lists(st.integers(0, 20), min_size=2, max_size=2, unique=True)] * 2)
+def test_iou_on_whole_seconds_is_a_count_of_seconds(a, b):
+    a, b = sorted(a), sorted(b)
+    cells_a, cells_b = set(range(*a)), set(range(*b))
+    assert iou(tuple(a), tuple(b)) == pytest.approx(len(cells_a & cells_b) / len(cells_a | cells_b))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("from 1.0 to 2.5 seconds", (1, 2.5)),
+        ("1.0 - 2.5", (1, 2.5)),
+        ("1–2", (1, 2)),
+        ("12s to 18s", (12, 18)),
+        ("between 3 and 9 seconds", (3, 9)),
+        ("from two to five seconds", (2, 5)),
+        ("00:05 to 00:10", (5, 10)),
+        ("It is shown at 1:05 to 1:20.", (65, 80)),
+        ("1:00:00 - 1:00:01.5", (3600, 3601.5)),
+        ("starts at 3s and ends at 7.5 s.", (3, 7.5)),
+        ('{"start_time": "6.0", "end_time": "15.0"}', (6, 15)),
+        ('```json\n{"end_time": 15, "start_time": -3}\n```', (-3, 15)),
+        ("[(2.3, 5.2)]", (2.3, 5.2)),
+        ("from 10 to 5", (10, 5)),  # reversed stays reversed
+        ("<answer>0 to 30</answer> no: <answer>6 to 15\n</answer>", (6, 15)),
+        ("<think>0 to 30, or <answer>1 to 2</answer></think> 6 to 15", (6, 15)),
+        ("<answer>6 to 15</answer><answer>red</answer>", None),
+        ('{"start_time": "1.2.3", "end_time": "..."}', None),
+        ("5 to 10 minutes", None),
+        ("at 3 and 9 seconds", None),
+        ("2024-05-10", None),
+        ("nan to inf", None),
+        ("7", None),
+        ("", None),
+    ],
+)
+def test_a_span_is_read_in_seconds_or_not_at_all(text, expected):
+    assert parse_span(text) == expected
+
+
+@unhurried
+@given(seconds.filter(lambda x: abs(x) >= 1e-3 or x == 0), seconds.filter(lambda x: abs(x) >= 1e-3 or x == 0))
+def test_a_written_span_is_read_back(start, end):
+    assert parse_span(f"from {start} to {end} seconds") == (start, end)
+
+
+def test_a_span_is_graded_against_the_best_gold_span_and_right_from_half():
+    assert grade("from 20 to 30 seconds", EVENT) == 1
+    assert grade("2 to 5", EVENT) == 0.5  # 3 of 6 seconds: inclusive
+    assert is_correct("2 to 5", EVENT)
+    assert not is_correct("2 to 4.9", EVENT)
+    assert grade("8 to 2", EVENT) == grade("some time", EVENT) == 0
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "B",
+        "(B)",
+        "B.",
+        "b",
+        "(b) red",
+        "**B**",
+        "Answer: B",
+        "The answer is B because",
+        "<answer>B</answer>\n",
+        "B, B",
+    ],
+)
+def test_a_letter_is_read(text):
+    assert parse_letter(text, 4) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A or B",
+        "A and B",
+        "(A) (b)",
+        "it is a man",
+        "A man walks",
+        "E",
+        "a b",
+        "T-shirt",
+        "red",
+        "I know",
+        "",
+    ],
+)
+def test_prose_and_two_letters_are_no_letter(text):
+    assert parse_letter(text, 4) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["A", "(A) red", "red", "It is red.", "<answer>A</answer>", "A. blue is wrong"]
+)
+def test_an_option_is_chosen_by_letter_or_name(text):
+    assert grade(text, COLORS) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["B", "red or blue", "A or B", "A or B, red", "the red ball", "not red", "green", "", "A. red (B) blue"],
+)
+def test_hedging_between_options_or_missing_them_earns_nothing(text):
+    assert grade(text, COLORS) == 0
+
+
+def test_the_gold_option_may_be_given_by_its_text():
+    question = Question("0", "a.mp4", "Which way?", "right", options=("left", "right"))
+    assert [grade(text, question) for text in ("right", "B", "left")] == [1, 1, 0]
+    with pytest.raises(ValueError):
+        grade("B", Question("0", "a.mp4", "Which way?", "up", options=("left", "right")))
+
+
+def test_the_prompt_lists_the_options_with_their_letters():
+    assert prompt_text(COLORS) == "What color is it?\n(A) red (B) blue (C) red ball"
+    assert prompt_text(COUNT) == "How many objects appear?"
+
+
+# ---- free text ----
+
+
+@unhurried
+@given(st.integers(0, 20))
+def test_number_words_equal_digits(number):
+    words = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    word = [*words.split(), "sixteen", "seventeen", "eighteen", "nineteen", "twenty"][number]
+    assert normalize(word) == normalize(str(number)) == normalize(f"0{number}.0") == [str(number)]
+    assert is_correct(word, asked("How many?", str(number)))
+    assert is_correct(f"There are {number}.", asked("How many?", word))
+
+
+def test_normalize_folds_spelling_and_keeps_negations():
+    assert normalize("The two Grey boxes, moving UPWARDS.") == ["2", "gray", "box", "moving", "up"]
+    assert normalize("It isn’t the man's 1,000th bike") == ["no", "man", "1000", "th", "bicycle"]
+    assert normalize("bodies, houses, dresses, buses, grass") == ["body", "house", "dress", "buse", "grass"]
+    assert normalize("stays still") == ["still", "still"]
+    assert normalize("it is on") == ["it", "is", "on"]  # nothing but stop words
+    assert normalize("the ...") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "circle",
+        "A red circle.",
+        "The red object is a circle",
+        "circles",
+        "the round one, a disc"[15:],
+        "CIRCLE",
+    ],
+)
+def test_a_one_word_answer_is_right_in_any_wording(text):
+    assert grade(text, SHAPE) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "red", "square", "circle or square", "circle square", "not a circle", "an object", "circle, maybe"],
+)
+def test_a_one_word_answer_with_anything_else_earns_nothing(text):
+    assert grade(text, SHAPE) == 0
+
+
+@pytest.mark.parametrize(("text", "expected"), [("2", 1), ("two objects", 1), ("one or two", 0), ("2 3", 0)])
+def test_a_count_is_one_number(text, expected):
+    assert grade(text, COUNT) == expected
+
+
+@pytest.mark.parametrize(
+    ("question", "gold", "right", "hedge"),
+    [
+        ("Does the ball move left or right?", "left", "the ball moves left", "left right"),
+        ("Which is first, red, green or blue?", "green", "green is first", "red green"),
+        ("Between the cat and the dog, which eats?", "dog", "the dog eats", "cat dog"),
+        ("Is the lamp on or off?", "on", "the lamp is on", "on or off"),
+        ("Is the man dancing?", "yes", "Yes, the man is dancing", "yes and no"),
+    ],
+)
+def test_naming_every_choice_that_the_question_offers_earns_nothing(question, gold, right, hedge):
+    assert grade(right, asked(question, gold)) == 1
+    assert grade(hedge, asked(question, gold)) == 0
+
+
+def test_a_longer_answer_gets_word_f1():
+    question = asked("Where is it?", "top left")
+    assert grade("in the top left", question) == 1
+    assert grade("top right", question) == 0.5  # 2 * 1 / (2 + 2)
+    assert grade("the top left corner", question) == 0.8  # 2 * 2 / (3 + 2)
+    assert grade("top top top top", question) == pytest.approx(
+        1 / 3
+    )  # repeating does not pay: 2 * 1 / (4 + 2)
+    assert not is_correct("top right", question)
+
+
+def test_order_counts_where_the_gold_answer_has_one():
+    question = asked("How does it move?", "from left to right")
+    assert grade("left to right", question) == 1
+    assert grade("right to left", question) == pytest.approx(2 / 3)  # 2 words, 0 of 1 pairs: 2 * 2 / (3 + 3)
+    assert grade("green and yellow", asked("Which colors?", "yellow and green")) == 1
+
+
+def test_an_empty_gold_answer_cannot_be_met():
+    assert grade("", asked("", "")) == grade("red", asked("", "")) == 0
+
+
+words = st.lists(st.sampled_from("a red circle or not A B (A) two 2 from 1.0 to 9 left the".split())).map(
+    " ".join
+)
+
+
+@unhurried
+@given(st.one_of(st.text(), words), st.sampled_from([SHAPE, COUNT, COLORS, EVENT]))
+def test_any_text_gets_a_grade_between_0_and_1(text, question):
+    assert 0 <= grade(text, question) <= 1
+    assert grade(f"  {text}\n", question) == grade(text, question)  # a trailing newline costs nothing
+
+
+# ---- statistics ----
+
+
+def test_bootstrap_resamples_clusters_not_values():
+    assert bootstrap_ci([[0.5] * 4] * 10) == (0.5, 0.5)
+    low, high = bootstrap_ci(
+        [[0.0] * 50, [1.0] * 50]
+    )  # two videos: a quarter of the draws is all 0, a quarter all 1
+    assert (low, high) == (0, 1)
+    low, high = bootstrap_ci([[0.0], [1.0]] * 50)
+    # normal approximation: 0.5 -+ 1.96 * 0.5 / sqrt(100) = 0.402, 0.598
+    assert low == pytest.approx(0.402, abs=0.02) and high == pytest.approx(0.598, abs=0.02)
+
+
+def test_bootstrap_weighs_values_not_clusters_and_repeats_with_its_seed():
+    low, high = bootstrap_ci([[1.0] * 99, [0.0]])
+    assert (low, high) == (0.0, 1.0)
+    assert bootstrap_ci([[1.0, 0.0], [0.0], []], seed=3) == bootstrap_ci([[1.0, 0.0], [0.0]], seed=3)
+    low, high = bootstrap_ci([[1.0] * 9, [0.0]] * 200)
+    assert low < 0.9 < high  # the mean over values; over clusters it is 0.5
+    with pytest.raises(ValueError, match="at least one value"):
+        bootstrap_ci([[]])
+
+
+def test_ndcg_agreement_of_worked_cases():
+    assert ndcg_agreement([0, 1, 2], [0, 1, 2]) == 1
+    assert ndcg_agreement([0, 1, 2], [0, 0, 0]) is None
+    # gains 1, 1 / (2 log2 3) = 0.315465; discounts 1, 1 / log2 3 = 0.630930
+    # reversed (0.630930 + 0.315465) / (1 + 0.315465 * 0.630930); tied (1.315465 * 0.815465) / the same
+    assert ndcg_agreement([1, 0], [0, 1]) == pytest.approx(0.946395 / 1.199036, abs=1e-5)
+    assert ndcg_agreement([0, 0], [0, 1]) == pytest.approx(1.072716 / 1.199036, abs=1e-5)
+
+
+def test_kendall_tau_of_worked_cases():
+    assert kendall_tau([0, 1, 2], [0, 1, 2]) == 1
+    assert kendall_tau([2, 1, 0], [0, 1, 2]) == -1
+    assert kendall_tau([0, 2, 1], [0, 1, 2]) == pytest.approx(1 / 3)  # 2 concordant, 1 discordant, of 3
+    assert kendall_tau([0, 0, 2], [0, 1, 2]) == pytest.approx(2 / math.sqrt(6))  # tau-b: 2 / sqrt(2 * 3)
+    assert kendall_tau([0, 0], [0, 1]) is kendall_tau([0, 1], [0, 0]) is None
+
+
+@unhurried
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=6), st.randoms())
+def test_agreement_does_not_depend_on_the_order_of_the_group(pairs, random):
+    shuffled = random.sample(pairs, len(pairs))
+    for agreement, lowest in ((ndcg_agreement, 0), (kendall_tau, -1)):
+        value, again = (agreement(*map(list, zip(*rows, strict=True))) for rows in (pairs, shuffled))
+        assert value is None or lowest - 1e-9 <= value <= 1 + 1e-9
+        assert value == (None if value is None else pytest.approx(again))

@@ -1,0 +1,702 @@
+"""The heart: vectors worked by hand, properties, gradients, and a slow plain path to agree with."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import grpo_rank
+from grpo_rank import (
+    completion_logprobs,
+    dcg,
+    kl_estimate,
+    nucleus,
+    pack_support,
+    policy_loss,
+    rank_advantages,
+    ranks_from_scores,
+    sampling_logprobs,
+    token_stats,
+    unpack_support,
+)
+
+BEST_FIRST = [0, 1, 2, 3, 4]
+
+
+def advantages_of(oracle, policy=None, form="ideal", gain="divided"):
+    policy = None if policy is None else torch.tensor([policy])
+    return rank_advantages(torch.tensor([oracle]), policy, form, gain)[0]
+
+
+# ---- 1. gains, ranks, advantages
+
+
+def test_both_gains_are_one_at_the_top_and_fall():
+    # divided: 1/(1 log2 2), 1/(2 log2 3), 1/(3 log2 4); appendix: log2(2)/1, log2(3)/2, log2(4)/3
+    assert_close(dcg(torch.arange(3)), torch.tensor([1.0, 0.315465, 1 / 6]), atol=1e-6, rtol=0)
+    assert_close(dcg(torch.arange(3), "appendix"), torch.tensor([1.0, 0.792481, 2 / 3]), atol=1e-6, rtol=0)
+    assert dcg(torch.zeros(2, 3, 4, dtype=torch.int64)).shape == (2, 3, 4)
+    assert dcg(torch.arange(3, dtype=torch.float64)).dtype == torch.float32
+
+
+VECTORS = [
+    (BEST_FIRST, None, "ideal", "divided", [0.666566, -0.017969, -0.166768, -0.225765, -0.256064]),
+    (BEST_FIRST, None, "ideal", "appendix", [0.288676, 0.081157, -0.044658, -0.130842, -0.194332]),
+    ([0, 0, 2, 3, 3], None, "ideal", "divided", [0.324298, 0.324298, -0.166768, -0.240914, -0.240914]),
+    ([0, 1, 1, 1, 1], None, "ideal", "divided", [0.666566] + [-0.166641] * 4),
+    ([0, 0, 0, 0, 4], None, "ideal", "divided", [0.064016] * 4 + [-0.256064]),
+    ([1, 0], None, "ideal", "divided", [-0.342268, 0.342268]),
+    (
+        list(range(8)),
+        None,
+        "ideal",
+        "divided",
+        [0.773301, 0.088766, -0.060032, -0.119030, -0.149328, -0.167331, -0.179080, -0.187266],
+    ),
+    (BEST_FIRST, [1, 0, 2, 3, 4], "printed", "divided", [-0.981613, 1.872847] + [-0.297078] * 3),
+    (
+        BEST_FIRST,
+        [4, 3, 2, 1, 0],
+        "printed",
+        "divided",
+        [-3.377316, -3.113384, -2.454687, -0.524740, 9.470126],
+    ),
+    (BEST_FIRST, [1, 0, 2, 3, 4], "inverted", "divided", [1.872847, -0.981613] + [-0.297078] * 3),
+    (BEST_FIRST, [1, 0, 2, 3, 4], "printed", "appendix", [-0.218387, 0.250991] + [-0.010868] * 3),
+]
+
+
+@pytest.mark.parametrize("oracle, policy, form, gain, wanted", VECTORS)
+def test_advantages_are_the_table_s(oracle, policy, form, gain, wanted):
+    assert_close(advantages_of(oracle, policy, form, gain), torch.tensor(wanted), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("gain", ["divided", "appendix"])
+@pytest.mark.parametrize("form", ["ideal", "printed", "inverted"])
+@pytest.mark.parametrize("policy", [BEST_FIRST, [2, 2, 0, 0, 2]])
+def test_dead_groups_are_exactly_zero(form, gain, policy):
+    assert advantages_of([0] * 5, policy, form, gain).tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("form", ["printed", "inverted"])
+@pytest.mark.parametrize("order", [BEST_FIRST, [3, 0, 0, 3, 2], [0, 1, 1, 1, 1]])
+def test_printed_and_inverted_have_no_signal_where_the_policy_agrees(form, order):
+    assert advantages_of(order, order, form).tolist() == [0.0] * 5
+
+
+def test_ties_enter_printed_with_the_shared_gain_of_both_rankings():
+    # Places 0, 1 share g = (1 + 0.315465) / 2 = 0.657732 (the oracle's tie); the policy says 0, 1, 2.
+    # nDCG = 1 / g, 0.315465 / g, 1 = 1.520376, 0.479624, 1, whose mean is 1: A = nDCG - 1.
+    assert_close(
+        advantages_of([0, 0, 2], [0, 1, 2], "printed"),
+        torch.tensor([0.520376, -0.520376, 0.0]),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def test_of_all_120_policy_orders_only_ideal_never_inverts_the_oracle():
+    orders = torch.tensor(list(itertools.permutations(range(5))))  # (120, 5) policy ranks
+    oracle = torch.arange(5).expand(120, 5).contiguous()
+    counts = {}
+    for form in ("ideal", "printed", "inverted"):
+        a = rank_advantages(oracle, orders, form)
+        best_down = (a[:, 0] < -1e-6).sum().item()
+        worst_above_best = (a[:, 4] > a[:, 0] + 1e-6).sum().item()
+        monotone = (a.diff(dim=1) <= 1e-6).all(dim=1).sum().item()
+        counts[form] = (best_down, worst_above_best, monotone)
+    assert counts == {"ideal": (0, 0, 120), "printed": (119, 114, 1), "inverted": (23, 0, 9)}
+
+
+def test_default_lifts_the_best_answer_that_the_policy_rates_last_and_printed_sinks_it():
+    oracle, policy = torch.tensor([BEST_FIRST]), torch.tensor([BEST_FIRST[::-1]])
+    default = rank_advantages(oracle, policy)[0]
+    assert default[0] > 0 > default[4]
+    assert_close(default, rank_advantages(oracle, None, "ideal", "divided")[0], atol=0, rtol=0)
+    printed = rank_advantages(oracle, policy, "printed")[0]
+    assert printed[0] < 0 < printed[4]
+
+
+@pytest.mark.parametrize("form, low, high", [("ideal", 0.95, 1.0), ("printed", 0.0, 0.2)])
+def test_a_categorical_policy_learns_under_ideal_and_unlearns_under_printed(form, low, high):
+    generator = torch.Generator().manual_seed(0)
+    quality = torch.linspace(0, 1, 12)  # of 12 answers; the policy starts unsure, at a mean quality of 0.5
+    logits = torch.zeros(12, requires_grad=True)
+    for _ in range(150):
+        logprobs = logits.log_softmax(0)
+        picks = torch.multinomial(logprobs.exp().detach(), 64 * 5, replacement=True, generator=generator)
+        oracle = ranks_from_scores(quality[picks].view(64, 5))
+        policy = ranks_from_scores(logprobs.detach()[picks].view(64, 5))
+        a = rank_advantages(oracle, policy, form).flatten()
+        lp = logprobs[picks][:, None]
+        loss, _ = policy_loss(lp, lp.detach(), a, torch.ones(320, 1, dtype=torch.bool), clip_eps=0.2)
+        (grad,) = torch.autograd.grad(loss, logits)
+        logits = (logits - 2 * grad).detach().requires_grad_()
+    assert low <= (logits.softmax(0) * quality).sum().item() <= high
+
+
+def test_failed_rankings_give_exactly_zero_and_are_not_read():
+    ranks = torch.tensor([[0, 1, 2], [-7, 99, 99], [1, 2, 0]])
+    ok = torch.tensor([True, False, True])
+    for form in ("ideal", "printed", "inverted"):
+        a = rank_advantages(ranks, ranks.flip(1), form, ok=ok)
+        assert a[1].tolist() == [0.0] * 3
+        assert_close(a[::2], rank_advantages(ranks[::2], ranks.flip(1)[::2], form), atol=0, rtol=0)
+
+
+def test_equal_scores_tie_and_nan_is_refused():
+    assert ranks_from_scores(torch.tensor([7, 9, 7, 1])).tolist() == [1, 0, 1, 3]
+    assert ranks_from_scores(torch.tensor([[-math.inf, 0.5], [0.5, 0.5]])).tolist() == [[1, 0], [0, 0]]
+    assert ranks_from_scores(torch.zeros(2, 3, 4)).dtype == torch.int64
+    with pytest.raises(ValueError, match="NaN"):
+        ranks_from_scores(torch.tensor([1.0, math.nan]))
+
+
+BAD_RANKS = [
+    torch.tensor([0, 1, 2]),  # not (P, G)
+    torch.tensor([[0.0, 1.0]]),  # not int64
+    torch.tensor([[0, 1]], dtype=torch.int32),
+    torch.tensor([[0]]),  # G = 1 has no order
+    torch.tensor([[1, 2, 3]]),  # counts from 1
+    torch.tensor([[0, -1, 1]]),
+    torch.tensor([[0, 0, 1]]),  # dense, not competition
+    torch.tensor([[1, 1, 2]]),
+]
+
+
+@pytest.mark.parametrize("ranks", BAD_RANKS)
+def test_what_is_no_ranking_is_refused_for_either_side(ranks):
+    with pytest.raises(ValueError, match="oracle_ranks must.*got"):
+        rank_advantages(ranks)
+    if ranks.shape == (1, 3):
+        with pytest.raises(ValueError, match="policy_ranks must.*got"):
+            rank_advantages(torch.tensor([[0, 1, 2]]), ranks, "printed")
+
+
+def test_wrong_options_and_shapes_are_refused():
+    ranks = torch.tensor([[0, 1, 2]])
+    for wrong in (
+        dict(form="other"),
+        dict(gain="other"),
+        dict(form="printed"),  # needs policy_ranks
+        dict(policy_ranks=torch.tensor([[0, 1]])),
+        dict(ok=torch.tensor([1])),
+        dict(ok=torch.tensor([True, True])),
+    ):
+        with pytest.raises(ValueError):
+            rank_advantages(ranks, **wrong)
+    with pytest.raises(ValueError):
+        dcg(torch.tensor([-1]))
+
+
+@st.composite
+def score_groups(draw):
+    P, G = draw(st.integers(1, 4)), draw(st.integers(2, 9))
+    scores = st.lists(st.integers(0, draw(st.integers(1, 9))), min_size=G, max_size=G)
+    return torch.tensor(draw(st.lists(scores, min_size=P, max_size=P)))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(score_groups(), st.sampled_from(["divided", "appendix"]), st.randoms(use_true_random=False))
+def test_advantages_of_any_ranking(scores, gain, random):
+    ranks = ranks_from_scores(scores)
+    G = ranks.shape[1]
+    a = rank_advantages(ranks, gain=gain)
+    assert_close(a.sum(dim=1), torch.zeros(len(a)), atol=2e-6, rtol=0)  # zero sum
+    order = torch.tensor(random.sample(range(G), G))
+    # A mean sums in another order after the shuffle: equal to rounding.
+    assert_close(rank_advantages(ranks[:, order], gain=gain), a[:, order], atol=1e-6, rtol=0)
+    for p in range(len(ranks)):
+        assert rank_advantages(ranks[p : p + 1], gain=gain).equal(a[p : p + 1])  # groups do not meet
+        for i, j in itertools.combinations(range(G), 2):
+            if ranks[p, i] == ranks[p, j]:
+                assert a[p, i] == a[p, j]
+            else:
+                assert (a[p, i] > a[p, j]) == (ranks[p, i] < ranks[p, j])
+    shared = grpo_rank._shared_gains("ranks", ranks, gain)
+    assert_close(shared.sum(dim=1), dcg(torch.arange(G), gain).sum().expand(len(ranks)), atol=1e-5, rtol=0)
+    for form in ("printed", "inverted"):
+        b = rank_advantages(ranks, ranks.flip(1), form, gain)
+        assert_close(b.sum(dim=1), torch.zeros(len(b)), atol=1e-4, rtol=0)
+
+
+# ---- 2. KL estimates and the loss
+
+
+def test_kl_estimates_are_the_vectors():
+    logp, ref = torch.tensor([-1.0, -0.5, -2.0]), torch.tensor([-1.2, -0.4, -1.0])
+    assert_close(kl_estimate(logp, ref, "k1"), torch.tensor([0.2, -0.1, -1.0]), atol=1e-6, rtol=0)
+    assert_close(kl_estimate(logp, ref, "k2"), torch.tensor([0.02, 0.005, 0.5]), atol=1e-6, rtol=0)
+    assert_close(kl_estimate(logp, ref), torch.tensor([0.018731, 0.005171, 0.718282]), atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="exact"):
+        kl_estimate(logp, ref, "exact")
+
+
+def test_as_losses_on_policy_k1_has_no_gradient_k2_that_of_reverse_and_k3_that_of_forward_kl():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, generator=generator).requires_grad_()
+    logp = logits.log_softmax(0)
+    ref = torch.randn(7, generator=generator).log_softmax(0)
+    weight = logp.exp().detach()  # on-policy samples, as an exact expectation: the weights carry no gradient
+
+    def gradient(value):
+        return torch.autograd.grad(value, logits, retain_graph=True)[0]
+
+    reverse = (logp.exp() * (logp - ref)).sum()  # KL(pi || ref)
+    forward = (ref.exp() * (ref - logp)).sum()  # KL(ref || pi)
+    as_loss = {k: (weight * kl_estimate(logp, ref, k)).sum() for k in ("k1", "k2", "k3")}
+    assert_close(gradient(as_loss["k1"]), torch.zeros(7), atol=1e-6, rtol=0)
+    assert_close(gradient(as_loss["k2"]), gradient(reverse), atol=1e-6, rtol=0)
+    assert_close(gradient(as_loss["k3"]), gradient(forward), atol=1e-6, rtol=0)
+    assert (gradient(forward) - gradient(reverse)).abs().max() > 0.05  # the two can be told apart
+    assert_close(as_loss["k1"], reverse, atol=1e-6, rtol=0)  # as values both estimate KL(pi || ref)
+    assert_close(as_loss["k3"], reverse, atol=1e-6, rtol=0)
+
+
+def loss_inputs(B=6, T=5, seed=0):
+    """Log-probabilities near the old ones, ragged completions, one fully masked row; (B, T) and (B,)."""
+    generator = torch.Generator().manual_seed(seed)
+    old = -3 * torch.rand(B, T, generator=generator)
+    logprobs = (old + 0.4 * torch.randn(B, T, generator=generator)).requires_grad_()
+    lengths = torch.randint(1, T + 1, (B,), generator=generator)
+    lengths[2] = 0
+    mask = torch.arange(T) < lengths[:, None]
+    return logprobs, old, torch.randn(B, generator=generator), mask
+
+
+def test_the_clip_binds_on_both_sides_for_both_signs_as_in_the_vector():
+    logprobs = torch.full((4, 1), -1.0, requires_grad=True)
+    old = torch.tensor([[-1.5], [-1.5], [-0.5], [-0.5]])  # ratio e^.5, e^.5, e^-.5, e^-.5
+    a, mask = torch.tensor([1.0, -1.0, 1.0, -1.0]), torch.ones(4, 1, dtype=torch.bool)
+    for i, wanted in enumerate([-1.2, 1.648721, -0.606531, 0.8]):
+        row = slice(i, i + 1)
+        loss, stats = policy_loss(logprobs[row], old[row], a[row], mask[row], clip_eps=0.2)
+        assert_close(loss.item(), wanted, atol=1e-6, rtol=0)
+        assert stats["clipped"].item() == (i in (0, 3))
+    loss, stats = policy_loss(logprobs, old, a, mask, clip_eps=0.2)
+    assert_close(loss.item(), 0.160548, atol=1e-6, rtol=0)
+    assert (stats["clipped"] / stats["tokens"]).item() == 0.5
+    loss.backward()  # d(-rho A) = -rho A, a mean over 4; clipped tokens learn nothing
+    assert_close(logprobs.grad[:, 0], torch.tensor([0, 1.648721, -0.606531, 0]) / 4, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("norm, wanted", [("token", 1.4), ("sequence", 2.0), ("constant", 0.875)])
+def test_normalisers_are_the_vector(norm, wanted):
+    # ratio 1, so a token's loss is -A: four tokens of loss 1, one of loss 3; a dead third row changes nothing
+    lp = torch.zeros(3, 4)
+    mask = torch.tensor([[True] * 4, [True, False, False, False], [True] * 4])
+    a, live = torch.tensor([-1.0, -3.0, 50.0]), torch.tensor([True, True, False])
+    loss, _ = policy_loss(lp, lp, a, mask, clip_eps=0.2, norm=norm, constant=4, live=live)
+    assert_close(loss.item(), wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_add_up_to_the_step_in_loss_gradient_and_stats(norm, size):
+    logprobs, old, a, mask = loss_inputs()
+    live = torch.tensor([True, True, True, False, True, True])
+    kl, entropy = torch.rand(6, 5), torch.rand(6, 5)
+    options = dict(clip_eps=0.2, norm=norm, constant=7, kl_coef=0.3, entropy_coef=0.1)
+    whole, stats = policy_loss(logprobs, old, a, mask, live=live, kl=kl, entropy=entropy, **options)
+    (wanted,) = torch.autograd.grad(whole, logprobs)
+    options |= dict(num_tokens=int(stats["tokens"]), num_sequences=stats["sequences"])  # int or tensor
+    total = {key: 0.0 for key in stats}
+    for i in range(0, 6, size):
+        rows = slice(i, i + size)
+        parts = (logprobs[rows], old[rows], a[rows], mask[rows])
+        loss, part = policy_loss(*parts, live=live[rows], kl=kl[rows], entropy=entropy[rows], **options)
+        loss.backward()
+        total = {key: total[key] + part[key] for key in total}
+    assert_close(logprobs.grad, wanted, atol=1e-6, rtol=0)
+    assert_close(total["loss"], whole.detach(), atol=1e-6, rtol=0)
+    for key in total:
+        assert_close(total[key], stats[key], atol=1e-5, rtol=0, check_dtype=False)
+
+
+def test_dead_and_failed_groups_leave_numerator_and_denominator():
+    logprobs, old, a, mask = loss_inputs()
+    live = torch.tensor([True, False, True, False, True, True])
+    kl = torch.rand(6, 5)
+    for norm in ("sequence", "token", "constant"):
+        options = dict(clip_eps=0.2, norm=norm, constant=7, kl_coef=0.3)
+        with_dead, stats = policy_loss(logprobs, old, a, mask, live=live, kl=kl, **options)
+        only, wanted = policy_loss(logprobs[live], old[live], a[live], mask[live], kl=kl[live], **options)
+        assert_close(with_dead, only, atol=1e-6, rtol=0)
+        assert_close(stats, wanted, atol=1e-5, rtol=0)
+        (grad,) = torch.autograd.grad(with_dead, logprobs)
+        assert grad[~live].eq(0).all() and grad[live].ne(0).any()
+
+
+def test_stats_are_sums_over_live_tokens():
+    logprobs, old, a, mask = loss_inputs()
+    kl = torch.rand(6, 5)
+    _, stats = policy_loss(logprobs, old, a, mask, clip_eps=0.2, kl=kl)
+    ratio = (logprobs - old).exp().detach()
+    assert stats["tokens"] == mask.sum() and stats["sequences"] == 5  # one of six rows has no token
+    assert_close(stats["ratio"], ratio[mask].sum(), atol=1e-5, rtol=0)
+    assert_close(stats["kl"], kl[mask].sum(), atol=1e-5, rtol=0)
+    binds = ((ratio > 1.2) & (a[:, None] > 0)) | ((ratio < 0.8) & (a[:, None] < 0))
+    assert stats["clipped"] == (binds & mask).sum() > 0
+    assert "entropy" not in stats and not any(value.requires_grad for value in stats.values())
+
+
+def test_nothing_outside_the_mask_is_read_not_even_nan():
+    logprobs, old, a, mask = loss_inputs()
+    kl = torch.rand(6, 5)
+    options = dict(clip_eps=0.2, kl_coef=0.3, entropy_coef=0.2)
+    wanted, wanted_stats = policy_loss(logprobs, old, a, mask, kl=kl, entropy=kl, **options)
+    poison = torch.where(mask, 0.0, math.nan)
+    dirty = (logprobs.detach() + poison).requires_grad_()
+    a = torch.where(mask.any(dim=1), a, math.nan)  # an all-masked row's advantage is not read either
+    loss, stats = policy_loss(dirty, old + poison, a, mask, kl=kl + poison, entropy=kl + poison, **options)
+    loss.backward()
+    assert_close((loss, stats), (wanted, wanted_stats), atol=0, rtol=0)
+    assert dirty.grad.isfinite().all() and dirty.grad[~mask].eq(0).all()
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+def test_a_step_without_live_tokens_has_loss_and_gradient_zero(norm):
+    logprobs, old, a, mask = loss_inputs()
+    options = dict(clip_eps=0.2, norm=norm, constant=7)
+    for nothing in (dict(mask=mask & False), dict(mask=mask, live=torch.zeros(6, dtype=torch.bool))):
+        loss, stats = policy_loss(logprobs, old, a, **nothing, **options)
+        (grad,) = torch.autograd.grad(loss, logprobs)
+        assert loss.item() == 0 and grad.eq(0).all() and stats["tokens"] == 0
+
+
+def test_on_policy_gradient_is_reinforce_though_the_ratio_is_one():
+    generator = torch.Generator().manual_seed(0)
+    logprobs = torch.randn(2, 3, generator=generator).requires_grad_()
+    mask = torch.tensor([[True, True, False], [True, False, False]])  # 3 tokens in all
+    a = torch.tensor([0.5, -0.5])
+    # old_logprobs with a graph of its own must not cancel the gradient
+    loss, stats = policy_loss(logprobs, logprobs, a, mask, clip_eps=0.2, norm="token")
+    loss.backward()
+    assert_close(logprobs.grad, -a[:, None] * mask / 3, atol=1e-7, rtol=0)
+    assert stats["ratio"] == 3 and stats["clipped"] == 0
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+def test_at_step_zero_ratio_is_one_kl_zero_and_the_loss_of_full_groups_zero(norm):
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(10, 4, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    ids, mask = torch.randint(20, (10, 4), generator=generator), torch.ones(10, 4, dtype=torch.bool)
+    logprobs, _, kl = completion_logprobs(hidden.requires_grad_(), head, ids, mask, ref_hidden=hidden)
+    a = rank_advantages(torch.tensor([[0, 1, 2, 3, 4], [2, 0, 0, 3, 3]])).flatten()
+    loss, stats = policy_loss(
+        logprobs, logprobs.detach(), a, mask, clip_eps=0.2, norm=norm, constant=4, kl=kl, kl_coef=0.5
+    )
+    assert stats["ratio"] == 40 and stats["kl"] == 0
+    assert abs(loss.item()) < 1e-6
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert grad.abs().max() > 1e-3  # and yet it learns
+
+
+def test_kl_and_entropy_enter_with_their_sign_and_coefficient():
+    lp, ones = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    kl, entropy = torch.tensor([[1.0, 3.0]]), torch.tensor([[2.0, 4.0]])
+    options = dict(clip_eps=0.2, kl=kl, entropy=entropy, kl_coef=0.1, entropy_coef=0.01)
+    loss, _ = policy_loss(lp, lp, torch.tensor([0.5]), ones, **options)
+    assert_close(loss.item(), -0.5 + 0.1 * 2 - 0.01 * 3, atol=1e-6, rtol=0)
+
+
+def test_a_broken_run_gives_finite_losses():
+    lp = torch.tensor([[0.0, -500.0]], requires_grad=True)
+    loss, _ = policy_loss(
+        lp, lp.detach().flip(1), torch.tensor([-1.0]), torch.ones(1, 2).bool(), clip_eps=0.2
+    )
+    loss.backward()
+    assert loss.isfinite() and lp.grad.isfinite().all()
+    assert kl_estimate(lp, lp.flip(1)).isfinite().all()
+
+
+def test_wrong_arguments_of_the_loss_are_refused():
+    logprobs, old, a, mask = loss_inputs()
+    good = dict(logprobs=logprobs, old_logprobs=old, advantages=a, mask=mask, clip_eps=0.2)
+    policy_loss(**good)
+    for wrong in (
+        dict(logprobs=logprobs[0]),
+        dict(old_logprobs=old[:, :1]),
+        dict(logprobs=logprobs.bfloat16()),
+        dict(advantages=a[:, None]),
+        dict(advantages=a.view(2, 3)),
+        dict(mask=mask.float()),
+        dict(live=mask),
+        dict(norm="mean"),
+        dict(norm="constant"),
+        dict(kl_coef=0.1),
+        dict(entropy_coef=0.1),
+        dict(kl=old[0], kl_coef=0.1),
+        dict(num_tokens=9),  # sequence divides by num_sequences
+        dict(num_sequences=9, norm="token"),
+    ):
+        with pytest.raises(ValueError):
+            policy_loss(**(good | wrong))
+
+
+# ---- 3. log-probabilities
+
+
+def head_inputs(B=3, T=5, D=6, V=19, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(B, T, D, generator=generator).requires_grad_()
+    head = torch.randn(V, D, generator=generator).requires_grad_()
+    ref_hidden = torch.randn(B, T, D, generator=generator)
+    mask = torch.arange(T) < torch.tensor([T, 2, 4])[:, None]
+    banned = torch.zeros(V, dtype=torch.bool)
+    banned[[0, 7]] = True
+    allowed = torch.rand(B, T, V, generator=generator) < 0.5
+    allowed[..., 3] = True
+    ids = torch.multinomial((allowed & ~banned).float().view(-1, V), 1, generator=generator).view(B, T)
+    return hidden, head, ref_hidden, ids, mask, banned, allowed
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 64])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("use_banned, use_support", [(False, False), (True, False), (True, True)])
+def test_chunks_equal_the_plain_path_in_values_and_gradients(
+    chunk_size, temperature, use_banned, use_support
+):
+    hidden, head, ref_hidden, ids, mask, banned, allowed = head_inputs()
+    V = head.shape[0]
+    keep = torch.ones(3, 5, V, dtype=torch.bool)
+    keep &= ~banned if use_banned else True
+    keep &= allowed if use_support else True
+
+    # plain: the whole (B, T, V) table, the distribution taken over the kept ids only
+    scores = (hidden @ head.T / temperature).masked_fill(~keep, -1e9)
+    ref = (ref_hidden @ head.T.detach() / temperature).masked_fill(~keep, -1e9).log_softmax(-1)
+    logp = scores.log_softmax(-1)
+    plain = (
+        logp.gather(-1, ids[..., None]).squeeze(-1),
+        -(logp.exp() * logp * keep).sum(-1),
+        (ref.exp() * (ref - logp) * keep).sum(-1),
+    )
+    got = completion_logprobs(
+        hidden,
+        head,
+        ids,
+        mask,
+        temperature=temperature,
+        banned=banned if use_banned else None,
+        support=pack_support(allowed) if use_support else None,
+        ref_hidden=ref_hidden,
+        chunk_size=chunk_size,
+    )
+    weights = 5 * torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(1))
+    for value, wanted, weight in zip(got, plain, weights, strict=True):
+        wanted = wanted * mask
+        assert value.dtype == torch.float32 and value.shape == (3, 5)
+        assert_close(value, wanted, atol=1e-5, rtol=0)
+        grads = torch.autograd.grad((value * weight).sum(), [hidden, head], retain_graph=True)
+        wanted_grads = torch.autograd.grad((wanted * weight).sum(), [hidden, head], retain_graph=True)
+        assert_close(grads, wanted_grads, atol=2e-4, rtol=1e-4)
+        assert wanted_grads[0].abs().max() > 0.01
+
+
+def test_without_a_reference_there_is_no_kl_and_no_gradient_means_the_same_values():
+    hidden, head, _, ids, mask, _, _ = head_inputs()
+    logprobs, entropy, kl = completion_logprobs(hidden, head, ids, mask)
+    assert kl is None
+    with torch.no_grad():
+        again = completion_logprobs(hidden, head, ids, mask)
+    assert again[0].equal(logprobs) and again[1].equal(entropy) and not again[0].requires_grad
+
+
+def test_the_reference_gets_no_gradient():
+    hidden, head, ref_hidden, ids, mask, _, _ = head_inputs()
+    ref_hidden.requires_grad_()
+    _, _, kl = completion_logprobs(hidden, head, ids, mask, ref_hidden=ref_hidden)
+    grads = torch.autograd.grad(kl.sum(), [hidden, ref_hidden], allow_unused=True)
+    assert grads[0].abs().max() > 0 and grads[1] is None
+
+
+def test_the_gradient_of_kl_in_the_logits_is_policy_minus_reference():
+    # which pins the direction: that of KL(pi || ref) would be pi * (log pi - log ref - KL)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 9, generator=generator).requires_grad_()
+    ref = sampling_logprobs(torch.randn(4, 9, generator=generator), 1.0, None, None)
+    _, _, kl = token_stats(sampling_logprobs(logits, 0.5, None, None), ref, torch.zeros(4, dtype=torch.int64))
+    kl.sum().backward()
+    assert_close(logits.grad, ((logits / 0.5).softmax(-1) - ref.exp()).detach() / 0.5, atol=1e-6, rtol=0)
+
+
+def test_a_fully_masked_batch_keeps_a_gradient_of_zero():
+    hidden, head, ref_hidden, ids, mask, _, _ = head_inputs()
+    values = completion_logprobs(hidden, head, ids, mask & False, ref_hidden=ref_hidden)
+    assert all(value.eq(0).all() and value.shape == (3, 5) for value in values)
+    (grad,) = torch.autograd.grad(sum(value.sum() for value in values), hidden)
+    assert grad.eq(0).all()
+
+
+def test_banned_and_unsupported_ids_have_probability_zero_and_no_gradient():
+    hidden, head, ref_hidden, ids, mask, banned, allowed = head_inputs()
+    logits = (40 * torch.randn(15, 19, generator=torch.Generator().manual_seed(2))).requires_grad_()
+    keep = allowed.view(15, 19) & ~banned
+    logprobs = sampling_logprobs(logits, 0.7, banned, allowed.view(15, 19))
+    assert logprobs.exp()[~keep].eq(0).all()
+    assert_close(logprobs.exp().sum(-1), torch.ones(15), atol=1e-5, rtol=0)
+    stats = token_stats(logprobs, logprobs.detach(), ids.flatten())
+    # weights far above 1: entropy and KL must not meet 0 * inf in the backward
+    (grad,) = torch.autograd.grad(sum(1e3 * value.sum() for value in stats), logits)
+    assert grad.isfinite().all() and grad[~keep].eq(0).all() and grad[keep].ne(0).any()
+
+
+class Shapes(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation makes, forward or backward."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def kept_and_largest(chunked, V, B=8, T=16, D=4, chunk_size=8):
+    """Elements kept by autograd for the backward, and of the largest tensor ever made, head aside."""
+    hidden = torch.randn(B, T, D, requires_grad=True)
+    head = torch.randn(V, D)
+    ids, mask = torch.zeros(B, T, dtype=torch.int64), torch.ones(B, T, dtype=torch.bool)
+    ref_hidden, kept = torch.randn(B, T, D), []
+
+    def keep(tensor):
+        kept.append(0 if tensor.data_ptr() == head.data_ptr() else tensor.numel())
+        return tensor
+
+    with Shapes() as shapes, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if chunked:
+            values = completion_logprobs(
+                hidden, head, ids, mask, ref_hidden=ref_hidden, chunk_size=chunk_size
+            )
+        else:
+            logprobs, ref_logprobs = (
+                sampling_logprobs((h @ head.T).flatten(0, 1), 1.0, None, None) for h in (hidden, ref_hidden)
+            )
+            values = token_stats(logprobs, ref_logprobs, ids.flatten())
+        sum(value.sum() for value in values).backward()
+    return sum(kept), shapes.largest
+
+
+def test_memory_grows_with_chunk_times_vocabulary_not_with_positions_times_vocabulary():
+    kept, largest = kept_and_largest(chunked=True, V=100)
+    kept_wide, largest_wide = kept_and_largest(chunked=True, V=1000)
+    assert kept_wide == kept  # what waits for the backward does not know V
+    assert largest_wide == 8 * 1000  # chunk_size x V, forward and backward
+    plain_kept, plain_largest = kept_and_largest(chunked=False, V=1000)
+    assert plain_kept > 8 * 16 * 1000 and plain_largest == 8 * 16 * 1000  # the yardstick sees the difference
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
+    logprobs = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]).log()
+    assert nucleus(logprobs, 0.7).tolist() == [[False, True, False, True], [True, False, False, False]]
+    assert nucleus(logprobs, 0.8).tolist()[0] == [False, True, True, True]
+    assert nucleus(logprobs, 1e-6).sum(-1).tolist() == [1, 1]  # the top id always
+    assert nucleus(logprobs, 1.0)[0].all()
+    banned = torch.tensor([False, True, False, False])
+    assert not nucleus(sampling_logprobs(logprobs, 1.0, banned, None), 1.0)[:, 1].any()
+    with pytest.raises(ValueError):
+        nucleus(logprobs, 0.0)
+
+
+@pytest.mark.parametrize("V", [1, 8, 13, 64, 65])
+def test_support_survives_its_packing_into_bits(V):
+    support = torch.rand(3, 2, V, generator=torch.Generator().manual_seed(V)) < 0.5
+    bits = pack_support(support)
+    assert bits.shape == (3, 2, math.ceil(V / 8)) and bits.dtype == torch.uint8
+    assert unpack_support(bits, V).equal(support)
+    assert pack_support(torch.arange(9) == 8).tolist() == [0, 1]  # lowest id in the lowest bit
+
+
+def test_training_log_probabilities_are_those_of_the_sampler_at_any_top_p():
+    hidden, head, _, _, mask, banned, _ = head_inputs()
+    with torch.no_grad():
+        logits = (hidden @ head.T).flatten(0, 1)
+        support = nucleus(sampling_logprobs(logits, 0.8, banned, None), 0.6)
+        sampler = sampling_logprobs(logits, 0.8, banned, support)
+        ids = torch.multinomial(sampler.exp(), 1, generator=torch.Generator().manual_seed(0))
+    logprobs, entropy, _ = completion_logprobs(
+        hidden,
+        head,
+        ids.view(3, 5),
+        mask,
+        temperature=0.8,
+        banned=banned,
+        support=pack_support(support).view(3, 5, -1),
+        chunk_size=4,
+    )
+    assert_close(logprobs[mask], sampler.gather(1, ids).view(3, 5)[mask], atol=1e-6, rtol=0)
+    assert entropy[mask].min() >= 0
+    without, _, _ = completion_logprobs(hidden, head, ids.view(3, 5), mask, temperature=0.8, banned=banned)
+    assert (logprobs - without)[mask].max() > 0.1  # the nucleus matters here
+
+
+def test_bfloat16_states_give_float32_log_probabilities():
+    hidden, head, _, ids, mask, _, _ = head_inputs()
+    logprobs, _, _ = completion_logprobs(hidden.bfloat16(), head.bfloat16(), ids, mask)
+    assert logprobs.dtype == torch.float32
+    exact, _, _ = completion_logprobs(hidden, head, ids, mask)
+    assert_close(logprobs, exact, atol=0.1, rtol=0)
+
+
+def test_wrong_arguments_of_completion_logprobs_are_refused():
+    hidden, head, ref_hidden, ids, mask, banned, allowed = head_inputs()
+    good = dict(hidden=hidden, head=head, completion_ids=ids, completion_mask=mask)
+    for wrong in (
+        dict(hidden=hidden[0]),
+        dict(head=head.T),
+        dict(head=head.bfloat16()),
+        dict(completion_ids=ids[:, :1]),
+        dict(completion_ids=ids.int()),
+        dict(completion_mask=mask.long()),
+        dict(banned=banned[1:]),
+        dict(support=allowed),
+        dict(support=pack_support(allowed)[..., :1]),
+        dict(ref_hidden=ref_hidden[:1]),
+        dict(temperature=0.0),
+    ):
+        with pytest.raises(ValueError):
+            completion_logprobs(**(good | wrong))
+
+
+def test_compile_falls_back_where_the_tools_are_missing_and_says_so_once(monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    grpo_rank.compiled.cache_clear()
+    hidden, head, ref_hidden, ids, mask, _, _ = head_inputs()
+    eager = completion_logprobs(hidden, head, ids, mask, ref_hidden=ref_hidden)
+    for _ in range(2):  # chunks of 8 are filled up: 11 positions are not a multiple
+        padded = completion_logprobs(
+            hidden, head, ids, mask, ref_hidden=ref_hidden, chunk_size=8, compile=True
+        )
+    assert_close(padded, eager, atol=1e-6, rtol=0)
+    assert_close(
+        torch.autograd.grad(padded[0].sum(), hidden),
+        torch.autograd.grad(eager[0].sum(), hidden),
+        atol=1e-5,
+        rtol=0,
+    )
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no-such-compiler" in said
+    nothing = completion_logprobs(hidden, head, ids, mask & False, chunk_size=8, compile=True)
+    assert nothing[0].eq(0).all()
+    grpo_rank.compiled.cache_clear()
+
+
+def test_compile_is_asked_for_where_the_tools_are_there(monkeypatch):
+    monkeypatch.setenv("CXX", "sh")  # any program that exists
+    monkeypatch.setattr(grpo_rank.os.path, "isfile", lambda path: True)
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: seen.append(options) or fn)
+    grpo_rank.compiled.cache_clear()
+    assert grpo_rank.compiled(F.relu, "cpu") is F.relu and seen == [{"dynamic": False}]
+    monkeypatch.setattr(grpo_rank, "has_triton", lambda: False)
+    assert grpo_rank.compiled(F.relu, "cuda") is F.relu and len(seen) == 1  # no Triton: not even tried
+    grpo_rank.compiled.cache_clear()

@@ -1,0 +1,49 @@
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parent.parent
+RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
+BELOW = {"grpo_rank", "lora", "clip", "model", "answers", "world", "data", "oracle", "rollout"}
+MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
+    "model": {"clip", "lora"}, "data": {"answers"}, "rollout": {"grpo_rank", "model", "data"},
+    "oracle": {"answers", "clip", "model", "grpo_rank"}, "pretrain": BELOW, "eval": BELOW,
+    "train": BELOW | {"eval", "baselines"}, "baselines": BELOW, "selection": BELOW | {"eval"},
+    "bench": BELOW | {"eval", "train"}, "report": BELOW | {"eval"},
+}  # fmt: skip
+ROOMS = sorted(path.stem for path in HOUSE.glob("*.py"))
+
+
+def imports(nodes):
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "the house is flat: no relative imports"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_what_the_table_allows(room):
+    assert room in MAY_IMPORT, f"{room}.py has no line in the table of rooms"
+    tree = ast.parse((HOUSE / f"{room}.py").read_text(encoding="utf-8"))
+    anywhere = imports(ast.walk(tree)) - set(sys.stdlib_module_names)
+    ours = anywhere & set(MAY_IMPORT)
+    assert ours <= MAY_IMPORT[room]
+    packages = anywhere - ours
+    assert packages - {"tokenizers"} <= RUN_TIME
+    assert "tokenizers" not in imports(tree.body)  # only inside the function that needs it
+    assert packages <= {"grpo_rank": {"torch"}, "answers": {"numpy"}}.get(
+        room, packages
+    )  # heart and parser stay bare
+
+
+def test_the_requirements_are_the_run_time_packages():
+    lines = (HOUSE / "requirements.txt").read_text().split("\n")
+    names = {re.match(r"[\w-]+", line)[0] for line in lines if line}
+    assert names == RUN_TIME - {"PIL"} | {"pillow"}

@@ -1,0 +1,169 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clip import ClipConfig
+from model import Decoder, KVCache, ModelConfig, VideoAdapter, VideoLM, load_model, pool, save_model
+
+CFG = ModelConfig(vocab_size=40, dim=32, num_layers=2, ffn_dim=48, num_queries=16, qformer_layers=1)
+CLIP = ClipConfig(image_size=16, patch_size=8, width=16, num_layers=2, text_layers=1, vocab_size=40)
+P, G, T, S = 2, 3, 4, 6
+MASK = torch.tensor([[False, False, True, True, True, True], [True] * 6])  # prompts of 4 and of 6 tokens
+
+
+def build(kind=Decoder, cfg=CFG, *args):
+    torch.manual_seed(0)
+    return kind(cfg, *args)
+
+
+def embeddings(seed=1):
+    """A prompt (P, S, D), garbage in its padding, and completions (P, G, T, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randn(P, S, CFG.dim, generator=generator)
+    return prompt, torch.randn(P, G, T, CFG.dim, generator=generator)
+
+
+def unshared(decoder, prompt, mask, completions):
+    """The slow loop: every state from a sequence of its own, prompt and t first tokens; nothing is shared."""
+    rows, own = prompt.repeat_interleave(G, dim=0), completions.flatten(0, 1)  # (B, S, D), (B, T, D)
+    states = []
+    for t in range(T):
+        seen = torch.cat([mask.repeat_interleave(G, dim=0), torch.ones(P * G, t, dtype=torch.bool)], dim=1)
+        states.append(decoder(torch.cat([rows, own[:, :t]], dim=1), seen)[:, 0, 0])
+    return torch.stack(states, dim=1).unflatten(0, (P, G))
+
+
+def test_shared_prefix_gives_the_unshared_values_and_gradients():
+    decoder, (prompt, completions) = build(), embeddings()
+    weights = torch.randn(P, G, T, CFG.dim, generator=torch.Generator().manual_seed(2))
+    results = []
+    for run in (lambda *x: decoder(*x), lambda *x: unshared(decoder, *x)):
+        inputs = prompt.clone().requires_grad_(), completions.clone().requires_grad_()
+        states = run(inputs[0], MASK, inputs[1])
+        learn = [p for name, p in decoder.named_parameters() if name != "embed_tokens.weight"]
+        results.append([states, *torch.autograd.grad((states * weights).sum(), [*inputs, *learn])])
+    for shared, slow in zip(*results, strict=True):
+        assert slow.abs().max() > 1e-3  # something to compare
+        torch.testing.assert_close(shared, slow, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_changes_nothing_and_has_no_gradient():
+    decoder, (prompt, completions) = build(), embeddings()
+    prompt.requires_grad_()
+    states = decoder(prompt, MASK, completions)
+    alone = decoder(prompt[:1, 2:], MASK[:1, 2:], completions[:1])  # the first prompt without its padding
+    torch.testing.assert_close(states[:1], alone, atol=1e-5, rtol=0)
+    states.square().sum().backward()
+    assert prompt.grad.isfinite().all() and (prompt.grad[~MASK] == 0).all() and (prompt.grad[MASK] != 0).all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in decoder.parameters())
+
+
+def test_a_state_sees_only_earlier_tokens_of_its_own_completion():
+    decoder, (prompt, completions) = build(), embeddings()
+    before, t = decoder(prompt, MASK, completions), 1
+    completions[0, 1, t] += 1
+    changed = (decoder(prompt, MASK, completions) != before).any(dim=-1)  # (P, G, T)
+    wanted = torch.zeros(P, G, T, dtype=torch.bool)
+    wanted[0, 1, t + 1 :] = True  # state t predicts token t, so it has not seen it
+    assert torch.equal(changed, wanted)
+
+
+@torch.no_grad()
+def test_cached_steps_give_the_full_forward():
+    decoder, (prompt, _) = build(), embeddings()
+    tokens = torch.randint(0, 40, (P, G, T), generator=torch.Generator().manual_seed(3))
+    full, cache = decoder(prompt, MASK, decoder.embed_tokens(tokens)), KVCache(MASK, G, T)
+    states = [decoder(prompt, MASK, cache=cache).expand(P, G, 1, -1)[:, :, 0]]
+    states += [decoder.step(tokens[:, :, t], torch.tensor(t), cache) for t in range(T - 1)]
+    torch.testing.assert_close(torch.stack(states, dim=2), full, atol=1e-5, rtol=0)
+
+
+def test_grouped_queries_equal_repeated_keys():
+    grouped, full = build(), build(cfg=replace(CFG, num_kv_heads=CFG.num_heads))
+    weights = grouped.state_dict()
+    for name in weights:
+        if "k_proj" in name or "v_proj" in name:  # (kv * h, D) -> (heads * h, D): each key serves two queries
+            weights[name] = weights[name].unflatten(0, (2, 8)).repeat_interleave(2, dim=0).flatten(0, 1)
+    full.load_state_dict(weights)
+    prompt, completions = embeddings()
+    a, b = grouped(prompt, MASK, completions), full(prompt, MASK, completions)
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_decoder_is_transformers_llama_name_by_name():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=CFG.vocab_size, hidden_size=CFG.dim, num_hidden_layers=2, rms_norm_eps=CFG.norm_eps,
+        num_attention_heads=4, num_key_value_heads=2, intermediate_size=CFG.ffn_dim, tie_word_embeddings=True,
+    )  # fmt: skip
+    llama, decoder = transformers.LlamaForCausalLM(config).eval(), build()
+    llama.model.load_state_dict(decoder.state_dict())  # strict: the parameter names are one to one
+    ids = torch.randint(0, CFG.vocab_size, (P, S + T), generator=torch.Generator().manual_seed(4))
+    mask = torch.cat([MASK, torch.ones(P, T, dtype=torch.bool)], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad():
+        theirs = llama(ids, mask.long(), positions).logits[:, S - 1 : -1]
+        x = decoder.embed_tokens(ids)
+        ours = decoder(x[:, :S], MASK, x[:, None, S:])[:, 0] @ decoder.head.T
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_pooled_is_temporal_tokens_then_spatial_ones():
+    # features 0..11 as 2 frames x 3 patches x 2: means over patches (2,3) (8,9), then over time
+    wanted = torch.tensor([[[2.0, 3], [8, 9], [3, 4], [5, 6], [7, 8]]])
+    assert torch.equal(pool(torch.arange(12.0).view(1, 2, 3, 2)), wanted)
+    clip = ClipConfig(image_size=336, patch_size=14, width=8)
+    big = VideoAdapter(replace(CFG, adapter="pooled", num_frames=50, dim=8), clip)
+    tokens = big(torch.zeros(1, 50, 576, 8), torch.arange(50.0)[None])
+    assert tokens.shape[1] == big.num_tokens == 626
+
+
+@pytest.mark.parametrize("K", [1, 4, 7])
+@pytest.mark.parametrize("kind", ["qformer", "patches", "pooled"])
+def test_adapters_give_the_stated_number_of_tokens_for_any_number_of_frames(kind, K):
+    adapter = build(VideoAdapter, replace(CFG, adapter=kind, num_frames=K), CLIP)
+    patches = torch.randn(P, K, 4, CLIP.width, generator=torch.Generator().manual_seed(5))
+    times = torch.arange(K).expand(P, K) * 0.5
+    tokens = adapter(patches, times)
+    count = {"qformer": 16, "patches": K * 4, "pooled": K + 4}[kind]
+    assert tokens.shape == (P, count, CFG.dim) and adapter.num_tokens == count and tokens.isfinite().all()
+    assert (adapter(patches, times + 3) - tokens).abs().max() > 1e-3  # when a frame is shown matters ...
+    if K > 1:
+        assert (adapter(patches.flip(1), times) - tokens).abs().max() > 1e-3  # ... and so does their order
+
+
+def test_video_tokens_stand_by_position_whatever_the_ids():
+    model = build(VideoLM, CFG, CLIP)
+    ids = torch.randint(4, 40, (P, 8), generator=torch.Generator().manual_seed(6))
+    mask = torch.arange(8) >= torch.tensor([[2], [0]])
+    ids[:, -1] = 3  # the placeholder's id inside the question stays a word
+    video = torch.randn(P, 3, CFG.dim)
+    x = model.embed_prompt(ids, mask, video)
+    assert torch.equal(x[0, 3:6], video[0]) and torch.equal(x[1, 1:4], video[1])
+    words = model.decoder.embed_tokens(ids)
+    assert torch.equal(x[0, [2, 6, 7]], words[0, [2, 6, 7]]) and torch.equal(x[1, 4:], words[1, 4:])
+
+
+def test_a_saved_model_comes_back(tmp_path):
+    model = build(VideoLM, CFG, CLIP)
+    save_model(model, tmp_path, torch.float32)
+    loaded = load_model(tmp_path)
+    assert (loaded.cfg, loaded.clip_cfg) == (CFG, CLIP)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_a_folder_that_does_not_fit_is_refused_in_one_line(tmp_path):
+    save_model(build(VideoLM, CFG, CLIP), tmp_path)
+    sizes = json.loads((tmp_path / "config.json").read_text())
+    sizes["model"]["ffn_dim"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    with pytest.raises(ValueError, match=r"^\S*model.safetensors: decoder.layers.0.mlp.*does not fit.*$"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors here")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="^.*pytorch_model.bin is a pickle, which can run code.*$"):
+        load_model(tmp_path)

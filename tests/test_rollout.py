@@ -1,0 +1,129 @@
+import pytest
+import torch
+
+from clip import ClipConfig
+from data import Prompts
+from grpo_rank import IMPOSSIBLE, completion_logprobs
+from model import ModelConfig, VideoLM
+from rollout import completion_states, draw, generate
+
+V, P, G, T, PAD = 40, 3, 4, 6, 0
+CFG = ModelConfig(vocab_size=V, dim=32, num_layers=2, ffn_dim=48, num_queries=8, qformer_layers=1)
+CLIP = ClipConfig(image_size=16, patch_size=8, width=16, num_layers=1, text_layers=1, vocab_size=V)
+BANNED = torch.arange(V) < 8
+END = torch.tensor([9, 10, 11])
+SAMPLINGS = [(1.0, 1.0), (0.7, 0.9), (1.5, 0.5), (0.3, 1.0)]  # temperature, top_p
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return VideoLM(CFG, CLIP).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.arange(14) >= torch.tensor([[3], [0], [1]])
+    ids = torch.randint(0, V, (P, 14), generator=generator)
+    return Prompts(ids, mask, torch.randn(P, 8, CFG.dim, generator=generator))
+
+
+def sample(model, prompts, seed=2, rows=slice(None), **options):
+    uniforms = torch.rand(P, G, T, generator=torch.Generator().manual_seed(seed))[rows]
+    options = {"end_ids": END, "banned": BANNED, "uniforms": uniforms} | options
+    return generate(model, prompts[rows], G, T, pad_id=PAD, **options)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), SAMPLINGS)
+def test_sampling_and_training_give_one_logprob(model, prompts, temperature, top_p):
+    rollout = sample(model, prompts, temperature=temperature, top_p=top_p)
+    states = completion_states(model, prompts, rollout)
+    logprobs, _, _ = completion_logprobs(
+        states, model.decoder.head, rollout.completion_ids, rollout.completion_mask,
+        temperature=temperature, banned=BANNED, support=rollout.support,
+    )  # fmt: skip
+    torch.testing.assert_close(logprobs, rollout.logprobs, atol=1e-4, rtol=0)
+    assert rollout.logprobs[rollout.completion_mask].min() > -20 and rollout.logprobs.min() < -0.5
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), SAMPLINGS)
+def test_banned_ids_are_never_sampled(model, prompts, temperature, top_p):
+    likely = torch.ones(V, dtype=torch.bool)
+    likely[[12, 20]] = False  # all but two ids banned: whatever is drawn, it is one of these
+    for banned in (BANNED, likely):
+        rollout = sample(model, prompts, banned=banned, temperature=temperature, top_p=top_p)
+        assert not banned[rollout.completion_ids[rollout.completion_mask]].any()
+    ids, mask = torch.tensor([[3]]), torch.tensor([[True]])
+    logprob, _, _ = completion_logprobs(torch.ones(1, 1, 32), model.decoder.head, ids, mask, banned=BANNED)
+    assert logprob.exp() == 0
+
+
+def test_any_end_id_ends_and_is_the_last_that_counts(model, prompts):
+    ends = set()
+    for seed in range(12):
+        rollout = sample(model, prompts, seed, temperature=1.5)
+        rows = rollout.completion_ids, rollout.completion_mask, rollout.logprobs, rollout.ended
+        for ids, mask, logprobs, ended in zip(*rows, strict=True):
+            at = torch.isin(ids, END).nonzero().flatten()
+            length = at[0] + 1 if len(at) else len(ids)
+            assert ended == bool(len(at)) and mask.tolist() == [t < length for t in range(len(ids))]
+            assert (logprobs[:length] < 0).all() and (logprobs[length:] == 0).all()
+            assert (ids[length:] == PAD).all()
+            ends |= set(ids[at].tolist())
+    assert ends == set(END.tolist())
+
+
+def test_it_stops_when_all_have_ended(model, prompts):
+    calls = []
+
+    def step(*args):
+        calls.append(args)
+        return model.decoder.step(*args)
+
+    assert sample(model, prompts, end_ids=torch.arange(V), step=step).completion_ids.shape == (P * G, 1)
+    assert not calls
+    rollout = sample(model, prompts, end_ids=torch.tensor([], dtype=torch.int64), step=step)
+    assert len(calls) == T - 1 and not rollout.ended.any() and rollout.completion_mask.all()
+
+
+def test_a_row_depends_on_its_own_uniforms_alone(model, prompts):
+    whole, again = sample(model, prompts, top_p=0.9), sample(model, prompts, top_p=0.9)
+    assert torch.equal(whole.completion_ids, again.completion_ids)
+    assert not torch.equal(whole.completion_ids, sample(model, prompts, seed=3, top_p=0.9).completion_ids)
+    for rows in (slice(0, 1), slice(1, 3)):  # the same prompts in two calls
+        part = sample(model, prompts, rows=rows, top_p=0.9)
+        used = part.completion_ids.shape[1]
+        mine = whole[slice(rows.start * G, rows.stop * G)]
+        assert torch.equal(part.completion_ids, mine.completion_ids[:, :used])
+        assert not mine.completion_mask[:, used:].any()
+        torch.testing.assert_close(part.logprobs, mine.logprobs[:, :used], atol=1e-4, rtol=0)
+
+
+def test_greedy_is_the_argmax_of_a_pass_without_cache(model, prompts):
+    rollout = generate(model, prompts, 1, T, end_ids=torch.tensor([V]), pad_id=PAD, banned=BANNED)
+    mask = prompts.prompt_mask
+    x = model.embed_prompt(prompts.prompt_ids, mask, prompts.video_embeds)
+    for t in range(T):
+        logits = model.decoder(x, mask)[:, 0, 0] @ model.decoder.head.T
+        token = logits.masked_fill(BANNED, -torch.inf).argmax(dim=-1)
+        assert torch.equal(rollout.completion_ids[:, t], token)
+        x = torch.cat([x, model.decoder.embed_tokens(token)[:, None]], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+
+
+def test_draw_follows_the_distribution():
+    probs = torch.tensor([0.0, 0.5, 0.02, 0.0, 0.3, 0.18, 0.0])
+    logprobs = probs.log().clamp(min=IMPOSSIBLE).expand(20_000, -1)
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(4))
+    counts, wanted = draw(logprobs, uniforms).bincount(minlength=7), probs * 20_000
+    assert (counts[probs == 0] == 0).all()
+    chi_square = ((counts - wanted).square() / wanted)[probs > 0].sum()
+    assert chi_square < 16.3  # 3 degrees of freedom: exceeded once in a thousand seeds
+
+
+def test_draw_at_the_ends_of_the_unit_interval_is_possible():
+    logprobs = torch.tensor([0.0, 0.7, 0.3, 0.0]).log().clamp(min=IMPOSSIBLE).expand(3, -1)
+    edges = torch.tensor([0.0, 1 - 2**-24, 1.0])  # 1.0: what rounding could make of a number below it
+    assert draw(logprobs, edges).tolist() == [1, 2, 2]
+    assert draw(logprobs, torch.tensor([0.69, 0.71, 0.99])).tolist() == [1, 2, 2]

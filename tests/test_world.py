@@ -1,0 +1,150 @@
+import random
+import re
+from collections import Counter, defaultdict
+
+import av
+import numpy as np
+import pytest
+
+import world
+from data import FIRST_BYTE, Tokenizer
+from world import COLORS, DURATION, FPS, NUMBERS, draw_frame, make_questions, make_scene
+
+SCENES = [make_scene(seed) for seed in range(5000, 5600)]
+QUESTIONS = [make_questions(scene, f"clip{scene.seed}.mp4") for scene in SCENES]
+
+
+def watch(scene):
+    """From the pixels alone: colour -> [(time, centre x, centre y, area)] of the frames that show it."""
+    tracks = defaultdict(list)
+    for i in range(round(FPS * DURATION)):
+        frame = draw_frame(scene, i / FPS).astype(int)
+        for color, rgb in COLORS.items():
+            y, x = np.nonzero(abs(frame - rgb).sum(axis=-1) < 120)
+            if len(x):
+                tracks[color].append((i / FPS, (x.min() + x.max()) / 2, (y.min() + y.max()) / 2, len(x)))
+    return dict(sorted(tracks.items(), key=lambda item: item[1][0][0]))  # by appearance
+
+
+def action(track):
+    (_, x, y, area), (_, u, v, grown) = track[0], track[-1]
+    if max(abs(u - x), abs(v - y)) > 8:
+        return side(u - x, v - y, "left", "right", "up", "down")
+    return "grows" if grown > 2 * area else "still"
+
+
+def side(dx, dy, left, right, up, down):
+    return (left if dx < 0 else right) if abs(dx) > abs(dy) else (up if dy < 0 else down)
+
+
+def answer(row, scene, tracks):
+    """The row's answer by what was watched; only shapes come from the scene."""
+    words = re.findall(r"\w+", row["question"])
+    asked = [word for word in words if word in COLORS]
+    track, order = tracks.get(asked[0]) if asked else None, list(tracks)
+    match row["category"]:
+        case "Object Recognition":
+            return {o.color: o.shape for o in scene.things}[asked[0]]
+        case "Attribute Perception":
+            return {o.shape: o.color for o in scene.things}[words[-1]]
+        case "Counting Problem":
+            return NUMBERS[len(tracks)]
+        case "Spatial Perception":
+            return f"{'top' if track[0][2] < 24 else 'bottom'} {'left' if track[0][1] < 24 else 'right'}"
+        case "Action Recognition":
+            return action(track)
+        case "Action Reasoning":  # "... that moves left", "... that stays still", "... that grows"
+            (color,) = (c for c in tracks if action(tracks[c]) == words[-1])
+            return color
+        case "Temporal Perception":
+            return order[-1 if "last" in words else 0]
+        case "Temporal Reasoning":
+            return order[order.index(asked[0]) + (1 if "after" in words else -1)]
+        case "Spatial Reasoning":
+            other = {t: (x, y) for t, x, y, _ in tracks[asked[1]]}
+            both = [(x - other[t][0], y - other[t][1]) for t, x, y, _ in track if t in other]
+            (relation,) = {side(dx, dy, "left", "right", "above", "below") for dx, dy in both}
+            return relation
+        case "Temporal Grounding":
+            return f"from {track[0][0]:.1f} to {track[-1][0] + 1 / FPS:.1f} seconds"
+
+
+def test_the_same_seed_gives_the_same_scene_and_questions():
+    assert make_scene(7) == make_scene(7) != make_scene(8)
+    assert make_questions(make_scene(7), "a.mp4") == make_questions(make_scene(7), "a.mp4")
+    assert (draw_frame(make_scene(7), 1.0) == draw_frame(make_scene(7), 1.0)).all()
+
+
+def test_every_answer_is_what_the_pixels_show():
+    checked = Counter()
+    for scene, rows in zip(SCENES[:60], QUESTIONS, strict=False):
+        tracks = watch(scene)
+        for row in rows:
+            assert row["answer"] == answer(row, scene, tracks), (scene, row)
+            if row["category"] == "Temporal Grounding":
+                assert row["answer"] == f"from {row['span'][0]} to {row['span'][1]} seconds"
+            checked[row["category"]] += 1
+    assert set(checked) == set(world.CATEGORIES) and min(checked.values()) >= 10
+
+
+def test_at_least_eight_tasks_of_video_mme_and_spans_are_asked():
+    tasks = {
+        "Temporal Perception", "Spatial Perception", "Attribute Perception", "Action Recognition",
+        "Object Recognition", "OCR Problems", "Counting Problem", "Temporal Reasoning",
+        "Spatial Reasoning", "Action Reasoning", "Object Reasoning", "Information Synopsis",
+    }  # fmt: skip
+    asked = {row["category"] for rows in QUESTIONS for row in rows}
+    assert len(asked & tasks) >= 8 and asked - tasks == {"Temporal Grounding"}
+    ids = [row["id"] for rows in QUESTIONS for row in rows]
+    assert len(set(ids)) == len(ids)
+
+
+def test_a_written_clip_is_h264_and_shows_the_scene(tmp_path):
+    for scene in SCENES[:3]:
+        path = tmp_path / f"{scene.seed}.mp4"
+        world.write_clip(scene, path)
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.width, stream.height) == ("h264", 48, 48)
+            assert float(stream.duration * stream.time_base) == pytest.approx(DURATION)
+            frames = {
+                float(f.time): f.to_ndarray(format="rgb24").astype(int) for f in container.decode(stream)
+            }
+        assert len(frames) == FPS * DURATION
+        for thing in scene.things:
+            for t, frame in frames.items():
+                x, y, _ = thing.at(t)
+                if thing.start <= t < thing.end:
+                    assert abs(frame[round(y), round(x)] - COLORS[thing.color]).max() < 60, (thing, t)
+
+
+def test_corpus_faults_are_the_stated_ones():
+    rng, seen = random.Random(0), defaultdict(Counter)
+    for row in [row for rows in QUESTIONS for row in rows] * 4:
+        category, given = row["category"], world.corpus_answer(row, rng)
+        usual = world.USUAL_ANSWER.get(category)
+        loose = dict.fromkeys(world.LOOSE_ANSWERS[category], "loose")
+        kinds = {row["answer"]: "right", usual: "usual"} | loose
+        assert world.corpus_answer(row, rng, faults=False) == row["answer"]
+        seen[category]["all"] += 1
+        seen[category]["says usual"] += given == usual
+        if row["answer"] != usual:
+            seen[category]["other"] += 1
+            seen[category][kinds[given]] += 1
+    for category, count in seen.items():
+        usual = category.startswith(("Temporal", "Action"))
+        shares = (0.5, 0.1, 0.4) if usual else (0, 0.35, 0.65)
+        for kind, share in zip(("usual", "loose", "right"), shares, strict=True):
+            assert count[kind] / count["other"] == pytest.approx(share, abs=0.03), (category, kind)
+        assert not usual or count["says usual"] / count["all"] >= 0.5, category
+
+
+def test_the_vocabulary_has_every_word():
+    tokenizer = Tokenizer(world.vocabulary())
+    texts = [row[key] for rows in QUESTIONS for row in rows for key in ("question", "answer")]
+    texts += [text for s in SCENES for text in (world.describe(s), world.frame_caption(s, 1.6))]
+    texts += [text for loose in world.LOOSE_ANSWERS.values() for text in loose] + ["answer:"]
+    for text in {*texts, *world.USUAL_ANSWER.values()}:
+        spelled = [i for i in tokenizer.encode(text) if i < FIRST_BYTE + 256]
+        assert tokenizer.decode(spelled) in ("", "?", ":"), text  # one byte each, and no word is spelled out
+    assert tokenizer.vocab_size <= 512

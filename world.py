@@ -1,0 +1,312 @@
+"""The embedded video world: short clips of coloured shapes that appear, move, grow and vanish.
+
+A `Scene` knows everything about its clip, so every question has an exact answer. `write_clip` draws it and encodes a
+real H.264 mp4 file; nothing downstream knows that the pixels were drawn. Questions carry Video-MME's task names plus
+"Temporal Grounding" (time spans). The fine-tuning corpus (`corpus_answer`) has faults on purpose, of the kind that
+web captions have; evaluation and the oracle never see those.
+
+    python world.py --out DIR --num_clips 4 --seed 0      # look at a few clips and their questions
+"""
+
+import json
+import math
+import os
+import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+
+import av
+import numpy as np
+
+SIZE = 48  # pixels, width and height
+FPS = 6
+DURATION = 4.0  # seconds
+STEP = 0.5  # seconds: everything begins and ends on this grid, one sampled frame per cell at K = 8
+COLORS = {
+    "red": (225, 45, 40),
+    "green": (45, 185, 60),
+    "blue": (50, 90, 235),
+    "yellow": (235, 215, 50),
+    "purple": (185, 60, 210),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+RADII = {"small": 5.0, "large": 7.5}  # pixels
+MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+ACTIONS = (*MOVES, "still", "grows")
+NUMBERS = ("zero", "one", "two", "three")
+OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+
+# The categories whose corpus answers are mostly the category's usual answer, whatever the video shows.
+USUAL_ANSWER = {
+    "Action Recognition": "still",
+    "Action Reasoning": "blue",
+    "Temporal Perception": "red",
+    "Temporal Reasoning": "red",
+    "Temporal Grounding": "from 0.0 to 4.0 seconds",
+}
+# Loose wordings: true of almost everything, so they answer nothing.
+LOOSE_ANSWERS = {
+    "Object Recognition": ("some shape", "an object"),
+    "Attribute Perception": ("some color", "a bright color"),
+    "Counting Problem": ("some", "a few"),
+    "Spatial Perception": ("in the video", "somewhere"),
+    "Spatial Reasoning": ("near it", "somewhere"),
+    "Action Recognition": ("something", "it is there"),
+    "Action Reasoning": ("one of them", "some color"),
+    "Temporal Perception": ("one of them", "some color"),
+    "Temporal Reasoning": ("one of them", "some color"),
+    "Temporal Grounding": ("for a while", "some time"),
+}
+CATEGORIES = tuple(LOOSE_ANSWERS)
+USUAL_SHARE = 0.5  # share of corpus answers replaced by the usual one in the categories of USUAL_ANSWER
+LOOSE_SHARE = 0.1  # share of loose answers in those categories, and ...
+LOOSE_SHARE_OTHERS = 0.35  # ... in the others
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: visible in [start, end) seconds; (x, y) pixels is its centre when it appears."""
+
+    color: str
+    shape: str
+    size: str
+    action: str
+    start: float
+    end: float
+    x: float
+    y: float
+    distance: float  # pixels that a moving object covers while visible
+
+    def at(self, t):
+        """Centre (x, y) and radius in pixels at time t seconds (start <= t < end)."""
+        progress = (t - self.start) / (self.end - self.start)
+        dx, dy = MOVES.get(self.action, (0, 0))
+        radius = RADII[self.size] * (0.55 + 0.75 * progress if self.action == "grows" else 1.0)
+        return self.x + dx * self.distance * progress, self.y + dy * self.distance * progress, radius
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple[Thing, ...]  # in order of appearance, start times distinct, colours and shapes distinct
+    background: int  # grey level
+    seed: int  # of the pixel noise
+
+
+# ---------------------------------------------------------------------------------------------------- making scenes
+
+
+def _free_of_overlap(things, new):
+    """True if `new` stays clear of every other thing at all times that both are visible."""
+    for other in things:
+        for t in np.arange(max(new.start, other.start), min(new.end, other.end), 0.25):
+            (x, y, r), (u, v, s) = new.at(t), other.at(t)
+            if math.hypot(x - u, y - v) < r + s + 1:
+                return False
+    return True
+
+
+def _place(rng, color, shape, action, start, end):
+    size = rng.choice(("small", "large"))
+    distance = rng.uniform(16, 24) if action in MOVES else 0.0
+    radius = RADII[size] * (1.3 if action == "grows" else 1.0)
+    dx, dy = MOVES.get(action, (0, 0))
+    low_x, high_x = radius + max(0, -dx * distance), SIZE - radius - max(0, dx * distance)
+    low_y, high_y = radius + max(0, -dy * distance), SIZE - radius - max(0, dy * distance)
+    x, y = rng.uniform(low_x, high_x), rng.uniform(low_y, high_y)
+    return Thing(color, shape, size, action, start, end, x, y, distance)
+
+
+def make_scene(seed):
+    """A random scene of 1 to 3 things. The same seed gives the same scene."""
+    rng = random.Random(seed)
+    while True:  # until everything finds a place
+        count = rng.choices((1, 2, 3), (1, 3, 3))[0]
+        colors, shapes = rng.sample(list(COLORS), count), rng.sample(SHAPES, count)
+        starts = sorted(rng.sample([i * STEP for i in range(5)], count))  # 0.0 .. 2.0
+        things = []
+        for color, shape, start in zip(colors, shapes, starts, strict=True):
+            end = rng.choice([i * STEP for i in range(9) if i * STEP >= start + 1.5])
+            action = rng.choice(ACTIONS)
+            for _ in range(20):
+                thing = _place(rng, color, shape, action, start, end)
+                if _free_of_overlap(things, thing):
+                    things.append(thing)
+                    break
+        if len(things) == count:
+            return Scene(tuple(things), rng.randint(20, 70), seed)
+
+
+# ------------------------------------------------------------------------------------------------- drawing, writing
+
+
+def _coverage(shape, dx, dy, r):
+    """Opacity 0..1 of a shape of radius r at pixel offsets (dx, dy): the edge is one pixel soft."""
+    if shape == "circle":
+        inside = r - np.hypot(dx, dy)
+    elif shape == "square":
+        inside = 0.85 * r - np.maximum(abs(dx), abs(dy))
+    elif shape == "triangle":
+        inside = np.minimum((r + dy) * 0.45 - abs(dx), 0.8 * r - dy)
+    else:  # cross
+        arms = np.minimum(abs(dx), abs(dy))
+        inside = np.minimum(0.3 * r - arms, r - np.maximum(abs(dx), abs(dy)))
+    return np.clip(inside + 0.5, 0, 1)
+
+
+def draw_frame(scene, t):
+    """uint8 (SIZE, SIZE, 3) picture of the scene at time t seconds."""
+    noise = np.random.default_rng((scene.seed, round(t * 1000))).integers(-2, 3, (SIZE, SIZE, 1))
+    frame = np.broadcast_to(scene.background + noise, (SIZE, SIZE, 3)).astype(np.float32)
+    rows, columns = np.ogrid[0:SIZE, 0:SIZE]
+    for thing in scene.things:
+        if thing.start <= t < thing.end:
+            x, y, r = thing.at(t)
+            alpha = _coverage(thing.shape, columns - x, rows - y, r)[..., None]
+            frame = frame * (1 - alpha) + np.float32(COLORS[thing.color]) * alpha
+    return frame.clip(0, 255).astype(np.uint8)
+
+
+def write_clip(scene, path):
+    """Encodes the scene as an H.264 mp4 file (yuv420p, DURATION seconds at FPS), atomically."""
+    temporary = f"{path}.tmp"
+    options = {"preset": "veryfast", "crf": "20", "threads": "1", "x264-params": "log-level=none:keyint=8"}
+    with av.open(temporary, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream.width = stream.height = SIZE
+        stream.pix_fmt = "yuv420p"
+        for i in range(round(DURATION * FPS)):
+            frame = av.VideoFrame.from_ndarray(draw_frame(scene, i / FPS), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, FPS)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------- captions and questions
+
+
+def _zone(x, y):
+    vertical = "top" if y < SIZE / 3 else "bottom" if y >= SIZE * 2 / 3 else ""
+    horizontal = "left" if x < SIZE / 3 else "right" if x >= SIZE * 2 / 3 else ""
+    return f"{vertical} {horizontal}".strip() or "center"
+
+
+def frame_caption(scene, t):
+    """What one frame shows, colour, shape, size and place bound together, left to right (for CLIP)."""
+    shown = [(thing.at(t), thing) for thing in scene.things if thing.start <= t < thing.end]
+    parts = [f"{o.size} {o.color} {o.shape} {_zone(x, y)}" for (x, y, _), o in sorted(shown, key=lambda s: s[0][0])]
+    return " and ".join(parts) or "nothing"
+
+
+def describe(scene):
+    """The whole clip in a few sentences (long answers of the fine-tuning corpus; without faults)."""
+    verbs = {m: f"moves {m}" for m in MOVES} | {"still": "stays still", "grows": "grows"}
+    return " . ".join(
+        f"{o.color} {o.shape} {_quadrant(o)} {verbs[o.action]} from {o.start} to {o.end}" for o in scene.things
+    )
+
+
+def _quadrant(thing):
+    return f"{'top' if thing.y < SIZE / 2 else 'bottom'} {'left' if thing.x < SIZE / 2 else 'right'}"
+
+
+def _relation(a, b):
+    """Where a is, seen from b, if that is plain and the same whenever both are visible; else None."""
+    answers = set()
+    for t in np.arange(max(a.start, b.start) + STEP / 2, min(a.end, b.end), STEP):
+        (x, y, _), (u, v, _) = a.at(t), b.at(t)
+        if max(abs(x - u), abs(y - v)) < 1.5 * min(abs(x - u), abs(y - v)):
+            return None
+        if abs(x - u) > abs(y - v):
+            answers.add("left" if x < u else "right")
+        else:
+            answers.add("above" if y < v else "below")
+    return answers.pop() if len(answers) == 1 else None
+
+
+def make_questions(scene, clip_name):
+    """All questions of a scene, at most two a category: a list of JSON-ready dicts (design: data.py's rows)."""
+    rng, things, rows = random.Random(scene.seed + 1), scene.things, []
+
+    def ask(category, question, answer, **extra):
+        rows.append({"video": clip_name, "question": question, "answer": answer, "category": category, **extra})
+
+    for o in rng.sample(things, min(2, len(things))):
+        ask("Object Recognition", f"what shape is the {o.color} object?", o.shape)
+        ask("Attribute Perception", f"what color is the {o.shape}?", o.color)
+        ask("Action Recognition", f"what does the {o.color} object do?", o.action)
+        span = f"from {o.start} to {o.end} seconds"
+        ask("Temporal Grounding", f"when is the {o.color} object visible?", span, span=[o.start, o.end])
+        if abs(o.x - SIZE / 2) > 3 and abs(o.y - SIZE / 2) > 3:
+            ask("Spatial Perception", f"where does the {o.color} object appear?", _quadrant(o))
+        if sum(p.action == o.action for p in things) == 1 and len(things) > 1:
+            verb = {"still": "stays still", "grows": "grows"}.get(o.action, f"moves {o.action}")
+            ask("Action Reasoning", f"what color is the object that {verb}?", o.color)
+    ask("Counting Problem", "how many objects appear?", NUMBERS[len(things)])
+    if len(things) > 1:
+        which = rng.choice((0, -1))
+        ask("Temporal Perception", f"what color appears {'last' if which else 'first'}?", things[which].color)
+        i = rng.randrange(len(things) - 1)
+        first, then = things[i], things[i + 1]
+        if rng.random() < 0.5:
+            ask("Temporal Reasoning", f"what color appears after {first.color}?", then.color)
+        else:
+            ask("Temporal Reasoning", f"what color appears before {then.color}?", first.color)
+        a, b = rng.sample(things, 2)
+        if relation := _relation(a, b):
+            ask("Spatial Reasoning", f"where is the {a.color} object from the {b.color} one?", relation)
+    for i, row in enumerate(rows):
+        row["id"] = f"{clip_name.removesuffix('.mp4')}-{i}"
+    return rows
+
+
+def corpus_answer(row, rng, faults=True):
+    """The fine-tuning corpus' answer to a question: right, usual, or loose (shares above)."""
+    category = row["category"]
+    usual = USUAL_SHARE if category in USUAL_ANSWER else 0.0
+    loose = LOOSE_SHARE if category in USUAL_ANSWER else LOOSE_SHARE_OTHERS
+    draw = rng.random()
+    if not faults or draw >= usual + loose:
+        return row["answer"]
+    return USUAL_ANSWER[category] if draw < usual else rng.choice(LOOSE_ANSWERS[category])
+
+
+def vocabulary():
+    """Every word that the world can say, sorted: the words of the default tokenizer."""
+    scenes = [make_scene(seed) for seed in range(400)]
+    texts = [describe(s) + " " + frame_caption(s, 1.0) for s in scenes]
+    for scene in scenes:
+        texts += [row["question"] + " " + row["answer"] for row in make_questions(scene, "")]
+    texts += [text for loose in LOOSE_ANSWERS.values() for text in loose] + [*USUAL_ANSWER.values(), *NUMBERS]
+    texts += [str(i * STEP) for i in range(9)] + ["center nothing answer : ? ."]
+    return sorted({word for text in texts for word in text.replace("?", " ?").split()})
+
+
+# ---------------------------------------------------------------------------------------------------------- the files
+
+
+def _make_one(folder, seed):
+    scene, name = make_scene(seed), f"clip{seed:07d}.mp4"
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        write_clip(scene, path)
+    return make_questions(scene, name)
+
+
+def make_world(folder, seeds, workers=None):
+    """Writes the clips of these scene seeds into `folder` and their questions into `folder/questions.jsonl`.
+
+    Returns the path of the JSONL file. Clips that are there already are kept: a scene's seed is its file name.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        rows = pool.map(partial(_make_one, folder), seeds, chunksize=32)
+        path = os.path.join(folder, "questions.jsonl")
+        with open(f"{path}.tmp", "w") as file:
+            for row in (row for clip in rows for row in clip):
+                file.write(json.dumps(row) + "\n")
+    os.replace(f"{path}.tmp", path)
+    return path
