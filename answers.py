@@ -168,10 +168,8 @@ def iou(a: Interval, b: Interval) -> float:
     clipped: the excess widens the union and lowers the IoU.
     """
     intersection = min(a[1], b[1]) - max(a[0], b[0])
-    union = max(a[1], b[1]) - min(a[0], b[0])  # of two spans that overlap
-    usable = (
-        all(map(math.isfinite, (*a, *b, union))) and intersection > 0
-    )  # <= 0 if either is empty or reversed
+    union = max(a[1], b[1]) - min(a[0], b[0])  # of two that overlap; empty or reversed ones never do
+    usable = intersection > 0 and all(map(math.isfinite, (*a, *b, union)))
     return intersection / union if usable else 0.0
 
 

@@ -21,7 +21,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 class ClipConfig:
     image_size: int = 48  # pixels, square
     patch_size: int = 8  # pixels, square: N = (image_size / patch_size) ** 2
-    width: int = 128
+    width: int = 96
     num_layers: int = 4
     num_heads: int = 4
     text_width: int = 96
@@ -139,12 +139,14 @@ class Clip(nn.Module):
         return self.vision_model.hidden(pixel_values, layer)[:, 1:]
 
     def similarity(self, pixel_values: Tensor, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """(F_, F_) scaled cosine similarities, row = image, column = caption."""
+        """(F_, C) scaled cosine similarities, row = image, column = caption."""
         scale = self.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in the paper
         return scale * self.vision_model(pixel_values) @ self.text_model(input_ids, lengths).T
 
 
 def contrastive_loss(similarity: Tensor, same: Tensor) -> Tensor:
-    """Symmetric InfoNCE. `same` (F_, F_) bool marks pairs whose captions are equal: they share the target."""
-    target = same.float() / same.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
+    """Symmetric InfoNCE. similarity (F_, C) of F_ images to C >= F_ captions, the first F_ of them theirs, the rest
+    hard negatives. `same` (F_, C) bool marks the captions that are right for an image: they share its target."""
+    own, own_same = similarity[:, : len(similarity)], same[:, : len(same)]  # negatives have no image to find
+    target, own_target = (s.float() / s.sum(dim=1, keepdim=True) for s in (same, own_same.T))
+    return (F.cross_entropy(similarity, target) + F.cross_entropy(own.T, own_target)) / 2

@@ -436,7 +436,9 @@ class PromptSet:
         embeds = []
         for start in tqdm(range(0, len(videos), chunk), "videos", leave=False):
             paths = videos[start : start + chunk]
-            embeds.append(model.embed_video(*load_clips(paths, model.cfg.num_frames, model.clip_cfg.image_size)))
+            embeds.append(
+                model.embed_video(*load_clips(paths, model.cfg.num_frames, model.clip_cfg.image_size))
+            )
         self.video_embeds = torch.cat(embeds)
         place = {video: i for i, video in enumerate(videos)}
         self.video_of = torch.tensor([place[question.video] for question in questions])
@@ -462,6 +464,16 @@ class PromptSet:
 # ---- what a script is told, and tells ----
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are DataErrors: one line instead of the whole usage."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise DataError(f"{message}; {self.prog} --help lists the options")
+
+
 def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lambda given: {}):
     """The script's dataclass from `--name value` options, one a field; a bool field takes no value or true|false.
 
@@ -470,19 +482,16 @@ def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lamb
     another type end the script: one line on stderr, status 2.
     """
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):  # argparse prints its whole usage here
-            raise DataError(f"{message}; {self.prog} --help lists the options")
-
     def boolean(text):
         return {"true": True, "false": False}[text.lower()]
 
-    parser = Parser(allow_abbrev=False, description=sys.modules[config_class.__module__].__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = ArgumentParser(description=sys.modules[config_class.__module__].__doc__)
     for field in fields(config_class):
         flag = {"nargs": "?", "const": True} if field.type is bool else {}
         kind = boolean if field.type is bool else field.type
-        parser.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=f"({field.default})", **flag)
+        parser.add_argument(
+            f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=f"({field.default})", **flag
+        )
     given = vars(parser.parse_args())
     preset = (presets or {}).get(given.get("preset"), {})
     return config_class(**{**preset, **stored(given), **given})
@@ -494,7 +503,13 @@ def run_script(main) -> None:
         status = main()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
+    except OSError as error:  # a full disk, no permission: the operating system names the file and the cause
+        print(
+            f"error: {error}; nothing half-written is left; make room or choose another folder",
+            file=sys.stderr,
+        )
+        status = 2
     sys.exit(status or 0)
 
 
@@ -525,18 +540,14 @@ def check(jsonl_path: str, videos_dir: str) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Check video question data.", allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    checker = commands.add_parser("check", allow_abbrev=False, help="decode every video once and report each")
+    checker = commands.add_parser("check", help="decode every video once and report each")
     checker.add_argument("file", help="questions, one JSON object a line")
     checker.add_argument("--videos", required=True, help="the folder that video paths are relative to")
     args = parser.parse_args()
-    try:
-        return 0 if check(args.file, args.videos) else 2
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return 0 if check(args.file, args.videos) else 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

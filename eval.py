@@ -1,23 +1,24 @@
 """Tables of a model's answers: greedy and sampled accuracy by category, mean IoU of time spans, 95 % intervals.
 
     python eval.py run RUN [--data FILE.jsonl --videos DIR]      # a run's tables again, or on other data
+    python eval.py compare RUN RUN ...                            # finished runs side by side
     python eval.py score --data FILE.jsonl --predictions PRED.jsonl [--json OUT]   # lines {"id", "prediction"}
 
 One parser (answers.py) reads every answer, here, in the oracle and in training. Intervals are bootstrapped over
 videos, not questions: questions of one clip are right or wrong together.
 """
 
-import argparse
 import json
 import os
-import sys
 from collections import defaultdict
+from types import SimpleNamespace
 
 import torch
 
 import lora
+import world
 from answers import bootstrap_ci, grade, is_correct
-from data import PAD_ID, DataError, PromptSet, Tokenizer, load_questions, run_script, write_json
+from data import EOS_ID, ArgumentParser, DataError, PromptSet, Tokenizer, load_questions, run_script, write_json
 from model import load_model
 from rollout import generate
 
@@ -57,7 +58,7 @@ def answer_all(model, prompts: PromptSet, *, end_ids, banned, max_new_tokens, sa
         uniforms = torch.rand(len(rows), G, max_new_tokens, generator=generator) if samples else None
         device = chosen.prompt_ids.device
         out = generate(
-            model, chosen, G, max_new_tokens, end_ids=end_ids, pad_id=PAD_ID, banned=banned,
+            model, chosen, G, max_new_tokens, end_ids=end_ids, banned=banned,
             uniforms=None if uniforms is None else uniforms.to(device), **sampling,
         )  # fmt: skip
         decoded = prompts.texts(out)
@@ -131,14 +132,114 @@ def score(data: str, predictions: str) -> dict:
     return result | {"missing": len(questions) - len(said)}
 
 
+def load_policy(folder: str, device="cpu"):
+    """(model, tokenizer) of a folder that pretrain.py made; anything amiss is a DataError."""
+    try:
+        return load_model(folder, device), Tokenizer.load(os.path.join(folder, "tokenizer.json"))
+    except (ValueError, OSError) as error:
+        raise DataError(str(error)) from error
+
+
 def load_run(folder: str):
-    """(model with the run's adapter, tokenizer, config) of a run folder."""
+    """(policy with the run's adapter, tokenizer, config) of a run folder."""
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
         raise DataError(f"{path}: no such file; name a folder that train.py made")
     with open(path) as file:
         config = json.load(file)
-    model = load_model(config["policy"])
+    model, tokenizer = load_policy(config["policy"])
     lora.add_adapters(model.decoder, config["lora_r"], config["lora_alpha"])
-    lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
-    return model, Tokenizer.load(os.path.join(config["policy"], "tokenizer.json")), config
+    try:
+        lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
+    except (ValueError, OSError) as error:
+        raise DataError(str(error)) from error
+    return model, tokenizer, config
+
+
+def world_folders(cfg) -> dict[str, tuple[str, range]]:
+    """Folder and scene seeds of the embedded world's two sets; pretrain.py draws from seed 0 on, so no scene is shared."""
+    sets = {"train": (1_000_000, cfg.num_train_clips), "eval": (2_000_000, cfg.num_eval_clips)}
+    return {k: (os.path.join(cfg.world_dir, f"{k}{n}"), range(first, first + n)) for k, (first, n) in sets.items()}
+
+
+def draw_world(cfg):
+    for folder, seeds in world_folders(cfg).values():
+        world.make_world(folder, seeds)
+
+
+def load_sets(cfg):
+    """(questions to learn from, held-out questions) of a train.py configuration. No video is in both."""
+    if not cfg.data:
+        folders = [folder for folder, _ in world_folders(cfg).values()]
+        return tuple(load_questions(os.path.join(folder, "questions.jsonl"), folder) for folder in folders)
+    questions = load_questions(cfg.data, cfg.videos)
+    videos = sorted({q.video for q in questions})
+    if len(videos) < 2:
+        raise DataError(f"{cfg.data}: only {len(videos)} video; at least 2 are needed, one of them to be held out")
+    order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
+    held = {videos[i] for i in order[: max(1, min(len(videos) - 1, round(cfg.eval_share * len(videos))))]}
+    return [q for q in questions if q.video not in held], [q for q in questions if q.video in held]
+
+
+def evaluate_run(folder: str, data: str, videos: str) -> str:
+    """The table of a run's policy, supervised start beside it, on the run's held-out questions or on `data`."""
+    model, tokenizer, config = load_run(folder)
+    questions = load_questions(data, videos) if data else load_sets(SimpleNamespace(**config))[1]
+    prompts = PromptSet(model, tokenizer, questions)
+    options = dict(end_ids=torch.tensor([EOS_ID]), banned=tokenizer.banned_ids(model.cfg.vocab_size),
+                   max_new_tokens=config["max_new_tokens"], samples=config["eval_samples"], seed=config["seed"])  # fmt: skip
+    with lora.using(model.decoder, "off"):
+        before, _ = evaluate(model, prompts, **options)
+    after, _ = evaluate(model, prompts, **options)
+    return table(before, after)
+
+
+def compare(folders: list[str]) -> str:
+    """Runs side by side, a row a run: seed, accuracies before and after, gains with their intervals."""
+    lines = ["| run | seed | greedy before | after | gain | sampled before | after | gain | worst category | seconds |"]
+    lines.append("|---" * 10 + "|")
+    for folder in folders:
+        path = os.path.join(folder, "results.json")
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such file; name run folders whose training has ended")
+        with open(path) as file:
+            r = json.load(file)
+        cells = [os.path.basename(folder.rstrip("/")), str(r["seed"])]
+        for mode in ("greedy", "sampled"):
+            low, high = (f"{100 * x:+.1f}" for x in r["gain"][mode]["ci95"])
+            cells += [f"{100 * r[when][mode]['accuracy']:.1f}" for when in ("before", "after")]
+            cells.append(f"{100 * r['gain'][mode]['accuracy']:+.1f} [{low}, {high}]")
+        old, new = (r[when]["greedy"]["by_category"] for when in ("before", "after"))
+        change, name = min((new[k]["accuracy"] - old[k]["accuracy"], k) for k in old)
+        lines.append("| " + " | ".join([*cells, f"{name} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="a run's tables again, or on other data")
+    run.add_argument("run")
+    run.add_argument("--data", default="")
+    run.add_argument("--videos", default="")
+    scorer = commands.add_parser("score", help="any model's predictions, lines {id, prediction}")
+    scorer.add_argument("--data", required=True)
+    scorer.add_argument("--predictions", required=True)
+    scorer.add_argument("--json", default="")
+    comparer = commands.add_parser("compare", help="finished runs side by side")
+    comparer.add_argument("runs", nargs="+")
+    args = parser.parse_args()
+    if args.command == "run":
+        print(evaluate_run(args.run, args.data, args.videos))
+    elif args.command == "compare":
+        print(compare(args.runs))
+    else:
+        result = score(args.data, args.predictions)
+        print(json.dumps(result, indent=1))
+        if args.json:
+            write_json(args.json, result)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

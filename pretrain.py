@@ -32,13 +32,13 @@ class Config:
     seed: int = 0
     stage: str = "all"  # all | clip | sft (takes CLIP from --out)
     num_clips: int = 10000  # clips of the fine-tuning corpus
-    clip_steps: int = 2500  # optimiser steps of CLIP
+    clip_steps: int = 2000  # optimiser steps of CLIP
     clip_batch: int = 128  # (frame, caption) pairs a step: 4 frames from each of clip_batch / 4 clips
     clip_lr: float = 1e-3
-    align_steps: int = 500  # optimiser steps on captions of single frames
-    align_batch: int = 16  # clips a step, every frame with its caption
-    short_steps: int = 1000  # optimiser steps on short answers
-    long_steps: int = 1000  # optimiser steps with the long ones
+    align_steps: int = 1200  # optimiser steps on captions of frames and objects
+    align_batch: int = 16  # clips a step, every frame with its caption; twice as many with their objects
+    short_steps: int = 600  # optimiser steps on short answers
+    long_steps: int = 600  # optimiser steps with the long ones
     sft_batch: int = 32  # clips a step, each with up to questions_per_clip questions
     questions_per_clip: int = 8
     sft_lr: float = 2e-3
@@ -58,27 +58,26 @@ def optimizer_for(parameters, lr):
 
 
 def train_clip(cfg: Config, clip: Clip, tokenizer: Tokenizer, frames, times, generator):
-    """frames (C, K, 3, H, W) uint8 of scene seeds 0 .. C-1. Prints retrieval among clip_batch as it goes."""
-    captions = {}  # caption text -> (id, token ids)
-    ids = torch.empty(times.shape, dtype=torch.int64)
-    for c, row in enumerate(times):
-        scene = world.make_scene(c)
-        for k, t in enumerate(row.tolist()):
-            text = world.frame_caption(scene, t)
-            ids[c, k] = captions.setdefault(text, (len(captions), tokenizer.encode(text) + [EOS_ID]))[0]
-    tokens, mask = collate_completions([tokens for _, tokens in captions.values()])
-    lengths = mask.sum(dim=1)
-    assert tokens.shape[1] <= clip.cfg.text_length, f"captions of {tokens.shape[1]} tokens: raise text_length"
+    """frames (C, K, 3, H, W) uint8 of scene seeds 0 .. C-1. Each batch holds as many hard negative captions as right
+    ones. Prints how often an image finds its caption among them all."""
+    scenes, rng = [world.make_scene(c) for c in range(len(frames))], random.Random(cfg.seed + 1)
+
+    def encode(texts):
+        ids, mask = collate_completions([tokenizer.encode(text) + [EOS_ID] for text in texts])
+        assert ids.shape[1] <= clip.cfg.text_length, f"captions of {ids.shape[1]} tokens: raise text_length"
+        return ids, mask.sum(dim=1)
+
     optimizer = optimizer_for(clip.parameters(), cfg.clip_lr)
     bar, hits, seen = tqdm(range(cfg.clip_steps), "clip"), 0.0, 0
     for step in bar:
         chosen = torch.randperm(len(frames), generator=generator)[: cfg.clip_batch // 4]
         which = torch.rand(len(chosen), frames.shape[1], generator=generator).argsort(dim=1)[:, :4]
         pixels = preprocess(frames[chosen[:, None], which].flatten(0, 1))
-        caption = ids[chosen[:, None], which].flatten()
-        width = int(lengths[caption].max())
-        similarity = clip.similarity(pixels, tokens[caption, :width], lengths[caption])
-        same = caption[:, None] == caption[None]
+        pairs = [(scenes[c], times[c, k].item()) for c, ks in zip(chosen.tolist(), which, strict=True) for k in ks]
+        captions = [world.frame_caption(scene, t) for scene, t in pairs]
+        wrong = [world.frame_caption(scene, t, rng) for scene, t in pairs]
+        similarity = clip.similarity(pixels, *encode(captions + wrong))
+        same = torch.tensor([[a == b for b in captions + wrong] for a in captions])
         loss = contrastive_loss(similarity, same)
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, cfg.clip_steps, cfg.clip_lr)
@@ -89,24 +88,34 @@ def train_clip(cfg: Config, clip: Clip, tokenizer: Tokenizer, frames, times, gen
         best = similarity.argmax(dim=1)
         hits, seen = hits + same[torch.arange(len(same)), best].float().mean().item(), seen + 1
         if (step + 1) % 100 == 0:
-            bar.write(f"clip step {step + 1}  loss {loss.item():.3f}  retrieval among {len(same)}: {hits / seen:.1%}")
+            bar.write(f"clip step {step + 1}  loss {loss.item():.3f}  retrieval among {same.shape[1]}: {hits / seen:.1%}")
             hits, seen = 0.0, 0
 
 
 def train_align(cfg: Config, model: VideoLM, patches, times, tokenizer: Tokenizer, generator):
-    """Captions of single frames from that frame's video tokens alone, before any question: the adapter learns which
-    colour, shape and place belong together (LLaVA and BLIP-2 begin so too). Adapter and decoder learn."""
-    captions = [[tokenizer.encode(world.frame_caption(world.make_scene(c), t)) + [EOS_ID] for t in row]
-                for c, row in enumerate(times.tolist())]
+    """Alignment on captions, before any question: the adapter learns which colour, shape and place belong together
+    (LLaVA and BLIP-2 begin so too). In turn: every frame's caption from that frame's video tokens alone, and what
+    each object of a clip does, from all of them. Without faults. Adapter and decoder learn."""
+    scenes = [world.make_scene(c) for c in range(len(patches))]
+    frames_turn = itertools.cycle((True, False))
 
     def batch():
-        chosen = torch.randperm(len(patches), generator=generator)[: cfg.align_batch]
+        size = cfg.align_batch if next(frames_turn) else 2 * cfg.align_batch
+        chosen = torch.randperm(len(patches), generator=generator)[:size]
         video = model.adapter(patches[chosen].float(), times[chosen])  # (P, Q, D)
+        if size > cfg.align_batch:
+            rows = [[_row(tokenizer, q, a, True) for q, a in world.descriptions(scenes[c])] for c in chosen]
+            return video, *sft_batch(rows, 3, random.Random(0))
         K, (P, Q, D) = times.shape[1], video.shape
-        ids, mask = collate_completions([caption for c in chosen.tolist() for caption in captions[c]])
-        return video.view(P * K, Q // K, D), ids.unsqueeze(1), mask.unsqueeze(1), mask.unsqueeze(1)
+        texts = [world.frame_caption(scenes[c], t) for c in chosen for t in times[c].tolist()]
+        ids, mask = collate_completions([tokenizer.encode(text) + [EOS_ID] for text in texts])
+        return video.view(P * K, Q // K, D), *(x.unsqueeze(1) for x in (ids, mask, mask))
 
     train_decoder(cfg, model, batch, cfg.align_steps, "align")
+
+
+def _row(tokenizer, question, answer, is_long):
+    return tokenizer.encode(question) + tokenizer.encode("answer:"), tokenizer.encode(answer) + [EOS_ID], is_long
 
 
 def corpus(cfg: Config, tokenizer: Tokenizer, num_clips: int):
@@ -116,9 +125,8 @@ def corpus(cfg: Config, tokenizer: Tokenizer, num_clips: int):
         scene = world.make_scene(c)
         asked = [(r["question"], world.corpus_answer(r, rng, cfg.faults), bool(r.get("span")))
                  for r in world.make_questions(scene, f"clip{c:07d}.mp4")]
-        asked.append(("describe the video", world.describe(scene), True))
-        rows.append([(tokenizer.encode(q) + tokenizer.encode("answer:"), tokenizer.encode(a) + [EOS_ID], long)
-                     for q, a, long in asked])
+        asked += [(question, answer, True) for question, answer in world.descriptions(scene)]
+        rows.append([_row(tokenizer, *row) for row in asked])
     return rows
 
 
@@ -206,12 +214,17 @@ def main():
         train_clip(cfg, model.clip, tokenizer, frames, times, generator)
         model.clip.requires_grad_(False)
         lap("clip")
+    save_model(model, cfg.out)
     if cfg.stage != "clip":
         patches = all_patch_tokens(model, frames)
+        train_align(cfg, model, patches, times, tokenizer, generator)
+        save_model(model, cfg.out)
+        lap("align")
         rows = corpus(cfg, tokenizer, cfg.num_clips)
         short = [[row for row in clip if not row[2]] for clip in rows]
         long = [[row for row in clip if row[2]] for clip in rows]
         train_sft(cfg, model, patches, times, [short], cfg.short_steps, "short", generator)
+        save_model(model, cfg.out)
         train_sft(cfg, model, patches, times, [long, short], cfg.long_steps, "long", generator)
         lap("sft")
     save_model(model, cfg.out)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data import Prompts
+from data import PAD_ID, Prompts
 from grpo_rank import nucleus, pack_support, sampling_logprobs
 from model import KVCache, VideoLM
 
@@ -51,7 +51,6 @@ def generate(
     max_new_tokens: int,
     *,
     end_ids: Tensor,
-    pad_id: int,
     banned: Tensor | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -68,7 +67,7 @@ def generate(
     cache = KVCache(prompts.prompt_mask, G, T)
     prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
     state = decoder(prompt, prompts.prompt_mask, cache=cache).expand(P, 1, G, -1)[:, 0].flatten(0, 1)  # (B, D)
-    ids = torch.full((P * G, T), pad_id, device=device)
+    ids = torch.full((P * G, T), PAD_ID, device=device)
     logprobs = torch.zeros(P * G, T, device=device)
     mask = torch.zeros(P * G, T, dtype=torch.bool, device=device)
     ended, supports = torch.zeros(P * G, dtype=torch.bool, device=device), []
@@ -79,7 +78,7 @@ def generate(
             supports.append(pack_support(support))
             scores = sampling_logprobs(scores, 1.0, None, support)  # renormalised over the nucleus
         token = scores.argmax(dim=-1) if uniforms is None else draw(scores, uniforms[:, :, t].flatten())
-        ids[:, t] = torch.where(ended, pad_id, token)
+        ids[:, t] = torch.where(ended, PAD_ID, token)
         mask[:, t] = ~ended
         logprobs[:, t] = scores.gather(1, token[:, None]).squeeze(1).masked_fill(ended, 0.0)
         ended = ended | torch.isin(token, end_ids)

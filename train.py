@@ -23,12 +23,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import lora
-import world
 from answers import is_correct, kendall_tau, ndcg_agreement
-from data import EOS_ID, PAD_ID, DataError, PromptSet, Tokenizer, load_questions, parse_args, run_script, write_json
-from eval import evaluate, gains, table
+from data import EOS_ID, DataError, PromptSet, parse_args, run_script, write_json
+from eval import draw_world, evaluate, gains, load_policy, load_sets, table
 from grpo_rank import completion_logprobs, policy_loss, rank_advantages, ranks_from_scores
-from model import load_model
 from oracle import NoisyOracle, RuleOracle
 from rollout import completion_states, generate
 
@@ -140,36 +138,18 @@ def process_info() -> tuple[int, int]:
 def load_everything(cfg: Config, device: torch.device):
     """(policy with adapters, trainable parameters, training prompts, held-out prompts). Every video is decoded and
     embedded here, once, so a broken file ends the run before anything is written."""
-    policy = load_model(cfg.policy, device)
+    policy, tokenizer = load_policy(cfg.policy, device)
     policy.decoder.compute_dtype = pick_dtype(device, cfg.dtype)
-    tokenizer = Tokenizer.load(os.path.join(cfg.policy, "tokenizer.json"))
-    if cfg.data:
-        train_questions, eval_questions = split_by_video(load_questions(cfg.data, cfg.videos), cfg.eval_share, cfg.seed)
-    else:
-        sets = []
-        for name, first_seed, count in (("train", 1_000_000, cfg.num_train_clips), ("eval", 2_000_000, cfg.num_eval_clips)):
-            folder = os.path.join(cfg.world_dir, f"{name}{count}")
-            if process_info()[0] == 0:
-                world.make_world(folder, range(first_seed, first_seed + count))
-            if dist.is_initialized():
-                dist.barrier()
-            sets.append(load_questions(os.path.join(folder, "questions.jsonl"), folder))
-        train_questions, eval_questions = sets
+    if process_info()[0] == 0 and not cfg.data:
+        draw_world(cfg)
+    if dist.is_initialized():
+        dist.barrier()
+    train_questions, eval_questions = load_sets(cfg)
     train_set = PromptSet(policy, tokenizer, train_questions)
     eval_set = PromptSet(policy, tokenizer, eval_questions)
     generator = torch.Generator().manual_seed(cfg.seed)
     trainable = lora.add_adapters(policy.decoder, cfg.lora_r, cfg.lora_alpha, generator=generator)
     return policy, trainable, train_set, eval_set
-
-
-def split_by_video(questions, share: float, seed: int):
-    """(train, held out): no video on both sides, at least one on each."""
-    videos = sorted({q.video for q in questions})
-    if len(videos) < 2:
-        raise DataError(f"--data: {len(videos)} video; at least 2 are needed, one of them to be held out")
-    order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = {videos[i] for i in order[: max(1, min(len(videos) - 1, round(share * len(videos))))]}
-    return [q for q in questions if q.video not in held], [q for q in questions if q.video in held]
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

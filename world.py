@@ -32,8 +32,8 @@ COLORS = {
     "purple": (185, 60, 210),
     "white": (240, 240, 240),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
-RADII = {"small": 5.0, "large": 7.5}  # pixels
+SHAPES = ("ring", "square", "triangle", "cross")
+RADII = {"small": 5.5, "large": 8.5}  # pixels
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 ACTIONS = (*MOVES, "still", "grows")
 NUMBERS = ("zero", "one", "two", "three")
@@ -110,7 +110,7 @@ def _free_of_overlap(things, new):
 
 def _place(rng, color, shape, action, start, end):
     size = rng.choice(("small", "large"))
-    distance = rng.uniform(16, 24) if action in MOVES else 0.0
+    distance = rng.uniform(18, 26) if action in MOVES else 0.0
     radius = RADII[size] * (1.3 if action == "grows" else 1.0)
     dx, dy = MOVES.get(action, (0, 0))
     low_x, high_x = radius + max(0, -dx * distance), SIZE - radius - max(0, dx * distance)
@@ -123,7 +123,7 @@ def make_scene(seed):
     """A random scene of 1 to 3 things. The same seed gives the same scene."""
     rng = random.Random(seed)
     while True:  # until everything finds a place
-        count = rng.choices((1, 2, 3), (1, 3, 3))[0]
+        count = rng.choices((1, 2, 3), (2, 4, 3))[0]
         colors, shapes = rng.sample(list(COLORS), count), rng.sample(SHAPES, count)
         starts = sorted(rng.sample([i * STEP for i in range(5)], count))  # 0.0 .. 2.0
         things = []
@@ -144,8 +144,8 @@ def make_scene(seed):
 
 def _coverage(shape, dx, dy, r):
     """Opacity 0..1 of a shape of radius r at pixel offsets (dx, dy): the edge is one pixel soft."""
-    if shape == "circle":
-        inside = r - np.hypot(dx, dy)
+    if shape == "ring":
+        inside = np.minimum(r - np.hypot(dx, dy), np.hypot(dx, dy) - 0.5 * r)
     elif shape == "square":
         inside = 0.85 * r - np.maximum(abs(dx), abs(dy))
     elif shape == "triangle":
@@ -188,25 +188,39 @@ def write_clip(scene, path):
 # ------------------------------------------------------------------------------------------- captions and questions
 
 
+ZONES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+
+
 def _zone(x, y):
     vertical = "top" if y < SIZE / 3 else "bottom" if y >= SIZE * 2 / 3 else ""
     horizontal = "left" if x < SIZE / 3 else "right" if x >= SIZE * 2 / 3 else ""
     return f"{vertical} {horizontal}".strip() or "center"
 
 
-def frame_caption(scene, t):
-    """What one frame shows, colour, shape, size and place bound together, left to right (for CLIP)."""
+def frame_caption(scene, t, wrong=None):
+    """What one frame shows, size, colour, shape and place bound together, left to right (for CLIP and alignment).
+
+    wrong, a random.Random: the same caption with one word of one object replaced, most often its shape: a hard
+    negative (NegCLIP, arXiv:2210.01936), without which CLIP need not see what its batch can do without.
+    """
     shown = [(thing.at(t), thing) for thing in scene.things if thing.start <= t < thing.end]
-    parts = [f"{o.size} {o.color} {o.shape} {_zone(x, y)}" for (x, y, _), o in sorted(shown, key=lambda s: s[0][0])]
-    return " and ".join(parts) or "nothing"
+    parts = [[o.size, o.color, o.shape, _zone(x, y)] for (x, y, _), o in sorted(shown, key=lambda s: s[0][0])]
+    if wrong:
+        choices = (tuple(RADII), tuple(COLORS), SHAPES, ZONES)
+        if not parts:
+            parts = [[wrong.choice(c) for c in choices]]
+        else:
+            part, i = wrong.choice(parts), wrong.choices(range(4), (1, 1, 3, 1))[0]
+            part[i] = wrong.choice([c for c in choices[i] if c != part[i]])
+    return " and ".join(" ".join(part) for part in parts) or "nothing"
 
 
-def describe(scene):
-    """The whole clip in a few sentences (long answers of the fine-tuning corpus; without faults)."""
+def descriptions(scene):
+    """(question, long answer) for each object: shape, place, action and times. Without faults."""
     verbs = {m: f"moves {m}" for m in MOVES} | {"still": "stays still", "grows": "grows"}
-    return " . ".join(
-        f"{o.color} {o.shape} {_quadrant(o)} {verbs[o.action]} from {o.start} to {o.end}" for o in scene.things
-    )
+    for o in scene.things:
+        answer = f"{o.shape} at {_quadrant(o)} {verbs[o.action]} from {o.start} to {o.end} seconds"
+        yield f"describe the {o.color} object", answer
 
 
 def _quadrant(thing):
@@ -277,8 +291,9 @@ def corpus_answer(row, rng, faults=True):
 def vocabulary():
     """Every word that the world can say, sorted: the words of the default tokenizer."""
     scenes = [make_scene(seed) for seed in range(400)]
-    texts = [describe(s) + " " + frame_caption(s, 1.0) for s in scenes]
+    texts = [*ZONES, *RADII, *COLORS, *SHAPES]
     for scene in scenes:
+        texts += [f"{q} {a}" for q, a in descriptions(scene)] + [frame_caption(scene, 1.0)]
         texts += [row["question"] + " " + row["answer"] for row in make_questions(scene, "")]
     texts += [text for loose in LOOSE_ANSWERS.values() for text in loose] + [*USUAL_ANSWER.values(), *NUMBERS]
     texts += [str(i * STEP) for i in range(9)] + ["center nothing answer : ? ."]

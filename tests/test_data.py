@@ -225,6 +225,9 @@ def make_broken(path, fault):
     elif fault == "cut short":
         whole = open(write_video(path, range(200), movflags="faststart"), "rb").read()
         path.write_bytes(whole[: len(whole) * 2 // 3])
+    elif fault == "cut short, Matroska":
+        whole = open(write_video(path.with_suffix(".mkv"), range(200)), "rb").read()
+        path.write_bytes(whole[: len(whole) * 2 // 3])
     return str(path)
 
 
@@ -237,6 +240,7 @@ def make_broken(path, fault):
         ("audio only", "audio only"),
         ("no index", "cannot read it as video"),
         ("cut short", ""),
+        ("cut short, Matroska", "cut short: its pictures end"),
     ],
 )
 def test_unreadable_file_names_path_and_cause(tmp_path, fault, cause):
@@ -265,7 +269,7 @@ def test_damage_in_the_middle_is_an_error_and_never_a_neighbour(minute, tmp_path
     frames, _ = data.read_frames(path, 2, 32)  # 15 and 45 s: nothing on the way is damaged
     assert [index_of(frame) for frame in frames] == [150, 450]
     report = data.check_video(path)
-    assert not report["ok"] and "damaged" in report["reason"] or "cannot be decoded" in report["reason"]
+    assert not report["ok"] and ("damaged" in report["reason"] or "cannot be decoded" in report["reason"])
 
 
 def test_sound_video_is_reported_with_its_facts(minute):
@@ -380,14 +384,17 @@ def test_check_lists_every_video_once_and_exits_2(tmp_path):
 def test_check_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
     path = write_lines(tmp_path / "q.jsonl", "{")
     monkeypatch.setattr(sys, "argv", ["data.py", "check", path, "--videos", str(tmp_path)])
-    assert data.main() == 2
-    assert capsys.readouterr().err.startswith(f"error: {path}, line 1: not JSON")
+    with pytest.raises(SystemExit, match="2"):
+        data.run_script(data.main)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}, line 1: not JSON") and error.count("\n") == 1
     write_video(tmp_path / "good.mp4", range(2))
     write_lines(tmp_path / "q.jsonl", GOOD | {"video": "good.mp4"})
-    assert data.main() == 0
+    with pytest.raises(SystemExit, match="0"):
+        data.run_script(data.main)
     monkeypatch.setattr(sys, "argv", ["data.py", "check", path, "--vid", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):  # no abbreviations
-        data.main()
+        data.run_script(data.main)
 
 
 # ---- tokens and batches ----

@@ -94,6 +94,9 @@ def test_certain_swap_of_two_distinct_texts_reverses_them():
 def test_tied_texts_never_swap():
     ranking = noisy(FixedOracle([[0, 0, 0]]), swap_prob=1.0).rank([COLOR], ["a", "b", "c"])
     assert ranking.ranks.tolist() == [[0, 0, 0]]
+    # a falls into the tie of b and c and no farther; one of those two rises, the other falls behind d
+    ranks = noisy(FixedOracle([[0, 1, 1, 3]]), swap_prob=1.0).rank([COLOR], list("abcd")).ranks[0].tolist()
+    assert ranks[0] == ranks[3] == 1 and sorted(ranks[1:3]) == [0, 3]
 
 
 def test_swaps_come_as_often_as_asked():
