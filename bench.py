@@ -10,21 +10,24 @@ turns in one process, with the same number of threads; the median counts. The la
 """
 
 import json
-import os
 import platform
+import re
 import statistics
 import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from torch import nn
 
 import lora
 import train
-from data import DataError, Prompts, parse_args, run_script, write_json
+from cli import BadInput, parse_args, run_script, write_json
+from data import Prompts
 from grpo_rank import rank_advantages, ranks_from_scores
 from model import Decoder, KVCache, ModelConfig, VideoLM
 from rollout import completion_states, generate
@@ -34,6 +37,7 @@ P, G, S, T = 8, 5, 96, 32
 SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1}  # TRL wants them; prompts are drawn from the other ids
 SIZES = dict(group_size=G, max_new_tokens=T, micro_batch_prompts=P, updates_per_rollout=1)
 STEP = train.Config(kl_coef=0.04, lora_r=16, lr=1e-4, **SIZES)
+DTYPES = {"float32": ("float32",), "bfloat16": ("bfloat16",), "both": ("float32", "bfloat16")}
 PACKAGES = {"trl": ("torch", "trl", "transformers", "peft"), "none": ("torch",)}
 
 
@@ -46,10 +50,8 @@ class Config:
     json: str = ""  # file that also gets the result
 
     def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16", "both") or self.peer not in PACKAGES:
-            raise DataError(f"--dtype {self.dtype} --peer {self.peer}: float32 | bfloat16 | both, trl | none")
-        if self.repeats < 1 or self.warmup < 1:
-            raise DataError(f"--repeats {self.repeats} --warmup {self.warmup}: at least 1 each")
+        if self.dtype not in DTYPES or self.peer not in PACKAGES or min(self.repeats, self.warmup) < 1:
+            raise BadInput("--dtype float32|bfloat16|both, --peer trl|none, --repeats and --warmup >= 1")
 
 
 class Stopwatch:
@@ -73,19 +75,10 @@ def score(completion_ids: list[int]) -> float:
     return sum(i % 2 == 0 for i in completion_ids) / len(completion_ids)
 
 
-class TextLM(nn.Module):
-    """A VideoLM without eyes: its prompts are text alone."""
-
-    embed_prompt = VideoLM.embed_prompt
-
-    def __init__(self):
-        super().__init__()
-        self.decoder = Decoder(MODEL)
-
-
 def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
     """prompt_ids (P, S) int64 -> a function that takes one step of train.py with them."""
-    policy = TextLM()
+    policy = SimpleNamespace(decoder=Decoder(MODEL))  # a VideoLM without eyes: prompts of text alone
+    policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
     policy.decoder.compute_dtype = getattr(torch, dtype)
     trainable = lora.add_adapters(policy.decoder, STEP.lora_r, STEP.lora_alpha)
     lora.freeze_reference(policy.decoder)
@@ -116,7 +109,7 @@ def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
 
 
 def run_trl(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch, num_steps: int, between, folder: str):
-    """prompt_ids (P, S): GRPOTrainer takes num_steps steps with them; after each of them between() is called."""
+    """prompt_ids (P, S): GRPOTrainer takes num_steps steps with them and calls between() after each."""
     from datasets import Dataset
     from peft import LoraConfig
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -132,13 +125,7 @@ def run_trl(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch, num_steps: i
         num_attention_heads=MODEL.num_heads, num_key_value_heads=MODEL.num_kv_heads,
         intermediate_size=MODEL.ffn_dim, tie_word_embeddings=True, bos_token_id=None, **SPECIAL_IDS,
     ))  # fmt: skip
-    untimed_generate = model.generate
-
-    def generate_timed(*args, **kwargs):
-        with watch("sample"):
-            return untimed_generate(*args, **kwargs)
-
-    model.generate = generate_timed
+    model.generate = watch("sample")(model.generate)
 
     def reward(completion_ids, **kwargs):
         assert [len(ids) for ids in completion_ids] == [T] * P * G, list(map(len, completion_ids))
@@ -195,11 +182,9 @@ def compare(cfg: Config, dtype: str) -> dict:
 
 def describe(peer: str) -> dict:
     """The machine and the versions that a time belongs to."""
-    names = [platform.processor()]
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(": ")[1].strip() for line in file if line.startswith("model name")] or names
-    return {"cpu": names[0], "threads": torch.get_num_threads()} | {
+    info = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    cpu = re.search(r"model name\s*: (.*)", info)
+    return {"cpu": cpu[1] if cpu else platform.machine(), "threads": torch.get_num_threads()} | {
         name: version(name) for name in PACKAGES[peer]
     }
 
@@ -208,9 +193,8 @@ def main() -> int:
     cfg = parse_args(Config)
     result = describe(cfg.peer)
     print(", ".join(f"{key} {value}" for key, value in result.items()))
-    dtypes = ("float32", "bfloat16") if cfg.dtype == "both" else (cfg.dtype,)
     result |= {"repeats": cfg.repeats, "P": P, "G": G, "S": S, "T": T, "model": asdict(MODEL)}
-    result["runs"] = [compare(cfg, dtype) for dtype in dtypes]
+    result["runs"] = [compare(cfg, dtype) for dtype in DTYPES[cfg.dtype]]
     if cfg.json:
         write_json(cfg.json, result)
     print(json.dumps(result))

@@ -6,15 +6,13 @@ header cannot shift them. Nothing is substituted: a frame that cannot be decoded
     python data.py check FILE.jsonl --videos DIR    # every clip: ok or reason, frames, fps, duration, codec
 """
 
-import argparse
 import json
 import math
 import os
 import re
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import av
 import numpy as np
@@ -23,6 +21,7 @@ from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 from answers import Question, prompt_text
+from cli import ArgumentParser, run_script
 
 PAD_ID, BOS_ID, EOS_ID, VIDEO_ID = 0, 1, 2, 3  # VIDEO_ID: placeholder for one visual token, never sampled
 FIRST_BYTE = 4  # ids 4..259 are the bytes, then come the words
@@ -351,7 +350,8 @@ class Tokenizer:
         return b"".join(self.bytes_of[i] for i in ids).decode(errors="replace").removeprefix(" ")
 
     def banned_ids(self, V: int) -> torch.Tensor:
-        """(V,) bool: ids that a policy must never produce: padding, start, visual placeholder, unused rows."""
+        """(V,) bool: ids that a policy must never produce: padding, start, visual placeholder, unused
+        rows."""
         ids = torch.arange(V)
         return (ids == PAD_ID) | (ids == BOS_ID) | (ids == VIDEO_ID) | (ids >= self.vocab_size)
 
@@ -418,14 +418,16 @@ class Prompts:
 
 
 def load_clips(paths: list[str], num_frames: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames (C, K, 3, size, size) uint8 and times (C, K) seconds of C videos; the first bad one raises VideoError."""
+    """Frames (C, K, 3, size, size) uint8 and times (C, K) seconds of C videos; the first bad one raises
+    VideoError."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads: FFmpeg decodes outside Python's lock
         clips = list(pool.map(lambda path: read_frames(path, num_frames, size), paths))
     return torch.stack([frames for frames, _ in clips]), torch.stack([times for _, times in clips])
 
 
 class PromptSet:
-    """Questions with their videos embedded: each video is decoded and sent through the frozen CLIP and adapter once.
+    """Questions with their videos embedded: each video is decoded and sent through the frozen CLIP and
+    adapter once.
 
     model: a VideoLM (embed_video, cfg, clip_cfg). Holds (number of videos, N_video, D) on the model's device.
     """
@@ -459,65 +461,6 @@ class PromptSet:
         prompt_ids, prompt_mask = collate_prompts([self.prompts[i] for i in rows.tolist()])
         embeds = self.video_embeds[self.video_of[rows].to(device)]
         return Prompts(prompt_ids.to(device), prompt_mask.to(device), embeds)
-
-
-# ---- what a script is told, and tells ----
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose errors are DataErrors: one line instead of the whole usage."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message):
-        raise DataError(f"{message}; {self.prog} --help lists the options")
-
-
-def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lambda given: {}):
-    """The script's dataclass from `--name value` options, one a field; a bool field takes no value or true|false.
-
-    `presets` maps values of a field named preset to other defaults; `stored` makes yet others from what was given
-    (a run's own options, when it is resumed). Unknown names, abbreviations and values of
-    another type end the script: one line on stderr, status 2.
-    """
-
-    def boolean(text):
-        return {"true": True, "false": False}[text.lower()]
-
-    parser = ArgumentParser(description=sys.modules[config_class.__module__].__doc__)
-    for field in fields(config_class):
-        flag = {"nargs": "?", "const": True} if field.type is bool else {}
-        kind = boolean if field.type is bool else field.type
-        parser.add_argument(
-            f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=f"({field.default})", **flag
-        )
-    given = vars(parser.parse_args())
-    preset = (presets or {}).get(given.get("preset"), {})
-    return config_class(**{**preset, **stored(given), **given})
-
-
-def run_script(main) -> None:
-    """Runs a script: status 0 done, 2 bad input (one line on stderr), 1 anything else."""
-    try:
-        status = main()
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
-    except OSError as error:  # a full disk, no permission: the operating system names the file and the cause
-        print(
-            f"error: {error}; nothing half-written is left; make room or choose another folder",
-            file=sys.stderr,
-        )
-        status = 2
-    sys.exit(status or 0)
-
-
-def write_json(path: str, value) -> None:
-    """Writes the file under another name and renames it: whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-    os.replace(f"{path}.tmp", path)
 
 
 # ---- commands ----

@@ -1,11 +1,13 @@
-"""Tables of a model's answers: greedy and sampled accuracy by category, mean IoU of time spans, 95 % intervals.
+"""Tables of a model's answers: greedy and sampled accuracy by category, mean IoU of time spans, 95 %
+intervals.
 
     python eval.py run RUN [--data FILE.jsonl --videos DIR]      # a run's tables again, or on other data
     python eval.py compare RUN RUN ...                            # finished runs side by side
-    python eval.py score --data FILE.jsonl --predictions PRED.jsonl [--json OUT]   # lines {"id", "prediction"}
+    python eval.py score --data FILE.jsonl --predictions PRED.jsonl [--json OUT]   # lines {"id",
+    "prediction"}
 
-One parser (answers.py) reads every answer, here, in the oracle and in training. Intervals are bootstrapped over
-videos, not questions: questions of one clip are right or wrong together.
+One parser (answers.py) reads every answer, here, in the oracle and in training. Intervals are bootstrapped
+over videos, not questions: questions of one clip are right or wrong together.
 """
 
 import json
@@ -18,7 +20,8 @@ import torch
 import lora
 import world
 from answers import bootstrap_ci, grade, is_correct
-from data import EOS_ID, ArgumentParser, DataError, PromptSet, Tokenizer, load_questions, run_script, write_json
+from cli import ArgumentParser, BadInput, run_script, write_json
+from data import EOS_ID, PromptSet, Tokenizer, load_questions
 from model import load_model
 from rollout import generate
 
@@ -33,7 +36,8 @@ def by_video(questions, values) -> list[list[float]]:
 def summarize(questions, values, grades) -> dict:
     """values, grades: per question the share of its answers that are right, and their mean grade, in 0..1.
 
-    Returns {"accuracy", "ci95", "n", "by_category", "mean_iou"}; mean_iou is over span questions, None without any.
+    Returns {"accuracy", "ci95", "n", "by_category", "mean_iou"}; mean_iou is over span questions, None
+    without any.
     """
     names = sorted({q.category for q in questions})
     rows = {name: [v for q, v in zip(questions, values, strict=True) if q.category == name] for name in names}
@@ -47,7 +51,9 @@ def summarize(questions, values, grades) -> dict:
     }
 
 
-def answer_all(model, prompts: PromptSet, *, end_ids, banned, max_new_tokens, samples=0, seed=0, batch=128, **sampling):
+def answer_all(
+    model, prompts: PromptSet, *, end_ids, banned, max_new_tokens, samples=0, seed=0, batch=128, **sampling
+):
     """Texts per question: one greedy answer (samples = 0), or `samples` drawn ones. list of lists of str."""
     texts = []
     generator = torch.Generator().manual_seed(seed)
@@ -67,10 +73,11 @@ def answer_all(model, prompts: PromptSet, *, end_ids, banned, max_new_tokens, sa
 
 
 def evaluate(model, prompts: PromptSet, *, samples=4, seed=0, **options) -> tuple[dict, dict]:
-    """Greedy and sampled (temperature 1, `samples` draws a question) results of a model on a set of questions.
+    """Greedy and sampled (temperature 1, `samples` draws a question) results of a model on a set of
+    questions.
 
-    Returns ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json (`summarize`),
-    values per question, to compare two models question by question.
+    Returns ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json
+    (`summarize`), values per question, to compare two models question by question.
     """
     results, values = {}, {}
     for name, count in (("greedy", 0), ("sampled", samples)):
@@ -102,7 +109,10 @@ def table(before: dict, after: dict | None = None) -> str:
     for name, row in before["greedy"]["by_category"].items():
         cells = [f"{100 * e[mode]['by_category'][name]['accuracy']:.1f}" for mode, e in columns]
         lines.append(f"| {name or '(none)'} | {row['n']} | " + " | ".join(cells) + " |")
-    cells = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (e[m]["accuracy"], *e[m]["ci95"]))) for m, e in columns]
+    cells = [
+        "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (e[m]["accuracy"], *e[m]["ci95"])))
+        for m, e in columns
+    ]
     lines.append(f"| **all** | {before['greedy']['n']} | " + " | ".join(cells) + " |")
     if before["greedy"]["mean_iou"] is not None:
         cells = [f"{100 * e[mode]['mean_iou']:.1f}" for mode, e in columns]
@@ -119,10 +129,14 @@ def score(data: str, predictions: str) -> dict:
                 row = json.loads(line)
                 said[row["id"]] = row["prediction"]
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f'{predictions}:{number}: {error!r}; each line is {{"id", "prediction"}}') from error
+                raise BadInput(
+                    f'{predictions}:{number}: {error!r}; each line is {{"id", "prediction"}}'
+                ) from error
     unknown = said.keys() - {q.id for q in questions}
     if unknown:
-        raise DataError(f"{predictions}: id {sorted(unknown)[0]!r} is not in {data}; give predictions of that file")
+        raise BadInput(
+            f"{predictions}: id {sorted(unknown)[0]!r} is not in {data}; give predictions of that file"
+        )
     texts = [said.get(q.id, "") for q in questions]
     result = summarize(
         questions,
@@ -133,18 +147,18 @@ def score(data: str, predictions: str) -> dict:
 
 
 def load_policy(folder: str, device="cpu"):
-    """(model, tokenizer) of a folder that pretrain.py made; anything amiss is a DataError."""
+    """(model, tokenizer) of a folder that pretrain.py made; anything amiss is BadInput."""
     try:
         return load_model(folder, device), Tokenizer.load(os.path.join(folder, "tokenizer.json"))
     except (ValueError, OSError) as error:
-        raise DataError(str(error)) from error
+        raise BadInput(str(error)) from error
 
 
 def load_run(folder: str):
     """(policy with the run's adapter, tokenizer, config) of a run folder."""
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
-        raise DataError(f"{path}: no such file; name a folder that train.py made")
+        raise BadInput(f"{path}: no such file; name a folder that train.py made")
     with open(path) as file:
         config = json.load(file)
     model, tokenizer = load_policy(config["policy"])
@@ -152,14 +166,17 @@ def load_run(folder: str):
     try:
         lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
     except (ValueError, OSError) as error:
-        raise DataError(str(error)) from error
+        raise BadInput(str(error)) from error
     return model, tokenizer, config
 
 
 def world_folders(cfg) -> dict[str, tuple[str, range]]:
-    """Folder and scene seeds of the embedded world's two sets; pretrain.py draws from seed 0 on, so no scene is shared."""
+    """Folder and scene seeds of the embedded world's two sets; pretrain.py draws from seed 0 on, so no scene
+    is shared."""
     sets = {"train": (1_000_000, cfg.num_train_clips), "eval": (2_000_000, cfg.num_eval_clips)}
-    return {k: (os.path.join(cfg.world_dir, f"{k}{n}"), range(first, first + n)) for k, (first, n) in sets.items()}
+    return {
+        k: (os.path.join(cfg.world_dir, f"{k}{n}"), range(first, first + n)) for k, (first, n) in sets.items()
+    }
 
 
 def draw_world(cfg):
@@ -175,19 +192,23 @@ def load_sets(cfg):
     questions = load_questions(cfg.data, cfg.videos)
     videos = sorted({q.video for q in questions})
     if len(videos) < 2:
-        raise DataError(f"{cfg.data}: only {len(videos)} video; at least 2 are needed, one of them to be held out")
+        raise BadInput(
+            f"{cfg.data}: only {len(videos)} video; at least 2 are needed, one of them to be held out"
+        )
     order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
     held = {videos[i] for i in order[: max(1, min(len(videos) - 1, round(cfg.eval_share * len(videos))))]}
     return [q for q in questions if q.video not in held], [q for q in questions if q.video in held]
 
 
 def evaluate_run(folder: str, data: str, videos: str) -> str:
-    """The table of a run's policy, supervised start beside it, on the run's held-out questions or on `data`."""
+    """The table of a run's policy, supervised start beside it, on the run's held-out questions or on
+    `data`."""
     model, tokenizer, config = load_run(folder)
     questions = load_questions(data, videos) if data else load_sets(SimpleNamespace(**config))[1]
     prompts = PromptSet(model, tokenizer, questions)
-    options = dict(end_ids=torch.tensor([EOS_ID]), banned=tokenizer.banned_ids(model.cfg.vocab_size),
-                   max_new_tokens=config["max_new_tokens"], samples=config["eval_samples"], seed=config["seed"])  # fmt: skip
+    options = {"end_ids": torch.tensor([EOS_ID]), "banned": tokenizer.banned_ids(model.cfg.vocab_size)}
+    options |= {"max_new_tokens": config["max_new_tokens"], "samples": config["eval_samples"]}
+    options["seed"] = config["seed"]
     with lora.using(model.decoder, "off"):
         before, _ = evaluate(model, prompts, **options)
     after, _ = evaluate(model, prompts, **options)
@@ -196,12 +217,14 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
 
 def compare(folders: list[str]) -> str:
     """Runs side by side, a row a run: seed, accuracies before and after, gains with their intervals."""
-    lines = ["| run | seed | greedy before | after | gain | sampled before | after | gain | worst category | seconds |"]
+    lines = [
+        "| run | seed | greedy before | after | gain | sampled before | after | gain | worst category | s |"
+    ]
     lines.append("|---" * 10 + "|")
     for folder in folders:
         path = os.path.join(folder, "results.json")
         if not os.path.exists(path):
-            raise DataError(f"{path}: no such file; name run folders whose training has ended")
+            raise BadInput(f"{path}: no such file; name run folders whose training has ended")
         with open(path) as file:
             r = json.load(file)
         cells = [os.path.basename(folder.rstrip("/")), str(r["seed"])]

@@ -1,7 +1,8 @@
-"""Low-rank adapters by hand (Hu et al., arXiv:2106.09685): y = W x + (alpha / r) B A x, W frozen, B = 0 at the start.
+"""Low-rank adapters by hand (Hu et al., arXiv:2106.09685): y = W x + (alpha / r) B A x, W frozen, B = 0 at
+the start.
 
-Adapters off is the supervised start; a snapshot of the adapters is a frozen reference for the price of the adapters
-alone. No dropout, no hidden state in train()/eval(), and `merge` only when it is called.
+Adapters off is the supervised start; a snapshot of the adapters is a frozen reference for the price of the
+adapters alone. No dropout, no hidden state in train()/eval(), and `merge` only when it is called.
 """
 
 import json
@@ -25,7 +26,9 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.r, self.alpha, self.scale = r, alpha, alpha / r
         out_features, in_features = base.weight.shape
-        bound = math.sqrt(1 / in_features)  # kaiming uniform with a = sqrt(5), as the LoRA and PEFT codes start A
+        bound = math.sqrt(
+            1 / in_features
+        )  # kaiming uniform with a = sqrt(5), as the LoRA and PEFT codes start A
         a = torch.rand(r, in_features, generator=generator) * 2 * bound - bound
         self.lora_A = nn.Parameter(a.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=base.weight.device))
@@ -47,9 +50,12 @@ def layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def add_adapters(model, r, alpha, targets=DECODER_LINEARS, generator=None) -> list[nn.Parameter]:
-    """Freezes `model`, wraps every linear layer whose last name is in `targets`, returns the trainable parameters."""
+    """Freezes `model`, wraps every linear layer whose last name is in `targets`, returns the trainable
+    parameters."""
     model.requires_grad_(False)
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] in targets]
+    linears = [
+        n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] in targets
+    ]
     if not linears:
         raise ValueError(f"no linear layer is named any of {', '.join(targets)}: nothing to adapt")
     for name in linears:

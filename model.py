@@ -1,10 +1,11 @@
 """The video-language model: frozen CLIP patch tokens -> adapter (Q-Former) -> a small LLaMA-style decoder.
 
-One attention function serves everything. A prompt's keys and values are computed once; its G completions attend to
-that one copy, when sampling (`KVCache`, one token at a time) and when updating (all tokens at once, with gradient).
+One attention function serves everything. A prompt's keys and values are computed once; its G completions
+attend to that one copy, when sampling (`KVCache`, one token at a time) and when updating (all tokens at once,
+with gradient).
 
-Shape letters as in grpo_rank.py: P prompts, G group_size, S prompt tokens, T completion tokens, D width, K frames,
-N patches of a frame.
+Shape letters as in grpo_rank.py: P prompts, G group_size, S prompt tokens, T completion tokens, D width, K
+frames, N patches of a frame.
 """
 
 import json
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 from clip import Clip, ClipConfig, preprocess
 
-HIDDEN = -1e30  # score of what may not be seen; finite, so that a row of padding, which sees nothing, has no NaN
+HIDDEN = (
+    -1e30
+)  # score of what may not be seen; finite, so that a row of padding, which sees nothing, has no NaN
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class ModelConfig:
     num_frames: int = 8  # K
 
 
-# ------------------------------------------------------------------------------------------------------- the decoder
+# ------------------------------------------------------------------------------------------------ the decoder
 
 
 class RMSNorm(nn.Module):
@@ -69,9 +72,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix=None) -> Tensor
     """Attention of grouped completions to themselves and to one shared copy of their prompt.
 
     q (P, kv, G, rep, T, h): rep queries share a key (GQA). k, v (P, kv, G, L, h): the completions' own keys.
-    mask (P, 1, G, 1, T, L) bool, True = may be seen. prefix: (k, v, mask) of the prompt, (P, kv, S, h) twice and
-    (P, 1, 1, S). Returns (P, kv, G, rep, T, h). One softmax over S + L scores, so the result is that of the
-    unshared pass; the products with the prefix read its keys once for all G completions.
+    mask (P, 1, G, 1, T, L) bool, True = may be seen. prefix: (k, v, mask) of the prompt, (P, kv, S, h) twice
+    and (P, 1, 1, S). Returns (P, kv, G, rep, T, h). One softmax over S + L scores, so the result is that of
+    the unshared pass; the products with the prefix read its keys once for all G completions.
     """
     P, kv, G, rep, T, h = q.shape
     q = q * h**-0.5
@@ -91,8 +94,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix=None) -> Tensor
 
 
 class KVCache:
-    """Static cache of sampling: per layer the prompt's keys and values once, (P, kv, S, h), and room for T own
-    tokens of each completion, (P, kv, G, T, h). Slots are written in place, so every step has the same shapes."""
+    """Static cache of sampling: per layer the prompt's keys and values once, (P, kv, S, h), and room for T
+    own tokens of each completion, (P, kv, G, T, h). Slots are written in place, so every step has the same
+    shapes."""
 
     def __init__(self, prompt_mask: Tensor, G: int, T: int):
         self.prompt_mask, self.G, self.T = prompt_mask, G, T
@@ -172,11 +176,11 @@ class Decoder(nn.Module):
     def forward(self, prompt: Tensor, prompt_mask: Tensor, completions: Tensor | None = None, cache=None):
         """One pass over prompts and, behind them, G completions that share each prompt.
 
-        prompt (P, S, D) embeddings, prompt_mask (P, S) left-padded; completions (P, G, T, D) embeddings, padded on
-        the right (what is behind a completion's end sees it, but is never seen).
-        Returns (P, G, T, D): the states that predict completion tokens 0 .. T-1, that is the prompt's last state
-        and the completion's states but its last; without completions (P, 1, 1, D). A `cache` keeps the prompt's
-        keys and values for `step`.
+        prompt (P, S, D) embeddings, prompt_mask (P, S) left-padded; completions (P, G, T, D) embeddings,
+        padded on the right (what is behind a completion's end sees it, but is never seen).
+        Returns (P, G, T, D): the states that predict completion tokens 0 .. T-1, that is the prompt's last
+        state and the completion's states but its last; without completions (P, 1, 1, D). A `cache` keeps the
+        prompt's keys and values for `step`.
         """
         P, S, D = prompt.shape
         G, T = completions.shape[1:3] if completions is not None else (0, 0)
@@ -239,7 +243,7 @@ class Decoder(nn.Module):
         return self.norm(x.float())
 
 
-# --------------------------------------------------------------------------------------------------- video to tokens
+# -------------------------------------------------------------------------------------------- video to tokens
 
 
 def time_features(seconds: Tensor, dim: int) -> Tensor:
@@ -255,9 +259,14 @@ class QFormerLayer(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        # How sharply a head prefers what is near its query's own time and place: bias = -exp(slope) * distance.
+        # How sharply a head prefers what is near its query's own time and place: bias = -exp(slope) *
+        # distance.
         self.slopes = nn.Parameter(torch.linspace(1.5, -1.0, num_heads)[:, None].repeat(1, 2))
-        self.norm_cross, self.norm_self, self.norm_mlp = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm_cross, self.norm_self, self.norm_mlp = (
+            nn.LayerNorm(dim),
+            nn.LayerNorm(dim),
+            nn.LayerNorm(dim),
+        )
         self.cross_q, self.cross_kv, self.cross_out = (nn.Linear(dim, dim * m) for m in (1, 2, 1))
         self.self_qkv, self.self_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -281,9 +290,9 @@ class QFormerLayer(nn.Module):
 class VideoAdapter(nn.Module):
     """CLIP patch tokens of K frames -> video tokens of the decoder's width, by one of three ways:
 
-    qformer  num_queries tokens. The queries stand on a grid: 8 even times of the clip, num_queries / 8 places of
-             the picture at each. They read all patches of all frames, with a learned preference for what is near
-             (locality is what resamplers lose: Honeybee, arXiv:2312.06742); then two linear layers.
+    qformer  num_queries tokens. The queries stand on a grid: 8 even times of the clip, num_queries / 8 places
+             of the picture at each. They read all patches of all frames, with a learned preference for what
+             is near (locality is what resamplers lose: Honeybee, arXiv:2312.06742); then two linear layers.
     patches  all K * N tokens through two linear layers (LLaVA-1.5).
     pooled   K temporal tokens (mean over patches), then N spatial tokens (mean over time), two linear layers
              (VLM-RLAIF, math.md 5: K = 50, N = 576 -> 626).
@@ -302,7 +311,9 @@ class VideoAdapter(nn.Module):
         self.fc1, self.fc2 = nn.Linear(cfg.dim, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
         if self.kind == "qformer":
             self.queries = nn.Parameter(torch.randn(cfg.num_queries // self.NUM_TIMES, cfg.dim))
-            self.layers = nn.ModuleList(QFormerLayer(cfg.dim, cfg.num_heads) for _ in range(cfg.qformer_layers))
+            self.layers = nn.ModuleList(
+                QFormerLayer(cfg.dim, cfg.num_heads) for _ in range(cfg.qformer_layers)
+            )
             self.final_norm = nn.LayerNorm(cfg.dim)
 
     @property
@@ -325,9 +336,11 @@ class VideoAdapter(nn.Module):
 
     def read(self, x: Tensor, frame_times: Tensor) -> Tensor:
         """Patches (P, K, N, D) of the decoder's width -> (P, num_queries, D)."""
-        (P, K, N, D), places = x.shape, len(self.queries)
+        (_, K, N, _), places = x.shape, len(self.queries)
         spacing = (frame_times[:, -1:] - frame_times[:, :1]).clamp(min=1e-3) / max(K - 1, 1)  # (P, 1) seconds
-        centres = (torch.arange(self.NUM_TIMES, device=x.device) + 0.5) / self.NUM_TIMES * K - 0.5  # in frames
+        centres = (
+            torch.arange(self.NUM_TIMES, device=x.device) + 0.5
+        ) / self.NUM_TIMES * K - 0.5  # in frames
         times = frame_times[:, :1] + centres * spacing  # (P, 8) seconds
         frames_away = (times[:, :, None] - frame_times[:, None]).abs() / spacing[:, None]  # (P, 8, K)
         frames_away = frames_away.repeat_interleave(places, dim=1).repeat_interleave(N, dim=2)  # (P, Q, K*N)
@@ -341,7 +354,8 @@ class VideoAdapter(nn.Module):
 
 
 def grid(n: int, device) -> Tensor:
-    """(n, 2) centres of n cells that tile the unit square, row by row; n = rows * columns, as square as can be."""
+    """(n, 2) centres of n cells that tile the unit square, row by row; n = rows * columns, as square as can
+    be."""
     rows = next(r for r in range(math.isqrt(n), 0, -1) if n % r == 0)
     y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(n // rows) + 0.5, indexing="ij")
     return torch.stack([y.flatten() / rows, x.flatten() / (n // rows)], dim=1).to(device)
@@ -352,7 +366,7 @@ def pool(x: Tensor) -> Tensor:
     return torch.cat([x.mean(dim=2), x.mean(dim=1)], dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------- the whole
+# -------------------------------------------------------------------------------------------------- the whole
 
 
 class VideoLM(nn.Module):
@@ -373,13 +387,14 @@ class VideoLM(nn.Module):
 
     @torch.no_grad()
     def embed_video(self, frames: Tensor, frame_times: Tensor) -> Tensor:
-        """uint8 frames (P, K, 3, H, W), frame_times (P, K) seconds -> video_embeds (P, N_video, D), frozen."""
+        """uint8 frames (P, K, 3, H, W), frame_times (P, K) seconds -> video_embeds (P, N_video, D),
+        frozen."""
         device = self.decoder.head.device
         return self.adapter(self.patch_tokens(frames.to(device)), frame_times.to(device))
 
     def embed_prompt(self, prompt_ids: Tensor, prompt_mask: Tensor, video_embeds: Tensor) -> Tensor:
-        """(P, S) ids with placeholders -> (P, S, D): the video tokens stand where the prompt's layout says, right
-        behind the first real token, whatever ids are there; nothing is searched for."""
+        """(P, S) ids with placeholders -> (P, S, D): the video tokens stand where the prompt's layout says,
+        right behind the first real token, whatever ids are there; nothing is searched for."""
         start = (~prompt_mask).sum(dim=1) + 1  # (P,)
         slots = start[:, None] + torch.arange(video_embeds.shape[1], device=start.device)
         index = slots.unsqueeze(-1).expand(-1, -1, video_embeds.shape[2])
@@ -395,28 +410,47 @@ def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):
         json.dump({"model": asdict(model.cfg), "clip": asdict(model.clip_cfg)}, file, indent=1)
     os.replace(f"{path}.tmp", path)
     path = os.path.join(folder, "model.safetensors")
-    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}, f"{path}.tmp")
+    save_file(
+        {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}, f"{path}.tmp"
+    )
     os.replace(f"{path}.tmp", path)
 
 
 def load_model(folder: str, device="cpu") -> VideoLM:
-    """The model of a folder that `save_model` wrote, float32, frozen. ValueError: one line with file and remedy."""
+    """The model of a folder that `save_model` wrote, float32, frozen. ValueError: one line with file and
+    remedy."""
     config, path = os.path.join(folder, "config.json"), os.path.join(folder, "model.safetensors")
     for file in (config, path):
         if not os.path.exists(file):
-            pickles = [f for f in os.listdir(folder) if f.endswith((".bin", ".pt", ".pth"))] if os.path.isdir(folder) else []
-            why = f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else ""
-            raise ValueError(f"{file}: no such file{why}; --policy names a folder with config.json and model.safetensors")
+            pickles = (
+                [f for f in os.listdir(folder) if f.endswith((".bin", ".pt", ".pth"))]
+                if os.path.isdir(folder)
+                else []
+            )
+            why = (
+                f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors"
+                if pickles
+                else ""
+            )
+            raise ValueError(
+                f"{file}: no such file{why}; --policy names a folder with config.json and model.safetensors"
+            )
     with open(config) as file:
         sizes = json.load(file)
     model = VideoLM(ModelConfig(**sizes["model"]), ClipConfig(**sizes["clip"]))
     try:
         stored = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error}); make the weights anew with pretrain.py") from error
+        raise ValueError(
+            f"{path}: not a safetensors file ({error}); make the weights anew with pretrain.py"
+        ) from error
     wanted = model.state_dict()
-    odd = [k for k in wanted if k not in stored or stored[k].shape != wanted[k].shape] + [k for k in stored if k not in wanted]
+    odd = [k for k in wanted if k not in stored or stored[k].shape != wanted[k].shape] + [
+        k for k in stored if k not in wanted
+    ]
     if odd:
-        raise ValueError(f"{path}: {odd[0]} does not fit config.json (and {len(odd) - 1} more): use matching files")
+        raise ValueError(
+            f"{path}: {odd[0]} does not fit config.json (and {len(odd) - 1} more): use matching files"
+        )
     model.load_state_dict(stored)
     return model.to(device).float().eval().requires_grad_(False)

@@ -1,10 +1,12 @@
-"""From nothing to `weights/`: draw the world, train CLIP on frames and captions, then fine-tune on a faulty corpus.
+"""From nothing to `weights/`: draw the world, train CLIP on frames and captions, then fine-tune on a faulty
+corpus.
 
     python pretrain.py [--out weights] [--seed N] [--stage all|clip|sft]
 
 1. world   clips of scene seeds 0 .. num_clips - 1, written as mp4 files and read back like any video
 2. clip    contrastive on (frame, caption) pairs; frozen afterwards, patch tokens computed once a clip
-3. sft     adapter and decoder on question/answer pairs with the paper's curriculum: short answers first, then long
+3. sft     adapter and decoder on question/answer pairs with the paper's curriculum: short answers first, then
+long
 """
 
 import itertools
@@ -20,8 +22,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import world
+from cli import parse_args, run_script, write_json
 from clip import Clip, ClipConfig, contrastive_loss, preprocess
-from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips, parse_args, run_script, write_json
+from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips
 from model import ModelConfig, VideoLM, load_model, save_model
 
 
@@ -58,8 +61,8 @@ def optimizer_for(parameters, lr):
 
 
 def train_clip(cfg: Config, clip: Clip, tokenizer: Tokenizer, frames, times, generator):
-    """frames (C, K, 3, H, W) uint8 of scene seeds 0 .. C-1. Each batch holds as many hard negative captions as right
-    ones. Prints how often an image finds its caption among them all."""
+    """frames (C, K, 3, H, W) uint8 of scene seeds 0 .. C-1. Each batch holds as many hard negative captions
+    as right ones. Prints how often an image finds its caption among them all."""
     scenes, rng = [world.make_scene(c) for c in range(len(frames))], random.Random(cfg.seed + 1)
 
     def encode(texts):
@@ -73,7 +76,9 @@ def train_clip(cfg: Config, clip: Clip, tokenizer: Tokenizer, frames, times, gen
         chosen = torch.randperm(len(frames), generator=generator)[: cfg.clip_batch // 4]
         which = torch.rand(len(chosen), frames.shape[1], generator=generator).argsort(dim=1)[:, :4]
         pixels = preprocess(frames[chosen[:, None], which].flatten(0, 1))
-        pairs = [(scenes[c], times[c, k].item()) for c, ks in zip(chosen.tolist(), which, strict=True) for k in ks]
+        pairs = [
+            (scenes[c], times[c, k].item()) for c, ks in zip(chosen.tolist(), which, strict=True) for k in ks
+        ]
         captions = [world.frame_caption(scene, t) for scene, t in pairs]
         wrong = [world.frame_caption(scene, t, rng) for scene, t in pairs]
         similarity = clip.similarity(pixels, *encode(captions + wrong))
@@ -88,14 +93,16 @@ def train_clip(cfg: Config, clip: Clip, tokenizer: Tokenizer, frames, times, gen
         best = similarity.argmax(dim=1)
         hits, seen = hits + same[torch.arange(len(same)), best].float().mean().item(), seen + 1
         if (step + 1) % 100 == 0:
-            bar.write(f"clip step {step + 1}  loss {loss.item():.3f}  retrieval among {same.shape[1]}: {hits / seen:.1%}")
+            found = f"retrieval among {same.shape[1]}: {hits / seen:.1%}"
+            bar.write(f"clip step {step + 1}  loss {loss.item():.3f}  {found}")
             hits, seen = 0.0, 0
 
 
 def train_align(cfg: Config, model: VideoLM, patches, times, tokenizer: Tokenizer, generator):
-    """Alignment on captions, before any question: the adapter learns which colour, shape and place belong together
-    (LLaVA and BLIP-2 begin so too). In turn: every frame's caption from that frame's video tokens alone, and what
-    each object of a clip does, from all of them. Without faults. Adapter and decoder learn."""
+    """Alignment on captions, before any question: the adapter learns which colour, shape and place belong
+    together (LLaVA and BLIP-2 begin so too). In turn: every frame's caption from that frame's video tokens
+    alone, and what each object of a clip does, from all of them. Without faults. Adapter and decoder
+    learn."""
     scenes = [world.make_scene(c) for c in range(len(patches))]
     frames_turn = itertools.cycle((True, False))
 
@@ -115,16 +122,23 @@ def train_align(cfg: Config, model: VideoLM, patches, times, tokenizer: Tokenize
 
 
 def _row(tokenizer, question, answer, is_long):
-    return tokenizer.encode(question) + tokenizer.encode("answer:"), tokenizer.encode(answer) + [EOS_ID], is_long
+    return (
+        tokenizer.encode(question) + tokenizer.encode("answer:"),
+        tokenizer.encode(answer) + [EOS_ID],
+        is_long,
+    )
 
 
 def corpus(cfg: Config, tokenizer: Tokenizer, num_clips: int):
-    """Per clip a list of (question ids, answer ids, is_long). The faults are drawn once: a corpus is a file."""
+    """Per clip a list of (question ids, answer ids, is_long). The faults are drawn once: a corpus is a
+    file."""
     rng, rows = random.Random(cfg.seed + 17), []
     for c in range(num_clips):
         scene = world.make_scene(c)
-        asked = [(r["question"], world.corpus_answer(r, rng, cfg.faults), bool(r.get("span")))
-                 for r in world.make_questions(scene, f"clip{c:07d}.mp4")]
+        asked = [
+            (r["question"], world.corpus_answer(r, rng, cfg.faults), bool(r.get("span")))
+            for r in world.make_questions(scene, f"clip{c:07d}.mp4")
+        ]
         asked += [(question, answer, True) for question, answer in world.descriptions(scene)]
         rows.append([_row(tokenizer, *row) for row in asked])
     return rows
@@ -144,8 +158,8 @@ def sft_batch(rows: list[list], limit: int, rng: random.Random):
 
 
 def train_sft(cfg: Config, model: VideoLM, patches, times, corpora, steps, name, generator):
-    """Answers to questions. corpora: lists of rows per clip; steps take them in turn, so a batch holds answers of
-    like length. The questions of a clip share its video tokens."""
+    """Answers to questions. corpora: lists of rows per clip; steps take them in turn, so a batch holds
+    answers of like length. The questions of a clip share its video tokens."""
     rng, turn = random.Random(int(torch.randint(2**31, (1,), generator=generator))), itertools.cycle(corpora)
 
     def batch():
@@ -158,8 +172,8 @@ def train_sft(cfg: Config, model: VideoLM, patches, times, corpora, steps, name,
 
 
 def train_decoder(cfg: Config, model: VideoLM, batch, steps: int, name: str):
-    """Next-token cross-entropy; adapter and decoder learn, CLIP stays. batch() gives video tokens (P, N_video, D),
-    ids and mask (P, G, T), and which tokens are to be predicted (P, G, T)."""
+    """Next-token cross-entropy; adapter and decoder learn, CLIP stays. batch() gives video tokens (P,
+    N_video, D), ids and mask (P, G, T), and which tokens are to be predicted (P, G, T)."""
     trainable = [*model.adapter.parameters(), *model.decoder.parameters()]
     for p in trainable:
         p.requires_grad_(True)
@@ -180,7 +194,8 @@ def train_decoder(cfg: Config, model: VideoLM, batch, steps: int, name: str):
         optimizer.zero_grad(set_to_none=True)
         total, count = total + loss.item(), count + 1
         if (step + 1) % 50 == 0:
-            bar.write(f"{name} step {step + 1}  loss {total / count:.4f}  {(time.time() - began) / (step + 1):.2f} s a step")
+            pace = f"{(time.time() - began) / (step + 1):.2f} s a step"
+            bar.write(f"{name} step {step + 1}  loss {total / count:.4f}  {pace}")
             total, count = 0.0, 0
 
 
@@ -229,7 +244,12 @@ def main():
         lap("sft")
     save_model(model, cfg.out)
     tokenizer.save(os.path.join(cfg.out, "tokenizer.json"))
-    made = {"command": " ".join(["python", *sys.argv]), "seed": cfg.seed, "seconds": seconds, "torch": torch.__version__}
+    made = {
+        "command": " ".join(["python", *sys.argv]),
+        "seed": cfg.seed,
+        "seconds": seconds,
+        "torch": torch.__version__,
+    }
     write_json(os.path.join(cfg.out, "made.json"), made | {"cpus": os.cpu_count(), "faults": cfg.faults})
     print(json.dumps(made))
 

@@ -1,8 +1,8 @@
 """Sampling G completions from a shared prompt, and their states again when updating.
 
-The prompt (its video tokens included) is computed once for its G completions in both. Sampling and training use one
-function from states to log-probabilities (`grpo_rank.sampling_logprobs`), so they agree at any temperature, top-p
-and set of banned ids; train.py logs the largest difference of every step.
+The prompt (its video tokens included) is computed once for its G completions in both. Sampling and training
+use one function from states to log-probabilities (`grpo_rank.sampling_logprobs`), so they agree at any
+temperature, top-p and set of banned ids; train.py logs the largest difference of every step.
 """
 
 from dataclasses import dataclass
@@ -28,19 +28,27 @@ class Completions:
     def __getitem__(self, rows):
         support = None if self.support is None else self.support[rows]
         return Completions(
-            self.completion_ids[rows], self.completion_mask[rows], self.logprobs[rows], support, self.ended[rows]
+            self.completion_ids[rows],
+            self.completion_mask[rows],
+            self.logprobs[rows],
+            support,
+            self.ended[rows],
         )
 
 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse-CDF sampling: (n, V) log-probabilities and (n,) uniforms in [0, 1) -> (n,) ids.
 
-    The uniforms come from outside, so a draw depends on its own row alone: neither on the batch it runs in, nor
-    on how prompts are split over processes, nor on the device.
+    The uniforms come from outside, so a draw depends on its own row alone: neither on the batch it runs in,
+    nor on how prompts are split over processes, nor on the device.
     """
     cdf = logprobs.double().exp().cumsum(dim=-1)
-    point = (uniforms.double()[:, None] * cdf[:, -1:]).clamp(max=torch.nextafter(cdf[:, -1:], cdf.new_zeros(1)))
-    return torch.searchsorted(cdf, point, right=True).squeeze(1)  # the first id whose cdf lies above the point
+    point = (uniforms.double()[:, None] * cdf[:, -1:]).clamp(
+        max=torch.nextafter(cdf[:, -1:], cdf.new_zeros(1))
+    )
+    return torch.searchsorted(cdf, point, right=True).squeeze(
+        1
+    )  # the first id whose cdf lies above the point
 
 
 @torch.no_grad()
@@ -59,14 +67,17 @@ def generate(
 ) -> Completions:
     """G completions of each prompt: one prefill, then a token a step for all of them until all have ended.
 
-    uniforms (P, G, max_new_tokens) in [0, 1) decide every draw; None decodes greedily. end_ids (any,) int64 all end
-    a completion; banned (V,) bool ids are never produced. step: model.decoder.step or its compiled form.
+    uniforms (P, G, max_new_tokens) in [0, 1) decide every draw; None decodes greedily. end_ids (any,) int64
+    all end a completion; banned (V,) bool ids are never produced. step: model.decoder.step or its compiled
+    form.
     """
     decoder, step = model.decoder, step or model.decoder.step
     P, G, T, device = len(prompts.prompt_ids), group_size, max_new_tokens, prompts.prompt_ids.device
     cache = KVCache(prompts.prompt_mask, G, T)
     prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
-    state = decoder(prompt, prompts.prompt_mask, cache=cache).expand(P, 1, G, -1)[:, 0].flatten(0, 1)  # (B, D)
+    state = (
+        decoder(prompt, prompts.prompt_mask, cache=cache).expand(P, 1, G, -1)[:, 0].flatten(0, 1)
+    )  # (B, D)
     ids = torch.full((P * G, T), PAD_ID, device=device)
     logprobs = torch.zeros(P * G, T, device=device)
     mask = torch.zeros(P * G, T, dtype=torch.bool, device=device)
@@ -91,7 +102,8 @@ def generate(
 
 
 def completion_states(model: VideoLM, prompts: Prompts, completions: Completions) -> Tensor:
-    """(B, T, D): the state that predicts each completion token, with gradient; B = P * G rows share P prompts."""
+    """(B, T, D): the state that predicts each completion token, with gradient; B = P * G rows share P
+    prompts."""
     P = len(prompts.prompt_ids)
     prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
     ids = completions.completion_ids.unflatten(0, (P, -1))  # (P, G, T)

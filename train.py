@@ -8,27 +8,34 @@ A run folder holds config.json, metrics.jsonl (a row a step), rollouts.jsonl, re
 `--resume` needs to continue bit for bit (on CPU).
 """
 
-import json
+import itertools
 import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import lora
 from answers import is_correct, kendall_tau, ndcg_agreement
-from data import EOS_ID, DataError, PromptSet, parse_args, run_script, write_json
+from cli import BadInput, parse_args, run_script, write_json
+from data import EOS_ID, PromptSet
 from eval import draw_world, evaluate, gains, load_policy, load_sets, table
 from grpo_rank import completion_logprobs, policy_loss, rank_advantages, ranks_from_scores
 from oracle import NoisyOracle, RuleOracle
 from rollout import completion_states, generate
+from runs import (
+    checkpoint_path,
+    open_run,
+    process_info,
+    report,
+    save_bad_batch,
+    save_checkpoint,
+    stored_options,
+)
 
 
 @dataclass
@@ -47,7 +54,9 @@ class Config:
     eval_samples: int = 4  # drawn answers a question in the sampled accuracy
     num_steps: int = 120  # optimiser rounds: sample, rank, update
     batch_prompts: int = 48  # P: prompts a step, over all processes
-    micro_batch_prompts: int = 48  # prompts of one forward and backward; smaller saves memory, changes nothing
+    micro_batch_prompts: int = (
+        48  # prompts of one forward and backward; smaller saves memory, changes nothing
+    )
     group_size: int = 5  # G: completions a prompt, ranked against each other
     max_new_tokens: int = 10
     temperature: float = 1.0
@@ -57,7 +66,9 @@ class Config:
     position_bias: float = 0.0  # oracle noise: chance that the first candidate is put on top
     advantage_form: str = "ideal"  # ideal | printed | inverted: README, "What the paper leaves open"
     gain: str = "divided"  # divided | appendix
-    updates_per_rollout: int = 2  # optimiser steps on the same rollout; with 1 the ratio is 1 and the clip never binds
+    updates_per_rollout: int = (
+        2  # optimiser steps on the same rollout; with 1 the ratio is 1 and the clip never binds
+    )
     clip_eps: float = 0.2
     norm: str = "sequence"  # sequence | token | constant (by max_new_tokens)
     kl_coef: float = 0.02  # weight of KL(reference || policy), exact over the vocabulary
@@ -74,12 +85,14 @@ class Config:
 
     def __post_init__(self):
         if self.group_size < 2:
-            raise DataError(f"--group_size {self.group_size}: a ranking needs at least 2 candidates")
+            raise BadInput(f"--group_size {self.group_size}: a ranking needs at least 2 candidates")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise DataError(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
+                raise BadInput(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
         if bool(self.data) != bool(self.videos):
-            raise DataError("--data and --videos go together: a JSONL file and the folder its paths are relative to")
+            raise BadInput(
+                "--data and --videos go together: a JSONL file and the folder its paths are relative to"
+            )
 
 
 CHOICES = {
@@ -97,25 +110,26 @@ PRESETS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ machine, processes
+# ----------------------------------------------------------------------------------------- machine, processes
 
 
 def pick_dtype(device: torch.device, wanted: str) -> torch.dtype:
-    """bfloat16 where the machine multiplies it at least twice as fast as float32, by measurement; says why."""
+    """bfloat16 where the machine multiplies it at least twice as fast as float32, by measurement; says
+    why."""
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type == "cuda":
         return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    seconds = {torch.float32: [], torch.bfloat16: []}
+    for dtype in 3 * list(seconds):
         a = torch.ones(512, 512, dtype=dtype)
-        a @ a  # warm-up
         began = time.perf_counter()
         a @ a
-        seconds[dtype] = time.perf_counter() - began
-    speedup = seconds[torch.float32] / seconds[torch.bfloat16]
-    dtype = torch.bfloat16 if speedup >= 2 else torch.float32
-    print(f"dtype {dtype}: a bfloat16 matrix product took {1 / speedup:.2f} of float32's time here (--dtype overrides)")
+        seconds[dtype].append(time.perf_counter() - began)
+    share = min(seconds[torch.bfloat16]) / min(seconds[torch.float32])
+    dtype = torch.bfloat16 if share <= 0.5 else torch.float32
+    if process_info()[0] == 0:
+        print(f"{dtype}: a bfloat16 product takes {share:.2f} of float32's time here (--dtype overrides)")
     return dtype
 
 
@@ -127,17 +141,12 @@ def reduce_sum(*values: torch.Tensor | float, device) -> list[float]:
     return packed.tolist()
 
 
-def process_info() -> tuple[int, int]:
-    """(index of this process, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-# --------------------------------------------------------------------------------------------------- data and policy
+# -------------------------------------------------------------------------------------------- data and policy
 
 
 def load_everything(cfg: Config, device: torch.device):
-    """(policy with adapters, trainable parameters, training prompts, held-out prompts). Every video is decoded and
-    embedded here, once, so a broken file ends the run before anything is written."""
+    """(policy with adapters, trainable parameters, training prompts, held-out prompts). Every video is
+    decoded and embedded here, once, so a broken file ends the run before anything is written."""
     policy, tokenizer = load_policy(cfg.policy, device)
     policy.decoder.compute_dtype = pick_dtype(device, cfg.dtype)
     if process_info()[0] == 0 and not cfg.data:
@@ -152,56 +161,12 @@ def load_everything(cfg: Config, device: torch.device):
     return policy, trainable, train_set, eval_set
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def checkpoint_path(cfg):
-    return os.path.join(cfg.out, "checkpoint.safetensors")
-
-
-def save_checkpoint(cfg, policy, trainable, optimizer, progress: dict):
-    """Adapters, frozen reference, optimiser moments and progress in one file, renamed into place."""
-    if process_info()[0] != 0:
-        return
-    tensors = {}
-    for name, layer in lora.layers(policy.decoder).items():
-        parts = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
-        parts |= {"reference_A": layer.reference_A, "reference_B": layer.reference_B}
-        tensors |= {f"{name}.{part}": x.detach().cpu() for part, x in parts.items()}
-    for i, p in enumerate(trainable):
-        tensors |= {f"optimizer.{i}.{k}": v.detach().cpu() for k, v in optimizer.state[p].items()}
-    path = checkpoint_path(cfg)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, f"{path}.tmp", metadata={"progress": json.dumps(progress)})
-    os.replace(f"{path}.tmp", path)
-    lora.save_adapter(policy.decoder, os.path.join(cfg.out, "adapter"))
-
-
-def load_checkpoint(cfg, policy, trainable, optimizer) -> dict:
-    """Restores what save_checkpoint wrote; returns the progress."""
-    with safe_open(checkpoint_path(cfg), "pt") as file:
-        progress = json.loads(file.metadata()["progress"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    for name, layer in lora.layers(policy.decoder).items():
-        for part in ("lora_A", "lora_B", "reference_A", "reference_B"):
-            stored = tensors.get(f"{name}.{part}")
-            if stored is None or stored.shape != getattr(layer, part[-1:] and f"lora_{part[-1]}").shape:
-                raise DataError(f"{checkpoint_path(cfg)}: {name}.{part} is missing or of another shape: resume with the run's own options")
-            if part.startswith("lora"):
-                getattr(layer, part).data.copy_(stored)
-            else:
-                setattr(layer, part, stored.to(layer.lora_A.device))
-    for i, p in enumerate(trainable):
-        state = {k.rsplit(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"optimizer.{i}.")}
-        if state:
-            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
-    return progress
-
-
-# ---------------------------------------------------------------------------------------------------------- one step
+# --------------------------------------------------------------------------------------------------- one step
 
 
 def update(cfg, policy, trainable, optimizer, prompts, rollout, advantages, live, banned) -> dict:
-    """Clipped GRPO_rank updates on one rollout. Returns the step's numbers; "bad" if a loss was not finite."""
+    """Clipped GRPO_rank updates on one rollout. Returns the step's numbers; "bad" if a loss was not
+    finite."""
     P, G, device = len(prompts.prompt_ids), cfg.group_size, prompts.prompt_ids.device
     micro = [slice(i, i + cfg.micro_batch_prompts) for i in range(0, P, cfg.micro_batch_prompts)]
     counted = rollout.completion_mask & live[:, None]
@@ -220,7 +185,8 @@ def update(cfg, policy, trainable, optimizer, prompts, rollout, advantages, live
             loss, stats = policy_loss(
                 logprobs, part.logprobs, advantages[rows(p, G)], part.completion_mask, clip_eps=cfg.clip_eps,
                 norm=cfg.norm, constant=cfg.max_new_tokens, live=live[rows(p, G)], kl=kl, kl_coef=cfg.kl_coef,
-                entropy=entropy, entropy_coef=cfg.entropy_coef, num_tokens=num_tokens, num_sequences=num_sequences,
+                entropy=entropy, entropy_coef=cfg.entropy_coef,
+                num_tokens=num_tokens, num_sequences=num_sequences,
             )  # fmt: skip
             loss.backward()
             for key, value in stats.items():
@@ -253,8 +219,8 @@ def rows(prompts: slice, G: int) -> slice:
 
 
 def all_reduce_gradients(trainable, max_norm: float) -> torch.Tensor:
-    """Sums the gradients over processes (the loss is already divided by the whole step's counts), clips, returns
-    the norm before clipping."""
+    """Sums the gradients over processes (the loss is already divided by the whole step's counts), clips,
+    returns the norm before clipping."""
     if dist.is_initialized():
         flat = torch.cat([p.grad.flatten() for p in trainable])
         dist.all_reduce(flat)
@@ -263,20 +229,20 @@ def all_reduce_gradients(trainable, max_norm: float) -> torch.Tensor:
     return torch.nn.utils.clip_grad_norm_(trainable, max_norm)
 
 
-def feedback_numbers(questions, texts, ranking, policy_ranks, advantages, live, rollout, device) -> dict:
+def feedback_numbers(questions, texts, ranking, policy_ranks, advantages, live, rollout) -> dict:
     """What the oracle said of this step and how the policy's own order agrees with it (README, glossary)."""
     P, G = ranking.ranks.shape
     right = torch.tensor([is_correct(text, questions[i // G]) for i, text in enumerate(texts)]).view(P, G)
-    orders = [(p, o) for p, o, ok in zip(policy_ranks.tolist(), ranking.ranks.tolist(), ranking.ok.tolist(), strict=True) if ok]
+    orders = list(zip(policy_ranks[ranking.ok].tolist(), ranking.ranks[ranking.ok].tolist(), strict=True))
     ndcg = [x for x in (ndcg_agreement(p, o) for p, o in orders) if x is not None]
     tau = [x for x in (kendall_tau(p, o) for p, o in orders) if x is not None]
     sums = {
         "prompts": P, "completions": P * G, "right": right.sum(), "tokens": rollout.completion_mask.sum(),
-        "best_right": (right & (ranking.ranks.to(right.device) == 0)).any(dim=1).sum(), "ended": rollout.ended.sum(),
+        "best_right": (right & (ranking.ranks == 0)).any(dim=1).sum(), "ended": rollout.ended.sum(),
         "failed": (~ranking.ok).sum(), "dead": (ranking.ok & ~live).sum(), "squares": (advantages**2).sum(),
         "ndcg": sum(ndcg), "num_ndcg": len(ndcg), "tau": sum(tau), "num_tau": len(tau),
     }  # fmt: skip
-    n = dict(zip(sums, reduce_sum(*sums.values(), device=device), strict=True))
+    n = dict(zip(sums, reduce_sum(*sums.values(), device=rollout.completion_ids.device), strict=True))
     return {
         "accuracy": n["right"] / n["completions"],
         "oracle_best_accuracy": n["best_right"] / n["prompts"],
@@ -291,60 +257,69 @@ def feedback_numbers(questions, texts, ranking, policy_ranks, advantages, live, 
     }
 
 
-# ----------------------------------------------------------------------------------------------------------- the loop
+# --------------------------------------------------------------------------------------------------- the loop
 
 
-def learn(cfg: Config, policy, trainable, train_set, optimizer, options, progress: dict) -> str:
-    """Oracle-RLAIF, the paper's algorithm. Returns "done", "interrupted" or "bad" (too many non-finite losses)."""
+def learn(cfg: Config, policy, trainable, train_set, optimizer, limits: dict, progress: dict) -> str:
+    """Oracle-RLAIF, the paper's algorithm. Returns "done", "interrupted" or "bad": too many non-finite
+    losses."""
     device, G, (process, num_processes) = train_set.video_embeds.device, cfg.group_size, process_info()
-    P = min(cfg.batch_prompts, len(train_set)) // num_processes * num_processes  # prompts a step, over all processes
-    mine, steps_per_epoch = slice(process * P // num_processes, (process + 1) * P // num_processes), len(train_set) // P
-    generator, interrupted = torch.Generator(), catch_interrupt()
-    oracle = make_oracle(cfg, torch.Generator().manual_seed(cfg.seed + process))
+    P = min(cfg.batch_prompts, len(train_set)) // num_processes * num_processes  # a step, over all processes
+    mine = slice(process * P // num_processes, (process + 1) * P // num_processes)
+    steps_per_epoch, interrupted = len(train_set) // P, catch_interrupt()
+    generator, noise = torch.Generator(), torch.Generator()  # seeded anew in every step: no state to save
+    oracle = make_oracle(cfg, noise)
     bar = tqdm(total=cfg.num_steps, initial=progress["step"], disable=process != 0, file=sys.stdout)
     for step in range(progress["step"], cfg.num_steps):
+        # 0) the next prompts; at an epoch's start they are shuffled, and the reference is frozen
         epoch, place = divmod(step, steps_per_epoch)
-        if place == 0:  # the reference is frozen at each epoch's start
+        if place == 0:
             lora.freeze_reference(policy.decoder)
         order = torch.randperm(len(train_set), generator=generator.manual_seed(cfg.seed * 2**20 + epoch))
         chosen = order[place * P : (place + 1) * P][mine]
-        questions, prompts, clock = [train_set.questions[i] for i in chosen], train_set[chosen], [time.perf_counter()]
+        questions, prompts = [train_set.questions[i] for i in chosen], train_set[chosen]
+        clock = [time.perf_counter()]
 
-        # 1) sample G answers a prompt; every process draws all uniforms and uses its own, so their number is no matter
+        # 1) sample G answers a prompt. Every process draws all uniforms and uses those of its own prompts
         generator.manual_seed(cfg.seed * 2**20 + 2**19 + step)
         uniforms = torch.rand(P, G, cfg.max_new_tokens, generator=generator)[mine].to(device)
-        rollout = generate(policy, prompts, G, uniforms=uniforms, temperature=cfg.temperature, top_p=cfg.top_p, **options)
+        heat = {"temperature": cfg.temperature, "top_p": cfg.top_p}
+        rollout = generate(policy, prompts, G, uniforms=uniforms, **heat, **limits)
         texts = train_set.texts(rollout)
         clock.append(time.perf_counter())
 
         # 2) the oracle ranks them: it sees questions and texts, never log-probabilities
+        noise.manual_seed((cfg.seed * 2**20 + step) * num_processes + process)
         ranking = oracle.rank(questions, texts)
         clock.append(time.perf_counter())
 
-        # 3) rank advantages; groups that are all tied, or whose ranking failed, carry no signal
+        # 3) ranks become advantages; groups that are all tied, or whose ranking failed, carry no signal
         policy_ranks = ranks_from_scores(rollout.logprobs.sum(dim=1).view(-1, G).cpu().round(decimals=4))
-        advantages = rank_advantages(ranking.ranks, policy_ranks, cfg.advantage_form, cfg.gain, ranking.ok)  # (P, G)
-        live = ranking.ok & (ranking.ranks != ranking.ranks[:, :1]).any(dim=1)
-        row_live, row_advantages = live.repeat_interleave(G).to(device), advantages.flatten().to(device)
+        advantages = rank_advantages(ranking.ranks, policy_ranks, cfg.advantage_form, cfg.gain, ranking.ok)
+        live = ranking.ok & (ranking.ranks != ranking.ranks[:, :1]).any(dim=1)  # (P,)
 
         # 4) clipped update, with KL to the frozen reference and an entropy bonus
-        numbers = update(cfg, policy, trainable, optimizer, prompts, rollout, row_advantages, row_live, options["banned"])
+        signal = advantages.flatten().to(device), live.repeat_interleave(G).to(device)  # (B,) each
+        numbers = update(cfg, policy, trainable, optimizer, prompts, rollout, *signal, limits["banned"])
         clock.append(time.perf_counter())
 
         # 5) report, save
-        numbers |= feedback_numbers(questions, texts, ranking, policy_ranks, advantages, live, rollout, device)
-        numbers |= dict(zip(("sampling_s", "oracle_s", "update_s"), (b - a for a, b in zip(clock, clock[1:])), strict=False))
+        numbers |= feedback_numbers(questions, texts, ranking, policy_ranks, advantages, live, rollout)
+        seconds = (b - a for a, b in itertools.pairwise(clock))
+        numbers |= dict(zip(("sampling_s", "oracle_s", "update_s"), seconds, strict=True))
         numbers["tokens_per_s"] = numbers["tokens"] / (clock[-1] - clock[0])
         progress |= {"step": step + 1, "bad_steps": progress["bad_steps"] + numbers["bad"]}
         progress["bad_in_a_row"] = numbers["bad"] * (progress["bad_in_a_row"] + 1)
         report(cfg, bar, step, numbers, questions, texts, ranking, policy_ranks, advantages)
         if numbers["bad"]:
-            save_bad_batch(cfg, step, prompts, rollout, row_advantages)
-        stop = "bad" if progress["bad_in_a_row"] >= cfg.max_bad_steps else "interrupted" if interrupted() else ""
-        if stop or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
+            save_bad_batch(cfg, step, prompts, rollout, signal[0])
+        ended = (
+            "bad" if progress["bad_in_a_row"] >= cfg.max_bad_steps else "interrupted" if interrupted() else ""
+        )
+        if ended or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
             save_checkpoint(cfg, policy, trainable, optimizer, progress)
-        if stop:
-            return stop
+        if ended:
+            return ended
     return "done"
 
 
@@ -355,7 +330,8 @@ def make_oracle(cfg: Config, generator: torch.Generator):
 
 
 def catch_interrupt():
-    """After this Ctrl-C no longer kills: the returned function says whether it came. A second one kills as ever."""
+    """After this Ctrl-C no longer kills: the returned function says whether it came. A second one kills as
+    ever."""
     came = []
 
     def handler(signum, frame):
@@ -363,59 +339,10 @@ def catch_interrupt():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGINT, handler)
-    return lambda: reduce_sum(len(came), device="cpu")[0] > 0 if not dist.is_initialized() else bool(came)
+    return lambda: bool(came)
 
 
-def report(cfg, bar, step, numbers, questions, texts, ranking, policy_ranks, advantages):
-    """A row of metrics.jsonl, two prompts in rollouts.jsonl, the progress bar."""
-    if process_info()[0] != 0:
-        return
-    with open(os.path.join(cfg.out, "metrics.jsonl"), "a") as file:
-        file.write(json.dumps({"step": step, **numbers}) + "\n")
-    with open(os.path.join(cfg.out, "rollouts.jsonl"), "a") as file:
-        for i in range(min(2, len(questions))):
-            row = {"step": step, "id": questions[i].id, "question": questions[i].question, "answer": questions[i].answer}
-            row |= {"candidates": texts[i * cfg.group_size : (i + 1) * cfg.group_size], "oracle_ok": bool(ranking.ok[i])}
-            row |= {"oracle_ranks": ranking.ranks[i].tolist(), "policy_ranks": policy_ranks[i].tolist()}
-            file.write(json.dumps(row | {"advantages": [round(a, 6) for a in advantages[i].tolist()]}) + "\n")
-    shown = {"acc": "accuracy", "best": "oracle_best_accuracy", "ndcg": "ndcg", "tau": "kendall_tau", "kl": "kl"}
-    shown |= {"H": "entropy", "clip": "clip_frac"}
-    text = " ".join(f"{k} {numbers[v]:.3f}" for k, v in shown.items() if v in numbers)
-    seconds = "/".join(f"{numbers[k]:.2f}" for k in ("sampling_s", "oracle_s", "update_s"))
-    text += f" dead {numbers['dead_groups']} failed {numbers['failed_groups']} {numbers['tokens_per_s']:.0f} tok/s {seconds} s"
-    bar.set_postfix_str(text)
-    bar.update(1)
-
-
-def save_bad_batch(cfg, step, prompts, rollout, advantages):
-    """What a skipped step was made of, to look into: bad_batches/step_N_process_M.safetensors."""
-    folder = os.path.join(cfg.out, "bad_batches")
-    os.makedirs(folder, exist_ok=True)
-    tensors = {"prompt_ids": prompts.prompt_ids, "prompt_mask": prompts.prompt_mask, "advantages": advantages}
-    tensors |= {"video_embeds": prompts.video_embeds, "completion_ids": rollout.completion_ids}
-    tensors |= {"completion_mask": rollout.completion_mask, "old_logprobs": rollout.logprobs}
-    path = os.path.join(folder, f"step_{step}_process_{process_info()[0]}.safetensors")
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
-    tqdm.write(f"step {step}: loss or gradient not finite; step skipped, batch saved in {path}", file=sys.stderr)
-
-
-# ------------------------------------------------------------------------------------------------- start and finish
-
-
-def stored_options(given: dict) -> dict:
-    """With --resume: the run's own options. Those given again must be the same, but --num_steps."""
-    if not given.get("resume"):
-        return {}
-    out = given.get("out", Config.out)
-    path = os.path.join(out, "config.json")
-    if not os.path.exists(path):
-        raise DataError(f"{path}: no such file, so --resume has nothing to continue; leave --resume out to start")
-    with open(path) as file:
-        stored = json.load(file)
-    for name, value in given.items():
-        if name not in ("resume", "out", "num_steps") and stored[name] != value:
-            raise DataError(f"--{name} {value}: the run in {out} has {stored[name]!r}; leave it out to resume")
-    return stored | {"out": out, "resume": True}
+# ------------------------------------------------------------------------------------------- start and finish
 
 
 def start_processes(cfg: Config) -> torch.device:
@@ -429,60 +356,57 @@ def start_processes(cfg: Config) -> torch.device:
     return torch.device("cuda", index) if cuda else torch.device("cpu")
 
 
-def open_run(cfg: Config, policy, trainable, optimizer) -> dict:
-    """A new run folder with config.json, or the old one cut back to its checkpoint. Returns the progress."""
-    if not cfg.resume:
-        if process_info()[0] == 0:
-            os.makedirs(cfg.out)
-            write_json(os.path.join(cfg.out, "config.json"), asdict(cfg))
-        return {"step": 0, "bad_steps": 0, "bad_in_a_row": 0, "wall_s": 0.0}
-    progress = load_checkpoint(cfg, policy, trainable, optimizer)
-    for name in ("metrics.jsonl", "rollouts.jsonl") if process_info()[0] == 0 else ():
-        path = os.path.join(cfg.out, name)
-        with open(path) as file:
-            kept = [line for line in file if json.loads(line)["step"] < progress["step"]]
-        with open(f"{path}.tmp", "w") as file:
-            file.writelines(kept)
-        os.replace(f"{path}.tmp", path)
-    return progress
-
-
 def main() -> int:
-    cfg = parse_args(Config, PRESETS, stored_options)
+    cfg = parse_args(Config, PRESETS, lambda given: stored_options(given, Config.out))
     if not cfg.resume and os.path.exists(cfg.out):
-        raise DataError(f"--out {cfg.out}: exists already; add --resume to continue it, or name another folder")
+        raise BadInput(
+            f"--out {cfg.out}: exists already; add --resume to continue it, or name another folder"
+        )
     if cfg.resume and not os.path.exists(checkpoint_path(cfg)):
-        raise DataError(f"{checkpoint_path(cfg)}: no such file; the run ended before its first checkpoint, start it anew")
+        raise BadInput(f"{checkpoint_path(cfg)}: no such file; the run never saved anything, start it anew")
     began, device = time.time(), start_processes(cfg)
     policy, trainable, train_set, eval_set = load_everything(cfg, device)
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.0)
-    banned = train_set.tokenizer.banned_ids(policy.cfg.vocab_size).to(device)
-    options = dict(end_ids=torch.tensor([EOS_ID], device=device), banned=banned,
-                   max_new_tokens=cfg.max_new_tokens)  # fmt: skip
-    judge = dict(samples=cfg.eval_samples, seed=cfg.seed)
+    limits = {
+        "max_new_tokens": cfg.max_new_tokens,
+        "end_ids": torch.tensor([EOS_ID], device=device),
+        "banned": train_set.tokenizer.banned_ids(policy.cfg.vocab_size).to(device),
+    }
     progress = open_run(cfg, policy, trainable, optimizer)
     if "before" not in progress:
-        progress["before"], progress["before_values"] = evaluate(policy, eval_set, **judge, **options)
+        start, values = evaluate(policy, eval_set, samples=cfg.eval_samples, seed=cfg.seed, **limits)
+        progress |= {"before": start, "before_values": values}
         lora.freeze_reference(policy.decoder)
         save_checkpoint(cfg, policy, trainable, optimizer, progress)
     if process_info()[0] == 0:
-        print(f"{len(train_set)} questions to learn from, {len(eval_set)} held out; set up in {time.time() - began:.1f} s")
-    ended = learn(cfg, policy, trainable, train_set, optimizer, options, progress)
+        print(f"{len(train_set)} questions to learn from, {len(eval_set)} held out", flush=True)
+    earlier = progress["wall_s"]
+    ended = learn(cfg, policy, trainable, train_set, optimizer, limits, progress)
     if ended == "interrupted":
         print(f"\nsaved at step {progress['step']}; go on with: python train.py --out {cfg.out} --resume")
         return 1
     if ended == "bad":
-        print(f"\n{cfg.max_bad_steps} non-finite losses in a row: stopped at step {progress['step']}; see {cfg.out}/bad_batches; a lower --lr or --dtype float32 may help", file=sys.stderr)
+        print(
+            f"\n{cfg.max_bad_steps} non-finite losses in a row: stopped at step {progress['step']}",
+            file=sys.stderr,
+        )
+        print(f"see {cfg.out}/bad_batches; a lower --lr or --dtype float32 may help", file=sys.stderr)
         return 1
-    after, after_values = evaluate(policy, eval_set, **judge, **options)
-    gain = gains(eval_set.questions, progress["before_values"], after_values)
+    after, values = evaluate(policy, eval_set, samples=cfg.eval_samples, seed=cfg.seed, **limits)
     if process_info()[0] == 0:
-        results = {"seed": cfg.seed, "steps": cfg.num_steps, "wall_s": round(progress["wall_s"] + time.time() - began, 1)}
+        gain = gains(eval_set.questions, progress["before_values"], values)
+        results = {
+            "seed": cfg.seed,
+            "steps": cfg.num_steps,
+            "wall_s": round(earlier + time.time() - began, 1),
+        }
         results |= {"device": describe(device), "bad_steps": progress["bad_steps"]}
-        write_json(os.path.join(cfg.out, "results.json"), results | {"before": progress["before"], "after": after, "gain": gain})
+        results |= {"before": progress["before"], "after": after, "gain": gain}
+        write_json(os.path.join(cfg.out, "results.json"), results)
         print("\n" + table(progress["before"], after))
         for name, g in gain.items():
-            print(f"{name}: {100 * g['accuracy']:+.1f} points, 95 % interval {100 * g['ci95'][0]:+.1f} to {100 * g['ci95'][1]:+.1f}")
+            low, high = (100 * x for x in g["ci95"])
+            print(f"{name}: {100 * g['accuracy']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}")
         print(f"{results['wall_s']} s on {results['device']}; results and adapter in {cfg.out}")
     if dist.is_initialized():
         dist.destroy_process_group()

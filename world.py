@@ -1,9 +1,9 @@
 """The embedded video world: short clips of coloured shapes that appear, move, grow and vanish.
 
-A `Scene` knows everything about its clip, so every question has an exact answer. `write_clip` draws it and encodes a
-real H.264 mp4 file; nothing downstream knows that the pixels were drawn. Questions carry Video-MME's task names plus
-"Temporal Grounding" (time spans). The fine-tuning corpus (`corpus_answer`) has faults on purpose, of the kind that
-web captions have; evaluation and the oracle never see those.
+A `Scene` knows everything about its clip, so every question has an exact answer. `write_clip` draws it and
+encodes a real H.264 mp4 file; nothing downstream knows that the pixels were drawn. Questions carry
+Video-MME's task names plus "Temporal Grounding" (time spans). The fine-tuning corpus (`corpus_answer`) has
+faults on purpose, of the kind that web captions have; evaluation and the oracle never see those.
 
     python world.py --out DIR --num_clips 4 --seed 0      # look at a few clips and their questions
 """
@@ -95,7 +95,7 @@ class Scene:
     seed: int  # of the pixel noise
 
 
-# ---------------------------------------------------------------------------------------------------- making scenes
+# ---------------------------------------------------------------------------------------------- making scenes
 
 
 def _free_of_overlap(things, new):
@@ -139,7 +139,7 @@ def make_scene(seed):
             return Scene(tuple(things), rng.randint(20, 70), seed)
 
 
-# ------------------------------------------------------------------------------------------------- drawing, writing
+# ------------------------------------------------------------------------------------------- drawing, writing
 
 
 def _coverage(shape, dx, dy, r):
@@ -185,7 +185,7 @@ def write_clip(scene, path):
     os.replace(temporary, path)
 
 
-# ------------------------------------------------------------------------------------------- captions and questions
+# ------------------------------------------------------------------------------------- captions and questions
 
 
 ZONES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
@@ -198,10 +198,11 @@ def _zone(x, y):
 
 
 def frame_caption(scene, t, wrong=None):
-    """What one frame shows, size, colour, shape and place bound together, left to right (for CLIP and alignment).
+    """What one frame shows, size, colour, shape and place bound together, left to right (for CLIP and
+    alignment).
 
-    wrong, a random.Random: the same caption with one word of one object replaced, most often its shape: a hard
-    negative (NegCLIP, arXiv:2210.01936), without which CLIP need not see what its batch can do without.
+    wrong, a random.Random: the same caption with one word of one object replaced, most often its shape: a
+    hard negative (NegCLIP, arXiv:2210.01936), without which CLIP need not see what its batch can do without.
     """
     shown = [(thing.at(t), thing) for thing in scene.things if thing.start <= t < thing.end]
     parts = [[o.size, o.color, o.shape, _zone(x, y)] for (x, y, _), o in sorted(shown, key=lambda s: s[0][0])]
@@ -242,11 +243,14 @@ def _relation(a, b):
 
 
 def make_questions(scene, clip_name):
-    """All questions of a scene, at most two a category: a list of JSON-ready dicts (design: data.py's rows)."""
+    """All questions of a scene, at most two a category: a list of JSON-ready dicts (design: data.py's
+    rows)."""
     rng, things, rows = random.Random(scene.seed + 1), scene.things, []
 
     def ask(category, question, answer, **extra):
-        rows.append({"video": clip_name, "question": question, "answer": answer, "category": category, **extra})
+        rows.append(
+            {"video": clip_name, "question": question, "answer": answer, "category": category, **extra}
+        )
 
     for o in rng.sample(things, min(2, len(things))):
         ask("Object Recognition", f"what shape is the {o.color} object?", o.shape)
@@ -300,7 +304,7 @@ def vocabulary():
     return sorted({word for text in texts for word in text.replace("?", " ?").split()})
 
 
-# ---------------------------------------------------------------------------------------------------------- the files
+# -------------------------------------------------------------------------------------------------- the files
 
 
 def _make_one(folder, seed):
@@ -314,7 +318,8 @@ def _make_one(folder, seed):
 def make_world(folder, seeds, workers=None):
     """Writes the clips of these scene seeds into `folder` and their questions into `folder/questions.jsonl`.
 
-    Returns the path of the JSONL file. Clips that are there already are kept: a scene's seed is its file name.
+    Returns the path of the JSONL file. Clips that are there already are kept: a scene's seed is its file
+    name.
     """
     os.makedirs(folder, exist_ok=True)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:

@@ -32,7 +32,7 @@ def prompts():
 def sample(model, prompts, seed=2, rows=slice(None), **options):
     uniforms = torch.rand(P, G, T, generator=torch.Generator().manual_seed(seed))[rows]
     options = {"end_ids": END, "banned": BANNED, "uniforms": uniforms} | options
-    return generate(model, prompts[rows], G, T, pad_id=PAD, **options)
+    return generate(model, prompts[rows], G, T, **options)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), SAMPLINGS)
@@ -101,7 +101,7 @@ def test_a_row_depends_on_its_own_uniforms_alone(model, prompts):
 
 
 def test_greedy_is_the_argmax_of_a_pass_without_cache(model, prompts):
-    rollout = generate(model, prompts, 1, T, end_ids=torch.tensor([V]), pad_id=PAD, banned=BANNED)
+    rollout = generate(model, prompts, 1, T, end_ids=torch.tensor([V]), banned=BANNED)
     mask = prompts.prompt_mask
     x = model.embed_prompt(prompts.prompt_ids, mask, prompts.video_embeds)
     for t in range(T):

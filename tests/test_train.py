@@ -1,4 +1,5 @@
-"""The loop as its users meet it: whole runs of train.py in processes of their own, on tiny models and clips."""
+"""The loop as its users meet it: whole runs of train.py in processes of their own, on tiny models and
+clips."""
 
 import json
 import os
@@ -21,7 +22,8 @@ from model import ModelConfig, VideoLM, load_model, save_model
 from rollout import generate
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--num_train_clips 6 --num_eval_clips 3 --batch_prompts 8 --eval_samples 1 --save_every 2 --lora_r 4".split()
+SMALL = "--num_train_clips 6 --num_eval_clips 3 --batch_prompts 8".split()
+SMALL += "--eval_samples 1 --save_every 2 --lora_r 4".split()
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +43,24 @@ def home(tmp_path_factory):
 
 
 def command(home, out, *options):
-    where = ["--policy", home / "policy", "--world_dir", home / "world", "--out", home / out, "--dtype", "float32"]
+    where = [
+        "--policy",
+        home / "policy",
+        "--world_dir",
+        home / "world",
+        "--out",
+        home / out,
+        "--dtype",
+        "float32",
+    ]
     return [str(x) for x in (ROOT / "train.py", *where, *SMALL, *options)]
 
 
 def run(home, out, *options, launcher=(sys.executable,)):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*launcher, *command(home, out, *options)], capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        [*launcher, *command(home, out, *options)], capture_output=True, text=True, env=environment
+    )
 
 
 def adapter(home, out):
@@ -99,8 +112,8 @@ def test_rollout_and_training_logprobs_agree_in_every_step(home, straight):
 
 def test_killed_after_two_steps_and_resumed_is_bit_for_bit_the_straight_run(home, straight):
     process = subprocess.Popen(
-        [sys.executable, *command(home, "killed", "--num_steps", "4")], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        [sys.executable, *command(home, "killed", "--num_steps", "4")], stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     wait_for_rows(home / "killed" / "metrics.jsonl", 3, process)
     process.send_signal(signal.SIGKILL)
@@ -140,7 +153,7 @@ def test_two_processes_make_the_update_of_one(home, straight):
         torch.testing.assert_close(adapter(home, "two")[key], tensor, atol=2e-5, rtol=0, msg=key)
 
 
-# ------------------------------------------------------------------------------------------------------- one update
+# ------------------------------------------------------------------------------------------------- one update
 
 
 @pytest.fixture
@@ -153,7 +166,9 @@ def small_step(home):
     g = torch.Generator().manual_seed(3)
     prompts = Prompts(torch.randint(4, 200, (4, 40), generator=g), torch.ones(4, 40, dtype=torch.bool),
                       torch.randn(4, 32, 32, generator=g))  # fmt: skip
-    rollout = generate(policy, prompts, 5, 6, end_ids=torch.arange(150, 300), uniforms=torch.rand(4, 5, 6, generator=g))
+    rollout = generate(
+        policy, prompts, 5, 6, end_ids=torch.arange(150, 300), uniforms=torch.rand(4, 5, 6, generator=g)
+    )
     live = torch.tensor([True, True, False, True]).repeat_interleave(5)
     advantages = torch.randn(20, generator=g) * live
     cfg = train.Config(updates_per_rollout=1, entropy_coef=0.01, micro_batch_prompts=4, max_grad_norm=1e9)
@@ -186,7 +201,9 @@ def test_a_non_finite_loss_changes_nothing_and_says_so(small_step, monkeypatch):
     cfg, policy, trainable, *batch = small_step
     start = [p.detach().clone() for p in trainable]
     real = train.completion_logprobs
-    monkeypatch.setattr(train, "completion_logprobs", lambda *a, **k: [x * float("nan") for x in real(*a, **k)])
+    monkeypatch.setattr(
+        train, "completion_logprobs", lambda *a, **k: [x * float("nan") for x in real(*a, **k)]
+    )
     numbers = train.update(cfg, policy, trainable, torch.optim.SGD(trainable, lr=1.0), *batch, banned=None)
     assert numbers["bad"]
     assert all(torch.equal(p, s) for p, s in zip(trainable, start, strict=True))
@@ -201,7 +218,7 @@ def test_a_run_of_non_finite_losses_skips_saves_counts_and_stops(home):
     assert all(t.abs().max() == 0 for key, t in adapter(home, "nan").items() if "lora_B" in key)
 
 
-# -------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 
 def write_lines(path, *lines):
@@ -229,7 +246,10 @@ def write_lines(path, *lines):
 def test_bad_input_is_one_line_that_names_it_status_2_and_nothing_written(home, options, words):
     write_lines(home / "bad.jsonl", '{"id": "a", "video": "a.mp4", "question": "q", "answer": "x"}',
                 '{"id": "b", "video": "a.mp4", "question": "q"}')  # fmt: skip
-    rows = [json.dumps({"id": str(i), "video": f"{i}missing.mp4", "question": "q", "answer": "x"}) for i in range(2)]
+    rows = [
+        json.dumps({"id": str(i), "video": f"{i}missing.mp4", "question": "q", "answer": "x"})
+        for i in range(2)
+    ]
     write_lines(home / "novideo.jsonl", *rows)
     (home / "pickled").mkdir(exist_ok=True)
     (home / "pickled" / "config.json").write_text((home / "policy" / "config.json").read_text())

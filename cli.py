@@ -1,0 +1,70 @@
+"""What every script shares: options from a dataclass, bad input as one line with exit status 2, whole
+files."""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import fields
+
+
+class BadInput(ValueError):
+    """Something the user gave is wrong. The message is one line: file, row or option, what is wrong, the
+    remedy."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are BadInputs: one line instead of the whole usage."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise BadInput(f"{message}; {self.prog} --help lists the options")
+
+
+def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lambda given: {}):
+    """The script's dataclass from `--name value` options, one a field; a bool field takes no value or
+    true|false.
+
+    `presets` maps values of a field named preset to other defaults; `stored` makes yet others from what was
+    given (a run's own options, when it is resumed). Unknown names, abbreviations and values of
+    another type end the script: one line on stderr, status 2.
+    """
+
+    def boolean(text):
+        return {"true": True, "false": False}[text.lower()]
+
+    parser = ArgumentParser(description=sys.modules[config_class.__module__].__doc__)
+    for field in fields(config_class):
+        flag = {"nargs": "?", "const": True} if field.type is bool else {}
+        kind = boolean if field.type is bool else field.type
+        parser.add_argument(
+            f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=f"({field.default})", **flag
+        )
+    given = vars(parser.parse_args())
+    preset = (presets or {}).get(given.get("preset"), {})
+    return config_class(**{**preset, **stored(given), **given})
+
+
+def run_script(main) -> None:
+    """Runs a script: status 0 done, 2 bad input (one line on stderr), 1 anything else."""
+    try:
+        status = main()
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except OSError as error:  # a full disk, no permission: the operating system names the file and the cause
+        print(
+            f"error: {error}; nothing half-written is left; make room or choose another folder",
+            file=sys.stderr,
+        )
+        status = 2
+    sys.exit(status or 0)
+
+
+def write_json(path: str, value) -> None:
+    """Writes the file under another name and renames it: whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+    os.replace(f"{path}.tmp", path)
