@@ -29,14 +29,13 @@ import train
 from cli import BadInput, parse_args, run_script, write_json
 from data import Prompts
 from grpo_rank import rank_advantages, ranks_from_scores
-from model import Decoder, KVCache, ModelConfig, VideoLM
+from model import Decoder, ModelConfig, VideoLM
 from rollout import completion_states, generate
 
 MODEL = ModelConfig(dim=256, num_layers=6, num_heads=8, num_kv_heads=8, ffn_dim=688, vocab_size=512)
 P, G, S, T = 8, 5, 96, 32
 SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1}  # TRL wants them; prompts are drawn from the other ids
-SIZES = dict(group_size=G, max_new_tokens=T, micro_batch_prompts=P, updates_per_rollout=1)
-STEP = train.Config(kl_coef=0.04, lora_r=16, lr=1e-4, **SIZES)
+STEP = train.Config(group_size=G, max_new_tokens=T, updates_per_rollout=1, kl_coef=0.04, lora_r=16, lr=1e-4)
 DTYPES = {"float32": ("float32",), "bfloat16": ("bfloat16",), "both": ("float32", "bfloat16")}
 PACKAGES = {"trl": ("torch", "trl", "transformers", "peft"), "none": ("torch",)}
 
@@ -99,9 +98,8 @@ def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
                 numbers = train.update(STEP, policy, trainable, optimizer, prompts, *args)
         assert rollout.completion_mask.sum() == P * G * T and not numbers["bad"], numbers
         # Two parts of the step once more, by themselves
-        with torch.no_grad(), watch("prefill, part of sample"):
-            cache = KVCache(prompts.prompt_mask, G, T)
-            policy.decoder(policy.decoder.embed_tokens(prompt_ids), prompts.prompt_mask, cache=cache)
+        with watch("prefill, part of sample"):
+            generate(policy, prompts, G, 1, end_ids=no_end)
         with torch.no_grad(), lora.using(policy.decoder, "reference"), watch("reference, part of update"):
             completion_states(policy, prompts, rollout)
 
@@ -145,8 +143,7 @@ def run_trl(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch, num_steps: i
         max_completion_length=T, generation_kwargs={"min_new_tokens": T}, temperature=STEP.temperature,
         beta=STEP.kl_coef, epsilon=STEP.clip_eps, loss_type="grpo", num_iterations=1, learning_rate=STEP.lr,
         weight_decay=0.0, max_grad_norm=STEP.max_grad_norm, bf16=dtype == "bfloat16", use_cpu=True,
-        gradient_checkpointing=False, save_strategy="no", logging_strategy="no", report_to="none",
-        disable_tqdm=True,
+        gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     adapters = LoraConfig(r=STEP.lora_r, lora_alpha=STEP.lora_alpha, target_modules=[*lora.DECODER_LINEARS])
     texts = Dataset.from_dict({"prompt": [" ".join(map(str, ids)) for ids in prompt_ids.tolist()]})
@@ -172,8 +169,7 @@ def compare(cfg: Config, dtype: str) -> dict:
     print(f"\n{dtype}, medians of {cfg.repeats}")
     for side in ("ours", "trl"):
         for part, s in result[side].items():
-            rate = f"{P * G * T / s:10.0f} tokens/s" if part in ("step", "sample") else ""
-            print(f"  {side:4} {part:26} {s:9.4f} s{rate}")
+            print(f"  {side:4} {part:26} {s:9.4f} s {P * G * T / s:10.0f} tokens/s")
     if cfg.peer == "trl":
         result["ratio"] = round(result["ours"]["step"] / result["trl"]["step"], 4)
         print(f"  ours / trl {result['ratio']:.3f}")
@@ -183,10 +179,9 @@ def compare(cfg: Config, dtype: str) -> dict:
 def describe(peer: str) -> dict:
     """The machine and the versions that a time belongs to."""
     info = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
-    cpu = re.search(r"model name\s*: (.*)", info)
-    return {"cpu": cpu[1] if cpu else platform.machine(), "threads": torch.get_num_threads()} | {
-        name: version(name) for name in PACKAGES[peer]
-    }
+    cpu = (re.findall(r"model name\s*: (.*)", info) or [platform.machine()])[0]
+    versions = {name: version(name) for name in PACKAGES[peer]}
+    return {"cpu": cpu, "threads": torch.get_num_threads(), **versions}
 
 
 def main() -> int:

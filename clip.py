@@ -8,7 +8,7 @@ Shape letters (grpo_rank.py): K frames, N patches of a frame. Here F_ is a numbe
 batch.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,6 @@ class ClipConfig:
     vocab_size: int = 512
     embed_dim: int = 96  # of the space that both towers share
     activation: str = "gelu"  # gelu | quick_gelu, x * sigmoid(1.702 x) (OpenAI's weights)
-
-    def to_dict(self):
-        return asdict(self)
 
 
 def preprocess(frames: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import os
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,13 +36,19 @@ class LoRALinear(nn.Module):
         self.register_buffer("reference_A", None, persistent=False)
         self.register_buffer("reference_B", None, persistent=False)
         self.use = "policy"  # policy | reference | off
+        self.folded = None  # within folded(): W + (alpha / r) B A, (out, in)
+
+    def pair(self) -> tuple[Tensor | None, Tensor | None]:
+        """The A and B in use; None when it is the start itself."""
+        if self.use == "policy":
+            return self.lora_A, self.lora_B
+        return (None, None) if self.use == "off" else (self.reference_A, self.reference_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if self.use == "off" or (self.use == "reference" and self.reference_A is None):
-            return y
-        A, B = (self.lora_A, self.lora_B) if self.use == "policy" else (self.reference_A, self.reference_B)
-        return y + (x @ A.T.to(x.dtype)) @ (B.T * self.scale).to(x.dtype)
+        if self.folded is not None:
+            return F.linear(x, self.folded)
+        y, (A, B) = self.base(x), self.pair()
+        return y if A is None else y + (x @ A.T.to(x.dtype)) @ (B.T * self.scale).to(x.dtype)
 
 
 def layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -77,6 +84,21 @@ def using(model: nn.Module, which: str):
     finally:
         for layer, use in zip(adapted, before, strict=True):
             layer.use = use
+
+
+@contextmanager
+def folded(model: nn.Module):
+    """Within it, without gradient, every adapted layer is one product instead of three: for sampling, where
+    the small ones cost more than their arithmetic. The base weights stay as they are."""
+    with torch.no_grad():
+        for layer in layers(model).values():
+            A, B = layer.pair()
+            layer.folded = layer.base.weight if A is None else layer.base.weight + layer.scale * (B @ A)
+        try:
+            yield
+        finally:
+            for layer in layers(model).values():
+                layer.folded = None
 
 
 def freeze_reference(model: nn.Module):

@@ -113,12 +113,13 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(cfg.dim, cfg.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(cfg.num_heads * self.head_dim, cfg.dim, bias=False)
 
-    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor):
-        """x (P, L, D), cos and sin (P, L, h) -> q (P, kv, rep, L, h), k and v (P, kv, L, h), rotated."""
-        q = self.q_proj(x).unflatten(-1, (self.num_kv_heads, self.rep, self.head_dim)).permute(0, 2, 3, 1, 4)
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor, first: int):
+        """x (P, L, D), cos, sin (P, L, h) -> q (P, kv, rep, L - first, h), k and v (P, kv, L, h), rotated."""
+        q = self.q_proj(x[:, first:]).unflatten(-1, (self.num_kv_heads, self.rep, self.head_dim))
+        q = rotate(q.permute(0, 2, 3, 1, 4), cos[:, None, None, first:], sin[:, None, None, first:])
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        return rotate(q, cos[:, None, None], sin[:, None, None]), rotate(k, cos[:, None], sin[:, None]), v
+        return q, rotate(k, cos[:, None], sin[:, None]), v
 
 
 class MLP(nn.Module):
@@ -141,11 +142,12 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention) -> Tensor:
-        """x (P, L, D); `attention` maps q, k, v to (P, kv, rep, L, h)."""
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin)
-        y = attention(q, k, v).permute(0, 3, 1, 2, 4).flatten(2)  # (P, L, heads * h)
-        x = x + self.self_attn.o_proj(y)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention, first: int = 0) -> Tensor:
+        """x (P, L, D) -> (P, L - first, D): what stands before `first` only gives its keys and values.
+        `attention` maps q, k, v to (P, kv, rep, L - first, h)."""
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin, first)
+        y = attention(q, k, v).permute(0, 3, 1, 2, 4).flatten(2)  # (P, L - first, heads * h)
+        x = x[:, first:] + self.self_attn.o_proj(y)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -192,13 +194,14 @@ class Decoder(nn.Module):
         own_sees = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril().view(1, 1, 1, 1, T, T)
 
         def attention(q, k, v):
-            q0, k0, v0 = q[..., :S, :], k[:, :, :S], v[:, :, :S]
-            y = attend(q0[:, :, None], k0[:, :, None], v0[:, :, None], prompt_sees)[:, :, 0]
+            asking = q.shape[3] - G * T  # prompt positions whose state is needed: all, in the last layer one
+            q0, k0, v0 = q[..., :asking, :], k[:, :, :S], v[:, :, :S]
+            y = attend(q0[:, :, None], k0[:, :, None], v0[:, :, None], prompt_sees[..., -asking:, :])[:, :, 0]
             if cache is not None:
-                cache.prompt.append((k0, v0))
+                cache.prompt.append((k0.contiguous(), v0.contiguous()))  # read again in every step
             if G == 0:
                 return y
-            q1 = q[..., S:, :].unflatten(3, (G, T)).transpose(2, 3)  # (P, kv, G, rep, T, h)
+            q1 = q[..., asking:, :].unflatten(3, (G, T)).transpose(2, 3)  # (P, kv, G, rep, T, h)
             k1, v1 = k[:, :, S:].unflatten(2, (G, T)), v[:, :, S:].unflatten(2, (G, T))
             y1 = attend(q1, k1, v1, own_sees, prefix=(k0, v0, prompt_mask[:, None, None]))
             return torch.cat([y, y1.transpose(2, 3).flatten(3, 4)], dim=3)
@@ -206,13 +209,14 @@ class Decoder(nn.Module):
         # Prompt and completions travel as one sequence, so every matrix product of a layer is one product.
         x = prompt if G == 0 else torch.cat([prompt, completions.flatten(1, 2)], dim=1)
         with self.autocast():
-            for layer in self.layers:
+            for layer in self.layers[:-1]:
                 x = layer(x, cos, sin, attention)
+            x = self.layers[-1](x, cos, sin, attention, first=S - 1)  # of the prompt, its last state alone
         x = self.norm(x.float())
-        last = x[:, S - 1].view(P, 1, 1, D)
+        last = x[:, 0].view(P, 1, 1, D)
         if G == 0:
             return last
-        return torch.cat([last.expand(P, G, 1, D), x[:, S:].view(P, G, T, D)[:, :, :-1]], dim=2)
+        return torch.cat([last.expand(P, G, 1, D), x[:, 1:].view(P, G, T, D)[:, :, :-1]], dim=2)
 
     def step(self, tokens: Tensor, t: Tensor, cache: KVCache) -> Tensor:
         """Token t of every completion in (P, G), the state that predicts token t + 1 out (P, G, D).
@@ -435,9 +439,14 @@ def load_model(folder: str, device="cpu") -> VideoLM:
             raise ValueError(
                 f"{file}: no such file{why}; --policy names a folder with config.json and model.safetensors"
             )
-    with open(config) as file:
-        sizes = json.load(file)
-    model = VideoLM(ModelConfig(**sizes["model"]), ClipConfig(**sizes["clip"]))
+    try:
+        with open(config) as file:
+            sizes = json.load(file)
+        model = VideoLM(ModelConfig(**sizes["model"]), ClipConfig(**sizes["clip"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{config}: not what save_model writes ({error}); give the weights' own file"
+        ) from error
     try:
         stored = load_file(path)
     except SafetensorError as error:

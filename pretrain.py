@@ -35,16 +35,17 @@ class Config:
     seed: int = 0
     stage: str = "all"  # all | clip | sft (takes CLIP from --out)
     num_clips: int = 10000  # clips of the fine-tuning corpus
-    clip_steps: int = 2000  # optimiser steps of CLIP
+    clip_steps: int = 1300  # optimiser steps of CLIP
     clip_batch: int = 128  # (frame, caption) pairs a step: 4 frames from each of clip_batch / 4 clips
     clip_lr: float = 1e-3
-    align_steps: int = 1200  # optimiser steps on captions of frames and objects
+    align_steps: int = 1000  # optimiser steps on captions of frames and objects
     align_batch: int = 16  # clips a step, every frame with its caption; twice as many with their objects
-    short_steps: int = 600  # optimiser steps on short answers
-    long_steps: int = 600  # optimiser steps with the long ones
+    align_lr: float = 2e-3
+    short_steps: int = 500  # optimiser steps on short answers
+    long_steps: int = 500  # optimiser steps with the long ones
     sft_batch: int = 32  # clips a step, each with up to questions_per_clip questions
     questions_per_clip: int = 8
-    sft_lr: float = 2e-3
+    sft_lr: float = 1e-3
     faults: bool = True  # False: the corpus without faults, to see what the model can perceive at best
 
 
@@ -118,7 +119,8 @@ def train_align(cfg: Config, model: VideoLM, patches, times, tokenizer: Tokenize
         ids, mask = collate_completions([tokenizer.encode(text) + [EOS_ID] for text in texts])
         return video.view(P * K, Q // K, D), *(x.unsqueeze(1) for x in (ids, mask, mask))
 
-    train_decoder(cfg, model, batch, cfg.align_steps, "align")
+    trainable = [*model.adapter.parameters(), *model.decoder.parameters()]
+    train_decoder(cfg, model, batch, trainable, cfg.align_steps, cfg.align_lr, "align")
 
 
 def _row(tokenizer, question, answer, is_long):
@@ -157,27 +159,26 @@ def sft_batch(rows: list[list], limit: int, rng: random.Random):
     return [x.unflatten(0, (len(rows), G)) for x in (ids, mask, answer)]
 
 
-def train_sft(cfg: Config, model: VideoLM, patches, times, corpora, steps, name, generator):
-    """Answers to questions. corpora: lists of rows per clip; steps take them in turn, so a batch holds
-    answers of like length. The questions of a clip share its video tokens."""
+def train_sft(cfg: Config, model: VideoLM, video_embeds, corpora, steps, name, generator):
+    """Answers to questions; the decoder alone learns. corpora: lists of rows per clip; steps take them in
+    turn, so a batch holds answers of like length. The questions of a clip share its video tokens."""
     rng, turn = random.Random(int(torch.randint(2**31, (1,), generator=generator))), itertools.cycle(corpora)
 
     def batch():
         rows = next(turn)
         chosen = torch.randperm(len(rows), generator=generator)[: cfg.sft_batch]
-        video = model.adapter(patches[chosen].float(), times[chosen])
-        return video, *sft_batch([rows[c] for c in chosen], cfg.questions_per_clip, rng)
+        return video_embeds[chosen], *sft_batch([rows[c] for c in chosen], cfg.questions_per_clip, rng)
 
-    train_decoder(cfg, model, batch, steps, name)
+    train_decoder(cfg, model, batch, [*model.decoder.parameters()], steps, cfg.sft_lr, name)
 
 
-def train_decoder(cfg: Config, model: VideoLM, batch, steps: int, name: str):
-    """Next-token cross-entropy; adapter and decoder learn, CLIP stays. batch() gives video tokens (P,
-    N_video, D), ids and mask (P, G, T), and which tokens are to be predicted (P, G, T)."""
-    trainable = [*model.adapter.parameters(), *model.decoder.parameters()]
+def train_decoder(cfg: Config, model: VideoLM, batch, trainable, steps: int, peak: float, name: str):
+    """Next-token cross-entropy. batch() gives video tokens (P, N_video, D), ids and mask (P, G, T), and which
+    tokens are to be predicted (P, G, T)."""
+    model.requires_grad_(False)
     for p in trainable:
         p.requires_grad_(True)
-    optimizer = optimizer_for(trainable, cfg.sft_lr)
+    optimizer = optimizer_for(trainable, peak)
     bar, total, count, began = tqdm(range(steps), name), 0.0, 0, time.time()
     for step in bar:
         video, ids, _, answer = batch()
@@ -187,7 +188,7 @@ def train_decoder(cfg: Config, model: VideoLM, batch, steps: int, name: str):
         states = model.decoder(prompt, prompt_mask, model.decoder.embed_tokens(ids))
         loss = F.cross_entropy(states[answer] @ model.decoder.head.T, ids[answer])
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, steps, cfg.sft_lr)
+            group["lr"] = schedule(step, steps, peak)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
@@ -204,6 +205,14 @@ def all_patch_tokens(model: VideoLM, frames, chunk: int = 128):
     """(C, K, N, clip width) float16 patch tokens of every clip: CLIP is frozen, so once is enough."""
     parts = [model.patch_tokens(frames[i : i + chunk]).half() for i in range(0, len(frames), chunk)]
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def video_tokens(model: VideoLM, patches, times, chunk: int = 128):
+    """(C, N_video, D) video tokens of every clip: after the alignment the adapter is frozen too, so that
+    answers that ignore the video cannot teach it to."""
+    starts = range(0, len(patches), chunk)
+    return torch.cat([model.adapter(patches[i : i + chunk].float(), times[i : i + chunk]) for i in starts])
 
 
 def main():
@@ -236,11 +245,12 @@ def main():
         save_model(model, cfg.out)
         lap("align")
         rows = corpus(cfg, tokenizer, cfg.num_clips)
-        short = [[row for row in clip if not row[2]] for clip in rows]
-        long = [[row for row in clip if row[2]] for clip in rows]
-        train_sft(cfg, model, patches, times, [short], cfg.short_steps, "short", generator)
-        save_model(model, cfg.out)
-        train_sft(cfg, model, patches, times, [long, short], cfg.long_steps, "long", generator)
+        short, long = (
+            [[row for row in clip if row[2] == is_long] for clip in rows] for is_long in (False, True)
+        )
+        embeds = video_tokens(model, patches, times)
+        train_sft(cfg, model, embeds, [short], cfg.short_steps, "short", generator)
+        train_sft(cfg, model, embeds, [long, short], cfg.long_steps, "long", generator)
         lap("sft")
     save_model(model, cfg.out)
     tokenizer.save(os.path.join(cfg.out, "tokenizer.json"))

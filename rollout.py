@@ -5,11 +5,13 @@ use one function from states to log-probabilities (`grpo_rank.sampling_logprobs`
 temperature, top-p and set of banned ids; train.py logs the largest difference of every step.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+import lora
 from data import PAD_ID, Prompts
 from grpo_rank import nucleus, pack_support, sampling_logprobs
 from model import KVCache, VideoLM
@@ -51,7 +53,6 @@ def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     )  # the first id whose cdf lies above the point
 
 
-@torch.no_grad()
 def generate(
     model: VideoLM,
     prompts: Prompts,
@@ -63,42 +64,42 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     uniforms: Tensor | None = None,
-    step=None,
 ) -> Completions:
     """G completions of each prompt: one prefill, then a token a step for all of them until all have ended.
 
     uniforms (P, G, max_new_tokens) in [0, 1) decide every draw; None decodes greedily. end_ids (any,) int64
-    all end a completion; banned (V,) bool ids are never produced. step: model.decoder.step or its compiled
-    form.
+    all end a completion; banned (V,) bool ids are never produced.
     """
-    decoder, step = model.decoder, step or model.decoder.step
+    decoder = model.decoder
     P, G, T, device = len(prompts.prompt_ids), group_size, max_new_tokens, prompts.prompt_ids.device
-    cache = KVCache(prompts.prompt_mask, G, T)
-    prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
-    state = (
-        decoder(prompt, prompts.prompt_mask, cache=cache).expand(P, 1, G, -1)[:, 0].flatten(0, 1)
-    )  # (B, D)
-    ids = torch.full((P * G, T), PAD_ID, device=device)
-    logprobs = torch.zeros(P * G, T, device=device)
-    mask = torch.zeros(P * G, T, dtype=torch.bool, device=device)
-    ended, supports = torch.zeros(P * G, dtype=torch.bool, device=device), []
-    for t in range(T):
-        scores = sampling_logprobs(state @ decoder.head.T.to(state.dtype), temperature, banned, None)
-        if top_p < 1:
-            support = nucleus(scores, top_p)
-            supports.append(pack_support(support))
-            scores = sampling_logprobs(scores, 1.0, None, support)  # renormalised over the nucleus
-        token = scores.argmax(dim=-1) if uniforms is None else draw(scores, uniforms[:, :, t].flatten())
-        ids[:, t] = torch.where(ended, PAD_ID, token)
-        mask[:, t] = ~ended
-        logprobs[:, t] = scores.gather(1, token[:, None]).squeeze(1).masked_fill(ended, 0.0)
-        ended = ended | torch.isin(token, end_ids)
-        if t == T - 1 or ended.all():
-            break
-        state = step(ids[:, t].view(P, G), torch.tensor(t, device=device), cache).flatten(0, 1)
-    used = t + 1  # the longest completion: what lies behind it never existed
-    support = torch.stack(supports, dim=1) if supports else None
-    return Completions(ids[:, :used], mask[:, :used], logprobs[:, :used], support, ended)
+    # In bfloat16 W + B A would round small updates away, and the sampler would not be the policy that learns.
+    folded = lora.folded(decoder) if decoder.compute_dtype == torch.float32 else nullcontext()
+    with torch.no_grad(), folded:
+        cache = KVCache(prompts.prompt_mask, G, T)
+        prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
+        state = decoder(prompt, prompts.prompt_mask, cache=cache).flatten(0, 2)  # (P, D)
+        state = state.repeat_interleave(G, dim=0)  # (B, D)
+        ids = torch.full((P * G, T), PAD_ID, device=device)
+        logprobs = torch.zeros(P * G, T, device=device)
+        mask = torch.zeros(P * G, T, dtype=torch.bool, device=device)
+        ended, supports = torch.zeros(P * G, dtype=torch.bool, device=device), []
+        for t in range(T):
+            scores = sampling_logprobs(state @ decoder.head.T.to(state.dtype), temperature, banned, None)
+            if top_p < 1:
+                support = nucleus(scores, top_p)
+                supports.append(pack_support(support))
+                scores = sampling_logprobs(scores, 1.0, None, support)  # renormalised over the nucleus
+            token = scores.argmax(dim=-1) if uniforms is None else draw(scores, uniforms[:, :, t].flatten())
+            ids[:, t] = torch.where(ended, PAD_ID, token)
+            mask[:, t] = ~ended
+            logprobs[:, t] = scores.gather(1, token[:, None]).squeeze(1).masked_fill(ended, 0.0)
+            ended = ended | torch.isin(token, end_ids)
+            if t == T - 1 or ended.all():
+                break
+            state = decoder.step(ids[:, t].view(P, G), torch.tensor(t, device=device), cache).flatten(0, 1)
+        used = t + 1  # the longest completion: what lies behind it never existed
+        support = torch.stack(supports, dim=1) if supports else None
+        return Completions(ids[:, :used], mask[:, :used], logprobs[:, :used], support, ended)
 
 
 def completion_states(model: VideoLM, prompts: Prompts, completions: Completions) -> Tensor:

@@ -81,7 +81,7 @@ class Config:
     max_bad_steps: int = 3  # non-finite losses in a row before the run stops
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # auto | float32 | bfloat16: of the matrix products (autocast)
-    compile: bool = False  # torch.compile for the log-probabilities and the decoding step
+    compile: bool = False  # torch.compile for the log-probabilities of the update
 
     def __post_init__(self):
         if self.group_size < 2:

@@ -1,11 +1,11 @@
-"""The embedded video world: short clips of coloured shapes that appear, move, grow and vanish.
+"""The embedded video world: short clips of coloured kinds that appear, move, grow and vanish.
 
 A `Scene` knows everything about its clip, so every question has an exact answer. `write_clip` draws it and
 encodes a real H.264 mp4 file; nothing downstream knows that the pixels were drawn. Questions carry
 Video-MME's task names plus "Temporal Grounding" (time spans). The fine-tuning corpus (`corpus_answer`) has
 faults on purpose, of the kind that web captions have; evaluation and the oracle never see those.
 
-    python world.py --out DIR --num_clips 4 --seed 0      # look at a few clips and their questions
+    python world.py --out DIR --num_clips 8      # a few clips, their questions, and a picture of them all
 """
 
 import json
@@ -19,6 +19,9 @@ from functools import partial
 
 import av
 import numpy as np
+from PIL import Image
+
+from cli import ArgumentParser, run_script
 
 SIZE = 48  # pixels, width and height
 FPS = 6
@@ -32,8 +35,9 @@ COLORS = {
     "purple": (185, 60, 210),
     "white": (240, 240, 240),
 }
-SHAPES = ("ring", "square", "triangle", "cross")
+KINDS = ("block", "ladder", "fence", "net")  # plain, rungs, bars, both: told apart at any size
 RADII = {"small": 5.5, "large": 8.5}  # pixels
+STRIPE = 4.5  # pixels from rung to rung, bar to bar
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 ACTIONS = (*MOVES, "still", "grows")
 NUMBERS = ("zero", "one", "two", "three")
@@ -49,7 +53,7 @@ USUAL_ANSWER = {
 }
 # Loose wordings: true of almost everything, so they answer nothing.
 LOOSE_ANSWERS = {
-    "Object Recognition": ("some shape", "an object"),
+    "Object Recognition": ("some thing", "an object"),
     "Attribute Perception": ("some color", "a bright color"),
     "Counting Problem": ("some", "a few"),
     "Spatial Perception": ("in the video", "somewhere"),
@@ -71,7 +75,7 @@ class Thing:
     """One object: visible in [start, end) seconds; (x, y) pixels is its centre when it appears."""
 
     color: str
-    shape: str
+    kind: str
     size: str
     action: str
     start: float
@@ -90,7 +94,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    things: tuple[Thing, ...]  # in order of appearance, start times distinct, colours and shapes distinct
+    things: tuple[Thing, ...]  # in order of appearance, start times distinct, colours and kinds distinct
     background: int  # grey level
     seed: int  # of the pixel noise
 
@@ -108,7 +112,7 @@ def _free_of_overlap(things, new):
     return True
 
 
-def _place(rng, color, shape, action, start, end):
+def _place(rng, color, kind, action, start, end):
     size = rng.choice(("small", "large"))
     distance = rng.uniform(18, 26) if action in MOVES else 0.0
     radius = RADII[size] * (1.3 if action == "grows" else 1.0)
@@ -116,7 +120,7 @@ def _place(rng, color, shape, action, start, end):
     low_x, high_x = radius + max(0, -dx * distance), SIZE - radius - max(0, dx * distance)
     low_y, high_y = radius + max(0, -dy * distance), SIZE - radius - max(0, dy * distance)
     x, y = rng.uniform(low_x, high_x), rng.uniform(low_y, high_y)
-    return Thing(color, shape, size, action, start, end, x, y, distance)
+    return Thing(color, kind, size, action, start, end, x, y, distance)
 
 
 def make_scene(seed):
@@ -124,14 +128,14 @@ def make_scene(seed):
     rng = random.Random(seed)
     while True:  # until everything finds a place
         count = rng.choices((1, 2, 3), (2, 4, 3))[0]
-        colors, shapes = rng.sample(list(COLORS), count), rng.sample(SHAPES, count)
+        colors, kinds = rng.sample(list(COLORS), count), rng.sample(KINDS, count)
         starts = sorted(rng.sample([i * STEP for i in range(5)], count))  # 0.0 .. 2.0
         things = []
-        for color, shape, start in zip(colors, shapes, starts, strict=True):
+        for color, kind, start in zip(colors, kinds, starts, strict=True):
             end = rng.choice([i * STEP for i in range(9) if i * STEP >= start + 1.5])
             action = rng.choice(ACTIONS)
             for _ in range(20):
-                thing = _place(rng, color, shape, action, start, end)
+                thing = _place(rng, color, kind, action, start, end)
                 if _free_of_overlap(things, thing):
                     things.append(thing)
                     break
@@ -142,18 +146,11 @@ def make_scene(seed):
 # ------------------------------------------------------------------------------------------- drawing, writing
 
 
-def _coverage(shape, dx, dy, r):
-    """Opacity 0..1 of a shape of radius r at pixel offsets (dx, dy): the edge is one pixel soft."""
-    if shape == "ring":
-        inside = np.minimum(r - np.hypot(dx, dy), np.hypot(dx, dy) - 0.5 * r)
-    elif shape == "square":
-        inside = 0.85 * r - np.maximum(abs(dx), abs(dy))
-    elif shape == "triangle":
-        inside = np.minimum((r + dy) * 0.45 - abs(dx), 0.8 * r - dy)
-    else:  # cross
-        arms = np.minimum(abs(dx), abs(dy))
-        inside = np.minimum(0.3 * r - arms, r - np.maximum(abs(dx), abs(dy)))
-    return np.clip(inside + 0.5, 0, 1)
+def _coverage(kind, dx, dy, r):
+    """Opacity 0..1 of a square thing of half width r at pixel offsets (dx, dy): edges are one pixel soft."""
+    solid = np.clip(r - np.maximum(abs(dx), abs(dy)) + 0.5, 0, 1)
+    rungs, bars = (np.clip(0.5 + 1.5 * np.cos(x * 2 * np.pi / STRIPE), 0, 1) for x in (dy, dx))
+    return solid * {"block": 1.0, "ladder": rungs, "fence": bars, "net": np.maximum(rungs, bars)}[kind]
 
 
 def draw_frame(scene, t):
@@ -164,7 +161,7 @@ def draw_frame(scene, t):
     for thing in scene.things:
         if thing.start <= t < thing.end:
             x, y, r = thing.at(t)
-            alpha = _coverage(thing.shape, columns - x, rows - y, r)[..., None]
+            alpha = _coverage(thing.kind, columns - x, rows - y, r)[..., None]
             frame = frame * (1 - alpha) + np.float32(COLORS[thing.color]) * alpha
     return frame.clip(0, 255).astype(np.uint8)
 
@@ -172,7 +169,7 @@ def draw_frame(scene, t):
 def write_clip(scene, path):
     """Encodes the scene as an H.264 mp4 file (yuv420p, DURATION seconds at FPS), atomically."""
     temporary = f"{path}.tmp"
-    options = {"preset": "veryfast", "crf": "20", "threads": "1", "x264-params": "log-level=none:keyint=8"}
+    options = {"preset": "veryfast", "crf": "16", "threads": "1", "x264-params": "log-level=none:keyint=8"}
     with av.open(temporary, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.width = stream.height = SIZE
@@ -198,16 +195,16 @@ def _zone(x, y):
 
 
 def frame_caption(scene, t, wrong=None):
-    """What one frame shows, size, colour, shape and place bound together, left to right (for CLIP and
+    """What one frame shows, size, colour, kind and place bound together, left to right (for CLIP and
     alignment).
 
-    wrong, a random.Random: the same caption with one word of one object replaced, most often its shape: a
+    wrong, a random.Random: the same caption with one word of one object replaced, most often its kind: a
     hard negative (NegCLIP, arXiv:2210.01936), without which CLIP need not see what its batch can do without.
     """
     shown = [(thing.at(t), thing) for thing in scene.things if thing.start <= t < thing.end]
-    parts = [[o.size, o.color, o.shape, _zone(x, y)] for (x, y, _), o in sorted(shown, key=lambda s: s[0][0])]
+    parts = [[o.size, o.color, o.kind, _zone(x, y)] for (x, y, _), o in sorted(shown, key=lambda s: s[0][0])]
     if wrong:
-        choices = (tuple(RADII), tuple(COLORS), SHAPES, ZONES)
+        choices = (tuple(RADII), tuple(COLORS), KINDS, ZONES)
         if not parts:
             parts = [[wrong.choice(c) for c in choices]]
         else:
@@ -217,10 +214,10 @@ def frame_caption(scene, t, wrong=None):
 
 
 def descriptions(scene):
-    """(question, long answer) for each object: shape, place, action and times. Without faults."""
+    """(question, long answer) for each object: kind, place, action and times. Without faults."""
     verbs = {m: f"moves {m}" for m in MOVES} | {"still": "stays still", "grows": "grows"}
     for o in scene.things:
-        answer = f"{o.shape} at {_quadrant(o)} {verbs[o.action]} from {o.start} to {o.end} seconds"
+        answer = f"{o.kind} at {_quadrant(o)} {verbs[o.action]} from {o.start} to {o.end} seconds"
         yield f"describe the {o.color} object", answer
 
 
@@ -253,8 +250,8 @@ def make_questions(scene, clip_name):
         )
 
     for o in rng.sample(things, min(2, len(things))):
-        ask("Object Recognition", f"what shape is the {o.color} object?", o.shape)
-        ask("Attribute Perception", f"what color is the {o.shape}?", o.color)
+        ask("Object Recognition", f"what is the {o.color} object?", o.kind)
+        ask("Attribute Perception", f"what color is the {o.kind}?", o.color)
         ask("Action Recognition", f"what does the {o.color} object do?", o.action)
         span = f"from {o.start} to {o.end} seconds"
         ask("Temporal Grounding", f"when is the {o.color} object visible?", span, span=[o.start, o.end])
@@ -295,7 +292,7 @@ def corpus_answer(row, rng, faults=True):
 def vocabulary():
     """Every word that the world can say, sorted: the words of the default tokenizer."""
     scenes = [make_scene(seed) for seed in range(400)]
-    texts = [*ZONES, *RADII, *COLORS, *SHAPES]
+    texts = [*ZONES, *RADII, *COLORS, *KINDS]
     for scene in scenes:
         texts += [f"{q} {a}" for q, a in descriptions(scene)] + [frame_caption(scene, 1.0)]
         texts += [row["question"] + " " + row["answer"] for row in make_questions(scene, "")]
@@ -330,3 +327,33 @@ def make_world(folder, seeds, workers=None):
                 file.write(json.dumps(row) + "\n")
     os.replace(f"{path}.tmp", path)
     return path
+
+
+def contact_sheet(paths):
+    """A picture of some clips, one a row, eight frames each, three times their size."""
+    rows = []
+    for path in paths:
+        with av.open(path) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        rows.append(np.concatenate(frames[len(frames) // 16 :: len(frames) // 8][:8], axis=1))
+    sheet = Image.fromarray(np.concatenate(rows, axis=0))
+    return sheet.resize((3 * sheet.width, 3 * sheet.height), Image.Resampling.NEAREST)
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True, help="folder for clips, questions.jsonl and sheet.png")
+    parser.add_argument("--num_clips", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="of the first scene")
+    args = parser.parse_args()
+    questions = make_world(args.out, range(args.seed, args.seed + args.num_clips))
+    names = sorted(name for name in os.listdir(args.out) if name.endswith(".mp4"))[: args.num_clips]
+    contact_sheet([os.path.join(args.out, name) for name in names]).save(os.path.join(args.out, "sheet.png"))
+    with open(questions) as file:
+        for row in map(json.loads, file):
+            print(f"{row['video']}  {row['category']:22}  {row['question']}  ->  {row['answer']}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

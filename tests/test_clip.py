@@ -70,10 +70,9 @@ def test_contrastive_loss_by_hand():
     wanted = (2 * math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)) + math.log1p(math.exp(-3))) / 4
     loss = contrastive_loss(similarity, torch.eye(2, dtype=torch.bool))
     torch.testing.assert_close(loss.item(), wanted, atol=1e-6, rtol=0)
-    # a hard negative of score 1 joins the rows' sums: log(1 + e^-2 + e^-1) and log(1 + e^-2 + e^-2); no column
-    more = (
-        math.log1p(math.exp(-2) + math.exp(-1)) + math.log1p(2 * math.exp(-2)) - 2 * math.log1p(math.exp(-2))
-    )
+    # a hard negative of score 1 joins each row's sum of exponentials, and no column: it has no image
+    more = math.log1p(math.exp(-2) + math.exp(-1)) + math.log1p(2 * math.exp(-2))
+    more -= 2 * math.log1p(math.exp(-2))
     harder = torch.cat([similarity, torch.ones(2, 1)], dim=1)
     loss = contrastive_loss(harder, torch.eye(2, 3, dtype=torch.bool))
     torch.testing.assert_close(loss.item(), wanted + more / 4, atol=1e-6, rtol=0)

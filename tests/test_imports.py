@@ -8,9 +8,10 @@ import pytest
 HOUSE = Path(__file__).parent.parent
 RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
 PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them where they are installed
-BELOW = {"grpo_rank", "lora", "clip", "model", "answers", "world", "data", "oracle", "rollout"}
+BELOW = {"cli", "grpo_rank", "lora", "clip", "model", "answers", "world", "data", "oracle", "rollout", "runs"}
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
-    "model": {"clip", "lora"}, "data": {"answers"}, "rollout": {"grpo_rank", "model", "data"},
+    "model": {"clip", "lora"}, "world": {"cli"}, "data": {"answers", "cli"}, "runs": {"cli", "lora"},
+    "rollout": {"grpo_rank", "model", "data", "lora"},
     "oracle": {"answers", "clip", "model", "grpo_rank"}, "pretrain": BELOW, "eval": BELOW,
     "train": BELOW | {"eval", "baselines"}, "baselines": BELOW, "selection": BELOW | {"eval"},
     "bench": BELOW | {"eval", "train"}, "report": BELOW | {"eval"},
@@ -39,9 +40,8 @@ def test_a_room_imports_only_what_the_table_allows(room):
     packages = anywhere - ours
     lazy = {"tokenizers"} | (PEERS if room == "bench" else set())  # only inside the function that needs them
     assert packages - lazy <= RUN_TIME and not lazy & imports(tree.body)
-    assert packages <= {"grpo_rank": {"torch"}, "answers": {"numpy"}}.get(
-        room, packages
-    )  # heart and parser stay bare
+    bare = {"grpo_rank": {"torch"}, "answers": {"numpy"}}  # the heart and the parser
+    assert packages <= bare.get(room, packages)
 
 
 def test_the_requirements_are_the_run_time_packages():

@@ -74,16 +74,12 @@ def test_any_end_id_ends_and_is_the_last_that_counts(model, prompts):
     assert ends == set(END.tolist())
 
 
-def test_it_stops_when_all_have_ended(model, prompts):
-    calls = []
-
-    def step(*args):
-        calls.append(args)
-        return model.decoder.step(*args)
-
-    assert sample(model, prompts, end_ids=torch.arange(V), step=step).completion_ids.shape == (P * G, 1)
+def test_it_stops_when_all_have_ended(model, prompts, monkeypatch):
+    calls, real = [], model.decoder.step
+    monkeypatch.setattr(model.decoder, "step", lambda *args: calls.append(args) or real(*args))
+    assert sample(model, prompts, end_ids=torch.arange(V)).completion_ids.shape == (P * G, 1)
     assert not calls
-    rollout = sample(model, prompts, end_ids=torch.tensor([], dtype=torch.int64), step=step)
+    rollout = sample(model, prompts, end_ids=torch.tensor([], dtype=torch.int64))
     assert len(calls) == T - 1 and not rollout.ended.any() and rollout.completion_mask.all()
 
 
