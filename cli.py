@@ -63,8 +63,18 @@ def run_script(main) -> None:
     sys.exit(status or 0)
 
 
+def write_whole(path: str, content: bytes) -> None:
+    """Writes the file under another name and renames it: whole or not at all, also on a full disk."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
 def write_json(path: str, value) -> None:
-    """Writes the file under another name and renames it: whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-    os.replace(f"{path}.tmp", path)
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False).encode())

@@ -356,9 +356,7 @@ class Tokenizer:
         return (ids == PAD_ID) | (ids == BOS_ID) | (ids == VIDEO_ID) | (ids >= self.vocab_size)
 
     def save(self, path: str) -> None:
-        with open(f"{path}.partial", "w", encoding="utf-8") as file:
-            json.dump({"type": "words+bytes", "words": self.words}, file, ensure_ascii=False)
-        os.replace(f"{path}.partial", path)  # whole or not at all
+        write_json(path, {"type": "words+bytes", "words": self.words})
 
     @classmethod
     def load(cls, path: str) -> "Tokenizer":

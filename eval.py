@@ -147,11 +147,8 @@ def score(data: str, predictions: str) -> dict:
 
 
 def load_policy(folder: str, device="cpu"):
-    """(model, tokenizer) of a folder that pretrain.py made; anything amiss is BadInput."""
-    try:
-        return load_model(folder, device), Tokenizer.load(os.path.join(folder, "tokenizer.json"))
-    except (ValueError, OSError) as error:
-        raise BadInput(str(error)) from error
+    """(model, tokenizer) of a folder that pretrain.py made."""
+    return load_model(folder, device), Tokenizer.load(os.path.join(folder, "tokenizer.json"))
 
 
 def load_run(folder: str):
@@ -163,10 +160,7 @@ def load_run(folder: str):
         config = json.load(file)
     model, tokenizer = load_policy(config["policy"])
     lora.add_adapters(model.decoder, config["lora_r"], config["lora_alpha"])
-    try:
-        lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
-    except (ValueError, OSError) as error:
-        raise BadInput(str(error)) from error
+    lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
     return model, tokenizer, config
 
 

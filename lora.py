@@ -5,15 +5,17 @@ Adapters off is the supervised start; a snapshot of the adapters is a frozen ref
 adapters alone. No dropout, no hidden state in train()/eval(), and `merge` only when it is called.
 """
 
-import json
 import math
 import os
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from cli import BadInput, write_json, write_whole
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # PEFT's prefix; without it PEFT loads nothing and warns once
@@ -126,7 +128,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_adapter(model: nn.Module, folder: str):
-    """Writes adapter_model.safetensors and adapter_config.json (PEFT's layout), each renamed into place."""
+    """Writes adapter_model.safetensors and adapter_config.json (PEFT's layout)."""
     os.makedirs(folder, exist_ok=True)
     first = next(iter(layers(model).values()))
     config = {
@@ -139,27 +141,25 @@ def save_adapter(model: nn.Module, folder: str):
         "target_modules": sorted({name.split(".")[-1] for name in layers(model)}),
         "base_model_name_or_path": None,
     }
-    path = os.path.join(folder, "adapter_config.json")
-    with open(f"{path}.tmp", "w") as file:
-        json.dump(config, file, indent=1)
-    os.replace(f"{path}.tmp", path)
-    path = os.path.join(folder, "adapter_model.safetensors")
-    save_file(adapter_tensors(model), f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    write_json(os.path.join(folder, "adapter_config.json"), config)
+    write_whole(os.path.join(folder, "adapter_model.safetensors"), save(adapter_tensors(model)))
 
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: str):
-    """Loads what `save_adapter` wrote into a model that has adapters. ValueError if any key or shape differs:
+    """Loads what `save_adapter` wrote into a model that has adapters. BadInput if any key or shape differs:
     an adapter that matches nothing must never pass for one that does."""
     path = os.path.join(folder, "adapter_model.safetensors")
-    stored, wanted = load_file(path), adapter_tensors(model)
+    try:
+        stored, wanted = load_file(path), adapter_tensors(model)
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: {error}; name a folder with an adapter that train.py saved") from error
     if stored.keys() != wanted.keys():
         odd = sorted(stored.keys() ^ wanted.keys())
-        raise ValueError(f"{path}: {len(odd)} names differ from the model's adapters, the first is {odd[0]}")
+        raise BadInput(f"{path}: {len(odd)} names differ from the model's adapters, the first is {odd[0]}")
     for key, tensor in stored.items():
         if tensor.shape != wanted[key].shape:
-            raise ValueError(
+            raise BadInput(
                 f"{path}: {key} has shape {tuple(tensor.shape)}, the model's is {tuple(wanted[key].shape)}"
                 ": use the run's own --lora_r and --policy"
             )

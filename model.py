@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from cli import BadInput, write_json, write_whole
 from clip import Clip, ClipConfig, preprocess
 
 HIDDEN = (
@@ -407,59 +408,43 @@ class VideoLM(nn.Module):
 
 
 def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):
-    """Writes config.json and model.safetensors, each renamed into place."""
+    """Writes config.json and model.safetensors."""
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "config.json")
-    with open(f"{path}.tmp", "w") as file:
-        json.dump({"model": asdict(model.cfg), "clip": asdict(model.clip_cfg)}, file, indent=1)
-    os.replace(f"{path}.tmp", path)
-    path = os.path.join(folder, "model.safetensors")
-    save_file(
-        {k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()}, f"{path}.tmp"
+    write_json(
+        os.path.join(folder, "config.json"), {"model": asdict(model.cfg), "clip": asdict(model.clip_cfg)}
     )
-    os.replace(f"{path}.tmp", path)
+    tensors = {name: x.detach().to("cpu", dtype).contiguous() for name, x in model.state_dict().items()}
+    write_whole(os.path.join(folder, "model.safetensors"), save(tensors))
 
 
 def load_model(folder: str, device="cpu") -> VideoLM:
-    """The model of a folder that `save_model` wrote, float32, frozen. ValueError: one line with file and
+    """The model of a folder that `save_model` wrote, float32, frozen. BadInput names the file and the
     remedy."""
     config, path = os.path.join(folder, "config.json"), os.path.join(folder, "model.safetensors")
     for file in (config, path):
         if not os.path.exists(file):
-            pickles = (
-                [f for f in os.listdir(folder) if f.endswith((".bin", ".pt", ".pth"))]
-                if os.path.isdir(folder)
-                else []
-            )
+            names = os.listdir(folder) if os.path.isdir(folder) else []
+            pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
             why = (
                 f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors"
                 if pickles
                 else ""
             )
-            raise ValueError(
-                f"{file}: no such file{why}; --policy names a folder with config.json and model.safetensors"
-            )
+            raise BadInput(f"{file}: no such file{why}; name a folder with config.json and model.safetensors")
     try:
         with open(config) as file:
             sizes = json.load(file)
-        model = VideoLM(ModelConfig(**sizes["model"]), ClipConfig(**sizes["clip"]))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{config}: not what save_model writes ({error}); give the weights' own file"
+        model, stored = VideoLM(ModelConfig(**sizes["model"]), ClipConfig(**sizes["clip"])), load_file(path)
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise BadInput(
+            f"{folder}: not what save_model wrote ({error}); make it anew with pretrain.py"
         ) from error
-    try:
-        stored = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: not a safetensors file ({error}); make the weights anew with pretrain.py"
-        ) from error
-    wanted = model.state_dict()
-    odd = [k for k in wanted if k not in stored or stored[k].shape != wanted[k].shape] + [
-        k for k in stored if k not in wanted
-    ]
+    shapes, wanted = ({k: tuple(x.shape) for k, x in d.items()} for d in (stored, model.state_dict()))
+    odd = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))
     if odd:
-        raise ValueError(
-            f"{path}: {odd[0]} does not fit config.json (and {len(odd) - 1} more): use matching files"
+        raise BadInput(
+            f"{path}: {odd[0]} is {shapes.get(odd[0])}, config.json wants {wanted.get(odd[0])}"
+            f" (and {len(odd) - 1} more): use files that belong together"
         )
     model.load_state_dict(stored)
     return model.to(device).float().eval().requires_grad_(False)

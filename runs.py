@@ -12,11 +12,11 @@ from dataclasses import asdict
 
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tqdm import tqdm
 
 import lora
-from cli import BadInput, write_json
+from cli import BadInput, write_json, write_whole
 
 
 def process_info() -> tuple[int, int]:
@@ -53,10 +53,10 @@ def open_run(cfg, policy, trainable, optimizer) -> dict:
     for name in ("metrics.jsonl", "rollouts.jsonl") if process_info()[0] == 0 else ():
         path = os.path.join(cfg.out, name)
         with open(path) as file:
-            kept = [line for line in file if json.loads(line)["step"] < progress["step"]]
-        with open(f"{path}.tmp", "w") as file:
-            file.writelines(kept)
-        os.replace(f"{path}.tmp", path)
+            kept = [
+                line for line in file if line.endswith("\n") and json.loads(line)["step"] < progress["step"]
+            ]
+        write_whole(path, "".join(kept).encode())
     return progress
 
 
@@ -76,12 +76,8 @@ def save_checkpoint(cfg, policy, trainable, optimizer, progress: dict):
     for i, p in enumerate(trainable):
         tensors |= {f"optimizer.{i}.{k}": v.detach().cpu() for k, v in optimizer.state[p].items()}
     path = checkpoint_path(cfg)
-    save_file(
-        {k: v.contiguous() for k, v in tensors.items()},
-        f"{path}.tmp",
-        metadata={"progress": json.dumps(progress)},
-    )
-    os.replace(f"{path}.tmp", path)
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    write_whole(path, save(tensors, metadata={"progress": json.dumps(progress)}))
     lora.save_adapter(policy.decoder, os.path.join(cfg.out, "adapter"))
 
 
@@ -152,7 +148,7 @@ def save_bad_batch(cfg, step, prompts, rollout, advantages):
     tensors |= {"video_embeds": prompts.video_embeds, "completion_ids": rollout.completion_ids}
     tensors |= {"completion_mask": rollout.completion_mask, "old_logprobs": rollout.logprobs}
     path = os.path.join(folder, f"step_{step}_process_{process_info()[0]}.safetensors")
-    save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
+    write_whole(path, save({k: v.cpu().contiguous() for k, v in tensors.items()}))
     tqdm.write(
         f"step {step}: loss or gradient not finite; step skipped, batch saved in {path}", file=sys.stderr
     )

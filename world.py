@@ -21,7 +21,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from cli import ArgumentParser, run_script
+from cli import ArgumentParser, run_script, write_whole
 
 SIZE = 48  # pixels, width and height
 FPS = 6
@@ -321,11 +321,9 @@ def make_world(folder, seeds, workers=None):
     os.makedirs(folder, exist_ok=True)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         rows = pool.map(partial(_make_one, folder), seeds, chunksize=32)
-        path = os.path.join(folder, "questions.jsonl")
-        with open(f"{path}.tmp", "w") as file:
-            for row in (row for clip in rows for row in clip):
-                file.write(json.dumps(row) + "\n")
-    os.replace(f"{path}.tmp", path)
+        content = "".join(json.dumps(row) + "\n" for clip in rows for row in clip)
+    path = os.path.join(folder, "questions.jsonl")
+    write_whole(path, content.encode())
     return path
 
 
