@@ -21,7 +21,7 @@ from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 from answers import Question, prompt_text
-from cli import ArgumentParser, run_script
+from cli import ArgumentParser, BadInput, run_script, write_json
 
 PAD_ID, BOS_ID, EOS_ID, VIDEO_ID = 0, 1, 2, 3  # VIDEO_ID: placeholder for one visual token, never sampled
 FIRST_BYTE = 4  # ids 4..259 are the bytes, then come the words
@@ -30,7 +30,7 @@ SEEK_MARGIN = 1.0  # seconds; some containers index decoding times, which run ah
 SMALL_PIXELS = 256 * 256  # below this, starting decoder threads costs more than they save
 
 
-class DataError(ValueError):
+class DataError(BadInput):
     """Bad input. The message is one line: file, line and field where known, what is wrong, the remedy."""
 
 
