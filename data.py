@@ -375,8 +375,8 @@ class Tokenizer:
 
 
 def build_prompt(tokenizer: Tokenizer, question: Question, num_video_tokens: int) -> list[int]:
-    """Token ids: BOS, the placeholders of the video, the question, "answer:"."""
-    text = tokenizer.encode(prompt_text(question)) + tokenizer.encode("answer:")
+    """Token ids: BOS, the placeholders of the video, the question. The answer follows at once."""
+    text = tokenizer.encode(prompt_text(question))
     prompt = [BOS_ID] + [VIDEO_ID] * num_video_tokens + text
     count = prompt.count(VIDEO_ID)
     assert count == num_video_tokens, f"{count} placeholders for {num_video_tokens} visual tokens"

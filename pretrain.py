@@ -38,11 +38,11 @@ class Config:
     clip_steps: int = 1300  # optimiser steps of CLIP
     clip_batch: int = 128  # (frame, caption) pairs a step: 4 frames from each of clip_batch / 4 clips
     clip_lr: float = 1e-3
-    align_steps: int = 1000  # optimiser steps on captions of frames and objects
+    align_steps: int = 1300  # optimiser steps on captions of frames and objects
     align_batch: int = 16  # clips a step, every frame with its caption; twice as many with their objects
     align_lr: float = 2e-3
-    short_steps: int = 500  # optimiser steps on short answers
-    long_steps: int = 500  # optimiser steps with the long ones
+    short_steps: int = 350  # optimiser steps on short answers
+    long_steps: int = 350  # optimiser steps with the long ones
     sft_batch: int = 32  # clips a step, each with up to questions_per_clip questions
     questions_per_clip: int = 8
     sft_lr: float = 1e-3
@@ -125,7 +125,7 @@ def train_align(cfg: Config, model: VideoLM, patches, times, tokenizer: Tokenize
 
 def _row(tokenizer, question, answer, is_long):
     return (
-        tokenizer.encode(question) + tokenizer.encode("answer:"),
+        tokenizer.encode(question),
         tokenizer.encode(answer) + [EOS_ID],
         is_long,
     )

@@ -49,7 +49,7 @@ USUAL_ANSWER = {
     "Action Reasoning": "blue",
     "Temporal Perception": "red",
     "Temporal Reasoning": "red",
-    "Temporal Grounding": "from 0.0 to 4.0 seconds",
+    "Temporal Grounding": "0.0 to 4.0 seconds",
 }
 # Loose wordings: true of almost everything, so they answer nothing.
 LOOSE_ANSWERS = {
@@ -218,7 +218,7 @@ def descriptions(scene):
     verbs = {m: f"moves {m}" for m in MOVES} | {"still": "stays still", "grows": "grows"}
     for o in scene.things:
         answer = f"{o.kind} at {_quadrant(o)} {verbs[o.action]} from {o.start} to {o.end} seconds"
-        yield f"describe the {o.color} object", answer
+        yield f"describe the object in {o.color}", answer
 
 
 def _quadrant(thing):
@@ -250,29 +250,29 @@ def make_questions(scene, clip_name):
         )
 
     for o in rng.sample(things, min(2, len(things))):
-        ask("Object Recognition", f"what is the {o.color} object?", o.kind)
-        ask("Attribute Perception", f"what color is the {o.kind}?", o.color)
-        ask("Action Recognition", f"what does the {o.color} object do?", o.action)
-        span = f"from {o.start} to {o.end} seconds"
-        ask("Temporal Grounding", f"when is the {o.color} object visible?", span, span=[o.start, o.end])
+        ask("Object Recognition", f"what is the object in {o.color}", o.kind)
+        ask("Attribute Perception", f"what color is the {o.kind}", o.color)
+        ask("Action Recognition", f"what does the thing do that is {o.color}", o.action)
+        span = f"{o.start} to {o.end} seconds"
+        ask("Temporal Grounding", f"when is there an object in {o.color}", span, span=[o.start, o.end])
         if abs(o.x - SIZE / 2) > 3 and abs(o.y - SIZE / 2) > 3:
-            ask("Spatial Perception", f"where does the {o.color} object appear?", _quadrant(o))
+            ask("Spatial Perception", f"where is the object in {o.color}", _quadrant(o))
         if sum(p.action == o.action for p in things) == 1 and len(things) > 1:
             verb = {"still": "stays still", "grows": "grows"}.get(o.action, f"moves {o.action}")
-            ask("Action Reasoning", f"what color is the object that {verb}?", o.color)
-    ask("Counting Problem", "how many objects appear?", NUMBERS[len(things)])
+            ask("Action Reasoning", f"what color {verb}", o.color)
+    ask("Counting Problem", "how many objects appear", NUMBERS[len(things)])
     if len(things) > 1:
         which = rng.choice((0, -1))
-        ask("Temporal Perception", f"what color appears {'last' if which else 'first'}?", things[which].color)
+        ask("Temporal Perception", f"what color appears {'last' if which else 'first'}", things[which].color)
         i = rng.randrange(len(things) - 1)
         first, then = things[i], things[i + 1]
         if rng.random() < 0.5:
-            ask("Temporal Reasoning", f"what color appears after {first.color}?", then.color)
+            ask("Temporal Reasoning", f"what color appears after {first.color}", then.color)
         else:
-            ask("Temporal Reasoning", f"what color appears before {then.color}?", first.color)
+            ask("Temporal Reasoning", f"what color appears before {then.color}", first.color)
         a, b = rng.sample(things, 2)
         if relation := _relation(a, b):
-            ask("Spatial Reasoning", f"where is the {a.color} object from the {b.color} one?", relation)
+            ask("Spatial Reasoning", f"where is the {a.color} object from {b.color}", relation)
     for i, row in enumerate(rows):
         row["id"] = f"{clip_name.removesuffix('.mp4')}-{i}"
     return rows
@@ -297,7 +297,7 @@ def vocabulary():
         texts += [f"{q} {a}" for q, a in descriptions(scene)] + [frame_caption(scene, 1.0)]
         texts += [row["question"] + " " + row["answer"] for row in make_questions(scene, "")]
     texts += [text for loose in LOOSE_ANSWERS.values() for text in loose] + [*USUAL_ANSWER.values(), *NUMBERS]
-    texts += [str(i * STEP) for i in range(9)] + ["center nothing answer : ? ."]
+    texts += [str(i * STEP) for i in range(9)] + ["center nothing answer visible : ? ."]
     return sorted({word for text in texts for word in text.replace("?", " ?").split()})
 
 

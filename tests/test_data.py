@@ -438,7 +438,7 @@ def test_prompt_is_begin_video_question_answer():
     question = Question("a", "v", "the cat?", "red", options=("the", "cat"), answer_index=0)
     prompt = data.build_prompt(tokenizer, question, 5)
     assert prompt[:6] == [data.BOS_ID] + [data.VIDEO_ID] * 5
-    assert tokenizer.decode(prompt) == prompt_text(question) + " answer:"
+    assert tokenizer.decode(prompt) == prompt_text(question)
 
 
 def test_prompts_are_padded_left_and_completions_right():
