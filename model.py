@@ -116,7 +116,7 @@ class SelfAttention(nn.Module):
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor, first: int):
         """x (P, L, D), cos, sin (P, L, h) -> q (P, kv, rep, L - first, h), k and v (P, kv, L, h), rotated."""
-        q = self.q_proj(x[:, first:]).unflatten(-1, (self.num_kv_heads, self.rep, self.head_dim))
+        q = self.q_proj(x[:, first:].contiguous()).unflatten(-1, (self.num_kv_heads, self.rep, self.head_dim))
         q = rotate(q.permute(0, 2, 3, 1, 4), cos[:, None, None, first:], sin[:, None, None, first:])
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)

@@ -37,7 +37,7 @@ def home(tmp_path_factory):
 def command(home, out, *options):
     where = [
         "--policy",
-        home / "policy",
+        ROOT / "weights",
         "--world_dir",
         home / "world",
         "--out",
