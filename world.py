@@ -1,4 +1,4 @@
-"""The embedded video world: short clips of coloured kinds that appear, move, grow and vanish.
+"""The embedded video world: short clips of coloured things that appear, move, grow and vanish.
 
 A `Scene` knows everything about its clip, so every question has an exact answer. `write_clip` draws it and
 encodes a real H.264 mp4 file; nothing downstream knows that the pixels were drawn. Questions carry
