@@ -48,18 +48,18 @@ def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lamb
 
 
 def run_script(main) -> None:
-    """Runs a script: status 0 done, 2 bad input (one line on stderr), 1 anything else."""
+    """Runs a script: status 0 done, 2 bad input, 130 Ctrl-C (one line on stderr), 1 anything else."""
     try:
         status = main()
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     except OSError as error:  # a full disk, no permission: the operating system names the file and the cause
-        print(
-            f"error: {error}; nothing half-written is left; make room or choose another folder",
-            file=sys.stderr,
-        )
+        print(f"error: {error}; make room or choose another folder, then run again", file=sys.stderr)
         status = 2
+    except KeyboardInterrupt:  # where nothing is worth saving; train.py's loop catches Ctrl-C itself
+        print("stopped by Ctrl-C", file=sys.stderr)
+        status = 130
     sys.exit(status or 0)
 
 

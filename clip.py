@@ -135,9 +135,7 @@ class Clip(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.vision_model, self.text_model = ImageTower(cfg), TextTower(cfg)
-        self.logit_scale = nn.Parameter(
-            torch.tensor(2.6592)
-        )  # log(1 / 0.07), the temperature CLIP starts from
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07), CLIP's first temperature
 
     def patch_tokens(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
         """(F_, 3, H, W) normalised pixels -> (F_, N, width) patch tokens of a hidden layer, class token

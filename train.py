@@ -54,9 +54,7 @@ class Config:
     eval_samples: int = 4  # drawn answers a question in the sampled accuracy
     num_steps: int = 150  # optimiser rounds: sample, rank, update
     batch_prompts: int = 48  # P: prompts a step, over all processes
-    micro_batch_prompts: int = (
-        48  # prompts of one forward and backward; smaller saves memory, changes nothing
-    )
+    micro_batch_prompts: int = 48  # prompts of one forward and backward; smaller saves memory alone
     group_size: int = 5  # G: completions a prompt, ranked against each other
     max_new_tokens: int = 10
     temperature: float = 1.0
@@ -66,9 +64,7 @@ class Config:
     position_bias: float = 0.0  # oracle noise: chance that the first candidate is put on top
     advantage_form: str = "ideal"  # ideal | printed | inverted: README, "What the paper leaves open"
     gain: str = "divided"  # divided | appendix
-    updates_per_rollout: int = (
-        2  # optimiser steps on the same rollout; with 1 the ratio is 1 and the clip never binds
-    )
+    updates_per_rollout: int = 2  # optimiser steps on a rollout; with 1 the clip never binds
     clip_eps: float = 0.2
     norm: str = "sequence"  # sequence | token | constant (by max_new_tokens)
     kl_coef: float = 0.02  # weight of KL(reference || policy), exact over the vocabulary
@@ -260,9 +256,11 @@ def feedback_numbers(questions, texts, ranking, policy_ranks, advantages, live, 
 # --------------------------------------------------------------------------------------------------- the loop
 
 
-def learn(cfg: Config, policy, trainable, train_set, optimizer, limits: dict, progress: dict) -> str:
-    """Oracle-RLAIF, the paper's algorithm. Returns "done", "interrupted" or "bad": too many non-finite
-    losses."""
+def learn(cfg: Config, policy, trainable, train_set, optimizer, limits: dict, progress: dict, began) -> str:
+    """Oracle-RLAIF, the paper's algorithm. `began`: the run's start, time.time() less earlier sessions.
+
+    Returns "done", "interrupted" or "bad": too many non-finite losses in a row.
+    """
     device, G, (process, num_processes) = train_set.video_embeds.device, cfg.group_size, process_info()
     P = min(cfg.batch_prompts, len(train_set)) // num_processes * num_processes  # a step, over all processes
     mine = slice(process * P // num_processes, (process + 1) * P // num_processes)
@@ -313,10 +311,11 @@ def learn(cfg: Config, policy, trainable, train_set, optimizer, limits: dict, pr
         report(cfg, bar, step, numbers, questions, texts, ranking, policy_ranks, advantages)
         if numbers["bad"]:
             save_bad_batch(cfg, step, prompts, rollout, signal[0])
-        ended = (
-            "bad" if progress["bad_in_a_row"] >= cfg.max_bad_steps else "interrupted" if interrupted() else ""
-        )
+        ended = "interrupted" if interrupted() else ""
+        if progress["bad_in_a_row"] >= cfg.max_bad_steps:
+            ended = "bad"
         if ended or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.num_steps:
+            progress["wall_s"] = time.time() - began
             save_checkpoint(cfg, policy, trainable, optimizer, progress)
         if ended:
             return ended
@@ -380,8 +379,8 @@ def main() -> int:
         save_checkpoint(cfg, policy, trainable, optimizer, progress)
     if process_info()[0] == 0:
         print(f"{len(train_set)} questions to learn from, {len(eval_set)} held out", flush=True)
-    earlier = progress["wall_s"]
-    ended = learn(cfg, policy, trainable, train_set, optimizer, limits, progress)
+    began -= progress["wall_s"]  # a resumed run goes on counting
+    ended = learn(cfg, policy, trainable, train_set, optimizer, limits, progress, began)
     if ended == "interrupted":
         print(f"\nsaved at step {progress['step']}; go on with: python train.py --out {cfg.out} --resume")
         return 1
@@ -398,7 +397,7 @@ def main() -> int:
         results = {
             "seed": cfg.seed,
             "steps": cfg.num_steps,
-            "wall_s": round(earlier + time.time() - began, 1),
+            "wall_s": round(time.time() - began, 1),
         }
         results |= {"device": describe(device), "bad_steps": progress["bad_steps"]}
         results |= {"before": progress["before"], "after": after, "gain": gain}
