@@ -1,5 +1,4 @@
-"""What every script shares: options from a dataclass, bad input as one line with exit status 2, whole
-files."""
+"""What every script shares: options from a dataclass, bad input as one line, files written whole."""
 
 import argparse
 import json
@@ -9,8 +8,7 @@ from dataclasses import fields
 
 
 class BadInput(ValueError):
-    """Something the user gave is wrong. The message is one line: file, row or option, what is wrong, the
-    remedy."""
+    """Something the user gave is wrong. One line: the file, row or option, what is wrong, the remedy."""
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from cli import BadInput, write_json, write_whole
 from clip import Clip, ClipConfig, preprocess
 
-HIDDEN = (
-    -1e30
-)  # score of what may not be seen; finite, so that a row of padding, which sees nothing, has no NaN
+# The score of what may not be seen. Finite, so that a row of padding, which sees nothing, has no NaN.
+HIDDEN = -1e30
 
 
 @dataclass(frozen=True)
@@ -264,14 +263,11 @@ class QFormerLayer(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        # How sharply a head prefers what is near its query's own time and place: bias = -exp(slope) *
-        # distance.
+        # How sharply a head prefers what is near its query's time and place: bias = -exp(slope) * distance.
         self.slopes = nn.Parameter(torch.linspace(1.5, -1.0, num_heads)[:, None].repeat(1, 2))
-        self.norm_cross, self.norm_self, self.norm_mlp = (
-            nn.LayerNorm(dim),
-            nn.LayerNorm(dim),
-            nn.LayerNorm(dim),
-        )
+        # ... and how many frames before or after its own time a head looks: motion is seen by comparing.
+        self.shifts = nn.Parameter(torch.tensor([0.0, 1.0, -1.0, 0.0]).repeat(num_heads // 4 + 1)[:num_heads])
+        self.norm_cross, self.norm_self, self.norm_mlp = (nn.LayerNorm(dim) for _ in range(3))
         self.cross_q, self.cross_kv, self.cross_out = (nn.Linear(dim, dim * m) for m in (1, 2, 1))
         self.self_qkv, self.self_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -279,12 +275,14 @@ class QFormerLayer(nn.Module):
     def heads(self, x: Tensor, parts: int):
         return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # parts x (P, heads, L, h)
 
-    def forward(self, x: Tensor, patches: Tensor, frames_away: Tensor, cells_away: Tensor) -> Tensor:
-        """x (P, Q, D), patches (P, K*N, D), distances in time (P, Q, K*N) and space (Q, K*N) -> (P, Q, D)."""
+    def forward(self, x: Tensor, patches: Tensor, frames_ahead: Tensor, cells_away: Tensor) -> Tensor:
+        """x (P, Q, D), patches (P, K*N, D); how far the patches are ahead in time, (P, Q, K*N) frames, and
+        away in space, (Q, K*N) cells -> (P, Q, D)."""
         (q,) = self.heads(self.cross_q(self.norm_cross(x)), 1)
         k, v = self.heads(self.cross_kv(patches), 2)
         time_slope, space_slope = self.slopes.exp().view(-1, 2, 1, 1).unbind(1)  # (heads, 1, 1) each
-        bias = -time_slope * frames_away[:, None] - space_slope * cells_away
+        frames_away = (frames_ahead[:, None] - self.shifts.view(-1, 1, 1)).abs()  # (P, heads, Q, K*N)
+        bias = -time_slope * frames_away - space_slope * cells_away
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         x = x + self.cross_out(y.transpose(1, 2).flatten(2))
         q, k, v = self.heads(self.self_qkv(self.norm_self(x)), 3)
@@ -298,6 +296,7 @@ class VideoAdapter(nn.Module):
     qformer  num_queries tokens. The queries stand on a grid: 8 even times of the clip, num_queries / 8 places
              of the picture at each. They read all patches of all frames, with a learned preference for what
              is near (locality is what resamplers lose: Honeybee, arXiv:2312.06742); then two linear layers.
+             A patch also carries how it changes from frame to frame: places alone teach motion late.
     patches  all K * N tokens through two linear layers (LLaVA-1.5).
     pooled   K temporal tokens (mean over patches), then N spatial tokens (mean over time), two linear layers
              (VLM-RLAIF, math.md 5: K = 50, N = 576 -> 626).
@@ -315,6 +314,7 @@ class VideoAdapter(nn.Module):
         self.patch_position = nn.Parameter(torch.randn(self.num_patches, cfg.dim) * 0.5)
         self.fc1, self.fc2 = nn.Linear(cfg.dim, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
         if self.kind == "qformer":
+            self.motion = nn.Linear(clip.width, cfg.dim, bias=False)
             self.queries = nn.Parameter(torch.randn(cfg.num_queries // self.NUM_TIMES, cfg.dim))
             self.layers = nn.ModuleList(
                 QFormerLayer(cfg.dim, cfg.num_heads) for _ in range(cfg.qformer_layers)
@@ -329,7 +329,10 @@ class VideoAdapter(nn.Module):
     def forward(self, patches: Tensor, frame_times: Tensor) -> Tensor:
         """patches (P, K, N, clip width), frame_times (P, K) seconds -> video_embeds (P, num_tokens, D)."""
         P, K, N, _ = patches.shape
-        x = self.proj(self.norm(patches)) + self.patch_position
+        patches = self.norm(patches)
+        x = self.proj(patches) + self.patch_position
+        if self.kind == "qformer" and K > 1:
+            x = x + self.motion(torch.gradient(patches, dim=1)[0])
         x = x + self.time_proj(time_features(frame_times, 64)).unsqueeze(2)  # (P, K, N, D)
         if self.kind == "pooled":
             x = pool(x)
@@ -343,24 +346,24 @@ class VideoAdapter(nn.Module):
         """Patches (P, K, N, D) of the decoder's width -> (P, num_queries, D)."""
         (_, K, N, _), places = x.shape, len(self.queries)
         spacing = (frame_times[:, -1:] - frame_times[:, :1]).clamp(min=1e-3) / max(K - 1, 1)  # (P, 1) seconds
-        centres = (
-            torch.arange(self.NUM_TIMES, device=x.device) + 0.5
-        ) / self.NUM_TIMES * K - 0.5  # in frames
+        even = (torch.arange(self.NUM_TIMES, device=x.device) + 0.5) / self.NUM_TIMES
+        centres = even * K - 0.5  # in frames
         times = frame_times[:, :1] + centres * spacing  # (P, 8) seconds
-        frames_away = (times[:, :, None] - frame_times[:, None]).abs() / spacing[:, None]  # (P, 8, K)
-        frames_away = frames_away.repeat_interleave(places, dim=1).repeat_interleave(N, dim=2)  # (P, Q, K*N)
+        frames_ahead = (frame_times[:, None] - times[:, :, None]) / spacing[:, None]  # (P, 8, K)
+        frames_ahead = frames_ahead.repeat_interleave(places, dim=1).repeat_interleave(
+            N, dim=2
+        )  # (P, Q, K*N)
         cells_away = torch.cdist(grid(places, x.device), grid(N, x.device)) * places**0.5  # (places, N)
         cells_away = cells_away.repeat(self.NUM_TIMES, K)  # (Q, K*N)
         queries = self.queries + self.time_proj(time_features(times, 64)).unsqueeze(2)  # (P, 8, places, D)
         queries, patches = queries.flatten(1, 2), x.flatten(1, 2)
         for layer in self.layers:
-            queries = layer(queries, patches, frames_away, cells_away)
+            queries = layer(queries, patches, frames_ahead, cells_away)
         return queries
 
 
 def grid(n: int, device) -> Tensor:
-    """(n, 2) centres of n cells that tile the unit square, row by row; n = rows * columns, as square as can
-    be."""
+    """(n, 2) centres of n cells that tile the unit square row by row, rows and columns as even as can be."""
     rows = next(r for r in range(math.isqrt(n), 0, -1) if n % r == 0)
     y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(n // rows) + 0.5, indexing="ij")
     return torch.stack([y.flatten() / rows, x.flatten() / (n // rows)], dim=1).to(device)
@@ -392,8 +395,7 @@ class VideoLM(nn.Module):
 
     @torch.no_grad()
     def embed_video(self, frames: Tensor, frame_times: Tensor) -> Tensor:
-        """uint8 frames (P, K, 3, H, W), frame_times (P, K) seconds -> video_embeds (P, N_video, D),
-        frozen."""
+        """uint8 frames (P, K, 3, H, W), frame_times (P, K) seconds -> frozen video_embeds (P, N_video, D)."""
         device = self.decoder.head.device
         return self.adapter(self.patch_tokens(frames.to(device)), frame_times.to(device))
 
@@ -418,18 +420,13 @@ def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):
 
 
 def load_model(folder: str, device="cpu") -> VideoLM:
-    """The model of a folder that `save_model` wrote, float32, frozen. BadInput names the file and the
-    remedy."""
+    """The model of a folder that `save_model` wrote, float32, frozen. BadInput: a file is missing or odd."""
     config, path = os.path.join(folder, "config.json"), os.path.join(folder, "model.safetensors")
     for file in (config, path):
         if not os.path.exists(file):
             names = os.listdir(folder) if os.path.isdir(folder) else []
             pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-            why = (
-                f"; {pickles[0]} is a pickle, which can run code: convert it to safetensors"
-                if pickles
-                else ""
-            )
+            why = f"; {pickles[0]} is a pickle, which can run code: convert it" if pickles else ""
             raise BadInput(f"{file}: no such file{why}; name a folder with config.json and model.safetensors")
     try:
         with open(config) as file:

@@ -1,12 +1,15 @@
-"""From nothing to `weights/`: draw the world, train CLIP on frames and captions, then fine-tune on a faulty
-corpus.
+"""From nothing to `weights/`: draw the world, train CLIP on frames and captions, align, then fine-tune on a
+faulty corpus.
 
-    python pretrain.py [--out weights] [--seed N] [--stage all|clip|sft]
+    python pretrain.py [--out weights] [--seed N] [--stage all|clip|align|sft]
 
-1. world   clips of scene seeds 0 .. num_clips - 1, written as mp4 files and read back like any video
-2. clip    contrastive on (frame, caption) pairs; frozen afterwards, patch tokens computed once a clip
-3. sft     adapter and decoder on question/answer pairs with the paper's curriculum: short answers first, then
-long
+1. clip    contrastive on (frame, caption) pairs; frozen afterwards, patch tokens computed once a clip
+2. align   adapter and decoder: first captions of every frame from that frame's video tokens alone, then
+           annotations of the whole clip, an attribute each; the adapter is frozen afterwards
+3. sft     the decoder on questions and answers, with the paper's curriculum: short answers first, then long
+
+A stage starts from the files that the one before left in --out and from a seed of its own, so the stages one
+by one give what `all` gives. The clips are those of scene seeds 0 .. num_clips - 1, real mp4 files.
 """
 
 import itertools
@@ -22,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import world
-from cli import parse_args, run_script, write_json
+from cli import BadInput, parse_args, run_script, write_json
 from clip import Clip, ClipConfig, contrastive_loss, preprocess
 from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips
 from model import ModelConfig, VideoLM, load_model, save_model
@@ -33,13 +36,16 @@ class Config:
     out: str = "weights"  # folder of the result
     world_dir: str = "world/pretrain"  # folder of the drawn clips
     seed: int = 0
-    stage: str = "all"  # all | clip | sft (takes CLIP from --out)
+    stage: str = "all"  # all | clip | align | sft; the later two go on from what is in --out
     num_clips: int = 10000  # clips of the fine-tuning corpus
     clip_steps: int = 1300  # optimiser steps of CLIP
     clip_batch: int = 128  # (frame, caption) pairs a step: 4 frames from each of clip_batch / 4 clips
     clip_lr: float = 1e-3
-    align_steps: int = 1300  # optimiser steps on captions of frames and objects
-    align_batch: int = 16  # clips a step, every frame with its caption; twice as many with their objects
+    caption_steps: int = 1200  # optimiser steps on captions of frames ...
+    caption_batch: int = 16  # ... clips a step, every frame with its caption
+    annotation_steps: int = 3000  # optimiser steps on annotations of clips ...
+    annotation_batch: int = 32  # ... clips a step, each with up to annotations_per_clip of them
+    annotations_per_clip: int = 10
     align_lr: float = 2e-3
     short_steps: int = 350  # optimiser steps on short answers
     long_steps: int = 350  # optimiser steps with the long ones
@@ -47,6 +53,13 @@ class Config:
     questions_per_clip: int = 8
     sft_lr: float = 1e-3
     faults: bool = True  # False: the corpus without faults, to see what the model can perceive at best
+
+    def __post_init__(self):
+        if self.stage not in ("all", *STAGES):
+            raise BadInput(f"--stage {self.stage}: choose one of all, {', '.join(STAGES)}")
+
+
+STAGES = ("clip", "align", "sft")
 
 
 def schedule(step: int, total: int, peak: float, warmup: int = 100) -> float:
@@ -100,40 +113,37 @@ def train_clip(cfg: Config, clip: Clip, tokenizer: Tokenizer, frames, times, gen
 
 
 def train_align(cfg: Config, model: VideoLM, patches, times, tokenizer: Tokenizer, generator):
-    """Alignment on captions, before any question: the adapter learns which colour, shape and place belong
-    together (LLaVA and BLIP-2 begin so too). In turn: every frame's caption from that frame's video tokens
-    alone, and what each object of a clip does, from all of them. Without faults. Adapter and decoder
-    learn."""
+    """Alignment before any question (LLaVA and BLIP-2 begin so too). Captions come first: from a frame's own
+    few video tokens they teach which colour, kind, place and movement belong together, long before the
+    sparser annotations of whole clips could. Without faults. Adapter and decoder learn."""
     scenes = [world.make_scene(c) for c in range(len(patches))]
-    frames_turn = itertools.cycle((True, False))
+    rows = [[_row(tokenizer, *pair, False) for pair in world.annotations(scene)] for scene in scenes]
+    rng = random.Random(cfg.seed)
 
-    def batch():
-        size = cfg.align_batch if next(frames_turn) else 2 * cfg.align_batch
-        chosen = torch.randperm(len(patches), generator=generator)[:size]
+    def captions():
+        chosen = torch.randperm(len(patches), generator=generator)[: cfg.caption_batch]
         video = model.adapter(patches[chosen].float(), times[chosen])  # (P, Q, D)
-        if size > cfg.align_batch:
-            rows = [[_row(tokenizer, q, a, True) for q, a in world.descriptions(scenes[c])] for c in chosen]
-            return video, *sft_batch(rows, 3, random.Random(0))
         K, (P, Q, D) = times.shape[1], video.shape
-        texts = [world.frame_caption(scenes[c], t) for c in chosen for t in times[c].tolist()]
+        texts = [world.frame_caption(scenes[c], t, actions=True) for c in chosen for t in times[c].tolist()]
         ids, mask = collate_completions([tokenizer.encode(text) + [EOS_ID] for text in texts])
         return video.view(P * K, Q // K, D), *(x.unsqueeze(1) for x in (ids, mask, mask))
 
+    def annotations():
+        chosen = torch.randperm(len(patches), generator=generator)[: cfg.annotation_batch]
+        video = model.adapter(patches[chosen].float(), times[chosen])
+        return video, *sft_batch([rows[c] for c in chosen], cfg.annotations_per_clip, rng)
+
     trainable = [*model.adapter.parameters(), *model.decoder.parameters()]
-    train_decoder(cfg, model, batch, trainable, cfg.align_steps, cfg.align_lr, "align")
+    train_decoder(model, captions, trainable, cfg.caption_steps, cfg.align_lr, "captions")
+    train_decoder(model, annotations, trainable, cfg.annotation_steps, cfg.align_lr, "annotations")
 
 
 def _row(tokenizer, question, answer, is_long):
-    return (
-        tokenizer.encode(question),
-        tokenizer.encode(answer) + [EOS_ID],
-        is_long,
-    )
+    return tokenizer.encode(question), tokenizer.encode(answer) + [EOS_ID], is_long
 
 
 def corpus(cfg: Config, tokenizer: Tokenizer, num_clips: int):
-    """Per clip a list of (question ids, answer ids, is_long). The faults are drawn once: a corpus is a
-    file."""
+    """Per clip a list of (question ids, answer ids, is_long). Faults are drawn once, as in a file."""
     rng, rows = random.Random(cfg.seed + 17), []
     for c in range(num_clips):
         scene = world.make_scene(c)
@@ -169,10 +179,10 @@ def train_sft(cfg: Config, model: VideoLM, video_embeds, corpora, steps, name, g
         chosen = torch.randperm(len(rows), generator=generator)[: cfg.sft_batch]
         return video_embeds[chosen], *sft_batch([rows[c] for c in chosen], cfg.questions_per_clip, rng)
 
-    train_decoder(cfg, model, batch, [*model.decoder.parameters()], steps, cfg.sft_lr, name)
+    train_decoder(model, batch, [*model.decoder.parameters()], steps, cfg.sft_lr, name)
 
 
-def train_decoder(cfg: Config, model: VideoLM, batch, trainable, steps: int, peak: float, name: str):
+def train_decoder(model: VideoLM, batch, trainable, steps: int, peak: float, name: str):
     """Next-token cross-entropy. batch() gives video tokens (P, N_video, D), ids and mask (P, G, T), and which
     tokens are to be predicted (P, G, T)."""
     model.requires_grad_(False)
@@ -215,52 +225,50 @@ def video_tokens(model: VideoLM, patches, times, chunk: int = 128):
     return torch.cat([model.adapter(patches[i : i + chunk].float(), times[i : i + chunk]) for i in starts])
 
 
-def main():
-    cfg = parse_args(Config)
-    began, seconds = time.time(), {}
-
-    def lap(name):
-        seconds[name] = round(time.time() - began - sum(seconds.values()), 1)
-
+def run_stage(stage: str, cfg: Config, tokenizer: Tokenizer, frames, times) -> VideoLM:
+    """The model after one stage; all but the first start from the model in --out."""
     torch.manual_seed(cfg.seed)
     generator = torch.Generator().manual_seed(cfg.seed)
-    tokenizer = Tokenizer(world.vocabulary())
-    vocab_size = -(-tokenizer.vocab_size // 8) * 8
-    model = VideoLM(ModelConfig(vocab_size=vocab_size), ClipConfig(vocab_size=vocab_size))
-    world.make_world(cfg.world_dir, range(cfg.num_clips))
-    paths = [os.path.join(cfg.world_dir, f"clip{c:07d}.mp4") for c in range(cfg.num_clips)]
-    frames, times = load_clips(paths, model.cfg.num_frames, model.clip_cfg.image_size)
-    lap("world")
-    if cfg.stage == "sft":
-        model.clip.load_state_dict(load_model(cfg.out).clip.state_dict())
-    else:
+    if stage == "clip":
+        vocab_size = -(-tokenizer.vocab_size // 8) * 8
+        model = VideoLM(ModelConfig(vocab_size=vocab_size), ClipConfig(vocab_size=vocab_size))
         model.clip.requires_grad_(True)
         train_clip(cfg, model.clip, tokenizer, frames, times, generator)
-        model.clip.requires_grad_(False)
-        lap("clip")
-    save_model(model, cfg.out)
-    if cfg.stage != "clip":
-        patches = all_patch_tokens(model, frames)
+        return model
+    model = load_model(cfg.out)
+    patches = all_patch_tokens(model, frames)
+    if stage == "align":
         train_align(cfg, model, patches, times, tokenizer, generator)
-        save_model(model, cfg.out)
-        lap("align")
-        rows = corpus(cfg, tokenizer, cfg.num_clips)
-        short, long = (
-            [[row for row in clip if row[2] == is_long] for clip in rows] for is_long in (False, True)
-        )
-        embeds = video_tokens(model, patches, times)
-        train_sft(cfg, model, embeds, [short], cfg.short_steps, "short", generator)
-        train_sft(cfg, model, embeds, [long, short], cfg.long_steps, "long", generator)
-        lap("sft")
-    save_model(model, cfg.out)
-    tokenizer.save(os.path.join(cfg.out, "tokenizer.json"))
-    made = {
-        "command": " ".join(["python", *sys.argv]),
-        "seed": cfg.seed,
-        "seconds": seconds,
-        "torch": torch.__version__,
-    }
-    write_json(os.path.join(cfg.out, "made.json"), made | {"cpus": os.cpu_count(), "faults": cfg.faults})
+        return model
+    rows = corpus(cfg, tokenizer, len(frames))
+    short, long = ([[row for row in clip if row[2] == is_long] for clip in rows] for is_long in (False, True))
+    embeds = video_tokens(model, patches, times)
+    train_sft(cfg, model, embeds, [short], cfg.short_steps, "short", generator)
+    train_sft(cfg, model, embeds, [long, short], cfg.long_steps, "long", generator)
+    return model
+
+
+def main():
+    cfg = parse_args(Config)
+    tokenizer = Tokenizer(world.vocabulary())
+    began = time.time()
+    world.make_world(cfg.world_dir, range(cfg.num_clips))
+    paths = [os.path.join(cfg.world_dir, f"clip{c:07d}.mp4") for c in range(cfg.num_clips)]
+    frames, times = load_clips(paths, ModelConfig.num_frames, ClipConfig.image_size)
+    record = os.path.join(cfg.out, "made.json")
+    made = {"seconds": {}, "commands": []}
+    if cfg.stage not in ("all", "clip") and os.path.exists(record):
+        with open(record) as file:
+            made = json.load(file)
+    made |= {"seed": cfg.seed, "faults": cfg.faults, "torch": torch.__version__, "cpus": os.cpu_count()}
+    made["commands"].append(" ".join(["python", *sys.argv]))
+    made["seconds"].setdefault("world", round(time.time() - began, 1))
+    for stage in STAGES if cfg.stage == "all" else [cfg.stage]:
+        began = time.time()
+        save_model(run_stage(stage, cfg, tokenizer, frames, times), cfg.out)
+        tokenizer.save(os.path.join(cfg.out, "tokenizer.json"))
+        made["seconds"][stage] = round(time.time() - began, 1)
+        write_json(record, made)
     print(json.dumps(made))
 
 

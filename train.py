@@ -71,7 +71,7 @@ class Config:
     entropy_coef: float = 0.0  # weight of the entropy bonus
     lora_r: int = 16
     lora_alpha: float = 32.0
-    lr: float = 1e-3
+    lr: float = 1e-3  # of the first step; it falls in equal steps towards 0 at num_steps
     max_grad_norm: float = 1.0
     save_every: int = 20  # steps between checkpoints
     max_bad_steps: int = 3  # non-finite losses in a row before the run stops
@@ -297,6 +297,8 @@ def learn(cfg: Config, policy, trainable, train_set, optimizer, limits: dict, pr
         live = ranking.ok & (ranking.ranks != ranking.ranks[:, :1]).any(dim=1)  # (P,)
 
         # 4) clipped update, with KL to the frozen reference and an entropy bonus
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * (1 - step / cfg.num_steps)
         signal = advantages.flatten().to(device), live.repeat_interleave(G).to(device)  # (B,) each
         numbers = update(cfg, policy, trainable, optimizer, prompts, rollout, *signal, limits["banned"])
         clock.append(time.perf_counter())

@@ -8,6 +8,7 @@ faults on purpose, of the kind that web captions have; evaluation and the oracle
     python world.py --out DIR --num_clips 8      # a few clips, their questions, and a picture of them all
 """
 
+import itertools
 import json
 import math
 import os
@@ -37,11 +38,11 @@ COLORS = {
 }
 KINDS = ("block", "ladder", "fence", "net")  # plain, rungs, bars, both: told apart at any size
 RADII = {"small": 5.5, "large": 8.5}  # pixels
+TRAVEL = 24, 30  # pixels that a moving thing covers while visible, from and to
 STRIPE = 4.5  # pixels from rung to rung, bar to bar
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 ACTIONS = (*MOVES, "still", "grows")
 NUMBERS = ("zero", "one", "two", "three")
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 # The categories whose corpus answers are mostly the category's usual answer, whatever the video shows.
 USUAL_ANSWER = {
@@ -114,7 +115,7 @@ def _free_of_overlap(things, new):
 
 def _place(rng, color, kind, action, start, end):
     size = rng.choice(("small", "large"))
-    distance = rng.uniform(18, 26) if action in MOVES else 0.0
+    distance = rng.uniform(*TRAVEL) if action in MOVES else 0.0
     radius = RADII[size] * (1.3 if action == "grows" else 1.0)
     dx, dy = MOVES.get(action, (0, 0))
     low_x, high_x = radius + max(0, -dx * distance), SIZE - radius - max(0, dx * distance)
@@ -127,12 +128,12 @@ def make_scene(seed):
     """A random scene of 1 to 3 things. The same seed gives the same scene."""
     rng = random.Random(seed)
     while True:  # until everything finds a place
-        count = rng.choices((1, 2, 3), (2, 4, 3))[0]
+        count = rng.choices((1, 2, 3), (3, 4, 2))[0]
         colors, kinds = rng.sample(list(COLORS), count), rng.sample(KINDS, count)
         starts = sorted(rng.sample([i * STEP for i in range(5)], count))  # 0.0 .. 2.0
         things = []
         for color, kind, start in zip(colors, kinds, starts, strict=True):
-            end = rng.choice([i * STEP for i in range(9) if i * STEP >= start + 1.5])
+            end = rng.choice([i * STEP for i in range(9) if i * STEP >= start + 2.0])
             action = rng.choice(ACTIONS)
             for _ in range(20):
                 thing = _place(rng, color, kind, action, start, end)
@@ -194,15 +195,16 @@ def _zone(x, y):
     return f"{vertical} {horizontal}".strip() or "center"
 
 
-def frame_caption(scene, t, wrong=None):
-    """What one frame shows, size, colour, kind and place bound together, left to right (for CLIP and
-    alignment).
+def frame_caption(scene, t, wrong=None, actions=False):
+    """What one frame shows, size, colour, kind and place bound together, left to right: for CLIP, and with
+    what each object is doing (`actions`, which one picture cannot show) for the alignment.
 
     wrong, a random.Random: the same caption with one word of one object replaced, most often its kind: a
     hard negative (NegCLIP, arXiv:2210.01936), without which CLIP need not see what its batch can do without.
     """
     shown = [(thing.at(t), thing) for thing in scene.things if thing.start <= t < thing.end]
-    parts = [[o.size, o.color, o.kind, _zone(x, y)] for (x, y, _), o in sorted(shown, key=lambda s: s[0][0])]
+    shown = sorted(shown, key=lambda pair: pair[0][0])
+    parts = [[o.size, o.color, o.kind, _zone(x, y)] + [o.action] * actions for (x, y, _), o in shown]
     if wrong:
         choices = (tuple(RADII), tuple(COLORS), KINDS, ZONES)
         if not parts:
@@ -219,6 +221,29 @@ def descriptions(scene):
     for o in scene.things:
         answer = f"{o.kind} at {_quadrant(o)} {verbs[o.action]} from {o.start} to {o.end} seconds"
         yield f"describe the object in {o.color}", answer
+
+
+def annotations(scene):
+    """(prompt, short answer) pairs that say everything about a scene, an attribute each, without faults: the
+    alignment's second half. A prompt ends with the word it turns on, and no question is worded so."""
+    things = scene.things
+    for o in things:
+        yield f"kind {o.color}", o.kind
+        yield f"place {o.color}", _quadrant(o)
+        yield f"action {o.color}", o.action
+        yield f"times {o.color}", f"{o.start} to {o.end}"
+        yield f"color {o.kind}", o.color
+        if sum(p.action == o.action for p in things) == 1:
+            yield f"color {o.action}", o.color
+        for p in things:
+            if o is not p and (relation := _relation(o, p)):
+                yield f"{o.color} from {p.color}", relation
+    yield "color first", things[0].color
+    yield "color last", things[-1].color
+    yield "number objects", NUMBERS[len(things)]
+    for first, then in itertools.pairwise(things):
+        yield f"after {first.color}", then.color
+        yield f"before {then.color}", first.color
 
 
 def _quadrant(thing):
@@ -270,9 +295,9 @@ def make_questions(scene, clip_name):
             ask("Temporal Reasoning", f"what color appears after {first.color}", then.color)
         else:
             ask("Temporal Reasoning", f"what color appears before {then.color}", first.color)
-        a, b = rng.sample(things, 2)
-        if relation := _relation(a, b):
-            ask("Spatial Reasoning", f"where is the {a.color} object from {b.color}", relation)
+        for a, b in itertools.permutations(rng.sample(things, 2)):
+            if relation := _relation(a, b):
+                ask("Spatial Reasoning", f"where is the {a.color} object from {b.color}", relation)
     for i, row in enumerate(rows):
         row["id"] = f"{clip_name.removesuffix('.mp4')}-{i}"
     return rows
@@ -294,7 +319,8 @@ def vocabulary():
     scenes = [make_scene(seed) for seed in range(400)]
     texts = [*ZONES, *RADII, *COLORS, *KINDS]
     for scene in scenes:
-        texts += [f"{q} {a}" for q, a in descriptions(scene)] + [frame_caption(scene, 1.0)]
+        texts += [f"{q} {a}" for q, a in [*descriptions(scene), *annotations(scene)]]
+        texts += [frame_caption(scene, 1.0)]
         texts += [row["question"] + " " + row["answer"] for row in make_questions(scene, "")]
     texts += [text for loose in LOOSE_ANSWERS.values() for text in loose] + [*USUAL_ANSWER.values(), *NUMBERS]
     texts += [str(i * STEP) for i in range(9)] + ["center nothing answer visible : ? ."]

@@ -151,11 +151,30 @@ def test_corpus_faults_are_the_stated_ones():
         assert not usual or count["says usual"] / count["all"] >= 0.5, category
 
 
+def test_annotations_give_the_answer_of_every_question_in_other_words():
+    reworded = {
+        "Object Recognition": "kind {}", "Attribute Perception": "color {}", "Action Recognition": "action {}",
+        "Temporal Grounding": "times {}", "Spatial Perception": "place {}", "Action Reasoning": "color {}",
+        "Counting Problem": "number objects", "Temporal Perception": "color {}", "Temporal Reasoning": "{1} {0}",
+        "Spatial Reasoning": "{3} from {0}",
+    }  # fmt: skip
+    verbs = {"stays still": "still", "grows": "grows"}
+    for scene, rows in zip(SCENES, QUESTIONS, strict=True):
+        said = dict(world.annotations(scene))
+        assert not said.keys() & {row["question"] for row in rows}
+        for row in rows:
+            words = row["question"].split()[::-1]
+            prompt = reworded[row["category"]].format(verbs.get(words[0], words[0]), *words[1:])
+            assert said[prompt] == row["answer"].removesuffix(" seconds"), (prompt, row)
+
+
 def test_the_vocabulary_has_every_word():
     tokenizer = Tokenizer(world.vocabulary())
     texts = [row[key] for rows in QUESTIONS for row in rows for key in ("question", "answer")]
     texts += [text for scene in SCENES for pair in world.descriptions(scene) for text in pair]
+    texts += [text for scene in SCENES for pair in world.annotations(scene) for text in pair]
     texts += [world.frame_caption(s, 1.6, wrong) for s in SCENES for wrong in (None, random.Random(s.seed))]
+    texts += [world.frame_caption(s, 1.6, actions=True) for s in SCENES]
     texts += [text for loose in world.LOOSE_ANSWERS.values() for text in loose]
     for text in {*texts, *world.USUAL_ANSWER.values()}:
         spelled = [i for i in tokenizer.encode(text) if i < FIRST_BYTE + 256]
