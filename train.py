@@ -110,8 +110,8 @@ PRESETS = {
 
 
 def pick_dtype(device: torch.device, wanted: str) -> torch.dtype:
-    """bfloat16 where the machine multiplies it at least twice as fast as float32, by measurement; says
-    why."""
+    """bfloat16 where the machine multiplies it at least twice as fast as float32,
+    by measurement; says why."""
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type == "cuda":
@@ -161,8 +161,8 @@ def load_everything(cfg: Config, device: torch.device):
 
 
 def update(cfg, policy, trainable, optimizer, prompts, rollout, advantages, live, banned) -> dict:
-    """Clipped GRPO_rank updates on one rollout. Returns the step's numbers; "bad" if a loss was not
-    finite."""
+    """Clipped GRPO_rank updates on one rollout. Returns the step's numbers; "bad" if a
+    loss was not finite."""
     P, G, device = len(prompts.prompt_ids), cfg.group_size, prompts.prompt_ids.device
     micro = [slice(i, i + cfg.micro_batch_prompts) for i in range(0, P, cfg.micro_batch_prompts)]
     counted = rollout.completion_mask & live[:, None]
@@ -331,8 +331,8 @@ def make_oracle(cfg: Config, generator: torch.Generator):
 
 
 def catch_interrupt():
-    """After this Ctrl-C no longer kills: the returned function says whether it came. A second one kills as
-    ever."""
+    """After this Ctrl-C no longer kills: the returned function says whether it came. A
+    second one kills as ever."""
     came = []
 
     def handler(signum, frame):
