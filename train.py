@@ -52,7 +52,7 @@ class Config:
     num_eval_clips: int = 250  # embedded world: held-out clips
     eval_share: float = 0.25  # --data: share of the videos held out
     eval_samples: int = 4  # drawn answers a question in the sampled accuracy
-    num_steps: int = 150  # optimiser rounds: sample, rank, update
+    num_steps: int = 100  # optimiser rounds: sample, rank, update
     batch_prompts: int = 48  # P: prompts a step, over all processes
     micro_batch_prompts: int = 48  # prompts of one forward and backward; smaller saves memory alone
     group_size: int = 5  # G: completions a prompt, ranked against each other
