@@ -119,11 +119,12 @@ def test_a_written_span_is_read_back(start, end):
     assert parse_span(f"from {start} to {end} seconds") == (start, end)
 
 
-def test_a_span_is_graded_against_the_best_gold_span_and_right_from_half():
+def test_a_span_is_graded_against_the_best_gold_span_and_right_from_seven_tenths():
     assert grade("from 20 to 30 seconds", EVENT) == 1
-    assert grade("2 to 5", EVENT) == 0.5  # 3 of 6 seconds: inclusive
-    assert is_correct("2 to 5", EVENT)
-    assert not is_correct("2 to 4.9", EVENT)
+    assert grade("2 to 5", EVENT) == 0.5  # 3 of 6 seconds
+    assert grade("20 to 27", EVENT) == 0.7
+    assert is_correct("20 to 27", EVENT)  # inclusive
+    assert not is_correct("20 to 26.9", EVENT)
     assert grade("8 to 2", EVENT) == grade("some time", EVENT) == 0
 
 
