@@ -15,8 +15,8 @@ from statistics import fmean
 import numpy as np
 
 Interval = tuple[float, float]
-# The strictest of the usual R@1 thresholds: at 0.5 the answer "the whole video" is right wherever an event fills
-# half of it, and in the embedded world that is every clip.
+# The strictest of the usual R@1 thresholds: at 0.5 "the whole video" is right wherever an event fills half of
+# it, and in the embedded world that is every clip.
 RIGHT_IOU = 0.7
 _ARTICLES = {"a", "an", "the"}
 _STOP_WORDS = _ARTICLES | set(

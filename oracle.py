@@ -78,9 +78,7 @@ class NoisyOracle:
         """{distinct text: its oracle rank} -> the same with noise; lower is better, -1 is above all."""
         draw = torch.rand(len(levels) + 1, generator=self.generator).tolist()
         shuffled = torch.randperm(len(levels), generator=self.generator).tolist()
-        order = [
-            list(levels)[i] for i in shuffled
-        ]  # so that which of several tied texts swaps is chance, not place
+        order = [list(levels)[i] for i in shuffled]  # which of several tied texts swaps is chance, not place
         order.sort(key=levels.get)
         places = sorted(levels.values())
         for i in range(len(order) - 1):
