@@ -100,8 +100,9 @@ def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
         # Two parts of the step once more, by themselves
         with watch("prefill, part of sample"):
             generate(policy, prompts, G, 1, end_ids=no_end)
-        with torch.no_grad(), lora.using(policy.decoder, "reference"), watch("reference, part of update"):
-            completion_states(policy, prompts, rollout)
+        with lora.using(policy.decoder, "reference"), watch("reference, part of update"):
+            with lora.folded(policy.decoder):
+                completion_states(policy, prompts, rollout)
 
     return step
 

@@ -29,9 +29,7 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.r, self.alpha, self.scale = r, alpha, alpha / r
         out_features, in_features = base.weight.shape
-        bound = math.sqrt(
-            1 / in_features
-        )  # kaiming uniform with a = sqrt(5), as the LoRA and PEFT codes start A
+        bound = math.sqrt(1 / in_features)  # kaiming uniform with a = sqrt(5): how LoRA and PEFT start A
         a = torch.rand(r, in_features, generator=generator) * 2 * bound - bound
         self.lora_A = nn.Parameter(a.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, r, device=base.weight.device))
@@ -49,8 +47,13 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.folded is not None:
             return F.linear(x, self.folded)
-        y, (A, B) = self.base(x), self.pair()
-        return y if A is None else y + (x @ A.T.to(x.dtype)) @ (B.T * self.scale).to(x.dtype)
+        A, B = self.pair()
+        if A is None:
+            return self.base(x)
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.base(rows)  # added to in place: a sum of its own would read and write wide tensors again
+        y.addmm_((rows @ A.T.to(x.dtype)).to(y.dtype), (B.T * self.scale).to(y.dtype))
+        return y.view(*x.shape[:-1], -1)
 
 
 def layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -90,9 +93,13 @@ def using(model: nn.Module, which: str):
 
 @contextmanager
 def folded(model: nn.Module):
-    """Within it, without gradient, every adapted layer is one product instead of three: for sampling, where
-    the small ones cost more than their arithmetic. The base weights stay as they are."""
+    """Within it, without gradient, every adapted layer is one product instead of three: the small ones cost
+    more than their arithmetic. The base weights stay as they are. In bfloat16 it does nothing: W + B A would
+    round small updates away, and the sampler would not be the policy that learns."""
     with torch.no_grad():
+        if model.compute_dtype != torch.float32:
+            yield
+            return
         for layer in layers(model).values():
             A, B = layer.pair()
             layer.folded = layer.base.weight if A is None else layer.base.weight + layer.scale * (B @ A)

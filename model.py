@@ -55,38 +55,46 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(...) int64 positions -> cos and sin, each (..., head_dim) float32 (RoPE, arXiv:2104.09864)."""
+    """(...) int64 positions -> cos and signed sin, each (..., head_dim) float32 (RoPE, arXiv:2104.09864).
+
+    `rotate` adds to each half of a vector the other half times this sin: minus in the first half.
+    """
     steps = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions[..., None].float() / theta**steps
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair (i, i + head_dim / 2) of the last dimension by its position's angle."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x.dtype)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix=None) -> Tensor:
+def bias_of(seen: Tensor) -> Tensor:
+    """What is added to scores before a softmax: 0 where seen, HIDDEN elsewhere. bool -> float32."""
+    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, HIDDEN)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prefix=None) -> Tensor:
     """Attention of grouped completions to themselves and to one shared copy of their prompt.
 
     q (P, kv, G, rep, T, h): rep queries share a key (GQA). k, v (P, kv, G, L, h): the completions' own keys.
-    mask (P, 1, G, 1, T, L) bool, True = may be seen. prefix: (k, v, mask) of the prompt, (P, kv, S, h) twice
-    and (P, 1, 1, S). Returns (P, kv, G, rep, T, h). One softmax over S + L scores, so the result is that of
+    bias (P, 1, G, 1, T, L) of bias_of. prefix: (k, v, bias) of the prompt, (P, kv, S, h) twice and
+    (P, 1, 1, S). Returns (P, kv, G, rep, T, h). One softmax over S + L scores, so the result is that of
     the unshared pass; the products with the prefix read its keys once for all G completions.
     """
     P, kv, G, rep, T, h = q.shape
     q = q * h**-0.5
     own = q.reshape(P, kv, G, rep * T, h) @ k.transpose(-1, -2)  # (P, kv, G, rep*T, L)
-    scores = own.unflatten(3, (rep, T)).masked_fill(~mask, HIDDEN)
+    scores = own.unflatten(3, (rep, T)) + bias
     if prefix is None:
         weights = scores.float().softmax(dim=-1).to(v.dtype)
         return (weights.flatten(3, 4) @ v).unflatten(3, (rep, T))
-    prefix_k, prefix_v, prefix_mask = prefix
+    prefix_k, prefix_v, prefix_bias = prefix
     S = prefix_k.shape[2]
     shared = q.reshape(P, kv, G * rep * T, h) @ prefix_k.transpose(-1, -2)  # (P, kv, G*rep*T, S)
-    shared = shared.masked_fill(~prefix_mask, HIDDEN).view(P, kv, G, rep, T, S)
+    shared = (shared + prefix_bias).view(P, kv, G, rep, T, S)
     weights = torch.cat([shared, scores], dim=-1).float().softmax(dim=-1).to(v.dtype)
     shared, own = weights.split([S, k.shape[3]], dim=-1)
     y = (shared.reshape(P, kv, G * rep * T, S) @ prefix_v).view(P, kv, G, rep, T, h)
@@ -190,20 +198,22 @@ class Decoder(nn.Module):
         own_positions = positions[:, -1:] + 1 + torch.arange(T, device=prompt.device).repeat(G)  # (P, G*T)
         cos, sin = self.rotary(torch.cat([positions, own_positions], dim=1))
         causal = torch.ones(S, S, dtype=torch.bool, device=prompt.device).tril()
-        prompt_sees = (causal & prompt_mask[:, None]).view(P, 1, 1, 1, S, S)
-        own_sees = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril().view(1, 1, 1, 1, T, T)
+        prompt_bias = bias_of(causal & prompt_mask[:, None]).view(P, 1, 1, 1, S, S)
+        own_causal = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril()
+        own_bias = bias_of(own_causal).view(1, 1, 1, 1, T, T)
+        prefix_bias = bias_of(prompt_mask)[:, None, None]
 
         def attention(q, k, v):
             asking = q.shape[3] - G * T  # prompt positions whose state is needed: all, in the last layer one
             q0, k0, v0 = q[..., :asking, :], k[:, :, :S], v[:, :, :S]
-            y = attend(q0[:, :, None], k0[:, :, None], v0[:, :, None], prompt_sees[..., -asking:, :])[:, :, 0]
+            y = attend(q0[:, :, None], k0[:, :, None], v0[:, :, None], prompt_bias[..., -asking:, :])[:, :, 0]
             if cache is not None:
                 cache.prompt.append((k0.contiguous(), v0.contiguous()))  # read again in every step
             if G == 0:
                 return y
             q1 = q[..., asking:, :].unflatten(3, (G, T)).transpose(2, 3)  # (P, kv, G, rep, T, h)
             k1, v1 = k[:, :, S:].unflatten(2, (G, T)), v[:, :, S:].unflatten(2, (G, T))
-            y1 = attend(q1, k1, v1, own_sees, prefix=(k0, v0, prompt_mask[:, None, None]))
+            y1 = attend(q1, k1, v1, own_bias, prefix=(k0, v0, prefix_bias))
             return torch.cat([y, y1.transpose(2, 3).flatten(3, 4)], dim=3)
 
         # Prompt and completions travel as one sequence, so every matrix product of a layer is one product.
@@ -227,8 +237,8 @@ class Decoder(nn.Module):
         P, G = tokens.shape
         positions = (cache.prompt_mask.sum(dim=1, keepdim=True) + t).expand(P, G)
         cos, sin = self.rotary(positions)
-        seen = (torch.arange(cache.T, device=x.device) <= t).view(1, 1, 1, 1, 1, -1)
-        prefix_mask = cache.prompt_mask[:, None, None]
+        own_bias = bias_of(torch.arange(cache.T, device=x.device) <= t).view(1, 1, 1, 1, 1, -1)
+        prefix_bias = bias_of(cache.prompt_mask)[:, None, None]
         for i, layer in enumerate(self.layers):
             if len(cache.own) == i:
                 k0 = cache.prompt[i][0]
@@ -240,7 +250,8 @@ class Decoder(nn.Module):
                 own_k.index_copy_(3, t.view(1), k.unsqueeze(3))
                 own_v.index_copy_(3, t.view(1), v.unsqueeze(3))
                 q = q.transpose(2, 3).unsqueeze(4)  # (P, kv, G, rep, 1, h)
-                return attend(q, own_k, own_v, seen, prefix=(*prompt, prefix_mask))[..., 0, :].transpose(2, 3)
+                y = attend(q, own_k, own_v, own_bias, prefix=(*prompt, prefix_bias))
+                return y[..., 0, :].transpose(2, 3)
 
             with self.autocast():
                 x = layer(x, cos, sin, attention)

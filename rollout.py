@@ -5,7 +5,6 @@ use one function from states to log-probabilities (`grpo_rank.sampling_logprobs`
 temperature, top-p and set of banned ids; train.py logs the largest difference of every step.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -45,12 +44,9 @@ def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     nor on how prompts are split over processes, nor on the device.
     """
     cdf = logprobs.double().exp().cumsum(dim=-1)
-    point = (uniforms.double()[:, None] * cdf[:, -1:]).clamp(
-        max=torch.nextafter(cdf[:, -1:], cdf.new_zeros(1))
-    )
-    return torch.searchsorted(cdf, point, right=True).squeeze(
-        1
-    )  # the first id whose cdf lies above the point
+    total = cdf[:, -1:]
+    point = (uniforms.double()[:, None] * total).clamp(max=torch.nextafter(total, cdf.new_zeros(1)))
+    return torch.searchsorted(cdf, point, right=True).squeeze(1)  # the first id whose cdf lies above it
 
 
 def generate(
@@ -72,9 +68,7 @@ def generate(
     """
     decoder = model.decoder
     P, G, T, device = len(prompts.prompt_ids), group_size, max_new_tokens, prompts.prompt_ids.device
-    # In bfloat16 W + B A would round small updates away, and the sampler would not be the policy that learns.
-    folded = lora.folded(decoder) if decoder.compute_dtype == torch.float32 else nullcontext()
-    with torch.no_grad(), folded:
+    with lora.folded(decoder):
         cache = KVCache(prompts.prompt_mask, G, T)
         prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
         state = decoder(prompt, prompts.prompt_mask, cache=cache).flatten(0, 2)  # (P, D)

@@ -167,7 +167,7 @@ def update(cfg, policy, trainable, optimizer, prompts, rollout, advantages, live
     micro = [slice(i, i + cfg.micro_batch_prompts) for i in range(0, P, cfg.micro_batch_prompts)]
     counted = rollout.completion_mask & live[:, None]
     num_tokens, num_sequences = reduce_sum(counted.sum(), counted.any(dim=1).sum(), device=device)
-    with torch.no_grad(), lora.using(policy.decoder, "reference"):
+    with lora.using(policy.decoder, "reference"), lora.folded(policy.decoder):
         ref_states = [completion_states(policy, prompts[p], rollout[rows(p, G)]) for p in micro]
     numbers, gap = {}, 0.0
     for u in range(cfg.updates_per_rollout):
