@@ -8,8 +8,8 @@ It sees the question (with the path of its video) and the texts, never log-proba
 cannot tell apart: an order has no absolute level, so among G equally wrong answers a tie-break by length or
 position is a full-strength signal to prefer a wrong answer. Texts that are equal once stripped always tie.
 
-Here are the rule oracle, a user's own function, and what wraps any oracle: noise, and a reference answer ranked
-along. The language model as a judge lives in judge.py; the order that its permutations agree on is found here.
+Here are the rule oracle, a user's own function, and what wraps any oracle: noise, and a reference answer that
+is ranked along. The language model as a judge lives in judge.py; the one order out of several is found here.
 """
 
 import importlib
@@ -29,7 +29,7 @@ from grpo_rank import ranks_from_scores
 CAUSES = "connection timeout busy server refused bad_reply dead budget".split()
 CAUSES += "empty cut not_json missing duplicate unknown function".split()
 REFUSAL = re.compile(
-    r"\b(?:i|we) (?:cannot|can't|can not|won't|am unable|am not able|are unable)\b|\bas an ai\b|^\W*(?:i'm )?sorry\b"
+    r"\b(?:i|we) (?:cannot|can't|can not|won't|am unable|am not able)\b|\bas an ai\b|^\W*(?:i'm )?sorry\b"
     r"|\b(?:unable|impossible|not able) to (?:answer|determine|tell|say)\b",
     re.IGNORECASE,
 )
@@ -68,16 +68,16 @@ class RuleOracle:
 
 
 class FunctionOracle:
-    """A user's own ranker: f(question, texts, *, video, reference) -> competition ranks, one a text, 0 = best.
+    """A user's own ranker: f(question, texts, *, video, reference) -> a competition rank a text, 0 = best.
 
-    It is called once a group with the distinct texts; what it raises, and what is no ranking, fails that group.
+    It is called once a group with the distinct texts. What it raises, and what is no ranking, fails the group.
     """
 
     def __init__(self, function):
         self.function = function
 
     def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
-        """texts (P * G), prompt-major -> ranks (P, G). Identical texts tie; alone in a group they are not asked."""
+        """texts (P * G), prompt-major -> ranks (P, G). Identical texts are ranked once and tie."""
         group_size = group_size_of(batch, texts)
         ranks = torch.zeros(len(batch), group_size, dtype=torch.int64)
         notes = [""] * len(batch)
@@ -148,9 +148,8 @@ class NoisyOracle:
         """{distinct text: its oracle rank} -> the same with noise; lower is better, -1 is above all."""
         draw = torch.rand(len(levels) + 1, generator=self.generator).tolist()
         shuffled = torch.randperm(len(levels), generator=self.generator).tolist()
-        order = [
-            list(levels)[i] for i in shuffled
-        ]  # so that which of several tied texts swaps is chance, not place
+        # shuffled, so that which of several tied texts swaps is chance, not place
+        order = [list(levels)[i] for i in shuffled]
         order.sort(key=levels.get)
         places = sorted(levels.values())
         for i in range(len(order) - 1):
@@ -165,9 +164,9 @@ class NoisyOracle:
 class AnchoredOracle:
     """Another oracle that ranks the reference answer along with the G candidates, unseen by them.
 
-    anchor: candidates behind the reference are marked, so that they can earn no positive advantage (`weighed`):
-    this gives ranks, which know no absolute level, one. canary: a known-bad answer is ranked along as well;
-    a judge that does not put it behind the reference has made an error, counted while training.
+    anchor: candidates behind the reference are marked, so that they can earn no positive advantage
+    (`weighed`): ranks know no absolute level, this gives them one. canary: a known-bad answer is ranked along
+    as well; a judge that does not put it behind the reference has made an error, counted while training.
     """
 
     def __init__(self, oracle, anchor: bool, canary: bool):
@@ -190,7 +189,7 @@ class AnchoredOracle:
 
 
 def wrong_answer(batch: list[Question], p: int) -> str:
-    """An answer to question p that earns no grade: one of its options, else the answer to another question."""
+    """An answer to question p of grade 0: one of its options, else the answer to another question."""
     others = [q.answer for q in batch[p + 1 :] + batch[:p]]
     wrong = (text for text in [*batch[p].options, *others] if text.strip() and grade(text, batch[p]) == 0)
     return next(wrong, "I do not know.")
@@ -218,7 +217,7 @@ def competition_ranks(values: list) -> list[int]:
 
 
 def consensus(votes: list[list[int]]) -> list[int]:
-    """One ranking out of several of the same n texts: Kemeny's for n <= 7, Borda's above (fewest places lost)."""
+    """One ranking out of several of the same n texts: Kemeny's for n <= 7, Borda's above."""
     if all(vote == votes[0] for vote in votes):
         return votes[0]
     if len(votes[0]) <= 7:
@@ -232,9 +231,9 @@ def consensus(votes: list[list[int]]) -> list[int]:
 def kemeny(votes: list[list[int]]) -> list[int]:
     """The order with ties at the least total Kemeny-Snell distance from the votes, exactly, over all of them.
 
-    A pair costs 2 a vote that has it the other way round, 1 a vote that has a tie for an order or an order for a
-    tie. The dynamic programme takes the best level off each subset of the n texts, 3^n steps. Where several
-    orders cost the same, texts go by their mean rank over all of these, so that none is favoured by its place.
+    A pair costs 2 a vote that has it the other way round, 1 a vote that has a tie for an order or the reverse.
+    The dynamic programme takes the best level off each subset of the n texts, 3^n steps. Where several orders
+    cost the same, texts go by their mean rank over all of these, so that none is favoured by its place.
     """
     n = len(votes[0])
     everyone = range(1 << n)
@@ -244,9 +243,8 @@ def kemeny(votes: list[list[int]]) -> list[int]:
     members = [[i for i in range(n) if subset >> i & 1] for subset in everyone]
     before = [[sum(ahead[i][j] for j in members[subset]) for subset in everyone] for i in range(n)]
     tied = [sum(level[i][j] for i in inside for j in inside if i < j) for inside in members]
-    best = {
-        0: (0, 1, [0] * n)
-    }  # subset still to place -> cost, number of such orders, sum of each one's ranks
+    # subset still to place -> cost, number of orders at that cost, sums of each one's ranks over them
+    best = {0: (0, 1, [0] * n)}
     for subset in everyone[1:]:
         place, found = n - len(members[subset]), (float("inf"), 0, [])
         top = subset
@@ -278,7 +276,7 @@ def kendall_w(votes: list[list[int]]) -> float:
 
 
 def tie_disputed(ranks: list[int], votes: list[list[int]]) -> list[int]:
-    """The ranking with each pair tied that not all votes put the same way, and with it all that lies between."""
+    """The ranking with each pair tied that not all votes put the same way, and all that lies between."""
     merged = list(ranks)
     for i in range(len(ranks)):
         for j in range(i):
@@ -288,7 +286,7 @@ def tie_disputed(ranks: list[int], votes: list[list[int]]) -> list[int]:
     return competition_ranks(merged)
 
 
-# ------------------------------------------------------------------------------------------------ for the metrics
+# ------------------------------------------------------------------------------------------- for the metrics
 
 
 def feedback_sums(texts: list[str], ranking: Ranking) -> dict[str, float]:
@@ -297,10 +295,9 @@ def feedback_sums(texts: list[str], ranking: Ranking) -> dict[str, float]:
     causes = Counter(ranking.notes[p].partition(":")[0] for p in (~ranking.ok).nonzero().flatten().tolist())
     sums = {f"failed_{cause}": causes[cause] for cause in CAUSES} | {"texts": P * G}
     lengths = torch.tensor([len(text) for text in texts]).view(P, G)
-    orders = zip(
-        ranks_from_scores(lengths)[ranking.ok].tolist(), ranking.ranks[ranking.ok].tolist(), strict=True
-    )
-    tau = [x for x in (kendall_tau(length, oracle) for length, oracle in orders) if x is not None]
+    by_length = ranks_from_scores(lengths)[ranking.ok].tolist()  # 0 = longest
+    pairs = zip(by_length, ranking.ranks[ranking.ok].tolist(), strict=True)
+    tau = [x for x in (kendall_tau(length, oracle) for length, oracle in pairs) if x is not None]
     openings = Counter(" ".join(text.casefold().split()[:3]) for text in texts)
     sums |= {"length_tau": sum(tau), "num_length_tau": len(tau), "repeated": openings.most_common(1)[0][1]}
     return sums | {"refusals": sum(bool(REFUSAL.search(text)) for text in texts)} | ranking.sums
