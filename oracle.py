@@ -70,7 +70,7 @@ class RuleOracle:
 class FunctionOracle:
     """A user's own ranker: f(question, texts, *, video, reference) -> a competition rank a text, 0 = best.
 
-    It is called once a group with the distinct texts. What it raises, and what is no ranking, fails the group.
+    It is called once a group with the distinct texts. What it raises, and what is no ranking, fails it.
     """
 
     def __init__(self, function):
@@ -231,7 +231,7 @@ def consensus(votes: list[list[int]]) -> list[int]:
 def kemeny(votes: list[list[int]]) -> list[int]:
     """The order with ties at the least total Kemeny-Snell distance from the votes, exactly, over all of them.
 
-    A pair costs 2 a vote that has it the other way round, 1 a vote that has a tie for an order or the reverse.
+    A pair costs 2 a vote that has it the other way round, 1 a vote with a tie for an order or the reverse.
     The dynamic programme takes the best level off each subset of the n texts, 3^n steps. Where several orders
     cost the same, texts go by their mean rank over all of these, so that none is favoured by its place.
     """
