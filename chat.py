@@ -17,6 +17,7 @@ from cli import BadInput
 
 CONNECT_SECONDS = 10.0
 TRIES = 4  # of one call
+FIRST_WAIT = 0.5  # seconds before the second try, doubled before each further one
 MAX_WAIT = 60.0  # seconds between two tries, whatever Retry-After says
 
 
@@ -65,7 +66,7 @@ class Chat:
                     self.in_a_row += failed.cause in ("connection", "timeout", "server")
                 if failed.cause == "refused" or i == tries - 1:
                     raise
-                wait = 0.5 * 2**i if failed.retry_after is None else failed.retry_after
+                wait = FIRST_WAIT * 2**i if failed.retry_after is None else failed.retry_after
                 time.sleep(min(wait * self.jitter.uniform(1, 1.5), MAX_WAIT))
         text, reason, tokens = answer
         with self.lock:

@@ -403,6 +403,12 @@ def _lacks(path: str, question: Question, texts: list[str]) -> str:
     return f"{path}: lacks the group of question {question.id} with answers {group}; replay the run it is of"
 
 
+def is_cache(path: str) -> bool:
+    """Whether a file is an sqlite one; else it is read as JSONL."""
+    with open(path, "rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
+
+
 class ReplayOracle:
     """Ranks from a JSONL file, lines {"id", "candidates", "oracle_ranks"} as in a run's rollouts.jsonl."""
 
