@@ -51,6 +51,7 @@ class Chat:
         self.key, self.timeout, self.max_calls, self.max_tokens = key, timeout, max_calls, max_tokens
         self.patience = patience  # tries in a row that may fail before the server counts as dead
         self.calls = self.tokens = self.in_a_row = 0
+        self.last = ""  # words of the last failure
         self.lock, self.jitter = threading.Lock(), random.Random(0)
 
     def ask(self, request: dict, tries: int = TRIES) -> tuple[str, str]:
@@ -64,6 +65,7 @@ class Chat:
             except Failed as failed:
                 with self.lock:
                     self.in_a_row += failed.cause in ("connection", "timeout", "server")
+                    self.last = str(failed)
                 if failed.cause == "refused" or i == tries - 1:
                     raise
                 wait = FIRST_WAIT * 2**i if failed.retry_after is None else failed.retry_after
@@ -76,7 +78,7 @@ class Chat:
     def _admit(self):
         with self.lock:
             if self.in_a_row >= self.patience:
-                raise Failed("dead", f"{self.in_a_row} tries in a row failed, asked no more")
+                raise Failed("dead", f"{self.in_a_row} tries in a row failed, the last: {self.last}")
             if 0 < self.max_calls <= self.calls or 0 < self.max_tokens <= self.tokens:
                 raise Failed("budget", f"{self.calls} calls and {self.tokens} tokens are spent")
             self.calls += 1
