@@ -22,6 +22,8 @@ import torch
 
 import chat
 import judge
+import train
+import world
 from answers import Question
 from cli import BadInput
 from judge import LETTERS, LLMOracle, ReplayOracle, build_messages, fence, rank_patiently, read_ranking
@@ -481,7 +483,7 @@ def test_no_text_leaves_its_fence_forges_a_letter_or_hides_anything(text):
 def test_injected_texts_are_ranked_by_what_they_are_not_by_what_they_say(serve):
     """To the end of the wire: a judge that reads JSON strings puts them all behind the right answer."""
     assert len(INJECTIONS) >= 40
-    texts = sum((["9 right", text, "1 wrong"] for text in INJECTIONS), [])
+    texts = sum((["99 right", text, "1 wrong"] for text in INJECTIONS), [])
     ranking = make(serve(perfect)).rank([question(i) for i in range(len(INJECTIONS))], texts)
     assert ranking.ok.all() and (ranking.ranks[:, 0] == 0).all() and (ranking.ranks[:, 1:] > 0).all()
     assert ranking.sums["repairs"] == 0
@@ -528,3 +530,81 @@ def test_the_key_is_sent_and_never_shown_or_stored(serve, tmp_path):
     assert "***" in ranking.notes[0] and "sk-secret" not in ranking.notes[0]
     oracle.rankings.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.iterdir())
+
+
+# ---- in training
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judge")
+    world.make_world(folder / "world" / "train6", range(1_000_000, 1_000_006))
+    world.make_world(folder / "world" / "eval3", range(2_000_000, 2_000_003))
+    return folder
+
+
+def run(home, out, *options):
+    where = ["--policy", ROOT / "weights", "--world_dir", home / "world", "--out", home / out]
+    small = "--dtype float32 --num_train_clips 6 --num_eval_clips 3 --eval_samples 1 --lora_r 4 --num_steps 3"
+    command = [sys.executable, ROOT / "train.py", *where, *small.split(), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, env=environment)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def by_length(body):
+    return good_order(competition_ranks([-len(text) for text in texts_shown(body["messages"])]))
+
+
+def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_for_bit(serve, home):
+    calls = []
+
+    def mortal(body):
+        calls.append(body)
+        return by_length(body) if len(calls) <= 12 else (500, {}, "out of memory", 0)
+
+    server = serve(mortal)
+    options = ["--batch_prompts", "8", "--canary", "--anchor"]
+    judged = [*options, "--oracle", "llm", "--oracle_url", server.url, "--oracle_model", "m"]
+    done = run(home, "run", *judged, "--oracle_patience", "0.1", "--oracle_concurrency", "2")
+    assert done.returncode == 1 and "the judge is dead (dead: " in done.stderr
+    assert "out of memory" in done.stderr and "--resume" in done.stdout and "waiting" in done.stdout
+    assert (home / "run" / "checkpoint.safetensors").exists() and not (home / "run" / "results.json").exists()
+    server.brain = by_length
+    done = run(home, "run", "--resume", "--oracle_concurrency", "8")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2] and {row["failed_groups"] for row in rows} == {0}
+    names = {"judge_calls", "judge_cache_hits", "judge_tokens", "position_bias", "kendall_w", "canary_error"}
+    assert names | {"oracle_share", "length_tau", "repeated_openings", "refusals"} <= rows[0].keys()
+    before = len(server.requests)
+    replay = ["--oracle", "replay", "--oracle_cache", home / "run" / "judge.sqlite"]
+    done = run(home, "replayed", *options, *replay)
+    assert done.returncode == 0 and len(server.requests) == before, done.stderr
+    name = "adapter/adapter_model.safetensors"
+    assert (home / "run" / name).read_bytes() == (home / "replayed" / name).read_bytes()
+    done = run(home, "other", *replay, "--batch_prompts", "8", "--seed", "1")
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and len(lines) == 1 and "lacks the group of question" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--oracle llm", ["--oracle_url"]),
+        (
+            "--oracle llm --oracle_url http://127.0.0.1:9 --oracle_model m",
+            ["--oracle_url", "start the server"],
+        ),
+        ("--oracle replay --oracle_cache none.jsonl", ["none.jsonl: no such file"]),
+        ("--oracle best", ["--oracle best", "module:function"]),
+        ("--oracle nowhere:f", ["--oracle nowhere:f", "PYTHONPATH"]),
+    ],
+)
+def test_a_bad_oracle_ends_the_run_in_one_line_before_it_starts(tmp_path, monkeypatch, options, words):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path / "refused"), *options.split()])
+    with pytest.raises(BadInput) as error:
+        train.main()
+    assert not (tmp_path / "refused").exists() and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words), error.value
