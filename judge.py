@@ -347,11 +347,14 @@ class LLMOracle:
         return Ranking(ranks, ok, notes, weights, dead=self._dead(notes, groups), sums=sums)
 
     def _dead(self, notes: list[str], groups: list) -> str:
-        """Why no further call has any use: the budget is spent, or not one of the groups got an answer."""
+        """Why no further call has any use: the budget is spent, the circuit is broken at the end, or not one
+        of the groups got an answer."""
         spent = [note for note in notes if note.startswith("budget")]
         wire = ("connection", "timeout", "busy", "server", "refused", "bad_reply", "dead")
         unheard = [note for note in notes if note.startswith(wire)]
-        if spent or unheard and len(unheard) == sum(bool(orders) for _, orders, _ in groups):
+        broken = self.chat and self.chat.in_a_row >= self.chat.patience
+        silent = broken or len(unheard) == sum(bool(orders) for _, orders, _ in groups)
+        if spent or unheard and silent:
             return (spent or sorted(unheard, key=lambda note: note.startswith("dead")))[0]
         return ""
 

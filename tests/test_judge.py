@@ -584,9 +584,6 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
     assert done.returncode == 0 and len(server.requests) == before, done.stderr
     name = "adapter/adapter_model.safetensors"
     assert (home / "run" / name).read_bytes() == (home / "replayed" / name).read_bytes()
-    done = run(home, "other", *replay, "--batch_prompts", "8", "--seed", "1")
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")]
-    assert done.returncode == 2 and len(lines) == 1 and "lacks the group of question" in lines[0]
 
 
 @pytest.mark.parametrize(
