@@ -248,7 +248,7 @@ class LLMOracle:
     reference: bool = False  # show the judge the gold answer
     permutations: int = 1
     agreement: str = "off"  # off | scale | tie
-    concurrency: int = 32  # calls in flight
+    concurrency: int = 64  # calls in flight
     timeout: float = 120.0  # seconds for a whole reply
     max_calls: int = 0  # 0: no limit
     max_tokens: int = 0

@@ -78,7 +78,7 @@ class Config:
     oracle_reference: bool = False  # show the judge the gold answer
     oracle_permutations: int = 1  # rankings asked for a group, each with the answers in another order
     oracle_agreement: str = "off"  # off | scale (advantages by Kendall's W) | tie (what they disagree on)
-    oracle_concurrency: int = 32  # calls in flight
+    oracle_concurrency: int = 64  # calls in flight: the default step in one wave
     oracle_timeout: float = 120.0  # s for a whole reply
     oracle_patience: float = 600.0  # s to wait for a judge that died, before the run saves and stops
     oracle_max_calls: int = 0  # budget until the run is started or resumed again; 0: no limit

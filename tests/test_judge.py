@@ -241,7 +241,7 @@ def test_two_thousand_groups_at_a_faulty_server_are_all_accounted_for(serve, mon
     server, chance = serve(brain), random.Random(0)
     batch = [question(i) for i in range(2000)]
     groups = [chance.sample([f"{x} text" for x in range(5)], 3) for _ in batch]
-    oracle = make(server, timeout=4.0)
+    oracle = make(server, timeout=4.0, concurrency=32)
     began = time.perf_counter()
     ranking = oracle.rank(batch, sum(groups, []))
     seconds = time.perf_counter() - began
@@ -315,7 +315,7 @@ def test_two_hundred_groups_take_little_longer_than_the_server_and_no_call_again
     batch = [question(i) for i in range(200)]
     texts = sum((chance.sample([f"{x} text" for x in range(9)], 5) for _ in batch), [])
     began = time.perf_counter()
-    first = make(server, cache=str(tmp_path / "c.sqlite")).rank(batch, texts)
+    first = make(server, concurrency=32, cache=str(tmp_path / "c.sqlite")).rank(batch, texts)
     seconds = time.perf_counter() - began
     # What 32 in flight need at best, by the clock of the server itself, which a busy machine slows down too
     ideal = max(math.ceil(200 / 32) * 0.2, server.held / 32)
