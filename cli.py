@@ -22,8 +22,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lambda given: {}):
-    """The script's dataclass from `--name value` options, one a field; a bool field takes no value or
-    true|false.
+    """The script's dataclass from `--name value` options, one a field; a bool field
+    takes no value or true|false.
 
     `presets` maps values of a field named preset to other defaults; `stored` makes yet others from what was
     given (a run's own options, when it is resumed). Unknown names, abbreviations and values of

@@ -350,8 +350,8 @@ class Tokenizer:
         return b"".join(self.bytes_of[i] for i in ids).decode(errors="replace").removeprefix(" ")
 
     def banned_ids(self, V: int) -> torch.Tensor:
-        """(V,) bool: ids that a policy must never produce: padding, start, visual placeholder, unused
-        rows."""
+        """(V,) bool: ids that a policy must never produce: padding, start,
+        visual placeholder, unused rows."""
         ids = torch.arange(V)
         return (ids == PAD_ID) | (ids == BOS_ID) | (ids == VIDEO_ID) | (ids >= self.vocab_size)
 
@@ -416,16 +416,16 @@ class Prompts:
 
 
 def load_clips(paths: list[str], num_frames: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames (C, K, 3, size, size) uint8 and times (C, K) seconds of C videos; the first bad one raises
-    VideoError."""
+    """Frames (C, K, 3, size, size) uint8 and times (C, K) seconds of C videos; the first
+    bad one raises VideoError."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads: FFmpeg decodes outside Python's lock
         clips = list(pool.map(lambda path: read_frames(path, num_frames, size), paths))
     return torch.stack([frames for frames, _ in clips]), torch.stack([times for _, times in clips])
 
 
 class PromptSet:
-    """Questions with their videos embedded: each video is decoded and sent through the frozen CLIP and
-    adapter once.
+    """Questions with their videos embedded: each video is decoded and sent through the
+    frozen CLIP and adapter once.
 
     model: a VideoLM (embed_video, cfg, clip_cfg). Holds (number of videos, N_video, D) on the model's device.
     """

@@ -1,10 +1,11 @@
-"""Tables of a model's answers: greedy and sampled accuracy by category, mean IoU of time spans, 95 %
-intervals.
+"""Tables of a model's answers: greedy and sampled accuracy by category, mean IoU of
+time spans, 95 % intervals.
 
     python eval.py run RUN [--data FILE.jsonl --videos DIR]      # a run's tables again, or on other data
-    python eval.py compare RUN RUN ...                            # finished runs side by side
-    python eval.py score --data FILE.jsonl --predictions PRED.jsonl [--json OUT]   # lines {"id",
-    "prediction"}
+    python eval.py compare RUN RUN ...                           # finished runs side by side
+    python eval.py score --data FILE.jsonl --predictions PRED.jsonl [--json OUT]
+
+A line of PRED.jsonl is {"id", "prediction"}.
 
 One parser (answers.py) reads every answer, here, in the oracle and in training. Intervals are bootstrapped
 over videos, not questions: questions of one clip are right or wrong together.
@@ -36,8 +37,8 @@ def by_video(questions, values) -> list[list[float]]:
 def summarize(questions, values, grades) -> dict:
     """values, grades: per question the share of its answers that are right, and their mean grade, in 0..1.
 
-    Returns {"accuracy", "ci95", "n", "by_category", "mean_iou"}; mean_iou is over span questions, None
-    without any.
+    Returns {"accuracy", "ci95", "n", "by_category", "mean_iou"}; mean_iou is over span
+    questions, None without any.
     """
     names = sorted({q.category for q in questions})
     rows = {name: [v for q, v in zip(questions, values, strict=True) if q.category == name] for name in names}
@@ -73,8 +74,8 @@ def answer_all(
 
 
 def evaluate(model, prompts: PromptSet, *, samples=4, seed=0, **options) -> tuple[dict, dict]:
-    """Greedy and sampled (temperature 1, `samples` draws a question) results of a model on a set of
-    questions.
+    """Greedy and sampled (temperature 1, `samples` draws a question) results of a
+    model on a set of questions.
 
     Returns ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json
     (`summarize`), values per question, to compare two models question by question.
@@ -165,8 +166,8 @@ def load_run(folder: str):
 
 
 def world_folders(cfg) -> dict[str, tuple[str, range]]:
-    """Folder and scene seeds of the embedded world's two sets; pretrain.py draws from seed 0 on, so no scene
-    is shared."""
+    """Folder and scene seeds of the embedded world's two sets; pretrain.py draws from seed 0
+    on, so no scene is shared."""
     sets = {"train": (1_000_000, cfg.num_train_clips), "eval": (2_000_000, cfg.num_eval_clips)}
     return {
         k: (os.path.join(cfg.world_dir, f"{k}{n}"), range(first, first + n)) for k, (first, n) in sets.items()
@@ -195,8 +196,8 @@ def load_sets(cfg):
 
 
 def evaluate_run(folder: str, data: str, videos: str) -> str:
-    """The table of a run's policy, supervised start beside it, on the run's held-out questions or on
-    `data`."""
+    """The table of a run's policy, supervised start beside it, on the run's held-out
+    questions or on `data`."""
     model, tokenizer, config = load_run(folder)
     questions = load_questions(data, videos) if data else load_sets(SimpleNamespace(**config))[1]
     prompts = PromptSet(model, tokenizer, questions)

@@ -1,5 +1,5 @@
-"""Low-rank adapters by hand (Hu et al., arXiv:2106.09685): y = W x + (alpha / r) B A x, W frozen, B = 0 at
-the start.
+"""Low-rank adapters by hand (Hu et al., arXiv:2106.09685): y = W x + (alpha / r) B A x,
+W frozen, B = 0 at the start.
 
 Adapters off is the supervised start; a snapshot of the adapters is a frozen reference for the price of the
 adapters alone. No dropout, no hidden state in train()/eval(), and `merge` only when it is called.
@@ -59,8 +59,8 @@ def layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def add_adapters(model, r, alpha, targets=DECODER_LINEARS, generator=None) -> list[nn.Parameter]:
-    """Freezes `model`, wraps every linear layer whose last name is in `targets`, returns the trainable
-    parameters."""
+    """Freezes `model`, wraps every linear layer whose last name is in `targets`,
+    returns the trainable parameters."""
     model.requires_grad_(False)
     linears = [
         n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.split(".")[-1] in targets

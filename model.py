@@ -1,8 +1,8 @@
 """The video-language model: frozen CLIP patch tokens -> adapter (Q-Former) -> a small LLaMA-style decoder.
 
-One attention function serves everything. A prompt's keys and values are computed once; its G completions
-attend to that one copy, when sampling (`KVCache`, one token at a time) and when updating (all tokens at once,
-with gradient).
+One attention function serves everything. A prompt's keys and values are computed once; its G
+completions attend to that one copy, when sampling (`KVCache`, one token at a time) and when updating
+(all tokens at once, with gradient).
 
 Shape letters as in grpo_rank.py: P prompts, G group_size, S prompt tokens, T completion tokens, D width, K
 frames, N patches of a frame.
@@ -94,9 +94,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, prefix=None) -> Tensor
 
 
 class KVCache:
-    """Static cache of sampling: per layer the prompt's keys and values once, (P, kv, S, h), and room for T
-    own tokens of each completion, (P, kv, G, T, h). Slots are written in place, so every step has the same
-    shapes."""
+    """Static cache of sampling: per layer the prompt's keys and values once, (P, kv, S, h), and
+    room for T own tokens of each completion, (P, kv, G, T, h). Slots are written in place, so every
+    step has the same shapes."""
 
     def __init__(self, prompt_mask: Tensor, G: int, T: int):
         self.prompt_mask, self.G, self.T = prompt_mask, G, T

@@ -1,5 +1,5 @@
-"""From nothing to `weights/`: draw the world, train CLIP on frames and captions, align, then fine-tune on a
-faulty corpus.
+"""From nothing to `weights/`: draw the world, train CLIP on frames and captions, align, then
+fine-tune on a faulty corpus.
 
     python pretrain.py [--out weights] [--seed N] [--stage all|clip|align|sft]
 

@@ -103,8 +103,8 @@ def generate(
 
 
 def completion_states(model: VideoLM, prompts: Prompts, completions: Completions) -> Tensor:
-    """(B, T, D): the state that predicts each completion token, with gradient; B = P * G rows share P
-    prompts."""
+    """(B, T, D): the state that predicts each completion token, with gradient; B = P * G
+    rows share P prompts."""
     P = len(prompts.prompt_ids)
     prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
     ids = completions.completion_ids.unflatten(0, (P, -1))  # (P, G, T)

@@ -1,5 +1,5 @@
-"""A run folder: config.json, metrics.jsonl, rollouts.jsonl, the adapter, and the checkpoint that --resume
-reads.
+"""A run folder: config.json, metrics.jsonl, rollouts.jsonl, the adapter, and the
+checkpoint that --resume reads.
 
 Every file is written under another name and renamed, or only ever appended to; a resume cuts what was
 appended back to the checkpoint. Process 0 alone writes.

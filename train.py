@@ -147,8 +147,8 @@ PRESETS = {
 
 
 def pick_dtype(device: torch.device, wanted: str) -> torch.dtype:
-    """bfloat16 where the machine multiplies it at least twice as fast as float32, by measurement; says
-    why."""
+    """bfloat16 where the machine multiplies it at least twice as fast as float32,
+    by measurement; says why."""
     if wanted != "auto":
         return getattr(torch, wanted)
     if device.type == "cuda":
@@ -412,8 +412,8 @@ def make_oracle(cfg: Config, generator: torch.Generator):
 
 
 def catch_interrupt():
-    """After this Ctrl-C no longer kills: the returned function says whether it came. A second one kills as
-    ever."""
+    """After this Ctrl-C no longer kills: the returned function says whether it came. A
+    second one kills as ever."""
     came = []
 
     def handler(signum, frame):

@@ -265,8 +265,8 @@ def _relation(a, b):
 
 
 def make_questions(scene, clip_name):
-    """All questions of a scene, at most two a category: a list of JSON-ready dicts (design: data.py's
-    rows)."""
+    """All questions of a scene, at most two a category: a list of JSON-ready
+    dicts (design: data.py's rows)."""
     rng, things, rows = random.Random(scene.seed + 1), scene.things, []
 
     def ask(category, question, answer, **extra):
@@ -341,8 +341,8 @@ def _make_one(folder, seed):
 def make_world(folder, seeds, workers=None):
     """Writes the clips of these scene seeds into `folder` and their questions into `folder/questions.jsonl`.
 
-    Returns the path of the JSONL file. Clips that are there already are kept: a scene's seed is its file
-    name.
+    Returns the path of the JSONL file. Clips that are there already are kept: a
+    scene's seed is its file name.
     """
     os.makedirs(folder, exist_ok=True)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:

@@ -153,9 +153,10 @@ def test_corpus_faults_are_the_stated_ones():
 
 def test_annotations_give_the_answer_of_every_question_in_other_words():
     reworded = {
-        "Object Recognition": "kind {}", "Attribute Perception": "color {}", "Action Recognition": "action {}",
+        "Object Recognition": "kind {}", "Attribute Perception": "color {}",
+        "Action Recognition": "action {}", "Temporal Reasoning": "{1} {0}",
         "Temporal Grounding": "times {}", "Spatial Perception": "place {}", "Action Reasoning": "color {}",
-        "Counting Problem": "number objects", "Temporal Perception": "color {}", "Temporal Reasoning": "{1} {0}",
+        "Counting Problem": "number objects", "Temporal Perception": "color {}",
         "Spatial Reasoning": "{3} from {0}",
     }  # fmt: skip
     verbs = {"stays still": "still", "grows": "grows"}
