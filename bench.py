@@ -30,7 +30,7 @@ from cli import BadInput, parse_args, run_script, write_json
 from data import Prompts
 from grpo_rank import rank_advantages, ranks_from_scores
 from model import Decoder, ModelConfig, VideoLM
-from rollout import completion_states, generate
+from rollout import generate
 
 MODEL = ModelConfig(dim=256, num_layers=6, num_heads=8, num_kv_heads=8, ffn_dim=688, vocab_size=512)
 P, G, S, T = 8, 5, 96, 32
@@ -93,16 +93,16 @@ def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
                 scores = torch.tensor([score(ids) for ids in rollout.completion_ids.tolist()]).view(P, G)
                 ranks = ranks_from_scores(scores)
                 live = (ranks != ranks[:, :1]).any(dim=1).repeat_interleave(G)
-                args = rollout, rank_advantages(ranks).flatten(), live, None
+                signal = rank_advantages(ranks).flatten(), live, None
             with watch("update"):
-                numbers = train.update(STEP, policy, trainable, optimizer, prompts, *args)
+                with watch("reference, part of update"):
+                    ref_states = train.reference_states(STEP, policy, prompts, rollout)
+                args = prompts, rollout, ref_states, *signal
+                numbers = train.update(STEP, policy, trainable, optimizer, *args)
         assert rollout.completion_mask.sum() == P * G * T and not numbers["bad"], numbers
-        # Two parts of the step once more, by themselves
+        # A part of the step once more, by itself
         with watch("prefill, part of sample"):
             generate(policy, prompts, G, 1, end_ids=no_end)
-        with lora.using(policy.decoder, "reference"), watch("reference, part of update"):
-            with lora.folded(policy.decoder):
-                completion_states(policy, prompts, rollout)
 
     return step
 

@@ -7,15 +7,32 @@ An oracle is any object with
 It sees the question (with the path of its video) and the texts, never log-probabilities. It must tie what it
 cannot tell apart: an order has no absolute level, so among G equally wrong answers a tie-break by length or
 position is a full-strength signal to prefer a wrong answer. Texts that are equal once stripped always tie.
+
+Here are the rule oracle, a user's own function, and what wraps any oracle: noise, and a reference answer that
+is ranked along. The language model as a judge lives in judge.py; the one order out of several is found here.
 """
 
-from dataclasses import dataclass
+import importlib
+import operator
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from answers import Question, grade
+from answers import Question, grade, kendall_tau, prompt_text
+from cli import BadInput
 from grpo_rank import ranks_from_scores
+
+# Why a ranking failed: the first word of its note. From the wire, of the reply, of the rest.
+CAUSES = "connection timeout busy server refused bad_reply dead budget".split()
+CAUSES += "empty cut not_json missing duplicate unknown function".split()
+REFUSAL = re.compile(
+    r"\b(?:i|we) (?:cannot|can't|can not|won't|am unable|am not able)\b|\bas an ai\b|^\W*(?:i'm )?sorry\b"
+    r"|\b(?:unable|impossible|not able) to (?:answer|determine|tell|say)\b",
+    re.IGNORECASE,
+)
 
 
 @dataclass
@@ -24,7 +41,11 @@ class Ranking:
 
     ranks: Tensor  # (P, G) int64 competition ranks, 0 = best, ties share the better place: [0, 0, 2, 3, 3]
     ok: Tensor  # (P,) bool, False: the ranking failed (judge down, unreadable), its row means nothing
-    notes: list[str]  # one per prompt, for people; "" when there is nothing to say
+    notes: list[str]  # one per prompt, for people; of a failed one "cause: words", the cause one of CAUSES
+    agreement: Tensor | None = None  # (P,) float32, 0..1: Kendall's W, where it is to scale the advantages
+    below_anchor: Tensor | None = None  # (P, G) bool: ranked behind the reference answer
+    dead: str = ""  # the judge answers nothing more at all: why
+    sums: dict[str, float] = field(default_factory=dict)  # counts of this batch for the metrics
 
 
 def group_size_of(batch: list[Question], texts: list[str]) -> int:
@@ -44,6 +65,55 @@ class RuleOracle:
         scores = [round(grade(text.strip(), batch[row // group_size]), 6) for row, text in enumerate(texts)]
         ranks = ranks_from_scores(torch.tensor(scores, dtype=torch.float64).view(len(batch), group_size))
         return Ranking(ranks, torch.ones(len(batch), dtype=torch.bool), [""] * len(batch))
+
+
+class FunctionOracle:
+    """A user's own ranker: f(question, texts, *, video, reference) -> a competition rank a text, 0 = best.
+
+    It is called once a group with the distinct texts. What it raises, and what is no ranking, fails it.
+    """
+
+    def __init__(self, function):
+        self.function = function
+
+    def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
+        """texts (P * G), prompt-major -> ranks (P, G). Identical texts are ranked once and tie."""
+        group_size = group_size_of(batch, texts)
+        ranks = torch.zeros(len(batch), group_size, dtype=torch.int64)
+        notes = [""] * len(batch)
+        for p, question in enumerate(batch):
+            group = [text.strip() for text in texts[p * group_size : (p + 1) * group_size]]
+            distinct = list(dict.fromkeys(group))
+            try:
+                places = self._ask(question, distinct) if len(distinct) > 1 else [0]
+            except Exception as error:  # a user's code may raise anything; no group may end the run
+                notes[p] = " ".join(f"function: {type(error).__name__}: {error}".split())
+            else:
+                place_of = dict(zip(distinct, places, strict=True))
+                ranks[p] = ranks_from_scores(torch.tensor([-place_of[text] for text in group]))
+        return Ranking(ranks, torch.tensor([not note for note in notes]), notes)
+
+    def _ask(self, question: Question, distinct: list[str]) -> list[int]:
+        asked = {"video": question.video, "reference": question.answer}
+        places = [operator.index(x) for x in self.function(prompt_text(question), list(distinct), **asked)]
+        if len(places) != len(distinct):
+            raise ValueError(f"{len(places)} ranks for {len(distinct)} texts")
+        if places != competition_ranks(places):
+            raise ValueError(f"{places} are no competition ranks, it should be {competition_ranks(places)}")
+        return places
+
+
+def load_function(spec: str):
+    """The function that "module:function" names. BadInput, one line, where there is none."""
+    module, _, name = spec.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except Exception as error:  # the module is the user's: whatever its import raises is shown
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"--oracle {spec}: {words}; put its folder on PYTHONPATH") from error
+    if not callable(function):
+        raise BadInput(f"--oracle {spec}: {module} has no function {name!r}; define it there")
+    return function
 
 
 class NoisyOracle:
@@ -72,7 +142,7 @@ class NoisyOracle:
             group = [text.strip() for text in texts[p * group_size : (p + 1) * group_size]]
             levels = self._noisy_levels(dict(zip(group, ranking.ranks[p].tolist(), strict=True)), group[0])
             ranks[p] = ranks_from_scores(torch.tensor([-levels[text] for text in group]))
-        return Ranking(ranks, ranking.ok, ranking.notes)
+        return replace(ranking, ranks=ranks)
 
     def _noisy_levels(self, levels: dict[str, int], shown_first: str) -> dict[str, int]:
         """{distinct text: its oracle rank} -> the same with noise; lower is better, -1 is above all."""
@@ -88,3 +158,163 @@ class NoisyOracle:
         if draw[-1] < self.position_bias:
             noisy[shown_first] = -1
         return noisy
+
+
+class AnchoredOracle:
+    """Another oracle that ranks the reference answer along with the G candidates, unseen by them.
+
+    anchor: candidates behind the reference are marked, so that they can earn no positive advantage
+    (`weighed`): ranks know no absolute level, this gives them one. canary: a known-bad answer is ranked along
+    as well; a judge that does not put it behind the reference has made an error, counted while training.
+    """
+
+    def __init__(self, oracle, anchor: bool, canary: bool):
+        self.oracle, self.anchor, self.canary = oracle, anchor, canary
+
+    def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
+        """texts (P * G), prompt-major -> the other oracle's ranks (P, G) of these alone."""
+        G, along = group_size_of(batch, texts), []
+        for p, question in enumerate(batch):
+            along += [*texts[p * G : (p + 1) * G], question.answer]
+            along += [wrong_answer(batch, p)] if self.canary else []
+        ranking = self.oracle.rank(batch, along)
+        own, reference, planted = ranking.ranks[:, :G], ranking.ranks[:, G], ranking.ranks[:, -1]
+        below = own > reference[:, None] if self.anchor else None
+        sums = dict(ranking.sums)
+        if self.canary:
+            sums |= {"canaries": int(ranking.ok.sum())}
+            sums |= {"canary_errors": int((planted <= reference)[ranking.ok].sum())}
+        return replace(ranking, ranks=ranks_from_scores(-own), below_anchor=below, sums=sums)
+
+
+def wrong_answer(batch: list[Question], p: int) -> str:
+    """An answer to question p of grade 0: one of its options, else the answer to another question."""
+    others = [q.answer for q in batch[p + 1 :] + batch[:p]]
+    wrong = (text for text in [*batch[p].options, *others] if text.strip() and grade(text, batch[p]) == 0)
+    return next(wrong, "I do not know.")
+
+
+def weighed(advantages: Tensor, ranking: Ranking) -> Tensor:
+    """(P, G) -> (P, G): times the agreement of the judge with itself, then none above 0 behind the anchor.
+
+    Under an anchor a group's advantages need not sum to zero: where all answers are worse than the reference
+    none of them is reinforced.
+    """
+    if ranking.agreement is not None:
+        advantages = advantages * ranking.agreement[:, None]
+    if ranking.below_anchor is not None:
+        advantages = torch.where(ranking.below_anchor, advantages.clamp(max=0.0), advantages)
+    return advantages
+
+
+# ------------------------------------------------------------------------- one order out of several rankings
+
+
+def competition_ranks(values: list) -> list[int]:
+    """[7, 3, 7] -> [1, 0, 1]: how many are smaller."""
+    return [sum(other < value for other in values) for value in values]
+
+
+def consensus(votes: list[list[int]]) -> list[int]:
+    """One ranking out of several of the same n texts: Kemeny's for n <= 7, Borda's above."""
+    if all(vote == votes[0] for vote in votes):
+        return votes[0]
+    if len(votes[0]) <= 7:
+        return kemeny(votes)
+    lost = [
+        sum(2 * (x < vote[i]) + (x == vote[i]) for vote in votes for x in vote) for i in range(len(votes[0]))
+    ]
+    return competition_ranks(lost)
+
+
+def kemeny(votes: list[list[int]]) -> list[int]:
+    """The order with ties at the least total Kemeny-Snell distance from the votes, exactly, over all of them.
+
+    A pair costs 2 a vote that has it the other way round, 1 a vote with a tie for an order or the reverse.
+    The dynamic programme takes the best level off each subset of the n texts, 3^n steps. Where several orders
+    cost the same, texts go by their mean rank over all of these, so that none is favoured by its place.
+    """
+    n = len(votes[0])
+    everyone = range(1 << n)
+    sign = [[[(v[i] > v[j]) - (v[i] < v[j]) for v in votes] for j in range(n)] for i in range(n)]
+    ahead = [[sum(s + 1 for s in sign[i][j]) for j in range(n)] for i in range(n)]  # cost of i before j
+    level = [[sum(map(abs, sign[i][j])) for j in range(n)] for i in range(n)]  # cost of i tied with j
+    members = [[i for i in range(n) if subset >> i & 1] for subset in everyone]
+    before = [[sum(ahead[i][j] for j in members[subset]) for subset in everyone] for i in range(n)]
+    tied = [sum(level[i][j] for i in inside for j in inside if i < j) for inside in members]
+    # subset still to place -> cost, number of orders at that cost, sums of each one's ranks over them
+    best = {0: (0, 1, [0] * n)}
+    for subset in everyone[1:]:
+        place, found = n - len(members[subset]), (float("inf"), 0, [])
+        top = subset
+        while top:  # every non-empty part of the subset
+            cost, count, places = best[subset ^ top]
+            cost += tied[top] + sum(before[i][subset ^ top] for i in members[top])
+            if cost <= found[0]:
+                places = [x + place * count * (top >> i & 1) for i, x in enumerate(places)]
+                if cost == found[0]:
+                    count, places = count + found[1], [a + b for a, b in zip(places, found[2], strict=True)]
+                found = (cost, count, places)
+            top = (top - 1) & subset
+        best[subset] = found
+    return competition_ranks(best[everyone[-1]][2])
+
+
+def kendall_w(votes: list[list[int]]) -> float:
+    """Kendall's coefficient of concordance with the correction for ties, 0..1; 1 where every vote ties all.
+
+    W = 12 S / (m^2 (n^3 - n) - m sum(t^3 - t)), S the squared deviations of the m votes' sums of mid-ranks.
+    """
+    m, n = len(votes), len(votes[0])
+    middle = [[sum(x < v for x in vote) + (vote.count(v) - 1) / 2 for v in vote] for vote in votes]
+    totals = [sum(column) for column in zip(*middle, strict=True)]
+    S = sum((total - sum(totals) / n) ** 2 for total in totals)
+    ties = sum(t**3 - t for vote in votes for t in Counter(vote).values())
+    span = m**2 * (n**3 - n) - m * ties
+    return 12 * S / span if span else 1.0
+
+
+def tie_disputed(ranks: list[int], votes: list[list[int]]) -> list[int]:
+    """The ranking with each pair tied that not all votes put the same way, and all that lies between."""
+    merged = list(ranks)
+    for i in range(len(ranks)):
+        for j in range(i):
+            if len({(v[i] > v[j]) - (v[i] < v[j]) for v in votes}) > 1:
+                low, high = sorted((merged[i], merged[j]))
+                merged = [low if low <= x <= high else x for x in merged]
+    return competition_ranks(merged)
+
+
+# ------------------------------------------------------------------------------------------- for the metrics
+
+
+def feedback_sums(texts: list[str], ranking: Ranking) -> dict[str, float]:
+    """Failures by cause, tripwires and the oracle's own counts: sums that add up over processes."""
+    P, G = ranking.ranks.shape
+    causes = Counter(ranking.notes[p].partition(":")[0] for p in (~ranking.ok).nonzero().flatten().tolist())
+    sums = {f"failed_{cause}": causes[cause] for cause in CAUSES} | {"texts": P * G}
+    lengths = torch.tensor([len(text) for text in texts]).view(P, G)
+    by_length = ranks_from_scores(lengths)[ranking.ok].tolist()  # 0 = longest
+    pairs = zip(by_length, ranking.ranks[ranking.ok].tolist(), strict=True)
+    tau = [x for x in (kendall_tau(length, oracle) for length, oracle in pairs) if x is not None]
+    openings = Counter(" ".join(text.casefold().split()[:3]) for text in texts)
+    sums |= {"length_tau": sum(tau), "num_length_tau": len(tau), "repeated": openings.most_common(1)[0][1]}
+    return sums | {"refusals": sum(bool(REFUSAL.search(text)) for text in texts)} | ranking.sums
+
+
+def feedback_means(n: dict[str, float]) -> dict:
+    """feedback_sums over all processes -> metrics (README, glossary)."""
+    numbers = {
+        "failed_by_cause": {cause: int(n[f"failed_{cause}"]) for cause in CAUSES if n[f"failed_{cause}"]},
+        "length_tau": n["length_tau"] / max(n["num_length_tau"], 1),
+        "repeated_openings": n["repeated"] / n["texts"],
+        "refusals": n["refusals"] / n["texts"],
+    }
+    if "calls" in n:
+        numbers |= {f"judge_{name}": int(n[name]) for name in ("calls", "cache_hits", "tokens", "repairs")}
+        numbers |= {"position_pairs": int(n["early"] + n["late"])}
+        numbers |= {"position_bias": (n["early"] - n["late"]) / max(n["early"] + n["late"], 1)}
+        numbers |= {"kendall_w": n["w"] / n["num_w"]} if n["num_w"] else {}
+    if n.get("canaries"):
+        numbers |= {"canaries": int(n["canaries"]), "canary_error": n["canary_errors"] / n["canaries"]}
+    return numbers

@@ -18,6 +18,10 @@ from tqdm import tqdm
 import lora
 from cli import BadInput, write_json, write_whole
 
+# On --resume: what says nothing about the update, such as where the judge is found
+MAY_CHANGE = ["resume", "out", "num_steps", "oracle_url", "oracle_concurrency", "oracle_timeout"]
+MAY_CHANGE += ["oracle_patience", "oracle_max_calls", "oracle_max_tokens"]
+
 
 def process_info() -> tuple[int, int]:
     """(index of this process, number of processes)."""
@@ -37,8 +41,9 @@ def stored_options(given: dict, default_out: str) -> dict:
     with open(path) as file:
         stored = json.load(file)
     for name, value in given.items():
-        if name not in ("resume", "out", "num_steps") and stored[name] != value:
-            raise BadInput(f"--{name} {value}: the run in {out} has {stored[name]!r}; leave it out to resume")
+        old = stored.get(name)
+        if name not in MAY_CHANGE and old != value:
+            raise BadInput(f"--{name} {value}: the run in {out} has {old!r}; leave it out to resume")
     return stored | {"out": out, "resume": True}
 
 
@@ -121,6 +126,7 @@ def report(cfg, bar, step, numbers, questions, texts, ranking, policy_ranks, adv
             row |= {
                 "candidates": texts[i * cfg.group_size : (i + 1) * cfg.group_size],
                 "oracle_ok": bool(ranking.ok[i]),
+                "note": ranking.notes[i],
             }
             row |= {"oracle_ranks": ranking.ranks[i].tolist(), "policy_ranks": policy_ranks[i].tolist()}
             file.write(json.dumps(row | {"advantages": [round(a, 6) for a in advantages[i].tolist()]}) + "\n")

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,17 @@ from cli import BadInput, parse_args, run_script, write_json
 from data import EOS_ID, PromptSet
 from eval import draw_world, evaluate, gains, load_policy, load_sets, table
 from grpo_rank import completion_logprobs, policy_loss, rank_advantages, ranks_from_scores
-from oracle import NoisyOracle, RuleOracle
+from judge import LETTERS, LLMOracle, ReplayOracle, is_cache, rank_patiently
+from oracle import (
+    AnchoredOracle,
+    FunctionOracle,
+    NoisyOracle,
+    RuleOracle,
+    feedback_means,
+    feedback_sums,
+    load_function,
+    weighed,
+)
 from rollout import completion_states, generate
 from runs import (
     checkpoint_path,
@@ -59,7 +70,22 @@ class Config:
     max_new_tokens: int = 10
     temperature: float = 1.0
     top_p: float = 1.0
-    oracle: str = "rule"  # rule
+    oracle: str = "rule"  # rule | llm | replay | module:function, see README, "Oracles"
+    oracle_url: str = ""  # llm: http://HOST:PORT/v1 of an OpenAI-compatible server; key in ORACLE_API_KEY
+    oracle_model: str = ""
+    oracle_body: str = ""  # JSON merged into every request; null takes a field out
+    oracle_frames: int = 0  # pictures of the video that the judge is shown
+    oracle_reference: bool = False  # show the judge the gold answer
+    oracle_permutations: int = 1  # rankings asked for a group, each with the answers in another order
+    oracle_agreement: str = "off"  # off | scale (advantages by Kendall's W) | tie (what they disagree on)
+    oracle_concurrency: int = 64  # calls in flight: the default step in one wave
+    oracle_timeout: float = 120.0  # s for a whole reply
+    oracle_patience: float = 600.0  # s to wait for a judge that died, before the run saves and stops
+    oracle_max_calls: int = 0  # budget until the run is started or resumed again; 0: no limit
+    oracle_max_tokens: int = 0
+    oracle_cache: str = ""  # sqlite file, empty: judge.sqlite in --out; replay: the file to read, or a JSONL
+    anchor: bool = False  # the reference answer is ranked along: no positive advantage behind it
+    canary: bool = False  # and a known-bad answer too: measures the judge's errors
     swap_prob: float = 0.0  # oracle noise: chance that two neighbours in its order swap
     position_bias: float = 0.0  # oracle noise: chance that the first candidate is put on top
     advantage_form: str = "ideal"  # ideal | printed | inverted: README, "What the paper leaves open"
@@ -85,6 +111,17 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise BadInput(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
+        if self.oracle not in ("rule", "llm", "replay") and ":" not in self.oracle:
+            raise BadInput(f"--oracle {self.oracle}: choose one of rule, llm, replay, module:function")
+        if self.oracle == "llm" and not (self.oracle_url and self.oracle_model):
+            raise BadInput("--oracle llm needs --oracle_url and --oracle_model; give both")
+        if self.oracle == "replay" and not os.path.isfile(self.oracle_cache):
+            raise BadInput(f"--oracle_cache {self.oracle_cache}: no such file to replay; name one")
+        for name in ("permutations", "concurrency", "timeout"):
+            if getattr(self, f"oracle_{name}") <= 0:
+                raise BadInput(f"--oracle_{name} {getattr(self, f'oracle_{name}')}: give more than 0")
+        if self.oracle == "llm" and self.group_size + 2 > len(LETTERS):
+            raise BadInput(f"--group_size {self.group_size}: a judge has letters for {len(LETTERS) - 2}")
         if bool(self.data) != bool(self.videos):
             raise BadInput(
                 "--data and --videos go together: a JSONL file and the folder its paths are relative to"
@@ -93,7 +130,7 @@ class Config:
 
 CHOICES = {
     "preset": ("tiny", "smoke"),
-    "oracle": ("rule",),
+    "oracle_agreement": ("off", "scale", "tie"),
     "advantage_form": ("ideal", "printed", "inverted"),
     "gain": ("divided", "appendix"),
     "norm": ("sequence", "token", "constant"),
@@ -160,15 +197,23 @@ def load_everything(cfg: Config, device: torch.device):
 # --------------------------------------------------------------------------------------------------- one step
 
 
-def update(cfg, policy, trainable, optimizer, prompts, rollout, advantages, live, banned) -> dict:
-    """Clipped GRPO_rank updates on one rollout. Returns the step's numbers; "bad" if a
-    loss was not finite."""
+def micro_batches(cfg, P: int) -> list[slice]:
+    return [slice(i, i + cfg.micro_batch_prompts) for i in range(0, P, cfg.micro_batch_prompts)]
+
+
+def reference_states(cfg, policy, prompts, rollout) -> list[torch.Tensor]:
+    """The frozen reference's states of the completions, per micro-batch, without gradient; no ranks needed."""
+    with lora.using(policy.decoder, "reference"), lora.folded(policy.decoder):
+        micro = micro_batches(cfg, len(prompts.prompt_ids))
+        return [completion_states(policy, prompts[p], rollout[rows(p, cfg.group_size)]) for p in micro]
+
+
+def update(cfg, policy, trainable, optimizer, prompts, rollout, ref_states, advantages, live, banned) -> dict:
+    """Clipped GRPO_rank updates on one rollout. Returns the step's numbers; "bad" if a loss was not finite."""
     P, G, device = len(prompts.prompt_ids), cfg.group_size, prompts.prompt_ids.device
-    micro = [slice(i, i + cfg.micro_batch_prompts) for i in range(0, P, cfg.micro_batch_prompts)]
+    micro = micro_batches(cfg, P)
     counted = rollout.completion_mask & live[:, None]
     num_tokens, num_sequences = reduce_sum(counted.sum(), counted.any(dim=1).sum(), device=device)
-    with lora.using(policy.decoder, "reference"), lora.folded(policy.decoder):
-        ref_states = [completion_states(policy, prompts[p], rollout[rows(p, G)]) for p in micro]
     numbers, gap = {}, 0.0
     for u in range(cfg.updates_per_rollout):
         for p, ref_hidden in zip(micro, ref_states, strict=True):
@@ -237,7 +282,7 @@ def feedback_numbers(questions, texts, ranking, policy_ranks, advantages, live, 
         "best_right": (right & (ranking.ranks == 0)).any(dim=1).sum(), "ended": rollout.ended.sum(),
         "failed": (~ranking.ok).sum(), "dead": (ranking.ok & ~live).sum(), "squares": (advantages**2).sum(),
         "ndcg": sum(ndcg), "num_ndcg": len(ndcg), "tau": sum(tau), "num_tau": len(tau),
-    }  # fmt: skip
+    } | feedback_sums(texts, ranking)  # fmt: skip
     n = dict(zip(sums, reduce_sum(*sums.values(), device=rollout.completion_ids.device), strict=True))
     return {
         "accuracy": n["right"] / n["completions"],
@@ -250,14 +295,15 @@ def feedback_numbers(questions, texts, ranking, policy_ranks, advantages, live, 
         "mean_tokens": n["tokens"] / n["completions"],
         "cut_share": 1 - n["ended"] / n["completions"],
         "tokens": int(n["tokens"]),
-    }
+    } | feedback_means(n)
 
 
 # --------------------------------------------------------------------------------------------------- the loop
 
 
-def learn(cfg: Config, policy, trainable, train_set, optimizer, limits: dict, progress: dict, began) -> str:
-    """Oracle-RLAIF, the paper's algorithm. `began`: the run's start, time.time() less earlier sessions.
+def learn(cfg, policy, trainable, train_set, optimizer, oracle, noise, limits, progress, began) -> str:
+    """Oracle-RLAIF, the paper's algorithm. `began`: the run's start, time.time() less earlier sessions;
+    `noise`: the generator of the oracle's noise.
 
     Returns "done", "interrupted" or "bad": too many non-finite losses in a row.
     """
@@ -265,8 +311,8 @@ def learn(cfg: Config, policy, trainable, train_set, optimizer, limits: dict, pr
     P = min(cfg.batch_prompts, len(train_set)) // num_processes * num_processes  # a step, over all processes
     mine = slice(process * P // num_processes, (process + 1) * P // num_processes)
     steps_per_epoch, interrupted = len(train_set) // P, catch_interrupt()
-    generator, noise = torch.Generator(), torch.Generator()  # seeded anew in every step: no state to save
-    oracle = make_oracle(cfg, noise)
+    generator = torch.Generator()  # seeded anew in every step, as noise is: no state to save
+    judge = ThreadPoolExecutor(1, "oracle")
     bar = tqdm(total=cfg.num_steps, initial=progress["step"], disable=process != 0, file=sys.stdout)
     for step in range(progress["step"], cfg.num_steps):
         # 0) the next prompts; at an epoch's start they are shuffled, and the reference is frozen
@@ -286,27 +332,39 @@ def learn(cfg: Config, policy, trainable, train_set, optimizer, limits: dict, pr
         texts = train_set.texts(rollout)
         clock.append(time.perf_counter())
 
-        # 2) the oracle ranks them: it sees questions and texts, never log-probabilities
+        # 2) the oracle ranks them: it sees questions and texts, never log-probabilities. It does so in a
+        # thread, while the frozen reference passes over the answers
         noise.manual_seed((cfg.seed * 2**20 + step) * num_processes + process)
-        ranking = oracle.rank(questions, texts)
+        judged = judge.submit(rank_patiently, oracle, questions, texts, cfg.oracle_patience, interrupted)
+        ref_states = reference_states(cfg, policy, prompts, rollout)
         clock.append(time.perf_counter())
+        ranking = judged.result()
+        clock.append(time.perf_counter())
+        if any(reduce_sum(bool(ranking.dead), device=device)):  # in any process: all stop before the update
+            tqdm.write(f"the judge is dead ({ranking.dead or 'in another process'})", file=sys.stderr)
+            progress["wall_s"] = time.time() - began
+            save_checkpoint(cfg, policy, trainable, optimizer, progress)
+            return "interrupted"
 
         # 3) ranks become advantages; groups that are all tied, or whose ranking failed, carry no signal
         policy_ranks = ranks_from_scores(rollout.logprobs.sum(dim=1).view(-1, G).cpu().round(decimals=4))
         advantages = rank_advantages(ranking.ranks, policy_ranks, cfg.advantage_form, cfg.gain, ranking.ok)
+        advantages = weighed(advantages, ranking)
         live = ranking.ok & (ranking.ranks != ranking.ranks[:, :1]).any(dim=1)  # (P,)
 
         # 4) clipped update, with KL to the frozen reference and an entropy bonus
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * (1 - step / cfg.num_steps)
         signal = advantages.flatten().to(device), live.repeat_interleave(G).to(device)  # (B,) each
-        numbers = update(cfg, policy, trainable, optimizer, prompts, rollout, *signal, limits["banned"])
+        asked = prompts, rollout, ref_states, *signal, limits["banned"]
+        numbers = update(cfg, policy, trainable, optimizer, *asked)
         clock.append(time.perf_counter())
 
         # 5) report, save
         numbers |= feedback_numbers(questions, texts, ranking, policy_ranks, advantages, live, rollout)
         seconds = (b - a for a, b in itertools.pairwise(clock))
-        numbers |= dict(zip(("sampling_s", "oracle_s", "update_s"), seconds, strict=True))
+        numbers |= dict(zip(("sampling_s", "reference_s", "oracle_s", "update_s"), seconds, strict=True))
+        numbers["oracle_share"] = numbers["oracle_s"] / (clock[-1] - clock[0])  # of the step: time it waits
         numbers["tokens_per_s"] = numbers["tokens"] / (clock[-1] - clock[0])
         progress |= {"step": step + 1, "bad_steps": progress["bad_steps"] + numbers["bad"]}
         progress["bad_in_a_row"] = numbers["bad"] * (progress["bad_in_a_row"] + 1)
@@ -325,9 +383,24 @@ def learn(cfg: Config, policy, trainable, train_set, optimizer, limits: dict, pr
 
 
 def make_oracle(cfg: Config, generator: torch.Generator):
+    """The oracle that the options name. A judge is asked something first, so that a wrong address, key or
+    model ends the run before anything is written."""
+    oracle = RuleOracle()
+    if cfg.oracle in ("llm", "replay"):
+        cache = cfg.oracle_cache or os.path.join(cfg.out, "judge.sqlite")
+        options = {k.removeprefix("oracle_"): v for k, v in vars(cfg).items() if k.startswith("oracle_")}
+        options |= {"cache": cache, "key": os.environ.get("ORACLE_API_KEY", ""), "seed": cfg.seed}
+        del options["patience"]
+        if cfg.oracle == "replay" and not is_cache(cache):
+            oracle = ReplayOracle(cache)
+        else:
+            oracle = LLMOracle(**options, replay=cfg.oracle == "replay")
+            oracle.check()
+    elif cfg.oracle != "rule":
+        oracle = FunctionOracle(load_function(cfg.oracle))
     if cfg.swap_prob or cfg.position_bias:
-        return NoisyOracle(RuleOracle(), generator, cfg.swap_prob, cfg.position_bias)
-    return RuleOracle()
+        oracle = NoisyOracle(oracle, generator, cfg.swap_prob, cfg.position_bias)
+    return AnchoredOracle(oracle, cfg.anchor, cfg.canary) if cfg.anchor or cfg.canary else oracle
 
 
 def catch_interrupt():
@@ -366,6 +439,8 @@ def main() -> int:
     if cfg.resume and not os.path.exists(checkpoint_path(cfg)):
         raise BadInput(f"{checkpoint_path(cfg)}: no such file; the run never saved anything, start it anew")
     began, device = time.time(), start_processes(cfg)
+    noise = torch.Generator()
+    oracle = make_oracle(cfg, noise)
     policy, trainable, train_set, eval_set = load_everything(cfg, device)
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.0)
     limits = {
@@ -382,7 +457,7 @@ def main() -> int:
     if process_info()[0] == 0:
         print(f"{len(train_set)} questions to learn from, {len(eval_set)} held out", flush=True)
     began -= progress["wall_s"]  # a resumed run goes on counting
-    ended = learn(cfg, policy, trainable, train_set, optimizer, limits, progress, began)
+    ended = learn(cfg, policy, trainable, train_set, optimizer, oracle, noise, limits, progress, began)
     if ended == "interrupted":
         print(f"\nsaved at step {progress['step']}; go on with: python train.py --out {cfg.out} --resume")
         return 1

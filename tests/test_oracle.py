@@ -1,10 +1,29 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracle as oracle_room
 from answers import Question
-from oracle import NoisyOracle, Ranking, RuleOracle
+from cli import BadInput
+from oracle import (
+    AnchoredOracle,
+    FunctionOracle,
+    NoisyOracle,
+    Ranking,
+    RuleOracle,
+    competition_ranks,
+    consensus,
+    feedback_means,
+    feedback_sums,
+    kemeny,
+    kendall_w,
+    load_function,
+    tie_disputed,
+    weighed,
+)
 
 COLOR = Question("0", "a.mp4", "What color is the circle?", "red")
 PLACE = Question("1", "a.mp4", "Where is it?", "top left")
@@ -146,3 +165,162 @@ def test_groups_that_are_too_small_or_uneven_are_refused(num_questions, num_text
         with pytest.raises(ValueError, match="G >= 2") as error:
             oracle.rank([COLOR] * num_questions, ["red"] * num_texts)
         assert "\n" not in str(error.value)
+
+
+# ---- a user's own function
+
+
+def test_a_function_in_a_file_outside_the_repository_is_an_oracle(tmp_path, monkeypatch):
+    (tmp_path / "my_judge.py").write_text(
+        "def shortest(question, texts, *, video, reference):\n"
+        "    assert (question, video, reference) == ('What color is the circle?', 'a.mp4', 'red')\n"
+        "    return [sum(len(other) < len(text) for other in texts) for text in texts]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    ranking = FunctionOracle(load_function("my_judge:shortest")).rank(
+        [COLOR], ["bb", "a", "ccc", " a ", "dd"]
+    )
+    assert ranking.ranks.tolist() == [[2, 0, 4, 0, 2]] and ranking.ok.tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("returns", "words"),
+    [([0], "1 ranks for 2 texts"), ([1, 2], "no competition ranks"), ([0.0, 1.0], "TypeError"),
+     (None, "TypeError")],
+)  # fmt: skip
+def test_what_a_function_gets_wrong_fails_its_group_alone_with_the_cause(returns, words):
+    oracle = FunctionOracle(lambda question, texts, **_: returns if "bad" in texts else [0, 1])
+    ranking = oracle.rank([COLOR, PLACE], ["bad", "x", "good", "x"])
+    assert ranking.ok.tolist() == [False, True] and ranking.ranks[1].tolist() == [0, 1]
+    assert ranking.notes[0].startswith("function: ") and words in ranking.notes[0]
+    numbers = feedback_means(feedback_sums(["bad", "x", "good", "x"], ranking))
+    assert numbers["failed_by_cause"] == {"function": 1}
+
+
+@pytest.mark.parametrize("spec", ["no_such_module:f", "json:no_such_function", "json:decoder"])
+def test_a_function_that_is_not_there_is_one_line(spec):
+    with pytest.raises(BadInput, match=f"--oracle {spec}: ") as error:
+        load_function(spec)
+    assert "\n" not in str(error.value)
+
+
+# ---- anchor and canary
+
+
+def test_behind_the_anchor_no_advantage_is_positive_and_before_it_nothing_changes():
+    batch, group = [COLOR, PLACE], ["blue", "green", "green", "top left", "nowhere", "top"]
+    ranking = AnchoredOracle(FixedOracle([[1, 2, 2, 0], [0, 2, 2, 0]]), True, False).rank(batch, group)
+    assert ranking.ranks.tolist() == [[0, 1, 1], [0, 1, 1]]
+    assert ranking.below_anchor.tolist() == [[True] * 3, [False, True, True]]
+    advantages = torch.tensor([[0.6, -0.3, -0.3], [0.6, -0.3, -0.3]])
+    assert weighed(advantages, ranking).tolist() == torch.tensor(
+        [[0, -0.3, -0.3], [0.6, -0.3, -0.3]]
+    ).tolist()  # fmt: skip
+
+
+def test_the_anchored_rule_oracle_needs_no_anchor():
+    batch, group = [COLOR, PLACE], ["blue", "red", "green", "top", "top left", "bottom left"]
+    plain = RuleOracle().rank(batch, group)
+    ranking = AnchoredOracle(RuleOracle(), True, True).rank(batch, group)
+    assert ranking.ranks.tolist() == plain.ranks.tolist()
+    assert ranking.below_anchor.tolist() == (plain.ranks > 0).tolist()
+    assert feedback_means(feedback_sums(group, ranking))["canary_error"] == 0
+
+
+def test_the_canary_measures_a_judges_error_rate():
+    oracle = AnchoredOracle(
+        FixedOracle([[0, 1, 3, 2], [0, 1, 2, 3], [0, 1, 2, 2], [3, 2, 0, 1]]), False, True
+    )
+    ranking = oracle.rank([COLOR, PLACE, COLOR, PLACE], ["a", "b"] * 4)
+    assert feedback_means(feedback_sums(["a", "b"] * 4, ranking))["canary_error"] == 0.5
+    assert ranking.below_anchor is None
+
+
+def test_a_known_bad_answer_is_really_bad():
+    quiz = Question("2", "a.mp4", "Which?", "red", options=("red", "blue"), answer_index=0)
+    assert oracle_room.wrong_answer([quiz, COLOR], 0) == "blue"
+    assert oracle_room.wrong_answer([COLOR, COLOR, PLACE], 0) == "top left"
+    assert oracle_room.wrong_answer([COLOR, COLOR], 0) == "I do not know."
+
+
+def test_agreement_scales_a_groups_advantages():
+    ranking = Ranking(None, None, [], agreement=torch.tensor([1.0, 0.25]))
+    assert weighed(torch.tensor([[0.5, -0.5], [0.5, -0.5]]), ranking).tolist() == [
+        [0.5, -0.5],
+        [0.125, -0.125],
+    ]
+
+
+# ---- one order out of several
+
+
+weak_orders = st.integers(2, 4).flatmap(
+    lambda n: st.lists(
+        st.lists(st.integers(0, n - 1), min_size=n, max_size=n).map(competition_ranks), min_size=1, max_size=5
+    )
+)
+
+
+def distance(order, vote):
+    pairs = itertools.combinations(range(len(vote)), 2)
+    sign = lambda v, i, j: (v[i] > v[j]) - (v[i] < v[j])  # noqa: E731
+    return sum(abs(sign(order, i, j) - sign(vote, i, j)) for i, j in pairs)
+
+
+@unhurried
+@given(weak_orders)
+def test_kemeny_is_the_mean_of_all_orders_at_the_least_distance(votes):
+    n = len(votes[0])
+    orders = {tuple(competition_ranks(list(x))) for x in itertools.product(range(n), repeat=n)}
+    costs = {order: sum(distance(order, vote) for vote in votes) for order in orders}
+    best = [order for order in orders if costs[order] == min(costs.values())]
+    assert kemeny(votes) == competition_ranks([sum(column) for column in zip(*best, strict=True)])
+    if len(best) == 1:
+        assert kemeny(votes) == list(best[0])
+
+
+@unhurried
+@given(weak_orders, st.randoms())
+def test_consensus_is_neutral_and_keeps_what_all_agree_on(votes, random):
+    n = len(votes[0])
+    order = random.sample(range(n), n)
+    place, moved = consensus(votes), consensus([[vote[i] for i in order] for vote in votes])
+    assert moved == [place[i] for i in order]
+    assert consensus([votes[0]] * 3) == votes[0]
+    tied = tie_disputed(place, votes)
+    for i, j in itertools.combinations(range(n), 2):
+        if len({(v[i] > v[j]) - (v[i] < v[j]) for v in votes}) > 1:
+            assert tied[i] == tied[j]
+
+
+def test_a_majority_beats_a_biased_vote_a_cycle_ties_and_above_seven_it_is_borda():
+    assert kemeny([[0, 1, 2], [0, 1, 2], [2, 0, 1]]) == [0, 1, 2]
+    assert kemeny([[0, 1, 2], [2, 0, 1], [1, 2, 0]]) == [0, 0, 0]
+    assert kemeny([[0, 1], [1, 0]]) == [0, 0]
+    up = list(range(8))
+    assert consensus([up, up, up[::-1]]) == up
+    assert consensus([up, up[::-1]]) == [0] * 8
+
+
+def test_kendalls_w_by_hand():
+    assert kendall_w([[0, 1, 2], [0, 1, 2]]) == 1.0
+    assert kendall_w([[0, 1, 2], [2, 1, 0]]) == 0.0
+    # sums of ranks 3, 3, 6 + ... : ranks 012, 012, 102: sums 1, 2, 6, mean 3, S = 14, W = 12 * 14 / (9 * 24)
+    assert kendall_w([[0, 1, 2], [0, 1, 2], [1, 0, 2]]) == pytest.approx(12 * 14 / 216)
+    # ties: mid-ranks .5 .5 2 twice: S = 2 * ... = (1 - 2)^2 * 2 + (4 - 2)^2 = 6; 72 / (4 * 24 - 2 * 12)
+    assert kendall_w([[0, 0, 2], [0, 0, 2]]) == pytest.approx(1.0)
+    assert kendall_w([[0, 0, 0], [0, 0, 0]]) == 1.0
+
+
+# ---- tripwires
+
+
+def test_tripwires_see_length_openings_and_refusals():
+    said = ["I cannot tell from the video", "it is red", "it is red and very large", "it is red"]
+    longer_is_better = Ranking(torch.tensor([[0, 1], [0, 1]]), torch.tensor([True, True]), ["", ""])
+    numbers = feedback_means(feedback_sums(said, longer_is_better))
+    assert numbers["length_tau"] == 1.0 and numbers["refusals"] == 0.25
+    assert numbers["repeated_openings"] == 0.75 and numbers["failed_by_cause"] == {}
+    shorter = Ranking(torch.tensor([[1, 0], [1, 0]]), torch.tensor([True, False]), ["", "cut: words"])
+    numbers = feedback_means(feedback_sums(said, shorter))
+    assert numbers["length_tau"] == -1.0 and numbers["failed_by_cause"] == {"cut": 1}

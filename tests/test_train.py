@@ -167,6 +167,12 @@ def small_step(home):
     return cfg, policy, trainable, prompts, rollout, advantages, live
 
 
+def update(cfg, policy, trainable, prompts, rollout, *signal, lr):
+    states = train.reference_states(cfg, policy, prompts, rollout)
+    optimizer = torch.optim.SGD(trainable, lr=lr)
+    return train.update(cfg, policy, trainable, optimizer, prompts, rollout, states, *signal, banned=None)
+
+
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
 def test_gradient_accumulation_cannot_change_the_update(small_step, norm):
     cfg, policy, trainable, *batch = small_step
@@ -175,7 +181,7 @@ def test_gradient_accumulation_cannot_change_the_update(small_step, norm):
         for p, value in zip(trainable, start, strict=True):
             p.data.copy_(value)
         cfg.micro_batch_prompts = size
-        train.update(cfg, policy, trainable, torch.optim.SGD(trainable, lr=1.0), *batch, banned=None)
+        update(cfg, policy, trainable, *batch, lr=1.0)
         after.append(torch.cat([(p - s).detach().flatten() for p, s in zip(trainable, start, strict=True)]))
     assert after[0].abs().max() > 1e-4
     torch.testing.assert_close(after[0], after[1], atol=1e-7, rtol=1e-4)
@@ -184,7 +190,7 @@ def test_gradient_accumulation_cannot_change_the_update(small_step, norm):
 def test_the_first_update_has_ratio_one_and_no_kl(small_step):
     cfg, policy, trainable, *batch = small_step
     lora.freeze_reference(policy.decoder)
-    numbers = train.update(cfg, policy, trainable, torch.optim.SGD(trainable, lr=0.0), *batch, banned=None)
+    numbers = update(cfg, policy, trainable, *batch, lr=0.0)
     assert numbers["ratio"] == pytest.approx(1, abs=1e-5) and numbers["kl"] == pytest.approx(0, abs=1e-6)
     assert numbers["clip_frac"] == 0 and numbers["logprob_gap"] < 1e-4 and numbers["grad_norm"] > 1e-4
 
@@ -196,7 +202,7 @@ def test_a_non_finite_loss_changes_nothing_and_says_so(small_step, monkeypatch):
     monkeypatch.setattr(
         train, "completion_logprobs", lambda *a, **k: [x * float("nan") for x in real(*a, **k)]
     )
-    numbers = train.update(cfg, policy, trainable, torch.optim.SGD(trainable, lr=1.0), *batch, banned=None)
+    numbers = update(cfg, policy, trainable, *batch, lr=1.0)
     assert numbers["bad"]
     assert all(torch.equal(p, s) for p, s in zip(trainable, start, strict=True))
 
