@@ -202,14 +202,14 @@ def micro_batches(cfg, P: int) -> list[slice]:
 
 
 def reference_states(cfg, policy, prompts, rollout) -> list[torch.Tensor]:
-    """The frozen reference's states of the completions, per micro-batch, without gradient; no ranks needed."""
+    """The frozen reference's states of the completions, per micro-batch; they need no ranks."""
     with lora.using(policy.decoder, "reference"), lora.folded(policy.decoder):
         micro = micro_batches(cfg, len(prompts.prompt_ids))
         return [completion_states(policy, prompts[p], rollout[rows(p, cfg.group_size)]) for p in micro]
 
 
 def update(cfg, policy, trainable, optimizer, prompts, rollout, ref_states, advantages, live, banned) -> dict:
-    """Clipped GRPO_rank updates on one rollout. Returns the step's numbers; "bad" if a loss was not finite."""
+    """Clipped GRPO_rank updates on one rollout. Returns the step's numbers; "bad": a loss was not finite."""
     P, G, device = len(prompts.prompt_ids), cfg.group_size, prompts.prompt_ids.device
     micro = micro_batches(cfg, P)
     counted = rollout.completion_mask & live[:, None]
