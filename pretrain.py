@@ -2,7 +2,7 @@
 fine-tune on a faulty corpus.
 
     python pretrain.py [--out weights] [--seed N] [--stage all|clip|align|sft]
-    python pretrain.py --stage ranker [--pairs FILE.jsonl --videos DIR]     # an oracle from the finished weights
+    python pretrain.py --stage ranker [--pairs FILE.jsonl --videos DIR]     # an oracle, from the weights
 
 1. clip    contrastive on (frame, caption) pairs; frozen afterwards, patch tokens computed once a clip
 2. align   adapter and decoder: first captions of every frame from that frame's video tokens alone, then

@@ -84,7 +84,7 @@ def draw_pairs(questions: list[Question], per_question: int, error_rate: float, 
             two = other(question)
             if one == two:
                 continue
-            better = (grade(one, question) > grade(two, question)) - (grade(one, question) < grade(two, question))
+            better = grade(one, question) - grade(two, question)
             wrong = rng.random() < (error_rate if better else 0.5)
             chosen, rejected = (one, two) if (better >= 0) != wrong else (two, one)
             truth = 0 if not better else -1 if wrong else 1
@@ -188,13 +188,13 @@ def load_ranker(folder: str, device="cpu") -> Ranker:
     remedy = "make it with python pretrain.py --stage ranker"
     if not os.path.exists(path):
         raise BadInput(f"{path}: no such file; {remedy}")
-    ranker = Ranker(load_model(base), Tokenizer.load(os.path.join(base, "tokenizer.json")))
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             made_for = (file.metadata() or {}).get("base")
-        if made_for != _digest(base):
+        if os.path.exists(os.path.join(base, "model.safetensors")) and made_for != _digest(base):
             raise BadInput(f"{path}: was trained from another {base}/model.safetensors; {remedy}")
+        ranker = Ranker(load_model(base), Tokenizer.load(os.path.join(base, "tokenizer.json")))
         ranker.head.weight.data.copy_(tensors.pop("head"))
         ranker.model.decoder.load_state_dict({k.removeprefix("decoder."): x for k, x in tensors.items()})
     except (SafetensorError, KeyError, RuntimeError) as error:
@@ -207,7 +207,7 @@ class TrainedOracle:
     """Ranks by the trained ranker's scores, all candidates of all groups in one batch.
 
     margin: log-odds. Answers that score less than this below the best of their level tie with it: what the
-    ranker hardly tells apart is no signal (oracle.py). A video is decoded and embedded when first asked about.
+    ranker hardly tells apart is no signal (oracle.py). A video is decoded when it is first asked about.
     """
 
     def __init__(self, ranker: Ranker, margin: float):
