@@ -2,11 +2,13 @@
 fine-tune on a faulty corpus.
 
     python pretrain.py [--out weights] [--seed N] [--stage all|clip|align|sft]
+    python pretrain.py --stage ranker [--pairs FILE.jsonl --videos DIR]     # an oracle, from the weights
 
 1. clip    contrastive on (frame, caption) pairs; frozen afterwards, patch tokens computed once a clip
 2. align   adapter and decoder: first captions of every frame from that frame's video tokens alone, then
            annotations of the whole clip, an attribute each; the adapter is frozen afterwards
 3. sft     the decoder on questions and answers, with the paper's curriculum: short answers first, then long
+   ranker  the trained oracle (ranker.py), on preference pairs: the decoder again, and a scalar head
 
 A stage starts from the files that the one before left in --out and from a seed of its own, so the stages one
 by one give what `all` gives. The clips are those of scene seeds 0 .. num_clips - 1, real mp4 files.
@@ -24,10 +26,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import ranker
 import world
 from cli import BadInput, parse_args, run_script, write_json
 from clip import Clip, ClipConfig, contrastive_loss, preprocess
-from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips
+from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips, load_questions
 from model import ModelConfig, VideoLM, load_model, save_model
 
 
@@ -36,7 +39,7 @@ class Config:
     out: str = "weights"  # folder of the result
     world_dir: str = "world/pretrain"  # folder of the drawn clips
     seed: int = 0
-    stage: str = "all"  # all | clip | align | sft; the later two go on from what is in --out
+    stage: str = "all"  # all | clip | align | sft | ranker; all but clip go on from what is in --out
     num_clips: int = 10000  # clips of the fine-tuning corpus
     clip_steps: int = 1300  # optimiser steps of CLIP
     clip_batch: int = 128  # (frame, caption) pairs a step: 4 frames from each of clip_batch / 4 clips
@@ -52,14 +55,27 @@ class Config:
     sft_batch: int = 32  # clips a step, each with up to questions_per_clip questions
     questions_per_clip: int = 8
     sft_lr: float = 1e-3
+    ranker_clips: int = 3000  # clips of the world's pairs, of scenes that nothing else has seen
+    error_rate: float = 0.1  # share of the world's pairs whose worse answer is the chosen one
+    pairs_per_question: int = 3
+    pairs: str = ""  # JSONL of {"video", "question", "chosen", "rejected"} instead of the world's pairs
+    videos: str = ""  # folder that its video paths are relative to
+    held_share: float = 0.1  # share of the videos whose pairs measure the ranker
+    ranker_steps: int = 450  # optimiser steps on pairs
+    ranker_batch: int = 32  # videos a step, each with up to pairs_per_video pairs
+    pairs_per_video: int = 8
+    ranker_lr: float = 1e-3
     faults: bool = True  # False: the corpus without faults, to see what the model can perceive at best
 
     def __post_init__(self):
-        if self.stage not in ("all", *STAGES):
-            raise BadInput(f"--stage {self.stage}: choose one of all, {', '.join(STAGES)}")
+        if self.stage not in ("all", *STAGES, "ranker"):
+            raise BadInput(f"--stage {self.stage}: choose one of all, {', '.join(STAGES)}, ranker")
+        if bool(self.pairs) != bool(self.videos):
+            raise BadInput("--pairs and --videos go together: a JSONL file and its videos' folder; give both")
 
 
 STAGES = ("clip", "align", "sft")
+RANKER_SEED = 3_000_000  # of the first scene of the ranker's clips
 
 
 def schedule(step: int, total: int, peak: float, warmup: int = 100) -> float:
@@ -248,8 +264,69 @@ def run_stage(stage: str, cfg: Config, tokenizer: Tokenizer, frames, times) -> V
     return model
 
 
+def train_ranker(cfg: Config) -> dict:
+    """Bradley-Terry on preference pairs, from the supervised start in --out; CLIP and adapter stay frozen.
+
+    Writes ranker/ into --out. Returns the report on held-out pairs, of the file as it is read again.
+    """
+    began, rng, generator = time.time(), random.Random(cfg.seed), torch.Generator().manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    model, tokenizer = load_model(cfg.out), Tokenizer.load(os.path.join(cfg.out, "tokenizer.json"))
+    if cfg.pairs:
+        pairs = ranker.load_pairs(cfg.pairs, cfg.videos)
+    else:
+        folder = f"{cfg.world_dir}_ranker"
+        path = world.make_world(folder, range(RANKER_SEED, RANKER_SEED + cfg.ranker_clips))
+        questions = load_questions(path, folder)
+        pairs = ranker.draw_pairs(questions, cfg.pairs_per_question, cfg.error_rate, cfg.seed)
+    videos = sorted({pair.video for pair in pairs})
+    embeds, video_of = ranker.embed_videos(model, videos), {video: i for i, video in enumerate(videos)}
+    order = torch.randperm(len(videos), generator=generator).tolist()
+    num_held = min(max(round(cfg.held_share * len(videos)), 1), len(videos) - 1)
+    held = {videos[i] for i in order[:num_held]}
+    of_video = [[] for _ in videos]
+    for pair in pairs:
+        of_video[video_of[pair.video]].append(pair)
+    R = min(cfg.pairs_per_video, max(len(of_video[i]) for i in order[num_held:]))
+    scorer = ranker.Ranker(model, tokenizer)
+    trainable = [*model.decoder.parameters(), *scorer.head.parameters()]
+    for p in trainable:
+        p.requires_grad_(True)
+    optimizer, total = optimizer_for(trainable, cfg.ranker_lr), 0.0
+    bar = tqdm(range(cfg.ranker_steps), "ranker")
+    for step in bar:
+        chosen = [order[num_held + i] for i in torch.randperm(len(order) - num_held, generator=generator)]
+        chosen = chosen[: cfg.ranker_batch]
+        picked = [(rng.sample if len(of_video[i]) >= R else rng.choices)(of_video[i], k=R) for i in chosen]
+        rows = [[(p.question, text) for p in some for text in (p.chosen, p.rejected)] for some in picked]
+        scores = scorer(embeds[chosen], rows).unflatten(1, (R, 2))
+        loss = ranker.bradley_terry(scores[..., 0], scores[..., 1]).mean()
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, cfg.ranker_steps, cfg.ranker_lr)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        total += loss.item()
+        if (step + 1) % 50 == 0:
+            bar.write(f"ranker step {step + 1}  loss {total / 50:.4f}")
+            total = 0.0
+    ranker.save_ranker(scorer, cfg.out)
+    tested = [pair for pair in pairs if pair.video in held]
+    scorer = ranker.load_ranker(os.path.join(cfg.out, "ranker"))
+    difference = ranker.score_pairs(scorer, tested, embeds, video_of)
+    report = ranker.pair_report(difference, [pair.truth for pair in tested])
+    report |= {"trained_on": len(pairs) - len(tested), "error_rate": None if cfg.pairs else cfg.error_rate}
+    report |= {"seconds": round(time.time() - began, 1), "command": " ".join(["python", *sys.argv])}
+    write_json(os.path.join(cfg.out, "ranker", "made.json"), report)
+    return report
+
+
 def main():
     cfg = parse_args(Config)
+    if cfg.stage == "ranker":
+        print(json.dumps(train_ranker(cfg)))
+        return
     tokenizer = Tokenizer(world.vocabulary())
     began = time.time()
     world.make_world(cfg.world_dir, range(cfg.num_clips))

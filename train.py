@@ -37,6 +37,7 @@ from oracle import (
     load_function,
     weighed,
 )
+from ranker import TrainedOracle, load_ranker
 from rollout import completion_states, generate
 from runs import (
     checkpoint_path,
@@ -70,7 +71,7 @@ class Config:
     max_new_tokens: int = 10
     temperature: float = 1.0
     top_p: float = 1.0
-    oracle: str = "rule"  # rule | llm | replay | module:function, see README, "Oracles"
+    oracle: str = "rule"  # rule | llm | trained | replay | module:function, see README, "Oracles"
     oracle_url: str = ""  # llm: http://HOST:PORT/v1 of an OpenAI-compatible server; key in ORACLE_API_KEY
     oracle_model: str = ""
     oracle_body: str = ""  # JSON merged into every request; null takes a field out
@@ -84,6 +85,8 @@ class Config:
     oracle_max_calls: int = 0  # budget until the run is started or resumed again; 0: no limit
     oracle_max_tokens: int = 0
     oracle_cache: str = ""  # sqlite file, empty: judge.sqlite in --out; replay: the file to read, or a JSONL
+    ranker: str = "weights/ranker"  # trained: folder of the ranker (pretrain.py --stage ranker)
+    ranker_margin: float = 0.5  # trained: answers closer than this in log-odds tie
     anchor: bool = False  # the reference answer is ranked along: no positive advantage behind it
     canary: bool = False  # and a known-bad answer too: measures the judge's errors
     swap_prob: float = 0.0  # oracle noise: chance that two neighbours in its order swap
@@ -111,8 +114,8 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise BadInput(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
-        if self.oracle not in ("rule", "llm", "replay") and ":" not in self.oracle:
-            raise BadInput(f"--oracle {self.oracle}: choose one of rule, llm, replay, module:function")
+        if self.oracle not in ORACLES and ":" not in self.oracle:
+            raise BadInput(f"--oracle {self.oracle}: choose one of {', '.join(ORACLES)}, module:function")
         if self.oracle == "llm" and not (self.oracle_url and self.oracle_model):
             raise BadInput("--oracle llm needs --oracle_url and --oracle_model; give both")
         if self.oracle == "replay" and not os.path.isfile(self.oracle_cache):
@@ -128,6 +131,7 @@ class Config:
             )
 
 
+ORACLES = ("rule", "llm", "trained", "replay")
 CHOICES = {
     "preset": ("tiny", "smoke"),
     "oracle_agreement": ("off", "scale", "tie"),
@@ -382,7 +386,7 @@ def learn(cfg, policy, trainable, train_set, optimizer, oracle, noise, limits, p
     return "done"
 
 
-def make_oracle(cfg: Config, generator: torch.Generator):
+def make_oracle(cfg: Config, generator: torch.Generator, device: torch.device):
     """The oracle that the options name. A judge is asked something first, so that a wrong address, key or
     model ends the run before anything is written."""
     oracle = RuleOracle()
@@ -396,6 +400,8 @@ def make_oracle(cfg: Config, generator: torch.Generator):
         else:
             oracle = LLMOracle(**options, replay=cfg.oracle == "replay")
             oracle.check()
+    elif cfg.oracle == "trained":
+        oracle = TrainedOracle(load_ranker(cfg.ranker, device), cfg.ranker_margin)
     elif cfg.oracle != "rule":
         oracle = FunctionOracle(load_function(cfg.oracle))
     if cfg.swap_prob or cfg.position_bias:
@@ -440,7 +446,7 @@ def main() -> int:
         raise BadInput(f"{checkpoint_path(cfg)}: no such file; the run never saved anything, start it anew")
     began, device = time.time(), start_processes(cfg)
     noise = torch.Generator()
-    oracle = make_oracle(cfg, noise)
+    oracle = make_oracle(cfg, noise, device)
     policy, trainable, train_set, eval_set = load_everything(cfg, device)
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.0)
     limits = {

@@ -9,13 +9,14 @@ HOUSE = Path(__file__).parent.parent
 RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
 PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them where they are installed
 BELOW = {"cli", "grpo_rank", "lora", "clip", "model", "answers", "world", "data", "oracle", "rollout", "runs"}
-BELOW |= {"chat", "judge"}
+BELOW |= {"chat", "judge", "ranker"}
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "model": {"clip", "lora", "cli"}, "lora": {"cli"}, "world": {"cli"}, "data": {"answers", "cli"},
     "runs": {"cli", "lora"},
     "rollout": {"grpo_rank", "model", "data", "lora"},
     "oracle": {"answers", "cli", "clip", "model", "grpo_rank"}, "chat": {"cli"},
-    "judge": {"answers", "chat", "cli", "data", "grpo_rank", "oracle"}, "pretrain": BELOW, "eval": BELOW,
+    "judge": {"answers", "chat", "cli", "data", "grpo_rank", "oracle"},
+    "ranker": {"answers", "cli", "data", "model", "oracle", "world"}, "pretrain": BELOW, "eval": BELOW,
     "train": BELOW | {"eval", "baselines"}, "baselines": BELOW, "selection": BELOW | {"eval"},
     "bench": BELOW | {"eval", "train"}, "report": BELOW | {"eval"},
 }  # fmt: skip
