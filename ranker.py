@@ -65,18 +65,20 @@ def draw_pairs(questions: list[Question], per_question: int, error_rate: float, 
     """Pairs from the embedded world, where `answers.grade` knows which answer is better.
 
     The choice is wrong with probability error_rate. Of two equally good answers either is chosen, as by
-    people who must choose: this teaches equal scores for equally wrong answers.
+    people who must choose: this teaches equal scores for equally wrong answers. Some answers are true of the
+    video but not what was asked: a ranker that never saw such is soon led to prefer them.
     """
-    rng, said, pairs = random.Random(seed), defaultdict(list), []
+    rng, said, true, pairs = random.Random(seed), defaultdict(list), defaultdict(list), []
     for question in questions:
         said[question.category].append(question.answer)
+        true[question.video].append(question.answer)
 
     def other(question):
         vague = [*world.LOOSE_ANSWERS[question.category], world.USUAL_ANSWER.get(question.category, "")]
         draw, text = rng.random(), rng.choice(said[question.category])
-        if draw < 0.25:
-            return rng.choice(vague)
-        return f"{text} {rng.choice(said[question.category])}" if draw < 0.35 else text  # says two things
+        if draw < 0.45:
+            return rng.choice(vague if draw < 0.2 else true[question.video])
+        return f"{text} {rng.choice(said[question.category])}" if draw < 0.55 else text  # says two things
 
     for question in questions:
         for _ in range(per_question):
