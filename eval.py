@@ -281,7 +281,7 @@ def study_run(folder: str, name: str, seed: int) -> str:
 
 
 def study_table(folder: str, seeds: int) -> str:
-    """A row a kind of oracle: gains in points, mean and range over the seeds; W: mean over steps and seeds."""
+    """A row a kind of oracle: gains in points, mean and range over the seeds; W: mean over all steps."""
     lines = ["| oracle | seeds | greedy gain | sampled gain | of the gain without noise | Kendall's W |"]
     lines.append("|---" * 6 + "|")
     clean = None
