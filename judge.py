@@ -312,6 +312,9 @@ class LLMOracle:
                     said.append(future.result())
                 except Failed as failed:
                     notes[p] = f"{failed.cause}: {failed}"
+                except (BadInput, OSError):  # nothing to replay, a full disk: the run ends here
+                    self.pool.shutdown(wait=False, cancel_futures=True)
+                    raise
                 bar.update()
             if said and not notes[p]:
                 place, agreement[p], counts = settle(orders, said, self.agreement == "tie")

@@ -43,6 +43,7 @@ from rollout import completion_states, generate
 from runs import (
     checkpoint_path,
     open_run,
+    oracle_summary,
     process_info,
     report,
     save_bad_batch,
@@ -495,6 +496,7 @@ def main() -> int:
         }
         results |= {"device": describe(device), "bad_steps": progress["bad_steps"]}
         results |= {"before": progress["before"], "after": after, "gain": gain}
+        results["oracle"] = oracle_summary(cfg.out)
         write_json(os.path.join(cfg.out, "results.json"), results)
         print("\n" + table(progress["before"], after))
         for name, g in gain.items():

@@ -393,6 +393,18 @@ def test_the_cache_survives_kill_minus_nine_and_serves_several_processes(tmp_pat
         assert cache.put(f"{i % 1000} {i}", "me", "q", [9], "") == stored
 
 
+def test_a_full_disk_ends_the_asking_at_once(serve, tmp_path, monkeypatch):
+    def full(*row):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(judge.Cache, "put", full)
+    server = serve(perfect)
+    oracle = make(server, concurrency=1, cache=str(tmp_path / "c.sqlite"))
+    with pytest.raises(OSError, match="no space left"):
+        oracle.rank([question(i) for i in range(99)], ["1 a", "2 b"] * 99)
+    assert len(server.requests) < 50  # those that were asked before the first answer was looked at
+
+
 def test_replay_from_jsonl_needs_no_judge_and_names_what_it_lacks(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text('{"id": "0", "candidates": ["a", "b", "a"], "oracle_ranks": [1, 0, 1]}\n')
@@ -609,6 +621,11 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
     assert [row["step"] for row in rows] == [0, 1, 2] and {row["failed_groups"] for row in rows} == {0}
     names = {"judge_calls", "judge_cache_hits", "judge_tokens", "position_bias", "kendall_w", "canary_error"}
     assert names | {"oracle_share", "length_tau", "repeated_openings", "refusals"} <= rows[0].keys()
+    summary = json.loads((home / "run" / "results.json").read_text())["oracle"]  # and of the run as a whole
+    pairs = [row["position_pairs"] for row in rows]
+    weighted = sum(row["position_bias"] * n for row, n in zip(rows, pairs, strict=True)) / sum(pairs)
+    assert summary["position_bias"] == pytest.approx(weighted) and summary["failed_groups"] == 0
+    assert summary["judge_calls"] == sum(row["judge_calls"] for row in rows) and "canary_error" in summary
     before = len(server.requests)
     replay = ["--oracle", "replay", "--oracle_cache", home / "run" / "judge.sqlite"]
     assert run("replayed", *options, *replay) == 0 and len(server.requests) == before
