@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 import chat
 import judge
@@ -402,7 +403,9 @@ def test_a_full_disk_ends_the_asking_at_once(serve, tmp_path, monkeypatch):
     oracle = make(server, concurrency=1, cache=str(tmp_path / "c.sqlite"))
     with pytest.raises(OSError, match="no space left"):
         oracle.rank([question(i) for i in range(99)], ["1 a", "2 b"] * 99)
-    assert len(server.requests) < 50  # those that were asked before the first answer was looked at
+    asked = len(server.requests)
+    time.sleep(0.2)
+    assert len(server.requests) <= asked + 1 < 99
 
 
 def test_replay_from_jsonl_needs_no_judge_and_names_what_it_lacks(tmp_path):
@@ -585,7 +588,7 @@ def run(home, monkeypatch):
     def start(out, *options):
         where = ["--policy", ROOT / "weights", "--world_dir", home / "world", "--out", home / out]
         small = "--dtype float32 --num_train_clips 6 --num_eval_clips 3 --eval_samples 1 --lora_r 4"
-        command = ["train.py", *where, *small.split(), "--num_steps", "3", "--batch_prompts", "8", *options]
+        command = ["train.py", *where, *small.split(), "--num_steps", "2", "--batch_prompts", "8", *options]
         monkeypatch.setattr(sys, "argv", [str(x) for x in command])
         return train.main()
 
@@ -614,11 +617,14 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
     said = capsys.readouterr()
     assert "the judge is dead (dead: " in said.err and "out of memory" in said.err
     assert "waiting" in said.out and "--resume" in said.out
-    assert (home / "run" / "checkpoint.safetensors").exists() and not (home / "run" / "results.json").exists()
+    with safe_open(home / "run" / "checkpoint.safetensors", "pt") as file:
+        done = json.loads(file.metadata()["progress"])["step"]
+    assert done == len((home / "run" / "metrics.jsonl").read_text().splitlines()) == 1  # saved where it died
+    assert not (home / "run" / "results.json").exists()
     server.brain = by_length
     assert run("run", "--resume", "--oracle_concurrency", "8") == 0
     rows = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2] and {row["failed_groups"] for row in rows} == {0}
+    assert [row["step"] for row in rows] == [0, 1] and {row["failed_groups"] for row in rows} == {0}
     names = {"judge_calls", "judge_cache_hits", "judge_tokens", "position_bias", "kendall_w", "canary_error"}
     assert names | {"oracle_share", "length_tau", "repeated_openings", "refusals"} <= rows[0].keys()
     summary = json.loads((home / "run" / "results.json").read_text())["oracle"]  # and of the run as a whole
