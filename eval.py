@@ -3,6 +3,7 @@ time spans, 95 % intervals.
 
     python eval.py run RUN [--data FILE.jsonl --videos DIR]      # a run's tables again, or on other data
     python eval.py compare RUN RUN ...                           # finished runs side by side
+    python eval.py oracle_study [--out DIR] [--seeds N]          # faulty oracles: a table in RESULTS.md
     python eval.py score --data FILE.jsonl --predictions PRED.jsonl [--json OUT]
 
 A line of PRED.jsonl is {"id", "prediction"}.
@@ -13,6 +14,9 @@ over videos, not questions: questions of one clip are right or wrong together.
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -21,7 +25,7 @@ import torch
 import lora
 import world
 from answers import bootstrap_ci, grade, is_correct
-from cli import ArgumentParser, BadInput, run_script, write_json
+from cli import ArgumentParser, BadInput, run_script, write_json, write_whole
 from data import EOS_ID, PromptSet, Tokenizer, load_questions
 from model import load_model
 from rollout import generate
@@ -233,6 +237,87 @@ def compare(folders: list[str]) -> str:
     return "\n".join(lines)
 
 
+HOUSE = os.path.dirname(os.path.abspath(__file__))
+# What is wrong with the oracle, and what is done about it: options of train.py
+STUDY = {"no noise": ""} | {f"swap {x}": f"--swap_prob {x}" for x in (0.1, 0.2, 0.3, 0.4, 0.5)}
+STUDY |= {f"bias {x}": f"--position_bias {x}" for x in (0.3, 0.6)}
+for fault in ("swap 0.3", "bias 0.6"):
+    STUDY |= {f"{fault}, k = {k}": f"{STUDY[fault]} --oracle_permutations {k}" for k in (3, 5)}
+    STUDY[f"{fault}, k = 5, W"] = f"{STUDY[fault]} --oracle_permutations 5 --oracle_agreement scale"
+    STUDY[f"{fault}, anchor"] = f"{STUDY[fault]} --anchor"
+
+
+def oracle_study(folder: str, seeds: int, options: list[str], page: str) -> str:
+    """Trains every line of STUDY with every seed, the table so far in `page` after each run; returns it.
+
+    A run that has ended is not run again, one that was broken off goes on.
+    """
+    between(page, "oracle_study")  # before hours of training
+    os.makedirs(folder, exist_ok=True)
+    stored = os.path.join(folder, "options.json")
+    if not os.path.exists(stored):
+        write_json(stored, options)
+    with open(stored) as file:
+        if (old := json.load(file)) != options:
+            raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
+    for seed in range(seeds):
+        for name, faults in STUDY.items():
+            out = study_run(folder, name, seed)
+            if not os.path.exists(os.path.join(out, "results.json")):
+                command = [sys.executable, os.path.join(HOUSE, "train.py"), "--out", out]
+                if os.path.exists(os.path.join(out, "checkpoint.safetensors")):
+                    command.append("--resume")
+                else:
+                    shutil.rmtree(out, ignore_errors=True)  # it was broken off before it had learned anything
+                    command += ["--seed", str(seed), *faults.split(), *options]
+                if status := subprocess.run(command).returncode:
+                    raise BadInput(f"{out}: training ended with status {status}; mend that, run this again")
+            write_whole(page, between(page, "oracle_study", study_table(folder, seeds)).encode())
+    return study_table(folder, seeds)
+
+
+def study_run(folder: str, name: str, seed: int) -> str:
+    return os.path.join(folder, f"{name.replace(',', '').replace(' ', '_')}_{seed}")
+
+
+def study_table(folder: str, seeds: int) -> str:
+    """A row a kind of oracle: gains in points, mean and range over the seeds; W: mean over all steps."""
+    lines = ["| oracle | seeds | greedy gain | sampled gain | of the gain without noise | Kendall's W |"]
+    lines.append("|---" * 6 + "|")
+    clean = None
+    for name in STUDY:
+        runs = [study_run(folder, name, seed) for seed in range(seeds)]
+        runs = [run for run in runs if os.path.exists(os.path.join(run, "results.json"))]
+        if not runs:
+            continue
+        gained, agreed = {"greedy": [], "sampled": []}, []
+        for run in runs:
+            with open(os.path.join(run, "results.json")) as file:
+                gain = json.load(file)["gain"]
+            for mode, found in gained.items():
+                found.append(100 * gain[mode]["accuracy"])
+            with open(os.path.join(run, "metrics.jsonl")) as file:
+                agreed += [row["kendall_w"] for row in map(json.loads, file) if "kendall_w" in row]
+        cells = [name, str(len(runs))]
+        cells += [f"{sum(g) / len(g):+.1f} [{min(g):+.1f}, {max(g):+.1f}]" for g in gained.values()]
+        mean = sum(gained["sampled"]) / len(runs)
+        clean = mean if name == "no noise" else clean
+        cells.append(f"{mean / clean:.0%}" if clean else "")
+        cells.append(f"{sum(agreed) / len(agreed):.2f}" if agreed else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def between(path: str, name: str, text: str = "") -> str:
+    """The file's text with `text` put between the lines <!-- name --> and <!-- /name -->."""
+    with open(path, encoding="utf-8") as file:
+        page = file.read()
+    first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if first not in page or last not in page:
+        raise BadInput(f"{path}: has no lines {first.strip()} and {last}; put them where the table belongs")
+    return page[: page.index(first) + len(first)] + text + "\n" + page[page.index(last) :]
+
+
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -246,8 +331,15 @@ def main() -> int:
     scorer.add_argument("--json", default="")
     comparer = commands.add_parser("compare", help="finished runs side by side")
     comparer.add_argument("runs", nargs="+")
+    study = commands.add_parser("oracle_study", help="what faults of the oracle cost, and what helps")
+    study.add_argument("--out", default="runs/oracle_study")
+    study.add_argument("--seeds", type=int, default=3)
+    study.add_argument("--page", default=os.path.join(HOUSE, "RESULTS.md"), help="has the table's place")
+    study.add_argument("options", nargs="*", help="after --: options of train.py for every run")
     args = parser.parse_args()
-    if args.command == "run":
+    if args.command == "oracle_study":
+        print(oracle_study(args.out, args.seeds, args.options, args.page))
+    elif args.command == "run":
         print(evaluate_run(args.run, args.data, args.videos))
     elif args.command == "compare":
         print(compare(args.runs))

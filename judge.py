@@ -9,9 +9,7 @@ import functools
 import hashlib
 import io
 import json
-import math
 import os
-import random
 import re
 import sqlite3
 import threading
@@ -29,7 +27,7 @@ from chat import Chat, Failed
 from cli import BadInput
 from data import read_frames
 from grpo_rank import ranks_from_scores
-from oracle import Ranking, competition_ranks, consensus, group_size_of, kendall_w, tie_disputed
+from oracle import COUNTS, Ranking, competition_ranks, group_size_of, settle, shown_orders
 
 LETTERS = "GHJKLMNPQRSTUVWXYZ"  # neither option letters, nor grades, nor I and O, which look like digits
 MAX_CHARS = 2000  # of a text that the judge is shown
@@ -101,18 +99,6 @@ def video_media(path: str, num_frames: int) -> tuple[tuple[float, str], ...]:
     frames, times = read_frames(path, num_frames, 336)
     images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
     return tuple((seconds, jpeg_url(image)) for seconds, image in zip(times.tolist(), images, strict=True))
-
-
-def shown_orders(n: int, k: int, seed: str) -> list[list[int]]:
-    """min(k, n!) different orders of n texts: a seeded shuffle, its rotations, then the next shuffle's.
-
-    With k = n each text stands in each place once, so what a judge gives to a place it gives to all.
-    """
-    generator, orders = random.Random(seed), {}
-    while len(orders) < min(k, math.factorial(n)):
-        start = generator.sample(range(n), n)
-        orders |= {tuple(start[i:] + start[:i]): None for i in range(n)}
-    return [list(order) for order in orders][:k]
 
 
 # ---- what the judge says
@@ -318,28 +304,24 @@ class LLMOracle:
             groups.append((distinct, orders, asked))
         bar = tqdm(desc="judge", total=sum(len(g[1]) for g in groups), leave=False, delay=2, disable=None)
         ranks, notes = torch.zeros(len(batch), G, dtype=torch.int64), [""] * len(batch)
-        agreement, sums = torch.ones(len(batch)), dict.fromkeys(("early", "late", "w", "num_w"), 0)
+        agreement, sums = torch.ones(len(batch)), dict.fromkeys(COUNTS, 0)
         for p, (distinct, orders, asked) in enumerate(groups):
-            votes = []
-            for order, future in zip(orders, asked, strict=True):
+            said = []  # ranks by place, a row an order
+            for future in asked:
                 try:
-                    said = future.result()  # by place
+                    said.append(future.result())
                 except Failed as failed:
                     notes[p] = f"{failed.cause}: {failed}"
-                else:
-                    votes.append([said[order.index(i)] for i in range(len(distinct))])
-                    pairs = [(x, y) for i, y in enumerate(said) for x in said[:i]]
-                    sums["early"] += sum(x < y for x, y in pairs)
-                    sums["late"] += sum(x > y for x, y in pairs)
+                except (BadInput, OSError):  # nothing to replay, a full disk: the run ends here
+                    self.pool.shutdown(wait=False, cancel_futures=True)
+                    raise
                 bar.update()
-            if votes and not notes[p]:
-                place = consensus(votes)
-                place = tie_disputed(place, votes) if self.agreement == "tie" else place
+            if said and not notes[p]:
+                place, agreement[p], counts = settle(orders, said, self.agreement == "tie")
+                sums = {name: value + counts[name] for name, value in sums.items()}
                 place_of = dict(zip(distinct, place, strict=True))
                 own = [-place_of[fence(text)] for text in texts[p * G : (p + 1) * G]]
                 ranks[p] = ranks_from_scores(torch.tensor(own))
-                agreement[p] = kendall_w(votes)
-                sums["w"], sums["num_w"] = sums["w"] + agreement[p].item(), sums["num_w"] + 1
         bar.close()
         sums |= {name: value - before[name] for name, value in self._counts().items()}
         ok = torch.tensor([not note for note in notes])

@@ -8,12 +8,16 @@ It sees the question (with the path of its video) and the texts, never log-proba
 cannot tell apart: an order has no absolute level, so among G equally wrong answers a tie-break by length or
 position is a full-strength signal to prefer a wrong answer. Texts that are equal once stripped always tie.
 
-Here are the rule oracle, a user's own function, and what wraps any oracle: noise, and a reference answer that
-is ranked along. The language model as a judge lives in judge.py; the one order out of several is found here.
+Here are the rule oracle, a user's own function, and what wraps any oracle: noise, several permutations, and a
+reference answer that is ranked along. Elsewhere: the language model as a judge (judge.py), the trained ranker
+(ranker.py).
 """
 
 import importlib
+import json
+import math
 import operator
+import random
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -160,6 +164,37 @@ class NoisyOracle:
         return noisy
 
 
+class PermutedOracle:
+    """Another oracle, asked several times a group, each time with the candidates in another seeded order; its
+    rankings become one (`settle`). agreement: off | scale (advantages by Kendall's W) | tie (disputed pairs).
+    """
+
+    def __init__(self, oracle, permutations: int, agreement: str, seed: int):
+        self.oracle, self.permutations, self.agreement, self.seed = oracle, permutations, agreement, seed
+
+    def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
+        """texts (P * G), prompt-major -> ranks (P, G). A group fails where one of its rankings does."""
+        G, orders = group_size_of(batch, texts), []
+        groups = [[text.strip() for text in texts[p * G : (p + 1) * G]] for p in range(len(batch))]
+        for question, group in zip(batch, groups, strict=True):
+            orders.append(shown_orders(G, self.permutations, json.dumps([self.seed, question.id, group])))
+        shown = [
+            [group[i] for group, order in zip(groups, orders, strict=True) for i in order[k]]
+            for k in range(len(orders[0]))
+        ]
+        rankings = [self.oracle.rank(batch, one) for one in shown]
+        ranks, agreement, sums = [], torch.ones(len(batch)), dict.fromkeys(COUNTS, 0)
+        for p in range(len(batch)):
+            said = [ranking.ranks[p].tolist() for ranking in rankings]
+            place, agreement[p], counts = settle(orders[p], said, self.agreement == "tie")
+            sums = {name: value + counts[name] for name, value in sums.items()}
+            ranks.append(place)
+        ok = torch.stack([ranking.ok for ranking in rankings]).all(dim=0)
+        notes = [max(said) for said in zip(*(ranking.notes for ranking in rankings), strict=True)]
+        weights = agreement if self.agreement == "scale" else None
+        return Ranking(torch.tensor(ranks), ok, notes, weights, sums=sums)
+
+
 class AnchoredOracle:
     """Another oracle that ranks the reference answer along with the G candidates, unseen by them.
 
@@ -213,6 +248,36 @@ def weighed(advantages: Tensor, ranking: Ranking) -> Tensor:
 def competition_ranks(values: list) -> list[int]:
     """[7, 3, 7] -> [1, 0, 1]: how many are smaller."""
     return [sum(other < value for other in values) for value in values]
+
+
+def shown_orders(n: int, k: int, seed: str) -> list[list[int]]:
+    """min(k, n!) different orders of n texts: a seeded shuffle, its rotations, then the next shuffle's.
+
+    With k = n each text stands in each place once, so what a judge gives to a place it gives to all.
+    """
+    generator, orders = random.Random(seed), {}
+    while len(orders) < min(k, math.factorial(n)):
+        start = generator.sample(range(n), n)
+        orders |= {tuple(start[i:] + start[:i]): None for i in range(n)}
+    return [list(order) for order in orders][:k]
+
+
+COUNTS = ("early", "late", "w", "num_w")  # what `settle` counts, for the metrics
+
+
+def settle(orders: list[list[int]], said: list[list[int]], tie: bool) -> tuple[list[int], float, dict]:
+    """Rankings of the same n texts, row k of `said` by place in order k -> one ranking by text, Kendall's W,
+    and counts: pairs where the text shown first came out better (early) or worse (late), W and 1.
+
+    tie: what the rankings disagree on ties.
+    """
+    asked = zip(orders, said, strict=True)
+    votes = [[places[order.index(i)] for i in range(len(order))] for order, places in asked]
+    place, w = consensus(votes), kendall_w(votes)
+    pairs = [(x, y) for places in said for i, y in enumerate(places) for x in places[:i]]
+    early, late = sum(x < y for x, y in pairs), sum(x > y for x, y in pairs)
+    place = tie_disputed(place, votes) if tie else place
+    return place, w, dict(zip(COUNTS, (early, late, w, 1), strict=True))
 
 
 def consensus(votes: list[list[int]]) -> list[int]:
@@ -312,6 +377,7 @@ def feedback_means(n: dict[str, float]) -> dict:
     }
     if "calls" in n:
         numbers |= {f"judge_{name}": int(n[name]) for name in ("calls", "cache_hits", "tokens", "repairs")}
+    if "early" in n:
         numbers |= {"position_pairs": int(n["early"] + n["late"])}
         numbers |= {"position_bias": (n["early"] - n["late"]) / max(n["early"] + n["late"], 1)}
         numbers |= {"kendall_w": n["w"] / n["num_w"]} if n["num_w"] else {}

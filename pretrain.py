@@ -55,13 +55,13 @@ class Config:
     sft_batch: int = 32  # clips a step, each with up to questions_per_clip questions
     questions_per_clip: int = 8
     sft_lr: float = 1e-3
-    ranker_clips: int = 3000  # clips of the world's pairs, of scenes that nothing else has seen
+    ranker_clips: int = 2500  # clips of the world's pairs, of scenes that nothing else has seen
     error_rate: float = 0.1  # share of the world's pairs whose worse answer is the chosen one
     pairs_per_question: int = 3
     pairs: str = ""  # JSONL of {"video", "question", "chosen", "rejected"} instead of the world's pairs
     videos: str = ""  # folder that its video paths are relative to
     held_share: float = 0.1  # share of the videos whose pairs measure the ranker
-    ranker_steps: int = 450  # optimiser steps on pairs
+    ranker_steps: int = 400  # optimiser steps on pairs
     ranker_batch: int = 32  # videos a step, each with up to pairs_per_video pairs
     pairs_per_video: int = 8
     ranker_lr: float = 1e-3

@@ -8,6 +8,7 @@ appended back to the checkpoint. Process 0 alone writes.
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import asdict
 
 import torch.distributed as dist
@@ -107,6 +108,23 @@ def load_checkpoint(cfg, policy, trainable, optimizer) -> dict:
         if state:
             optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
     return progress
+
+
+def oracle_summary(folder: str) -> dict:
+    """What the oracle did over a whole run, from metrics.jsonl: sums, and means weighted by their counts."""
+    path, rows, causes = os.path.join(folder, "metrics.jsonl"), [], Counter()
+    if os.path.exists(path):  # not after --num_steps 0
+        with open(path) as file:
+            rows = [json.loads(line) for line in file]
+    for row in rows:
+        causes.update(row.get("failed_by_cause", {}))
+    found = {"failed_groups": sum(row["failed_groups"] for row in rows), "failed_by_cause": dict(causes)}
+    for name in ("judge_calls", "judge_cache_hits", "judge_tokens", "judge_repairs"):
+        found |= {name: sum(row[name] for row in rows)} if rows and name in rows[0] else {}
+    for name, count in (("position_bias", "position_pairs"), ("canary_error", "canaries")):
+        total = sum(row.get(count, 0) for row in rows)
+        found |= {name: sum(row[name] * row[count] for row in rows if count in row) / total} if total else {}
+    return found
 
 
 def report(cfg, bar, step, numbers, questions, texts, ranking, policy_ranks, advantages):

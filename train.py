@@ -31,6 +31,7 @@ from oracle import (
     AnchoredOracle,
     FunctionOracle,
     NoisyOracle,
+    PermutedOracle,
     RuleOracle,
     feedback_means,
     feedback_sums,
@@ -42,6 +43,7 @@ from rollout import completion_states, generate
 from runs import (
     checkpoint_path,
     open_run,
+    oracle_summary,
     process_info,
     report,
     save_bad_batch,
@@ -75,7 +77,7 @@ class Config:
     oracle_url: str = ""  # llm: http://HOST:PORT/v1 of an OpenAI-compatible server; key in ORACLE_API_KEY
     oracle_model: str = ""
     oracle_body: str = ""  # JSON merged into every request; null takes a field out
-    oracle_frames: int = 0  # pictures of the video that the judge is shown
+    oracle_frames: int = 0  # llm: pictures of the video that the judge is shown
     oracle_reference: bool = False  # show the judge the gold answer
     oracle_permutations: int = 1  # rankings asked for a group, each with the answers in another order
     oracle_agreement: str = "off"  # off | scale (advantages by Kendall's W) | tie (what they disagree on)
@@ -406,6 +408,8 @@ def make_oracle(cfg: Config, generator: torch.Generator, device: torch.device):
         oracle = FunctionOracle(load_function(cfg.oracle))
     if cfg.swap_prob or cfg.position_bias:
         oracle = NoisyOracle(oracle, generator, cfg.swap_prob, cfg.position_bias)
+    if cfg.oracle_permutations > 1 and cfg.oracle not in ("llm", "replay"):  # the judge permutes by itself
+        oracle = PermutedOracle(oracle, cfg.oracle_permutations, cfg.oracle_agreement, cfg.seed)
     return AnchoredOracle(oracle, cfg.anchor, cfg.canary) if cfg.anchor or cfg.canary else oracle
 
 
@@ -484,6 +488,7 @@ def main() -> int:
         }
         results |= {"device": describe(device), "bad_steps": progress["bad_steps"]}
         results |= {"before": progress["before"], "after": after, "gain": gain}
+        results["oracle"] = oracle_summary(cfg.out)
         write_json(os.path.join(cfg.out, "results.json"), results)
         print("\n" + table(progress["before"], after))
         for name, g in gain.items():

@@ -1,12 +1,20 @@
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import eval as eval_room
+import train
+import world
 from answers import Question
+from cli import BadInput, parse_args
 from eval import compare, gains, summarize, table
+from oracle import RuleOracle
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,6 +74,67 @@ def test_compare_names_the_category_that_lost_most(tmp_path):
     row = {"seed": 3, "wall_s": 61.2, "before": before, "after": after, "gain": gain}
     (tmp_path / "results.json").write_text(json.dumps(row))
     assert compare([str(tmp_path)]).splitlines()[2].endswith("| +25.0 [+20.0, +30.0] | When -10.0 | 61 |")
+
+
+# ---- the study of faulty oracles
+
+
+def test_every_line_of_the_study_is_a_configuration_of_train_py(monkeypatch):
+    for faults in eval_room.STUDY.values():
+        monkeypatch.setattr(sys, "argv", ["train.py", *faults.split()])
+        cfg = parse_args(train.Config, train.PRESETS)
+        make = train.make_oracle(cfg, torch.Generator(), torch.device("cpu"))
+        assert isinstance(make, RuleOracle) == (faults == "")
+    asked = " ".join(eval_room.STUDY.values())
+    for part in ("swap_prob 0.1", "swap_prob 0.5", "position_bias", "permutations 3", "permutations 5"):
+        assert part in asked
+    assert "--oracle_agreement scale" in asked and "--anchor" in asked
+
+
+def test_the_study_trains_each_line_once_goes_on_where_it_was_and_writes_its_table(tmp_path, monkeypatch):
+    """With train.py in this process, on clips of a small world."""
+    world.make_world(tmp_path / "world" / "train6", range(1_000_000, 1_000_006))
+    world.make_world(tmp_path / "world" / "eval3", range(2_000_000, 2_000_003))
+    options = ["--world_dir", str(tmp_path / "world"), "--policy", str(ROOT / "weights"), "--lora_r", "4"]
+    options += "--num_train_clips 6 --num_eval_clips 3 --eval_samples 1 --num_steps 2".split()
+    options += "--batch_prompts 8 --dtype float32".split()
+    commands, break_off = [], [False, True, False, False]
+
+    def run(command):
+        commands.append(command[2:])
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            status = train.main()
+        if break_off.pop(0):  # as if it had died before its end
+            Path(command[3], "results.json").unlink()
+            return SimpleNamespace(returncode=1)
+        return SimpleNamespace(returncode=status)
+
+    lines = {"no noise": "", "bias 0.6, k = 3": eval_room.STUDY["bias 0.6, k = 3"]}
+    monkeypatch.setattr(eval_room, "STUDY", lines)
+    monkeypatch.setattr(eval_room.subprocess, "run", run)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- oracle_study -->\nold\n<!-- /oracle_study -->\nafter\n")
+    study = str(tmp_path / "study"), 1, options, str(page)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(BadInput, match=r"bias_0\.6_k_=_3_0: training ended with status 1"):
+            eval_room.oracle_study(*study)
+        assert "| no noise | 1 | " in page.read_text() and "bias" not in page.read_text()
+        found = eval_room.oracle_study(*study)
+        assert found == eval_room.oracle_study(*study)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert [command[2] for command in commands] == ["--seed", "--seed", "--resume"]  # and then never again
+    rows = found.splitlines()
+    assert len(rows) == 4 and rows[3].startswith("| bias 0.6, k = 3 | 1 | ") and rows[2].endswith(" |  |")
+    assert 0 < float(rows[3].split("|")[-2]) <= 1  # Kendall's W of its permutations
+    assert page.read_text() == f"before\n<!-- oracle_study -->\n{found}\n<!-- /oracle_study -->\nafter\n"
+    with pytest.raises(BadInput, match=r"options\.json: the runs there have options"):
+        eval_room.oracle_study(study[0], 1, [], str(page))
+    page.write_text("no place for it")
+    with pytest.raises(BadInput, match="page.md: has no lines"):
+        eval_room.oracle_study(*study)
 
 
 def score(tmp_path, predictions):

@@ -1,24 +1,28 @@
 """The judge against a real HTTP server on this machine, which fails in every way that servers do."""
 
+import base64
 import hashlib
 import http.server
+import io
 import json
 import math
-import os
+import multiprocessing
 import random
 import re
 import signal
 import socketserver
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 
 import chat
 import judge
@@ -26,6 +30,7 @@ import train
 import world
 from answers import Question
 from cli import BadInput
+from data import read_frames
 from judge import LETTERS, LLMOracle, ReplayOracle, build_messages, fence, rank_patiently, read_ranking
 from oracle import competition_ranks
 
@@ -103,6 +108,14 @@ def serve():
         server.server_close()
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judge")
+    world.make_world(folder / "world" / "train6", range(1_000_000, 1_000_006))
+    world.make_world(folder / "world" / "eval3", range(2_000_000, 2_000_003))
+    return folder
+
+
 def quality(text: str) -> float:
     """The true order of this file's texts: "3 ..." is better than "2 ..."; without a number: worst."""
     found = re.match(r"-?\d+", text)
@@ -178,6 +191,25 @@ def test_one_repair_quotes_the_fault_then_the_group_fails_and_its_raw_text_is_ke
     server.brain = lambda body: "Sorry, no." if len(body["messages"]) == 2 else perfect(body)
     ranking = oracle.rank([question(0)], ["1 a", "2 b"])
     assert ranking.ranks.tolist() == [[1, 0]] and ranking.ok.tolist() == [True] and oracle.repairs == 2
+
+
+def test_frames_go_as_jpeg_with_their_times_and_the_reference_behind_the_constant_rubric(serve, home):
+    server, clip = serve(perfect), home / "world" / "train6" / "clip1000000.mp4"
+    asked = Question("0", str(clip), "what?", "9 reference"), ["1 a", "2 b"]
+    assert make(server, frames=2, reference=True).rank([asked[0]], asked[1]).ranks.tolist() == [[1, 0]]
+    system, user = server.requests[0]["messages"]
+    assert system == {"role": "system", "content": judge.RUBRIC}
+    head, time0, frame0, time1, frame1, tail = user["content"]
+    assert head["text"] == 'Question: "what?"\nReference answer: "9 reference"\n'
+    frames, times = read_frames(str(clip), 2, 336)
+    assert [part["text"] for part in (time0, time1)] == [f"Frame at {t:.2f} s:" for t in times.tolist()]
+    for part, frame in zip((frame0, frame1), frames, strict=True):
+        start, _, data = part["image_url"]["url"].partition(",")
+        assert start == "data:image/jpeg;base64"
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(float)
+        assert shown.shape == (336, 336, 3)
+        assert abs(shown - frame.permute(1, 2, 0).numpy()).mean() < 5  # grey levels that JPEG costs
+    assert tail["text"].startswith("Answers:\n") and "reference" not in tail["text"]
 
 
 # ---- faults
@@ -336,31 +368,44 @@ def test_two_hundred_groups_take_little_longer_than_the_server_and_no_call_again
         LLMOracle(cache=str(tmp_path / "c.sqlite"), replay=True).rank([question(7)], ["1 a", "99 new"])
 
 
+def write_without_end(path, me, pipe):
+    cache = judge.Cache(path)
+    for i in range(10**6):
+        cache.put(f"{i % 1000} {i}", str(me), "q", [0, me], "raw")
+        pipe.send(i)
+
+
 def test_the_cache_survives_kill_minus_nine_and_serves_several_processes(tmp_path):
-    code = """import sys; from judge import Cache
-cache, me = Cache(sys.argv[1]), sys.argv[2]
-for i in range(10**6):
-    cache.put(f"{i % 1000} {i}", me, "q", [0, int(me)], "raw"); print(i, flush=True)"""
-    path = str(tmp_path / "c.sqlite")
-    writers = [
-        subprocess.Popen([sys.executable, "-c", code, path, k], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for k in "012"
-    ]
+    path, fork, writers = str(tmp_path / "c.sqlite"), multiprocessing.get_context("fork"), []
+    for me in range(3):
+        here, there = fork.Pipe(duplex=False)
+        writers.append((fork.Process(target=write_without_end, args=(path, me, there)), here))
+        writers[-1][0].start()
     written = []
-    for writer in writers:
-        for _ in range(40):
-            line = writer.stdout.readline()
-        os.kill(writer.pid, signal.SIGKILL)
-        written.append(int(line))
-        writer.wait()
-        writer.stdout.close()
-    assert min(written) >= 39
+    for process, pipe in writers:
+        written.append([pipe.recv() for _ in range(40)][-1])
+        process.kill()
+        process.join()
     cache = judge.Cache(path)
     assert cache._run("PRAGMA integrity_check") == [("ok",)]
-    for i in range(min(written)):  # what was reported as written is there, and it is the first one's
+    for i in range(min(written) + 1):  # what was reported as written is there, and it is the first one's
         stored = cache.get(f"{i % 1000} {i}")
         assert stored in ([0, 0], [0, 1], [0, 2])
         assert cache.put(f"{i % 1000} {i}", "me", "q", [9], "") == stored
+
+
+def test_a_full_disk_ends_the_asking_at_once(serve, tmp_path, monkeypatch):
+    def full(*row):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(judge.Cache, "put", full)
+    server = serve(perfect)
+    oracle = make(server, concurrency=1, cache=str(tmp_path / "c.sqlite"))
+    with pytest.raises(OSError, match="no space left"):
+        oracle.rank([question(i) for i in range(99)], ["1 a", "2 b"] * 99)
+    asked = len(server.requests)
+    time.sleep(0.2)
+    assert len(server.requests) <= asked + 1 < 99
 
 
 def test_replay_from_jsonl_needs_no_judge_and_names_what_it_lacks(tmp_path):
@@ -535,29 +580,30 @@ def test_the_key_is_sent_and_never_shown_or_stored(serve, tmp_path):
 # ---- in training
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("judge")
-    world.make_world(folder / "world" / "train6", range(1_000_000, 1_000_006))
-    world.make_world(folder / "world" / "eval3", range(2_000_000, 2_000_003))
-    return folder
+@pytest.fixture
+def run(home, monkeypatch):
+    """train.main in this process, which saves the seconds that importing torch takes; returns its status."""
+    handler = signal.getsignal(signal.SIGINT)
 
+    def start(out, *options):
+        where = ["--policy", ROOT / "weights", "--world_dir", home / "world", "--out", home / out]
+        small = "--dtype float32 --num_train_clips 6 --num_eval_clips 3 --eval_samples 1 --lora_r 4"
+        command = ["train.py", *where, *small.split(), "--num_steps", "2", "--batch_prompts", "8", *options]
+        monkeypatch.setattr(sys, "argv", [str(x) for x in command])
+        return train.main()
 
-def run(home, out, *options):
-    where = ["--policy", ROOT / "weights", "--world_dir", home / "world", "--out", home / out]
-    small = "--dtype float32 --num_train_clips 6 --num_eval_clips 3 --eval_samples 1 --lora_r 4 --num_steps 3"
-    command = [sys.executable, ROOT / "train.py", *where, *small.split(), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(x) for x in command], capture_output=True, text=True, env=environment)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+    yield start
+    signal.signal(signal.SIGINT, handler)
 
 
 def by_length(body):
     return good_order(competition_ranks([-len(text) for text in texts_shown(body["messages"])]))
 
 
-def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_for_bit(serve, home):
+def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_for_bit(
+    serve, home, run, capsys, monkeypatch
+):
+    monkeypatch.setattr(chat, "FIRST_WAIT", 0.02)
     calls = []
 
     def mortal(body):
@@ -565,25 +611,36 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
         return by_length(body) if len(calls) <= 12 else (500, {}, "out of memory", 0)
 
     server = serve(mortal)
-    options = ["--batch_prompts", "8", "--canary", "--anchor"]
+    options = ["--canary", "--anchor"]
     judged = [*options, "--oracle", "llm", "--oracle_url", server.url, "--oracle_model", "m"]
-    done = run(home, "run", *judged, "--oracle_patience", "0.1", "--oracle_concurrency", "2")
-    assert done.returncode == 1 and "the judge is dead (dead: " in done.stderr
-    assert "out of memory" in done.stderr and "--resume" in done.stdout and "waiting" in done.stdout
-    assert (home / "run" / "checkpoint.safetensors").exists() and not (home / "run" / "results.json").exists()
+    assert run("run", *judged, "--oracle_patience", "0.1", "--oracle_concurrency", "2") == 1
+    said = capsys.readouterr()
+    assert "the judge is dead (dead: " in said.err and "out of memory" in said.err
+    assert "waiting" in said.out and "--resume" in said.out
+    with safe_open(home / "run" / "checkpoint.safetensors", "pt") as file:
+        done = json.loads(file.metadata()["progress"])["step"]
+    assert done == len((home / "run" / "metrics.jsonl").read_text().splitlines()) == 1  # saved where it died
+    assert not (home / "run" / "results.json").exists()
     server.brain = by_length
-    done = run(home, "run", "--resume", "--oracle_concurrency", "8")
-    assert done.returncode == 0, done.stderr
+    assert run("run", "--resume", "--oracle_concurrency", "8") == 0
     rows = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2] and {row["failed_groups"] for row in rows} == {0}
+    assert [row["step"] for row in rows] == [0, 1] and {row["failed_groups"] for row in rows} == {0}
     names = {"judge_calls", "judge_cache_hits", "judge_tokens", "position_bias", "kendall_w", "canary_error"}
     assert names | {"oracle_share", "length_tau", "repeated_openings", "refusals"} <= rows[0].keys()
+    summary = json.loads((home / "run" / "results.json").read_text())["oracle"]  # and of the run as a whole
+    pairs = [row["position_pairs"] for row in rows]
+    weighted = sum(row["position_bias"] * n for row, n in zip(rows, pairs, strict=True)) / sum(pairs)
+    assert summary["position_bias"] == pytest.approx(weighted) and summary["failed_groups"] == 0
+    assert summary["judge_calls"] == sum(row["judge_calls"] for row in rows) and "canary_error" in summary
     before = len(server.requests)
     replay = ["--oracle", "replay", "--oracle_cache", home / "run" / "judge.sqlite"]
-    done = run(home, "replayed", *options, *replay)
-    assert done.returncode == 0 and len(server.requests) == before, done.stderr
+    assert run("replayed", *options, *replay) == 0 and len(server.requests) == before
     name = "adapter/adapter_model.safetensors"
     assert (home / "run" / name).read_bytes() == (home / "replayed" / name).read_bytes()
+    # A replay that lacks a group: one line that names it, and what was learned until then is there
+    with pytest.raises(BadInput, match=r"\.sqlite: lacks the group of question clip\S+ with answers [^\n]*$"):
+        run("lacking", *options, *replay, "--seed", "1")
+    assert (home / "lacking" / "checkpoint.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import itertools
+import random
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from oracle import (
     AnchoredOracle,
     FunctionOracle,
     NoisyOracle,
+    PermutedOracle,
     Ranking,
     RuleOracle,
     competition_ranks,
@@ -310,6 +312,40 @@ def test_kendalls_w_by_hand():
     # ties: mid-ranks .5 .5 2 twice: S = 2 * ... = (1 - 2)^2 * 2 + (4 - 2)^2 = 6; 72 / (4 * 24 - 2 * 12)
     assert kendall_w([[0, 0, 2], [0, 0, 2]]) == pytest.approx(1.0)
     assert kendall_w([[0, 0, 0], [0, 0, 0]]) == 1.0
+
+
+# ---- permutations of any oracle
+
+
+def test_permutations_take_a_position_bias_out_of_any_oracle_and_measure_it():
+    """The bias puts the first of five on top in 3 of 10 cases; pairs that come out wrong, at k = 1 and 5."""
+    chance, words = random.Random(0), ["red", "blue", "green", "not red", "circle"]
+    asked = [COLOR] * 200, sum((chance.sample(words, 5) for _ in range(200)), [])
+    truth, wrong = RuleOracle().rank(*asked).ranks, {}
+    for k in (1, 5):
+        ranking = PermutedOracle(noisy(RuleOracle(), position_bias=0.3), k, "scale", 0).rank(*asked)
+        signs = [(r[:, :, None] - r[:, None, :]).sign() for r in (ranking.ranks, truth)]
+        wrong[k] = (signs[0] - signs[1]).abs().sum().item()
+        numbers = feedback_means(feedback_sums(asked[1], ranking))
+        assert numbers["position_bias"] > 0.1 and 0 < numbers["kendall_w"] <= 1 and ranking.ok.all()
+    assert wrong[5] <= 0.2 * wrong[1]
+    assert ranking.agreement.min() < 1  # and it says how much they disagree
+    fair = PermutedOracle(RuleOracle(), 5, "scale", 0).rank(*asked)
+    assert torch.equal(fair.ranks, truth) and (fair.agreement == 1).all()
+
+
+@unhurried
+@given(groups, st.integers(0, 9), st.sampled_from(["off", "tie"]))
+def test_permuted_rankings_tie_identical_texts_and_fail_where_one_fails(group, seed, agreement):
+    oracle = PermutedOracle(noisy(RuleOracle(), seed, swap_prob=0.5, position_bias=0.3), 3, agreement, seed)
+    ranks = oracle.rank([COLOR], group).ranks[0].tolist()
+    by_text = {}
+    for text, place in zip(group, ranks, strict=True):
+        assert by_text.setdefault(text.strip(), place) == place
+    assert ranks == competition_ranks(ranks)
+    down = PermutedOracle(FixedOracle([[0, 0], [0, 1]], [True, False]), 2, "off", 0)
+    failed = down.rank([COLOR, PLACE], ["a", "b"] * 2)
+    assert failed.ok.tolist() == [True, False] and failed.notes == ["", "judge down"]
 
 
 # ---- tripwires

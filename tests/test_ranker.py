@@ -1,4 +1,4 @@
-"""The trained ranker: its loss and its report by hand, and one short training from the repository's weights."""
+"""The trained ranker: its loss and its report by hand, and one short training from weights/."""
 
 import json
 import shutil
