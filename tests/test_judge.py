@@ -653,6 +653,7 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
         ),
         ("--oracle replay --oracle_cache none.jsonl", ["none.jsonl: no such file"]),
         ("--oracle best", ["--oracle best", "module:function"]),
+        ("--oracle trained --ranker none", ["none/ranker.safetensors: no such file", "--stage ranker"]),
         ("--oracle nowhere:f", ["--oracle nowhere:f", "PYTHONPATH"]),
     ],
 )
