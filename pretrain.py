@@ -283,11 +283,11 @@ def train_ranker(cfg: Config) -> dict:
     embeds, video_of = ranker.embed_videos(model, videos), {video: i for i, video in enumerate(videos)}
     order = torch.randperm(len(videos), generator=generator).tolist()
     num_held = min(max(round(cfg.held_share * len(videos)), 1), len(videos) - 1)
-    held = {videos[i] for i in order[:num_held]}
+    held, learned = {videos[i] for i in order[:num_held]}, order[num_held:]
     of_video = [[] for _ in videos]
     for pair in pairs:
         of_video[video_of[pair.video]].append(pair)
-    R = min(cfg.pairs_per_video, max(len(of_video[i]) for i in order[num_held:]))
+    R = min(cfg.pairs_per_video, max(len(of_video[i]) for i in learned))
     scorer = ranker.Ranker(model, tokenizer)
     trainable = [*model.decoder.parameters(), *scorer.head.parameters()]
     for p in trainable:
@@ -295,8 +295,8 @@ def train_ranker(cfg: Config) -> dict:
     optimizer, total = optimizer_for(trainable, cfg.ranker_lr), 0.0
     bar = tqdm(range(cfg.ranker_steps), "ranker")
     for step in bar:
-        chosen = [order[num_held + i] for i in torch.randperm(len(order) - num_held, generator=generator)]
-        chosen = chosen[: cfg.ranker_batch]
+        chosen = torch.randperm(len(learned), generator=generator)[: cfg.ranker_batch]
+        chosen = [learned[i] for i in chosen]
         picked = [(rng.sample if len(of_video[i]) >= R else rng.choices)(of_video[i], k=R) for i in chosen]
         rows = [[(p.question, text) for p in some for text in (p.chosen, p.rejected)] for some in picked]
         scores = scorer(embeds[chosen], rows).unflatten(1, (R, 2))

@@ -172,7 +172,7 @@ def score_pairs(ranker: Ranker, pairs: list[Pair], embeds: Tensor, video_of: dic
 
 def _digest(base: str) -> str:
     with open(os.path.join(base, "model.safetensors"), "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def save_ranker(ranker: Ranker, base: str):

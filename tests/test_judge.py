@@ -210,6 +210,10 @@ def test_frames_go_as_jpeg_with_their_times_and_the_reference_behind_the_constan
         assert shown.shape == (336, 336, 3)
         assert abs(shown - frame.permute(1, 2, 0).numpy()).mean() < 5  # grey levels that JPEG costs
     assert tail["text"].startswith("Answers:\n") and "reference" not in tail["text"]
+    for frames, reference, calls in ((2, True, 2), (2, True, 2), (0, True, 3), (2, False, 4), (1, True, 5)):
+        cache = str(home / "frames.sqlite")  # what else was shown is part of its key
+        make(server, frames=frames, reference=reference, cache=cache).rank([asked[0]], asked[1])
+        assert len(server.requests) == calls
 
 
 # ---- faults
@@ -653,6 +657,7 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
         ),
         ("--oracle replay --oracle_cache none.jsonl", ["none.jsonl: no such file"]),
         ("--oracle best", ["--oracle best", "module:function"]),
+        ("--oracle trained --ranker none", ["none/ranker.safetensors: no such file", "--stage ranker"]),
         ("--oracle nowhere:f", ["--oracle nowhere:f", "PYTHONPATH"]),
     ],
 )
