@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cli import BadInput, write_json, write_whole
-from nf4 import NF4Linear
+from nf4 import NF4Linear, quantise_linears
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # PEFT's prefix; without it PEFT loads nothing and warns once
@@ -102,6 +102,15 @@ def add_adapters(
         owner = model.get_submodule(parent)
         setattr(owner, child, LoRALinear(getattr(owner, child), r, alpha, generator, rslora))
     return [p for layer in layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+
+
+def freeze_base(decoder: nn.Module, base: str):
+    """Freezes a decoder and holds its weights in `base`: float32, bfloat16, or nf4, which is 4 bits for the
+    linear layers and bfloat16 for the rest (embedding, head, norms). Before adapters are added."""
+    if base == "nf4":
+        quantise_linears(decoder, DECODER_LINEARS)
+    for parameter in decoder.requires_grad_(False).parameters():
+        parameter.data = parameter.data.to(torch.float32 if base == "float32" else torch.bfloat16)
 
 
 @contextmanager
@@ -257,7 +266,7 @@ def load_adapter(model: nn.Module, folder: str) -> list[nn.Parameter]:
                 f" {layer.rslora}: use the run's own --lora_r and --lora_alpha"
             )
     if not adapted:
-        add_adapters(model, r, alpha, targets=set(names.values()), rslora=rslora)
+        add_adapters(model, r, alpha, set(names.values()), torch.Generator(), rslora)
     for (name, part), key in have.items():
         getattr(layers(model)[name], f"lora_{part}").copy_(stored[key])
     return [p for layer in layers(model).values() for p in (layer.lora_A, layer.lora_B)]

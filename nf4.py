@@ -18,7 +18,7 @@ LEVELS = (
     1.0,
 )  # fmt: skip
 BLOCK, GROUP = 64, 256  # numbers of an absmax, absmax of a scale
-PIECE = 2**22  # numbers quantised at once: bounds the float32 copies to a few times 16 MB
+PIECE = 2**24  # numbers quantised at once: bounds the float32 copies to a few times 64 MB
 
 
 def dynamic_levels() -> Tensor:
@@ -81,8 +81,8 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        weight = dequantise(ctx.shape, grad.dtype, *ctx.saved_tensors)
-        return grad @ weight, None, *[None] * len(ctx.saved_tensors)
+        stored = ctx.saved_tensors  # asked for once: a checkpointed layer forgets them then
+        return grad @ dequantise(ctx.shape, grad.dtype, *stored), None, *[None] * len(stored)
 
 
 class NF4Linear(nn.Module):

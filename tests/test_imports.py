@@ -9,22 +9,12 @@ HOUSE = Path(__file__).parent.parent
 RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
 PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them where they are installed
 BELOW = {
-    "cli",
-    "grpo_rank",
-    "nf4",
-    "lora",
-    "clip",
-    "model",
-    "answers",
-    "world",
-    "data",
-    "oracle",
-    "rollout",
-    "runs",
-}
+    "cli", "grpo_rank", "nf4", "lora", "clip", "model", "answers", "world", "data", "oracle", "rollout", "runs",
+    "memory",
+}  # fmt: skip
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"}, "data": {"answers", "cli"},
-    "runs": {"cli", "lora"},
+    "runs": {"cli", "lora"}, "memory": {"clip", "grpo_rank", "lora", "model", "nf4"},
     "rollout": {"grpo_rank", "model", "data", "lora"},
     "oracle": {"answers", "clip", "model", "grpo_rank"}, "pretrain": BELOW, "eval": BELOW,
     "train": BELOW | {"eval", "baselines"}, "baselines": BELOW, "selection": BELOW | {"eval"},
