@@ -9,8 +9,8 @@ HOUSE = Path(__file__).parent.parent
 RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
 PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them where they are installed
 BELOW = {
-    "cli", "grpo_rank", "nf4", "lora", "clip", "model", "answers", "world", "data", "oracle", "rollout", "runs",
-    "memory",
+    "cli", "grpo_rank", "nf4", "lora", "clip", "model", "answers", "world", "data", "oracle", "rollout",
+    "runs", "memory",
 }  # fmt: skip
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"}, "data": {"answers", "cli"},
