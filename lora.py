@@ -26,8 +26,7 @@ PREFIX = "base_model.model."  # PEFT's prefix; without it PEFT loads nothing and
 # Where a decoder stands in the model that PEFT wrapped: a causal LM of transformers, a LLaVA of transformers
 # 5 and one of transformers 4, the decoder itself.
 PATHS = ("model.", "model.language_model.", "language_model.model.", "")
-# PEFT's settings under which its tensors mean something else than (alpha / r) B A, with the values that
-# do not.
+# PEFT's settings that make of its tensors something else than (alpha / r) B A, with the values that do not
 PLAIN = {
     "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 } | dict.fromkeys(
@@ -174,8 +173,7 @@ def save_adapter(model: nn.Module, folder: str, path: str = PATHS[0]):
     os.makedirs(folder, exist_ok=True)
     adapted = layers(model)
     first = next(iter(adapted.values()))
-    # PEFT adapts every layer of a last name. In a LLaVA the image tower has such layers too: there
-    # whole paths.
+    # PEFT adapts every layer of a last name. A LLaVA's image tower has such layers too, so whole paths there.
     whole = "language_model" in path
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "revision": None,
@@ -267,6 +265,7 @@ def load_adapter(model: nn.Module, folder: str) -> list[nn.Parameter]:
             )
     if not adapted:
         add_adapters(model, r, alpha, set(names.values()), torch.Generator(), rslora)
+    adapted = layers(model)
     for (name, part), key in have.items():
-        getattr(layers(model)[name], f"lora_{part}").copy_(stored[key])
-    return [p for layer in layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+        getattr(adapted[name], f"lora_{part}").copy_(stored[key])
+    return [p for layer in adapted.values() for p in (layer.lora_A, layer.lora_B)]

@@ -87,7 +87,7 @@ class Config:
     dtype: str = "auto"  # auto | float32 | bfloat16: of the matrix products (autocast)
     compile: bool = False  # torch.compile for the log-probabilities of the update and the 4-bit base
     checkpointing: bool = False  # keep a layer's input alone for the backward: less memory, slower
-    memory_plan: bool = False  # print the memory plan first, then rehearse the longest step and its peaks
+    memory_plan: bool = False  # print the memory plan; rehearse the longest step first, print its peaks
 
     def __post_init__(self):
         if self.group_size < 2:

@@ -15,8 +15,10 @@ import train
 import world
 from clip import ClipConfig
 from data import Prompts
+from eval import load_run
 from grpo_rank import completion_logprobs
 from model import Decoder, KVCache, ModelConfig, VideoLM
+from nf4 import NF4Linear
 from rollout import completion_states, generate, generate_in_parts
 
 ROOT = Path(__file__).parent.parent
@@ -160,10 +162,14 @@ def test_the_7b_preset_plans_then_rehearses_then_learns_from_a_merged_adapter(tm
     for p in lora.add_adapters(policy.decoder, 2, 4.0, generator=torch.Generator().manual_seed(1)):
         p.data += 0.01
     lora.save_adapter(policy.decoder, tmp_path / "lora")
+    lora.merge(policy.decoder)
+    start, _ = train.load_policy(ROOT / "weights", adapter=tmp_path / "lora")
+    wanted = policy.state_dict()
+    assert all(torch.equal(x, wanted[name]) for name, x in start.state_dict().items())
     options = ["--preset", "7b", "--policy", ROOT / "weights", "--adapter", tmp_path / "lora"]
     options += ["--num_train_clips", 2, "--num_eval_clips", 1, "--world_dir", tmp_path / "world"]
-    options += ["--num_frames", 9, "--num_epochs", 2, "--batch_prompts", 8, "--sample_prompts", 3]
-    options += ["--max_new_tokens", 4, "--lora_r", 4, "--out", tmp_path / "run"]
+    options += ["--num_frames", 9, "--num_epochs", 2, "--batch_prompts", 16, "--sample_prompts", 9]
+    options += ["--max_new_tokens", 4, "--micro_batch_prompts", 8, "--lora_r", 4, "--out", tmp_path / "run"]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
     monkeypatch.setattr(memory, "plan", lambda *a: {"peak": 10**9})  # tested above
     monkeypatch.setattr(train, "catch_interrupt", lambda: lambda: False)  # pytest keeps its Ctrl-C
@@ -173,9 +179,12 @@ def test_the_7b_preset_plans_then_rehearses_then_learns_from_a_merged_adapter(tm
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     questions = int(said.split(" questions to learn")[0].split()[-1])
-    assert len(rows) == settings["num_steps"] == 2 * (questions // 8) > 0
+    assert len(rows) == settings["num_steps"] == 2 * (questions // 16) > 0
     stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert any(x.abs().max() > 0 for name, x in stored.items() if "lora_B" in name)
+    again, _, _ = load_run(tmp_path / "run")  # as eval.py reads it: the same base, the same frames
+    assert again.cfg.num_frames == 9
+    assert all(isinstance(x.base, NF4Linear) for x in lora.layers(again.decoder).values())
 
 
 def test_a_rehearsal_changes_nothing(monkeypatch):
