@@ -199,9 +199,9 @@ def update(cfg, policy, trainable, optimizer, prompts, rollout, advantages, live
     micro = [slice(i, i + cfg.micro_batch_prompts) for i in range(0, P, cfg.micro_batch_prompts)]
     counted = rollout.completion_mask & live[:, None]
     num_tokens, num_sequences = reduce_sum(counted.sum(), counted.any(dim=1).sum(), device=device)
-    with torch.no_grad(), lora.using(policy.decoder, "reference"):
+    with torch.no_grad(), lora.using(policy.decoder, "reference"):  # off the device: 4.7 GB in the 7b preset
         ref_states = [completion_states(policy, prompts[p], rollout[rows(p, G)]).cpu() for p in micro]
-    numbers, gap, head = {}, 0.0, policy.decoder.head.float()
+    numbers, gap, head = {}, 0.0, policy.decoder.head.float()  # logits in float32, whatever the base is in
     for u in range(cfg.updates_per_rollout):
         for p, ref_hidden in zip(micro, ref_states, strict=True):
             part = rollout[rows(p, G)]
