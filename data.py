@@ -430,10 +430,12 @@ class PromptSet:
     model: a VideoLM (embed_video, cfg, clip_cfg). Holds (number of videos, N_video, D) on the model's device.
     """
 
-    def __init__(self, model, tokenizer: Tokenizer, questions: list[Question], chunk: int = 64):
+    def __init__(self, model, tokenizer: Tokenizer, questions: list[Question]):
         self.questions, self.tokenizer = questions, tokenizer
         videos = sorted({question.video for question in questions})
-        embeds = []
+        embeds, patches = [], (model.clip_cfg.image_size // model.clip_cfg.patch_size) ** 2
+        # 2**15 patch tokens are 0.5 GB at width 4096: one clip of 50 frames of CLIP ViT-L/14-336
+        chunk = max(1, min(64, 2**15 // (model.cfg.num_frames * patches)))
         for start in tqdm(range(0, len(videos), chunk), "videos", leave=False):
             paths = videos[start : start + chunk]
             embeds.append(

@@ -151,9 +151,15 @@ def score(data: str, predictions: str) -> dict:
     return result | {"missing": len(questions) - len(said)}
 
 
-def load_policy(folder: str, device="cpu"):
-    """(model, tokenizer) of a folder that pretrain.py made."""
-    return load_model(folder, device), Tokenizer.load(os.path.join(folder, "tokenizer.json"))
+def load_policy(folder: str, device="cpu", num_frames=0, adapter="", base="float32"):
+    """(model, tokenizer) of a folder that pretrain.py made, for clips of num_frames where that is not 0. An
+    `adapter` folder is merged into it, then its decoder's weights are held in `base` (lora.freeze_base)."""
+    model = load_model(folder, device, num_frames)
+    if adapter:
+        lora.load_adapter(model.decoder, adapter)
+        lora.merge(model.decoder)
+    lora.freeze_base(model.decoder, base)
+    return model, Tokenizer.load(os.path.join(folder, "tokenizer.json"))
 
 
 def load_run(folder: str):
@@ -163,7 +169,8 @@ def load_run(folder: str):
         raise BadInput(f"{path}: no such file; name a folder that train.py made")
     with open(path) as file:
         config = json.load(file)
-    model, tokenizer = load_policy(config["policy"])
+    start = {k: config[k] for k in ("num_frames", "adapter", "base") if k in config}
+    model, tokenizer = load_policy(config["policy"], **start)
     lora.add_adapters(model.decoder, config["lora_r"], config["lora_alpha"])
     lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
     return model, tokenizer, config

@@ -11,13 +11,14 @@ frames, N patches of a frame.
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cli import BadInput, write_json, write_whole
 from clip import Clip, ClipConfig, preprocess
@@ -169,6 +170,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.compute_dtype = torch.float32  # bfloat16: the matrix products of the layers run in it (autocast)
+        self.checkpointing = False  # with gradient, keep a layer's input alone and compute the layer again
         nn.init.normal_(self.embed_tokens.weight, std=cfg.dim**-0.5)
 
     @property
@@ -219,9 +221,13 @@ class Decoder(nn.Module):
         # Prompt and completions travel as one sequence, so every matrix product of a layer is one product.
         x = prompt if G == 0 else torch.cat([prompt, completions.flatten(1, 2)], dim=1)
         with self.autocast():
-            for layer in self.layers[:-1]:
-                x = layer(x, cos, sin, attention)
-            x = self.layers[-1](x, cos, sin, attention, first=S - 1)  # of the prompt, its last state alone
+            for layer in self.layers:
+                first = S - 1 if layer is self.layers[-1] else 0  # of the prompt, its last state alone
+                if self.checkpointing and torch.is_grad_enabled() and cache is None:
+                    args = (layer, x, cos, sin, attention, first)
+                    x = checkpoint(*args, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+                else:
+                    x = layer(x, cos, sin, attention, first)
         x = self.norm(x.float())
         last = x[:, 0].view(P, 1, 1, D)
         if G == 0:
@@ -430,8 +436,9 @@ def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):
     write_whole(os.path.join(folder, "model.safetensors"), save(tensors))
 
 
-def load_model(folder: str, device="cpu") -> VideoLM:
-    """The model of a folder that `save_model` wrote, float32, frozen. BadInput: a file is missing or odd."""
+def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipConfig]:
+    """The sizes of a folder that `save_model` wrote. num_frames: K, where it is to be another. BadInput: a
+    file is missing or odd."""
     config, path = os.path.join(folder, "config.json"), os.path.join(folder, "model.safetensors")
     for file in (config, path):
         if not os.path.exists(file):
@@ -442,8 +449,20 @@ def load_model(folder: str, device="cpu") -> VideoLM:
     try:
         with open(config) as file:
             sizes = json.load(file)
-        model, stored = VideoLM(ModelConfig(**sizes["model"]), ClipConfig(**sizes["clip"])), load_file(path)
-    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        cfg = ModelConfig(**sizes["model"])
+        return replace(cfg, num_frames=num_frames or cfg.num_frames), ClipConfig(**sizes["clip"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(
+            f"{folder}: not what save_model wrote ({error}); make it anew with pretrain.py"
+        ) from error
+
+
+def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
+    """The model of a folder that `save_model` wrote, float32, frozen. BadInput: a file is missing or odd."""
+    path, configs = os.path.join(folder, "model.safetensors"), read_configs(folder, num_frames)
+    try:
+        model, stored = VideoLM(*configs), load_file(path)
+    except (ValueError, SafetensorError) as error:
         raise BadInput(
             f"{folder}: not what save_model wrote ({error}); make it anew with pretrain.py"
         ) from error

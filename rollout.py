@@ -8,6 +8,7 @@ temperature, top-p and set of banned ids; train.py logs the largest difference o
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import lora
@@ -77,8 +78,9 @@ def generate(
         logprobs = torch.zeros(P * G, T, device=device)
         mask = torch.zeros(P * G, T, dtype=torch.bool, device=device)
         ended, supports = torch.zeros(P * G, dtype=torch.bool, device=device), []
+        head = decoder.head.to(state.dtype)  # float32; a copy where the base is of 16 bits
         for t in range(T):
-            scores = sampling_logprobs(state @ decoder.head.T.to(state.dtype), temperature, banned, None)
+            scores = sampling_logprobs(state @ head.T, temperature, banned, None)
             if top_p < 1:
                 support = nucleus(scores, top_p)
                 supports.append(pack_support(support))
@@ -94,6 +96,29 @@ def generate(
         used = t + 1  # the longest completion: what lies behind it never existed
         support = torch.stack(supports, dim=1) if supports else None
         return Completions(ids[:, :used], mask[:, :used], logprobs[:, :used], support, ended)
+
+
+def generate_in_parts(model: VideoLM, prompts: Prompts, group_size: int, at_once: int, uniforms, **options):
+    """`generate`, `at_once` prompts at a time, so that the KV cache is of so many alone; the draws stay the
+    same."""
+    rows = [slice(i, i + at_once) for i in range(0, len(prompts.prompt_ids), at_once)]
+    parts = [generate(model, prompts[p], group_size, uniforms=uniforms[p], **options) for p in rows]
+    longest = max(part.completion_ids.shape[1] for part in parts)
+
+    def joined(values, filler=0):
+        """(B, T, ..) of all parts, padded on the right; None where top_p is 1."""
+        if values[0] is None:
+            return None
+        padding = [(0, 0) * (x.dim() - 2) + (0, longest - x.shape[1]) for x in values]
+        return torch.cat([F.pad(x, pad, value=filler) for x, pad in zip(values, padding, strict=True)])
+
+    return Completions(
+        joined([part.completion_ids for part in parts], PAD_ID),
+        joined([part.completion_mask for part in parts]),
+        joined([part.logprobs for part in parts]),
+        joined([part.support for part in parts]),
+        torch.cat([part.ended for part in parts]),
+    )
 
 
 def completion_states(model: VideoLM, prompts: Prompts, completions: Completions) -> Tensor:

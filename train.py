@@ -21,12 +21,15 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import lora
+import memory
+import nf4
 from answers import is_correct, kendall_tau, ndcg_agreement
 from cli import BadInput, parse_args, run_script, write_json
 from data import EOS_ID, PromptSet
 from eval import draw_world, evaluate, gains, load_policy, load_sets, table
-from grpo_rank import completion_logprobs, policy_loss, rank_advantages, ranks_from_scores
+from grpo_rank import compiled, completion_logprobs, policy_loss, rank_advantages, ranks_from_scores
 from judge import LETTERS, LLMOracle, ReplayOracle, is_cache, rank_patiently
+from model import read_configs
 from oracle import (
     AnchoredOracle,
     FunctionOracle,
@@ -39,7 +42,7 @@ from oracle import (
     weighed,
 )
 from ranker import TrainedOracle, load_ranker
-from rollout import completion_states, generate
+from rollout import completion_states, generate_in_parts
 from runs import (
     checkpoint_path,
     open_run,
@@ -54,11 +57,14 @@ from runs import (
 
 @dataclass
 class Config:
-    preset: str = "tiny"  # tiny | smoke (seconds, to see that everything runs)
+    preset: str = "tiny"  # tiny | smoke (seconds, to see that everything runs) | 7b (the paper's settings)
     out: str = "runs/default"  # run folder; it must not exist, unless --resume
     resume: bool = False  # continue the run in --out from its last checkpoint
     seed: int = 0
     policy: str = "weights"  # folder of the supervised start (pretrain.py)
+    adapter: str = ""  # folder of a LoRA that PEFT or a run saved: merged into the start
+    base: str = "float32"  # float32 | bfloat16 | nf4 (4 bits): how the decoder's frozen weights are held
+    num_frames: int = 0  # K: frames of a clip; 0: as many as the policy's config says
     data: str = ""  # JSONL of questions; empty: the embedded world
     videos: str = ""  # folder that the JSONL's video paths are relative to
     world_dir: str = "world/rl"  # folder of the embedded world's drawn clips
@@ -66,8 +72,10 @@ class Config:
     num_eval_clips: int = 250  # embedded world: held-out clips
     eval_share: float = 0.25  # --data: share of the videos held out
     eval_samples: int = 4  # drawn answers a question in the sampled accuracy
-    num_steps: int = 100  # optimiser rounds: sample, rank, update
+    num_steps: int = 100  # optimiser rounds: sample, rank, update; 0: as many as num_epochs make
+    num_epochs: int = 0  # passes over the questions, where num_steps is 0
     batch_prompts: int = 48  # P: prompts a step, over all processes
+    sample_prompts: int = 0  # prompts sampled at once; 0: all of a step; fewer save KV cache alone
     micro_batch_prompts: int = 48  # prompts of one forward and backward; smaller saves memory alone
     group_size: int = 5  # G: completions a prompt, ranked against each other
     max_new_tokens: int = 10
@@ -108,7 +116,9 @@ class Config:
     max_bad_steps: int = 3  # non-finite losses in a row before the run stops
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "auto"  # auto | float32 | bfloat16: of the matrix products (autocast)
-    compile: bool = False  # torch.compile for the log-probabilities of the update
+    compile: bool = False  # torch.compile for the log-probabilities of the update and the 4-bit base
+    checkpointing: bool = False  # keep a layer's input alone for the backward: less memory, slower
+    memory_plan: bool = False  # print the memory plan; rehearse the longest step first, print its peaks
 
     def __post_init__(self):
         if self.group_size < 2:
@@ -127,6 +137,10 @@ class Config:
                 raise BadInput(f"--oracle_{name} {getattr(self, f'oracle_{name}')}: give more than 0")
         if self.oracle == "llm" and self.group_size + 2 > len(LETTERS):
             raise BadInput(f"--group_size {self.group_size}: a judge has letters for {len(LETTERS) - 2}")
+        if not self.policy:
+            raise BadInput(f"--preset {self.preset} brings no weights: name a folder with --policy")
+        if self.num_steps <= 0 and self.num_epochs <= 0:
+            raise BadInput("--num_steps 0 --num_epochs 0: there is nothing to do; give one of them")
         if bool(self.data) != bool(self.videos):
             raise BadInput(
                 "--data and --videos go together: a JSONL file and the folder its paths are relative to"
@@ -135,7 +149,8 @@ class Config:
 
 ORACLES = ("rule", "llm", "trained", "replay")
 CHOICES = {
-    "preset": ("tiny", "smoke"),
+    "preset": ("tiny", "smoke", "7b"),
+    "base": ("float32", "bfloat16", "nf4"),
     "oracle_agreement": ("off", "scale", "tie"),
     "advantage_form": ("ideal", "printed", "inverted"),
     "gain": ("divided", "appendix"),
@@ -146,7 +161,16 @@ CHOICES = {
 PRESETS = {
     "tiny": {},
     "smoke": dict(num_train_clips=24, num_eval_clips=16, num_steps=3, batch_prompts=8, micro_batch_prompts=4),
-}
+    # Oracle-RLAIF as far as it is published: 5 answers, r 64, alpha 16, all linear layers, 50 frames, 4
+    # epochs, 64 prompts a rollout. The rest is VLM-RLAIF's: NF4, answer length, learning rate, two passes,
+    # clip, KL weight.
+    "7b": dict(
+        policy="", base="nf4", num_frames=50, num_steps=0, num_epochs=4, batch_prompts=64, sample_prompts=2,
+        micro_batch_prompts=1, group_size=5, eval_samples=1, max_new_tokens=896, lora_r=64, lora_alpha=16.0,
+        lr=3e-5, updates_per_rollout=2, clip_eps=0.2, kl_coef=0.1, max_grad_norm=1.0, dtype="bfloat16",
+        checkpointing=True, memory_plan=True, save_every=5,
+    ),
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- machine, processes
@@ -186,13 +210,21 @@ def reduce_sum(*values: torch.Tensor | float, device) -> list[float]:
 def load_everything(cfg: Config, device: torch.device):
     """(policy with adapters, trainable parameters, training prompts, held-out prompts). Every video is
     decoded and embedded here, once, so a broken file ends the run before anything is written."""
-    policy, tokenizer = load_policy(cfg.policy, device)
-    policy.decoder.compute_dtype = pick_dtype(device, cfg.dtype)
+    sizes = read_configs(cfg.policy, cfg.num_frames)
     if process_info()[0] == 0 and not cfg.data:
         draw_world(cfg)
     if dist.is_initialized():
         dist.barrier()
     train_questions, eval_questions = load_sets(cfg)
+    dtype = pick_dtype(device, cfg.dtype)
+    if cfg.memory_plan and process_info()[0] == 0:
+        videos = {question.video for question in train_questions + eval_questions}
+        print("memory plan, before anything is allocated:", flush=True)
+        print(memory.table(memory.plan(*sizes, cfg, dtype, len(videos))), flush=True)
+    policy, tokenizer = load_policy(cfg.policy, device, cfg.num_frames, cfg.adapter, cfg.base)
+    policy.decoder.compute_dtype, policy.decoder.checkpointing = dtype, cfg.checkpointing
+    if cfg.compile and cfg.base == "nf4":
+        nf4.dequantise = compiled(nf4.dequantise, device.type)  # one pass instead of eight small ones
     train_set = PromptSet(policy, tokenizer, train_questions)
     eval_set = PromptSet(policy, tokenizer, eval_questions)
     generator = torch.Generator().manual_seed(cfg.seed)
@@ -208,10 +240,11 @@ def micro_batches(cfg, P: int) -> list[slice]:
 
 
 def reference_states(cfg, policy, prompts, rollout) -> list[torch.Tensor]:
-    """The frozen reference's states of the completions, per micro-batch; they need no ranks."""
+    """The frozen reference's states of the completions, per micro-batch; they need no ranks. In host memory:
+    in the 7b preset they are 4.7 GB."""
     with lora.using(policy.decoder, "reference"), lora.folded(policy.decoder):
         micro = micro_batches(cfg, len(prompts.prompt_ids))
-        return [completion_states(policy, prompts[p], rollout[rows(p, cfg.group_size)]) for p in micro]
+        return [completion_states(policy, prompts[p], rollout[rows(p, cfg.group_size)]).cpu() for p in micro]
 
 
 def update(cfg, policy, trainable, optimizer, prompts, rollout, ref_states, advantages, live, banned) -> dict:
@@ -220,14 +253,14 @@ def update(cfg, policy, trainable, optimizer, prompts, rollout, ref_states, adva
     micro = micro_batches(cfg, P)
     counted = rollout.completion_mask & live[:, None]
     num_tokens, num_sequences = reduce_sum(counted.sum(), counted.any(dim=1).sum(), device=device)
-    numbers, gap = {}, 0.0
+    numbers, gap, head = {}, 0.0, policy.decoder.head.float()  # logits in float32, whatever the base is in
     for u in range(cfg.updates_per_rollout):
         for p, ref_hidden in zip(micro, ref_states, strict=True):
             part = rollout[rows(p, G)]
             logprobs, entropy, kl = completion_logprobs(
-                completion_states(policy, prompts[p], part), policy.decoder.head, part.completion_ids,
+                completion_states(policy, prompts[p], part), head, part.completion_ids,
                 part.completion_mask, temperature=cfg.temperature, banned=banned, support=part.support,
-                ref_hidden=ref_hidden, compile=cfg.compile,
+                ref_hidden=ref_hidden.to(device), compile=cfg.compile,
             )  # fmt: skip
             loss, stats = policy_loss(
                 logprobs, part.logprobs, advantages[rows(p, G)], part.completion_mask, clip_eps=cfg.clip_eps,
@@ -304,7 +337,41 @@ def feedback_numbers(questions, texts, ranking, policy_ranks, advantages, live, 
     } | feedback_means(n)
 
 
+def rehearse(cfg, policy, trainable, train_set, limits) -> dict[str, int]:
+    """The largest step that can come, first: the longest prompts, answers without an end. What does not
+    fit ends here, in the first minute. Nothing is learnt. Returns the peak bytes of sampling and update,
+    {} on a CPU."""
+    device, G, peaks = train_set.video_embeds.device, cfg.group_size, {}
+    P = prompts_a_step(cfg, train_set) // process_info()[1]
+    at_once = cfg.sample_prompts or P
+    longest = sorted(range(len(train_set)), key=lambda i: -len(train_set.prompts[i]))
+    prompts = train_set[torch.tensor(longest[: min(P, max(at_once, cfg.micro_batch_prompts))])]
+    endless = limits | {"end_ids": limits["end_ids"][:0]}
+    uniforms = torch.full((len(prompts.prompt_ids), G, cfg.max_new_tokens), 0.5, device=device)
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=0.0)  # with moments as large as the true
+    for name in ("sampling", "update"):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        if name == "sampling":
+            rollout = generate_in_parts(policy, prompts, G, at_once, uniforms, **endless)
+        else:
+            size = cfg.micro_batch_prompts
+            advantages = torch.ones(len(rollout.ended[: size * G]), device=device)
+            batch = prompts[:size], rollout[: size * G]
+            signal = advantages, advantages.bool(), limits["banned"]
+            update(cfg, policy, trainable, optimizer, *batch, reference_states(cfg, policy, *batch), *signal)
+        if device.type == "cuda":
+            peaks[name] = torch.cuda.max_memory_allocated(device)
+    return peaks
+
+
 # --------------------------------------------------------------------------------------------------- the loop
+
+
+def prompts_a_step(cfg: Config, train_set) -> int:
+    """P, over all processes."""
+    num_processes = process_info()[1]
+    return min(cfg.batch_prompts, len(train_set)) // num_processes * num_processes
 
 
 def learn(cfg, policy, trainable, train_set, optimizer, oracle, noise, limits, progress, began) -> str:
@@ -314,7 +381,7 @@ def learn(cfg, policy, trainable, train_set, optimizer, oracle, noise, limits, p
     Returns "done", "interrupted" or "bad": too many non-finite losses in a row.
     """
     device, G, (process, num_processes) = train_set.video_embeds.device, cfg.group_size, process_info()
-    P = min(cfg.batch_prompts, len(train_set)) // num_processes * num_processes  # a step, over all processes
+    P = prompts_a_step(cfg, train_set)
     mine = slice(process * P // num_processes, (process + 1) * P // num_processes)
     steps_per_epoch, interrupted = len(train_set) // P, catch_interrupt()
     generator = torch.Generator()  # seeded anew in every step, as noise is: no state to save
@@ -334,7 +401,8 @@ def learn(cfg, policy, trainable, train_set, optimizer, oracle, noise, limits, p
         generator.manual_seed(cfg.seed * 2**20 + 2**19 + step)
         uniforms = torch.rand(P, G, cfg.max_new_tokens, generator=generator)[mine].to(device)
         heat = {"temperature": cfg.temperature, "top_p": cfg.top_p}
-        rollout = generate(policy, prompts, G, uniforms=uniforms, **heat, **limits)
+        at_once = cfg.sample_prompts or P
+        rollout = generate_in_parts(policy, prompts, G, at_once, uniforms, **heat, **limits)
         texts = train_set.texts(rollout)
         clock.append(time.perf_counter())
 
@@ -458,11 +526,18 @@ def main() -> int:
         "end_ids": torch.tensor([EOS_ID], device=device),
         "banned": train_set.tokenizer.banned_ids(policy.cfg.vocab_size).to(device),
     }
+    cfg.num_steps = cfg.num_steps or cfg.num_epochs * (len(train_set) // prompts_a_step(cfg, train_set))
     progress = open_run(cfg, policy, trainable, optimizer)
     if "before" not in progress:
-        start, values = evaluate(policy, eval_set, samples=cfg.eval_samples, seed=cfg.seed, **limits)
-        progress |= {"before": start, "before_values": values}
         lora.freeze_reference(policy.decoder)
+    if cfg.memory_plan:
+        peaks = rehearse(cfg, policy, trainable, train_set, limits)
+        measured = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in peaks.items())
+        print(f"measured in a rehearsal of the longest step: {measured or 'on a GPU alone'}", flush=True)
+    testing = {"samples": cfg.eval_samples, "seed": cfg.seed, "batch": cfg.sample_prompts or 128} | limits
+    if "before" not in progress:
+        start, values = evaluate(policy, eval_set, **testing)
+        progress |= {"before": start, "before_values": values}
         save_checkpoint(cfg, policy, trainable, optimizer, progress)
     if process_info()[0] == 0:
         print(f"{len(train_set)} questions to learn from, {len(eval_set)} held out", flush=True)
@@ -478,7 +553,7 @@ def main() -> int:
         )
         print(f"see {cfg.out}/bad_batches; a lower --lr or --dtype float32 may help", file=sys.stderr)
         return 1
-    after, values = evaluate(policy, eval_set, samples=cfg.eval_samples, seed=cfg.seed, **limits)
+    after, values = evaluate(policy, eval_set, **testing)
     if process_info()[0] == 0:
         gain = gains(eval_set.questions, progress["before_values"], values)
         results = {

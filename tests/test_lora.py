@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lora
@@ -100,8 +101,9 @@ def test_a_saved_adapter_comes_back(tmp_path):
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8.0, "LORA")
 
 
-@pytest.mark.parametrize("fault", ["prefix", "missing", "extra", "shape"])
-def test_an_adapter_that_does_not_fit_is_an_error_never_a_silent_zero(tmp_path, fault):
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("fault", ["prefix", "missing", "extra", "shape", "nothing", "twice"])
+def test_an_adapter_that_does_not_fit_is_an_error_never_a_silent_zero(tmp_path, fault, adapted):
     decoder, trainable = build()
     learn(trainable)
     lora.save_adapter(decoder, tmp_path)
@@ -112,14 +114,19 @@ def test_an_adapter_that_does_not_fit_is_an_error_never_a_silent_zero(tmp_path, 
         tensors = {k.removeprefix(lora.PREFIX): v for k, v in tensors.items()}
     elif fault == "extra":
         tensors["more"] = tensors[key].clone()
+    elif fault == "nothing":
+        tensors = {k.replace("layers", "blocks"): v for k, v in tensors.items()}
+    elif fault == "twice":
+        tensors[key.replace("model.model.", "model.")] = tensors[key].clone()
     else:
         tensor = tensors.pop(key)
         tensors |= {key: tensor[:1].clone()} if fault == "shape" else {}
     save_file(tensors, path)
-    fresh, parameters = build()
+    fresh, parameters = build(adapters=adapted)
     before = [p.clone() for p in parameters]
-    with pytest.raises(ValueError, match="has shape" if fault == "shape" else "names differ"):
+    with pytest.raises(lora.BadInput, match="has shape" if fault == "shape" else "names differ"):
         lora.load_adapter(fresh, tmp_path)
+    assert len(lora.layers(fresh)) == len(before) / 2
     assert all(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))  # nothing half loaded
 
 
@@ -135,12 +142,145 @@ def test_llama_2_7b_has_159907840_trainable_parameters_at_r_64():
     assert 32 * sum(p.numel() for p in lora.add_adapters(layer, 64, 16.0)) == 159_907_840
 
 
-def test_peft_loads_our_file_and_gives_our_output(tmp_path):
-    peft = pytest.importorskip("peft")
+# ---- PEFT reads our files and we read PEFT's ----
+
+SIZES = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+SIZES |= dict(num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=True)
+IDS = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(4))
+
+
+def llama():
+    """A LlamaForCausalLM of transformers with the weights of `build`'s decoder."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
+    model.model.load_state_dict(build(adapters=False)[0].state_dict())
+    return model
+
+
+def logits(decoder):
+    """(2, 6, V): our logits behind the tokens 2 .. 7 of IDS."""
+    x = decoder.embed_tokens(IDS)
+    with torch.no_grad():
+        states = decoder(x[:, :3], MASK[:, :3], x[:, None, 3:])[:, 0]
+    return states @ decoder.head.T
+
+
+def their_logits(model):
+    with torch.no_grad():
+        return model(IDS).logits[:, 2:-1]
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_reads_our_adapter_and_gives_our_logits(tmp_path, rslora):
+    theirs = llama()
+    from peft import PeftModel
+
+    decoder, _ = build(adapters=False)
+    learn(lora.add_adapters(decoder, 4, 8.0, rslora=rslora))
+    lora.save_adapter(decoder, tmp_path)
+    start = their_logits(theirs)
+    torch.testing.assert_close(start, logits(build(adapters=False)[0]), atol=1e-5, rtol=0)
+    theirs = PeftModel.from_pretrained(theirs, tmp_path)
+    assert all(p.abs().max() > 0 for name, p in theirs.named_parameters() if "lora_B" in name)
+    torch.testing.assert_close(their_logits(theirs), logits(decoder), atol=1e-5, rtol=0)
+    assert (their_logits(theirs) - start).abs().max() > 0.1
+    merged = their_logits(theirs.merge_and_unload())
+    lora.merge(decoder)
+    torch.testing.assert_close(merged, logits(decoder), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_we_read_pefts_adapter_and_give_its_logits(tmp_path, rslora):
+    theirs = llama()
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    options = dict(r=3, lora_alpha=5, use_rslora=rslora, lora_dropout=0.1, task_type="CAUSAL_LM")
+    some = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options)
+    theirs = get_peft_model(theirs, some).eval()
+    theirs.save_pretrained(tmp_path)
+    decoder, _ = build(adapters=False)
+    start = logits(decoder)
+    trainable = lora.load_adapter(decoder, tmp_path)
+    assert sorted({name.split(".")[-1] for name in lora.layers(decoder)}) == ["down_proj", "q_proj"]
+    assert len(trainable) == 2 * 2 * CFG.num_layers and all(p.abs().max() > 0 for p in trainable)
+    torch.testing.assert_close(logits(decoder), their_logits(theirs), atol=1e-5, rtol=0)
+    assert (logits(decoder) - start).abs().max() > 0.1
+
+
+def test_our_files_are_the_files_that_peft_writes_of_the_same_adapter(tmp_path):
+    theirs = llama()
+    from peft import LoraConfig, get_peft_model
+
+    options = dict(r=4, lora_alpha=8, target_modules=list(lora.DECODER_LINEARS), task_type="CAUSAL_LM")
+    get_peft_model(theirs, LoraConfig(**options)).save_pretrained(tmp_path / "theirs")
+    lora.save_adapter(build()[0], tmp_path / "ours")
+    ours, wanted = (lora.read_adapter(tmp_path / name) for name in ("ours", "theirs"))
+    assert {k: v.shape for k, v in ours[1].items()} == {k: v.shape for k, v in wanted[1].items()}
+    assert ours[0].items() <= (wanted[0] | {"target_modules": sorted(wanted[0]["target_modules"])}).items()
+    for name in ("ours", "theirs"):
+        with safe_open(tmp_path / name / "adapter_model.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
+def test_an_adapter_of_a_llava_leaves_its_image_tower_alone(tmp_path):
+    theirs = llama()
+    from peft import PeftModel
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    tower = CLIPVisionConfig(image_size=8, patch_size=4, **tower)
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=tower, text_config=theirs.config, image_token_id=39)
+    ).eval()
+    llava.model.language_model.load_state_dict(theirs.model.state_dict())
+    llava.lm_head.weight = theirs.lm_head.weight
     decoder, trainable = build()
     learn(trainable)
-    lora.save_adapter(decoder, tmp_path)
-    config = peft.LoraConfig.from_pretrained(tmp_path)
-    config.task_type = None  # our decoder has no generate() for PEFT to wrap
-    theirs = peft.PeftModel.from_pretrained(build(adapters=False)[0], tmp_path, config=config)
-    torch.testing.assert_close(out(theirs), out(decoder), atol=1e-5, rtol=1e-5)
+    lora.save_adapter(decoder, tmp_path, path="model.language_model.")
+    llava = PeftModel.from_pretrained(llava, tmp_path)
+    adapted = {name for name, _ in llava.named_parameters() if "lora_B" in name}
+    assert len(adapted) == 7 * CFG.num_layers and not any("vision" in name for name in adapted)
+    ids = IDS.clamp(max=38)  # 39 is the image's placeholder
+    with torch.no_grad():
+        wanted, x = llava(ids).logits[:, 2:-1], decoder.embed_tokens(ids)
+        ours = decoder(x[:, :3], MASK[:, :3], x[:, None, 3:])[:, 0] @ decoder.head.T
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
+    fresh, _ = build(adapters=False)
+    lora.load_adapter(fresh, tmp_path)
+    assert torch.equal(out(fresh), out(decoder))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 8}}, {"peft_type": "IA3"}, {"r": 0},
+     {"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}],
+)  # fmt: skip
+def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, change):
+    lora.save_adapter(build()[0], tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(lora.BadInput, match=next(iter(change))):
+        lora.load_adapter(build(adapters=False)[0], tmp_path)
+
+
+def test_files_that_are_missing_broken_or_pickled_are_named(tmp_path):
+    decoder, _ = build(adapters=False)
+    with pytest.raises(lora.BadInput, match="adapter_config.json"):
+        lora.load_adapter(decoder, tmp_path)
+    lora.save_adapter(build()[0], tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(lora.BadInput, match="adapter_model.safetensors"):
+        lora.load_adapter(decoder, tmp_path)
+    path.rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(lora.BadInput, match="pickle"):
+        lora.load_adapter(decoder, tmp_path)
+    assert not lora.layers(decoder)
+
+
+def test_an_adapter_of_another_scale_is_refused_not_rescaled(tmp_path):
+    lora.save_adapter(build(alpha=16.0)[0], tmp_path)
+    with pytest.raises(lora.BadInput, match="alpha 16"):
+        lora.load_adapter(build(alpha=8.0)[0], tmp_path)
