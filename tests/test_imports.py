@@ -8,10 +8,11 @@ import pytest
 HOUSE = Path(__file__).parent.parent
 RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
 PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them where they are installed
-BELOW = {"cli", "grpo_rank", "lora", "clip", "model", "answers", "world", "data", "oracle", "rollout", "runs"}
+BELOW = {"cli", "grpo_rank", "lora", "clip", "model", "checkpoint", "answers", "world", "data", "oracle"}
+BELOW |= {"rollout", "runs"}
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "model": {"clip", "lora", "cli"}, "lora": {"cli"}, "world": {"cli"}, "data": {"answers", "cli"},
-    "runs": {"cli", "lora"},
+    "runs": {"cli", "lora"}, "checkpoint": {"clip", "model", "cli"},
     "rollout": {"grpo_rank", "model", "data", "lora"},
     "oracle": {"answers", "clip", "model", "grpo_rank"}, "pretrain": BELOW, "eval": BELOW,
     "train": BELOW | {"eval", "baselines"}, "baselines": BELOW, "selection": BELOW | {"eval"},
