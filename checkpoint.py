@@ -359,8 +359,8 @@ def load_clip(path: str, device="cpu", dtype=torch.float32) -> Clip:
     return model.eval()
 
 
-def load_llava(folder: str, device="cpu", dtype=torch.float32, *, pooled=True, num_frames=50) -> VideoLM:
-    """LLaVA-1.5 (CLIP, projector, decoder), frozen. pooled: VLM-RLAIF's K + N video tokens, else K * N."""
+def load_llava(folder: str, device="cpu", dtype=torch.float32, *, pooled=True, num_frames=50, video_start=1):
+    """LLaVA-1.5 as a frozen VideoLM; pooled: VLM-RLAIF's K + N video tokens, else all K * N."""
     where = os.path.join(folder, "config.json")
     config = read_json(where)
     wanted = {
@@ -375,7 +375,7 @@ def load_llava(folder: str, device="cpu", dtype=torch.float32, *, pooled=True, n
     if not isinstance(layer, int):
         raise BadInput(f"{where}: vision_feature_layer {layer} is not supported; one layer, a whole number")
     adapter = "llava_pooled" if pooled else "llava"
-    ours = dict(adapter=adapter, clip_layer=layer, num_frames=num_frames)
+    ours = dict(adapter=adapter, clip_layer=layer, num_frames=num_frames, video_start=video_start)
     cfg = decoder_config(config.get("text_config", {}), where, **ours)
     clip_cfg = clip_config(config.get("vision_config", {}), where)
     tensors = Tensors(folder)

@@ -21,8 +21,9 @@ import torch
 import lora
 import world
 from answers import bootstrap_ci, grade, is_correct
+from checkpoint import load_llava, read_json
 from cli import ArgumentParser, BadInput, run_script, write_json
-from data import EOS_ID, PromptSet, Tokenizer, load_questions
+from data import ChatTokenizer, PromptSet, Tokenizer, load_questions
 from model import load_model
 from rollout import generate
 
@@ -147,8 +148,17 @@ def score(data: str, predictions: str) -> dict:
     return result | {"missing": len(questions) - len(said)}
 
 
-def load_policy(folder: str, device="cpu"):
-    """(model, tokenizer) of a folder that pretrain.py made."""
+def load_policy(folder: str, device="cpu", template="vicuna_v1", video_tokens="pooled", num_frames=50):
+    """(model, tokenizer) of a folder that pretrain.py made, or of LLaVA-1.5 in the Hugging Face layout, which
+    alone has a template, a way to turn frames into tokens (pooled | patches) and a number of frames to choose."""
+    path = os.path.join(folder, "config.json")
+    config = read_json(path) if os.path.exists(path) else {}
+    if "model_type" in config:
+        V = config.get("text_config", {}).get("vocab_size", 32000)
+        placeholder_id = config.get("image_token_index", config.get("image_token_id", 32000))
+        tokenizer = ChatTokenizer(folder, template, placeholder_id, V)
+        options = dict(num_frames=num_frames, video_start=tokenizer.video_start)
+        return load_llava(folder, device, pooled=video_tokens == "pooled", **options), tokenizer
     return load_model(folder, device), Tokenizer.load(os.path.join(folder, "tokenizer.json"))
 
 
@@ -159,7 +169,8 @@ def load_run(folder: str):
         raise BadInput(f"{path}: no such file; name a folder that train.py made")
     with open(path) as file:
         config = json.load(file)
-    model, tokenizer = load_policy(config["policy"])
+    chosen = {k: config[k] for k in ("template", "video_tokens", "num_frames") if k in config}
+    model, tokenizer = load_policy(config["policy"], **chosen)
     lora.add_adapters(model.decoder, config["lora_r"], config["lora_alpha"])
     lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
     return model, tokenizer, config
@@ -201,7 +212,10 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
     model, tokenizer, config = load_run(folder)
     questions = load_questions(data, videos) if data else load_sets(SimpleNamespace(**config))[1]
     prompts = PromptSet(model, tokenizer, questions)
-    options = {"end_ids": torch.tensor([EOS_ID]), "banned": tokenizer.banned_ids(model.cfg.vocab_size)}
+    options = {
+        "end_ids": torch.tensor(tokenizer.end_ids),
+        "banned": tokenizer.banned_ids(model.cfg.vocab_size),
+    }
     options |= {"max_new_tokens": config["max_new_tokens"], "samples": config["eval_samples"]}
     options["seed"] = config["seed"]
     with lora.using(model.decoder, "off"):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import lora
 from answers import is_correct, kendall_tau, ndcg_agreement
 from cli import BadInput, parse_args, run_script, write_json
-from data import EOS_ID, PromptSet
+from data import TEMPLATES, PromptSet
 from eval import draw_world, evaluate, gains, load_policy, load_sets, table
 from grpo_rank import completion_logprobs, policy_loss, rank_advantages, ranks_from_scores
 from oracle import NoisyOracle, RuleOracle
@@ -44,7 +44,10 @@ class Config:
     out: str = "runs/default"  # run folder; it must not exist, unless --resume
     resume: bool = False  # continue the run in --out from its last checkpoint
     seed: int = 0
-    policy: str = "weights"  # folder of the supervised start (pretrain.py)
+    policy: str = "weights"  # folder of the supervised start: pretrain.py's, or LLaVA-1.5's
+    template: str = "vicuna_v1"  # LLaVA: conversation, vicuna_v1 | llama-2 | chatml | plain
+    video_tokens: str = "pooled"  # LLaVA: pooled (K + N a video, VLM-RLAIF) | patches (K * N)
+    num_frames: int = 50  # LLaVA: K
     data: str = ""  # JSONL of questions; empty: the embedded world
     videos: str = ""  # folder that the JSONL's video paths are relative to
     world_dir: str = "world/rl"  # folder of the embedded world's drawn clips
@@ -93,6 +96,8 @@ class Config:
 
 CHOICES = {
     "preset": ("tiny", "smoke"),
+    "template": tuple(TEMPLATES),
+    "video_tokens": ("pooled", "patches"),
     "oracle": ("rule",),
     "advantage_form": ("ideal", "printed", "inverted"),
     "gain": ("divided", "appendix"),
@@ -143,7 +148,7 @@ def reduce_sum(*values: torch.Tensor | float, device) -> list[float]:
 def load_everything(cfg: Config, device: torch.device):
     """(policy with adapters, trainable parameters, training prompts, held-out prompts). Every video is
     decoded and embedded here, once, so a broken file ends the run before anything is written."""
-    policy, tokenizer = load_policy(cfg.policy, device)
+    policy, tokenizer = load_policy(cfg.policy, device, cfg.template, cfg.video_tokens, cfg.num_frames)
     policy.decoder.compute_dtype = pick_dtype(device, cfg.dtype)
     if process_info()[0] == 0 and not cfg.data:
         draw_world(cfg)
@@ -370,7 +375,7 @@ def main() -> int:
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.0)
     limits = {
         "max_new_tokens": cfg.max_new_tokens,
-        "end_ids": torch.tensor([EOS_ID], device=device),
+        "end_ids": torch.tensor(train_set.tokenizer.end_ids, device=device),
         "banned": train_set.tokenizer.banned_ids(policy.cfg.vocab_size).to(device),
     }
     progress = open_run(cfg, policy, trainable, optimizer)

@@ -1,6 +1,7 @@
 """Tiny random checkpoints, built with transformers where it is installed, against ours."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora
+import world
+from answers import Question
 from checkpoint import decoder_config, load_clip, load_decoder, load_llava, save_decoder
 from cli import BadInput
 from clip import Clip, ClipConfig, preprocess, resize_frames
-from data import Prompts
+from data import ChatTokenizer, Prompts, PromptSet
+from eval import load_policy
 from model import Decoder
 from rollout import generate
 
@@ -207,10 +211,10 @@ def test_preprocessing_is_clip_image_processors(shape):
 # ----------------------------------------------------------------------------------------------------- LLaVA
 
 
-def their_llava(**text):
+def their_llava(image_token_index=59, **text):
     torch.manual_seed(0)
     config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**VISION), image_token_index=59,
+        vision_config=transformers.CLIPVisionConfig(**VISION), image_token_index=image_token_index,
         text_config=transformers.LlamaConfig(**SIZES | text), image_seq_length=4,
     )  # fmt: skip
     return transformers.LlavaForConditionalGeneration(config).eval()
@@ -259,6 +263,93 @@ def test_published_llava_names_and_defaults_load_too(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- full sizes
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files(tmp_path_factory):
+    """A byte-level BPE tokenizer, trained here, with BOS put in front, as transformers saves it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>", "<image>", "<|im_start|>", "<|im_end|>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet
+    )
+    bpe.train_from_iterator(["what does the red block do? (A) it moves (B) it stays"] * 3, trainer)
+    bos = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    bpe.post_processor = bos
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    return folder
+
+
+QUESTION = "what does the red block do?\n(A) it moves (B) ümlaut"
+SPELT = {  # as LLaVA's, LLaMA-2-chat's and ChatML's own documents write them, in full
+    "vicuna_v1": "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    f"helpful, detailed, and polite answers to the user's questions. USER: <image>\n{QUESTION} ASSISTANT:",
+    "llama-2": "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand "
+    "the visual content that the user provides, and assist the user with a variety of tasks using natural "
+    f"language.\n<</SYS>>\n\n<image>\n{QUESTION} [/INST]",
+    "chatml": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\n"
+    f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
+    "plain": f"<image>\n{QUESTION}\n",
+}
+
+
+@pytest.mark.parametrize("template", SPELT)
+def test_chat_prompts_are_auto_tokenizers_with_the_placeholder_repeated(template, tokenizer_files):
+    theirs = transformers.AutoTokenizer.from_pretrained(tokenizer_files)
+    ours = ChatTokenizer(str(tokenizer_files), template, 3, 320)
+    wanted = theirs(SPELT[template]).input_ids
+    place = wanted.index(3)
+    assert ours.prompt(QUESTION, 1) == wanted and ours.video_start == place
+    assert ours.prompt(QUESTION, 5) == wanted[:place] + [3] * 5 + wanted[place + 1 :]
+    # a placeholder that the tokenizer does not know: before and after the video apart, BOS once
+    apart = ChatTokenizer(str(tokenizer_files), template, 310, 320)
+    assert [3 if i == 310 else i for i in apart.prompt(QUESTION, 1)] == wanted
+    assert ours.decode([*ours.encode(QUESTION), *ours.end_ids]) == QUESTION
+    banned = ours.banned_ids(320)
+    assert banned[[0, 1, 3, 4]].all() and not banned[[2, 5]].any() and not banned[6 : ours.vocab_size].any()
+    assert banned[ours.vocab_size :].all() and apart.banned_ids(320)[310]
+    with pytest.raises(BadInput, match="^question .*holds the special token <image>; take it out$"):
+        ours.prompt("is <image> here?", 5)
+
+
+def test_a_tokenizer_whose_ids_exceed_the_embedding_is_refused(tokenizer_files, tmp_path):
+    with pytest.raises(BadInput, match=r"^\S*tokenizer.json: id \d+ has no row among the embedding's 200;"):
+        ChatTokenizer(str(tokenizer_files), "plain", 3, 200)
+    with pytest.raises(BadInput, match=r"^\S*tokenizer.json: no such file"):
+        ChatTokenizer(str(tmp_path), "plain", 3, 320)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"^\S*tokenizer.json: .*copy the file again$"):
+        ChatTokenizer(str(tmp_path), "plain", 3, 320)
+
+
+@pytest.mark.parametrize("video_tokens, count", [("pooled", 3 + 4), ("patches", 3 * 4)])
+def test_a_llava_folder_is_a_policy_that_answers_and_never_samples_the_placeholder(
+    video_tokens, count, tokenizer_files, tmp_path
+):
+    saved(their_llava(image_token_index=3, vocab_size=320), tmp_path)
+    shutil.copy(tokenizer_files / "tokenizer.json", tmp_path)
+    world.make_world(tmp_path / "videos", range(1))
+    policy, tokenizer = load_policy(str(tmp_path), "cpu", "vicuna_v1", video_tokens, 3)
+    (video,) = (tmp_path / "videos").glob("*.mp4")
+    question = Question("a", str(video), "what does the red block do?", "it moves")
+    prompts = PromptSet(policy, tokenizer, [question])
+    assert prompts.prompts[0].count(3) == count == policy.adapter.num_tokens
+    batch = prompts[torch.tensor([0])]
+    x = policy.embed_prompt(batch.prompt_ids, batch.prompt_mask, batch.video_embeds)
+    assert torch.equal(x[0, batch.prompt_ids[0] == 3], batch.video_embeds[0])  # exactly where they stand
+    banned, generator = tokenizer.banned_ids(320), torch.Generator().manual_seed(4)
+    uniforms = torch.rand(1, 50, 20, generator=generator)
+    ends = torch.tensor(tokenizer.end_ids)
+    rollout = generate(policy, batch, 50, 20, end_ids=ends, banned=banned, uniforms=uniforms)
+    assert not banned[rollout.completion_ids[rollout.completion_mask]].any()
+    assert len(set(prompts.texts(rollout))) > 10
+
 
 PUBLISHED = {  # sizes from the models' own config.json, counts from their cards
     "LLaMA-2-7B": (6_738_415_616, dict(
