@@ -387,7 +387,8 @@ TEMPLATES = {
     ),
     "llama-2": (
         "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand the"
-        " visual content that the user provides, and assist the user with a variety of tasks using natural language."
+        " visual content that the user provides, and assist the user with a variety of tasks using natural"
+        " language."
         "\n<</SYS>>\n\n",
         "\n",
         " [/INST]",

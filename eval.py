@@ -150,7 +150,7 @@ def score(data: str, predictions: str) -> dict:
 
 def load_policy(folder: str, device="cpu", template="vicuna_v1", video_tokens="pooled", num_frames=50):
     """(model, tokenizer) of a folder that pretrain.py made, or of LLaVA-1.5 in the Hugging Face layout, which
-    alone has a template, a way to turn frames into tokens (pooled | patches) and a number of frames to choose."""
+    alone can choose its template, its video tokens (pooled | patches) and its number of frames."""
     path = os.path.join(folder, "config.json")
     config = read_json(path) if os.path.exists(path) else {}
     if "model_type" in config:

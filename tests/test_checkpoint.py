@@ -288,8 +288,9 @@ def tokenizer_files(tmp_path_factory):
 
 QUESTION = "what does the red block do?\n(A) it moves (B) ümlaut"
 SPELT = {  # as LLaVA's, LLaMA-2-chat's and ChatML's own documents write them, in full
-    "vicuna_v1": "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    f"helpful, detailed, and polite answers to the user's questions. USER: <image>\n{QUESTION} ASSISTANT:",
+    "vicuna_v1": "A chat between a curious user and an artificial intelligence assistant. The assistant "
+    "gives helpful, detailed, and polite answers to the user's questions. "
+    f"USER: <image>\n{QUESTION} ASSISTANT:",
     "llama-2": "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to understand "
     "the visual content that the user provides, and assist the user with a variety of tasks using natural "
     f"language.\n<</SYS>>\n\n<image>\n{QUESTION} [/INST]",
@@ -319,7 +320,7 @@ def test_chat_prompts_are_auto_tokenizers_with_the_placeholder_repeated(template
 
 
 def test_a_tokenizer_whose_ids_exceed_the_embedding_is_refused(tokenizer_files, tmp_path):
-    with pytest.raises(BadInput, match=r"^\S*tokenizer.json: id \d+ has no row among the embedding's 200;"):
+    with pytest.raises(BadInput, match=r"^\S*tokenizer.json: id \d+ exceeds the embedding's 200 rows;"):
         ChatTokenizer(str(tokenizer_files), "plain", 3, 200)
     with pytest.raises(BadInput, match=r"^\S*tokenizer.json: no such file"):
         ChatTokenizer(str(tmp_path), "plain", 3, 320)
