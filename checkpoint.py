@@ -313,14 +313,13 @@ def decoder_source(name: str, prefix: str = "") -> Source:
     return Source(prefix + (name if name.startswith("lm_head") else f"model.{name}"))
 
 
-def llava_source(name: str, tensors: Tensors) -> Source:
+def llava_source(name: str, old: bool) -> Source:
+    """old: vision_tower.vision_model. as in the published files; newer ones leave the second word out."""
     part, _, rest = name.partition(".")
     if part == "decoder":
         return decoder_source(rest, "language_model.")
     if part == "adapter":
         return Source(f"multi_modal_projector.{rest}")
-    # Published files write vision_tower.vision_model., newer ones leave the second word out.
-    old = any(n.startswith("vision_tower.vision_model.") for n in tensors.file_of)
     name = hf_clip_source(rest).name
     return Source("vision_tower." + (name if old else name.removeprefix("vision_model.")))
 
@@ -381,7 +380,8 @@ def load_llava(folder: str, device="cpu", dtype=torch.float32, *, pooled=True, n
     tensors = Tensors(folder)
     with torch.device("meta"):
         model = VideoLM(cfg, clip_cfg)
-    sources = {name: llava_source(name, tensors) for name in model.state_dict()}
+    old = any(name.startswith("vision_tower.vision_model.") for name in tensors.file_of)
+    sources = {name: llava_source(name, old) for name in model.state_dict()}
     fill(model, tensors, sources, device, dtype, ("language_model.lm_head.weight",) if cfg.tied else ())
     return model.eval()
 
@@ -423,31 +423,71 @@ def hf_config(cfg: ModelConfig, dtype=torch.float32) -> dict:
     return config
 
 
+def hf_llava_config(model: VideoLM, placeholder_id: int, dtype=torch.float32) -> dict:
+    clip = model.clip_cfg
+    vision = {
+        "model_type": "clip_vision_model",
+        "image_size": clip.image_size,
+        "patch_size": clip.patch_size,
+        "hidden_size": clip.width,
+        "intermediate_size": 4 * clip.width,
+        "num_hidden_layers": clip.num_layers,
+        "num_attention_heads": clip.num_heads,
+        "hidden_act": clip.activation,
+    }
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "dtype": str(dtype).removeprefix("torch."),
+        "image_token_index": placeholder_id,
+        "image_seq_length": (clip.image_size // clip.patch_size) ** 2,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": model.cfg.tied,
+        "vision_feature_layer": model.cfg.clip_layer,
+        "vision_feature_select_strategy": "default",
+        "vision_config": vision,
+        "text_config": hf_config(model.cfg, dtype),
+    }
+
+
 def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32, shard_bytes: int = 4 * 2**30):
-    """Writes a decoder without adapters (`lora.merge` first) in the Hugging Face layout: config.json and
-    shards of at most `shard_bytes` (or one tensor), each written whole; the index comes last."""
-    names = list(decoder.state_dict())
-    if any("lora_" in name for name in names):
+    """Writes a decoder without adapters (`lora.merge` first) in the Hugging Face layout."""
+    tensors = {decoder_source(name).name: x for name, x in decoder.state_dict().items()}
+    save_tensors(tensors, folder, dtype, shard_bytes)
+    write_json(os.path.join(folder, "config.json"), hf_config(decoder.cfg, dtype))
+
+
+def save_llava(model: VideoLM, folder: str, placeholder_id: int, dtype=torch.float32, shard_bytes=4 * 2**30):
+    """Writes what `load_llava` read, its adapters merged, in the layout of LLaVA-1.5."""
+    tensors = {llava_source(name, old=True).name: x for name, x in model.state_dict().items()}
+    save_tensors(tensors, folder, dtype, shard_bytes)
+    write_json(os.path.join(folder, "config.json"), hf_llava_config(model, placeholder_id, dtype))
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: str, dtype: torch.dtype, shard_bytes: int):
+    """model.safetensors, or shards of at most `shard_bytes` (or one tensor) and their index, each file whole."""
+    if any("lora_" in name for name in tensors):
         raise ValueError("the decoder has adapters: merge them first")
     shards, room = [[]], shard_bytes
-    for name in names:
-        size = decoder.state_dict()[name].numel() * dtype.itemsize
+    for name, x in tensors.items():
+        size = x.numel() * dtype.itemsize
         if size > room and shards[-1]:
             shards.append([])
             room = shard_bytes
         shards[-1].append(name)
         room -= size
     os.makedirs(folder, exist_ok=True)
-    weight_map, state = {}, decoder.state_dict()
+    weight_map = {}
     for i, shard in enumerate(shards):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {decoder_source(n).name: state[n].to("cpu", dtype).contiguous() for n in shard}
-        write_whole(os.path.join(folder, file), save(tensors, metadata={"format": "pt"}))
-        weight_map |= dict.fromkeys(tensors, file)
+        content = save(
+            {n: tensors[n].to("cpu", dtype).contiguous() for n in shard}, metadata={"format": "pt"}
+        )
+        write_whole(os.path.join(folder, file), content)
+        weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        total = sum(x.numel() for x in state.values()) * dtype.itemsize
+        total = sum(x.numel() for x in tensors.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(os.path.join(folder, "model.safetensors.index.json"), index)
-    write_json(os.path.join(folder, "config.json"), hf_config(decoder.cfg, dtype))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import world
 from answers import Question
-from checkpoint import decoder_config, load_clip, load_decoder, load_llava, save_decoder
+from checkpoint import decoder_config, load_clip, load_decoder, load_llava, save_decoder, save_llava
 from cli import BadInput
 from clip import Clip, ClipConfig, preprocess, resize_frames
 from data import ChatTokenizer, Prompts, PromptSet
@@ -246,6 +246,26 @@ def test_llava_gives_transformers_logits_on_two_frames(tmp_path):
         else:
             wanted = model(input_ids=ids, pixel_values=preprocess(frames[0])).logits
         assert (states[:, 0] @ ours.decoder.head.T - wanted[:, S - 1 : -1]).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_a_merged_llava_is_a_plain_checkpoint_that_transformers_loads(tmp_path):
+    model = load_llava(saved(their_llava(), tmp_path / "base"), num_frames=2)
+    lora.add_adapters(model.decoder, 4, 8.0, generator=torch.Generator().manual_seed(2))
+    for layer in lora.layers(model.decoder).values():
+        layer.lora_B.normal_(generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(2, 59, (2, 30), generator=torch.Generator().manual_seed(1))
+    adapted = logits(model.decoder, ids, 8)
+    with pytest.raises(ValueError, match="merge them first"):
+        save_llava(model, str(tmp_path / "merged"), 59)
+    lora.merge(model.decoder)
+    save_llava(model, str(tmp_path / "merged"), 59)
+    merged = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    assert (merged(ids).logits[:, 7:-1] - adapted).abs().max() <= 1e-4
+    pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(4))
+    features = torch.stack(list(merged.get_image_features(pixels).pooler_output))
+    ours = model.adapter(model.clip.patch_tokens(pixels)[:, None], None)[:, 1:]  # pooled over one frame
+    assert (ours - features).abs().max() <= 1e-4
 
 
 def test_published_llava_names_and_defaults_load_too(tmp_path):
