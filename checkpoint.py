@@ -465,7 +465,7 @@ def save_llava(model: VideoLM, folder: str, placeholder_id: int, dtype=torch.flo
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: str, dtype: torch.dtype, shard_bytes: int):
-    """model.safetensors, or shards of at most `shard_bytes` (or one tensor) and their index, each file whole."""
+    """model.safetensors, or shards of at most `shard_bytes` (or one tensor) and an index; files whole."""
     if any("lora_" in name for name in tensors):
         raise ValueError("the decoder has adapters: merge them first")
     shards, room = [[]], shard_bytes

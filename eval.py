@@ -13,6 +13,7 @@ over videos, not questions: questions of one clip are right or wrong together.
 
 import json
 import os
+import shutil
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -21,10 +22,10 @@ import torch
 import lora
 import world
 from answers import bootstrap_ci, grade, is_correct
-from checkpoint import load_llava, read_json
+from checkpoint import load_llava, read_json, save_llava
 from cli import ArgumentParser, BadInput, run_script, write_json
 from data import ChatTokenizer, PromptSet, Tokenizer, load_questions
-from model import load_model
+from model import load_model, save_model
 from rollout import generate
 
 
@@ -224,6 +225,19 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
     return table(before, after)
 
 
+def merge_run(folder: str, out: str):
+    """Writes the run's policy, its adapter folded into the weights, in the layout that it came in."""
+    if os.path.exists(out):
+        raise BadInput(f"--out {out}: exists already; name another folder")
+    model, tokenizer, config = load_run(folder)
+    lora.merge(model.decoder)
+    if isinstance(tokenizer, ChatTokenizer):
+        save_llava(model, out, tokenizer.placeholder_id)
+    else:
+        save_model(model, out, torch.float32)
+    shutil.copy(os.path.join(config["policy"], "tokenizer.json"), out)
+
+
 def compare(folders: list[str]) -> str:
     """Runs side by side, a row a run: seed, accuracies before and after, gains with their intervals."""
     lines = [
@@ -260,8 +274,13 @@ def main() -> int:
     scorer.add_argument("--json", default="")
     comparer = commands.add_parser("compare", help="finished runs side by side")
     comparer.add_argument("runs", nargs="+")
+    merger = commands.add_parser("merge", help="a run's policy as a checkpoint of its own")
+    merger.add_argument("run")
+    merger.add_argument("--out", required=True)
     args = parser.parse_args()
-    if args.command == "run":
+    if args.command == "merge":
+        merge_run(args.run, args.out)
+    elif args.command == "run":
         print(evaluate_run(args.run, args.data, args.videos))
     elif args.command == "compare":
         print(compare(args.runs))

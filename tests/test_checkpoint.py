@@ -16,7 +16,7 @@ from checkpoint import decoder_config, load_clip, load_decoder, load_llava, save
 from cli import BadInput
 from clip import Clip, ClipConfig, preprocess, resize_frames
 from data import ChatTokenizer, Prompts, PromptSet
-from eval import load_policy
+from eval import load_policy, merge_run
 from model import Decoder
 from rollout import generate
 
@@ -337,6 +337,25 @@ def test_chat_prompts_are_auto_tokenizers_with_the_placeholder_repeated(template
     assert banned[ours.vocab_size :].all() and apart.banned_ids(320)[310]
     with pytest.raises(BadInput, match="^question .*holds the special token <image>; take it out$"):
         ours.prompt("is <image> here?", 5)
+
+
+def test_a_runs_policy_merges_into_a_checkpoint_of_its_kind(tokenizer_files, tmp_path):
+    saved(their_llava(image_token_index=3, vocab_size=320), tmp_path / "base")
+    shutil.copy(tokenizer_files / "tokenizer.json", tmp_path / "base")
+    policy, _ = load_policy(str(tmp_path / "base"), num_frames=2)
+    lora.add_adapters(policy.decoder, 4, 8.0)
+    for layer in lora.layers(policy.decoder).values():
+        layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(3))
+    run = {"policy": str(tmp_path / "base"), "lora_r": 4, "lora_alpha": 8.0, "num_frames": 2}
+    lora.save_adapter(policy.decoder, str(tmp_path / "run" / "adapter"))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(run))
+    merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
+    lora.merge(policy.decoder)
+    again, tokenizer = load_policy(str(tmp_path / "merged"), num_frames=2)
+    torch.testing.assert_close(again.state_dict(), policy.state_dict(), atol=0, rtol=0)
+    assert again.cfg.video_start == tokenizer.video_start and tokenizer.placeholder_id == 3
+    with pytest.raises(BadInput, match="exists already; name another folder"):
+        merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
 
 
 def test_a_tokenizer_whose_ids_exceed_the_embedding_is_refused(tokenizer_files, tmp_path):
