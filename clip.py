@@ -10,8 +10,10 @@ frames or captions in a batch.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 # Mean and standard deviation of RGB in 0..1 that every public CLIP uses.
@@ -31,7 +33,7 @@ class ClipConfig:
     text_heads: int = 4
     text_length: int = 24  # tokens, the end token included
     vocab_size: int = 512
-    embed_dim: int = 96  # of the space that both towers share
+    embed_dim: int = 96  # of the space that both towers share; 0: the image tower alone (LLaVA)
     activation: str = "gelu"  # gelu | quick_gelu, x * sigmoid(1.702 x) (OpenAI's weights)
 
 
@@ -41,6 +43,32 @@ def preprocess(frames: Tensor) -> Tensor:
     mean = torch.tensor(PIXEL_MEAN, device=frames.device).view(3, 1, 1)
     std = torch.tensor(PIXEL_STD, device=frames.device).view(3, 1, 1)
     return (frames.float() / 255 - mean) / std
+
+
+def resize_frames(frames: Tensor, size: int, how: str) -> Tensor:
+    """uint8 (F_, 3, H, W) RGB -> uint8 (F_, 3, size, size), as CLIPImageProcessor does it.
+
+    how: crop, the shorter side becomes `size` (bicubic, antialiased) and the middle is cut out; pad, first
+    made square with CLIP's mean colour (LLaVA-1.5), so that nothing is lost.
+    """
+    H, W = frames.shape[-2:]
+    if how == "pad":
+        side = max(H, W)
+        square = torch.tensor([int(255 * m) for m in PIXEL_MEAN], dtype=torch.uint8, device=frames.device)
+        square = square.view(1, 3, 1, 1).repeat(len(frames), 1, side, side)
+        top, left = (side - H) // 2, (side - W) // 2
+        square[..., top : top + H, left : left + W] = frames
+        frames, H, W = square, side, side
+    short = min(H, W)
+    shape = (int(size * H / short), int(size * W / short))
+    # Pillow itself: its two passes round in fixed point, and torch's differ from them by up to 2 of 255.
+    images = [Image.fromarray(x.permute(1, 2, 0).contiguous().cpu().numpy()) for x in frames]
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    images = [
+        image.resize(shape[::-1], Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        for image in images
+    ]
+    return torch.stack([torch.from_numpy(np.array(x)).permute(2, 0, 1) for x in images]).to(frames.device)
 
 
 class SelfAttention(nn.Module):
@@ -87,7 +115,8 @@ class ImageTower(nn.Module):
             Layer(cfg.width, cfg.num_heads, False, cfg.activation) for _ in range(cfg.num_layers)
         )
         self.post_layernorm = nn.LayerNorm(cfg.width)
-        self.projection = nn.Linear(cfg.width, cfg.embed_dim, bias=False)
+        if cfg.embed_dim:
+            self.projection = nn.Linear(cfg.width, cfg.embed_dim, bias=False)
 
     def hidden(self, pixel_values: Tensor, layer: int) -> Tensor:
         """(F_, 3, H, W) -> (F_, 1 + N, width) after `layer` layers; negative counts from the end as
@@ -134,8 +163,10 @@ class Clip(nn.Module):
     def __init__(self, cfg: ClipConfig):
         super().__init__()
         self.cfg = cfg
-        self.vision_model, self.text_model = ImageTower(cfg), TextTower(cfg)
-        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07), CLIP's first temperature
+        self.vision_model = ImageTower(cfg)
+        if cfg.embed_dim:
+            self.text_model = TextTower(cfg)
+            self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07), CLIP's first temperature
 
     def patch_tokens(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
         """(F_, 3, H, W) normalised pixels -> (F_, N, width) patch tokens of a hidden

@@ -25,9 +25,10 @@ import torch
 import lora
 import world
 from answers import bootstrap_ci, grade, is_correct
+from checkpoint import is_llava, llava_configs, load_llava, read_json, save_llava
 from cli import ArgumentParser, BadInput, run_script, write_json, write_whole
-from data import EOS_ID, PromptSet, Tokenizer, load_questions
-from model import load_model
+from data import ChatTokenizer, PromptSet, Tokenizer, load_questions
+from model import load_model, read_configs, save_model
 from rollout import generate
 
 
@@ -151,15 +152,42 @@ def score(data: str, predictions: str) -> dict:
     return result | {"missing": len(questions) - len(said)}
 
 
-def load_policy(folder: str, device="cpu", num_frames=0, adapter="", base="float32"):
-    """(model, tokenizer) of a folder that pretrain.py made, for clips of num_frames where that is not 0. An
-    `adapter` folder is merged into it, then its decoder's weights are held in `base` (lora.freeze_base)."""
-    model = load_model(folder, device, num_frames)
+LLAVA_FRAMES = 50  # K, as VLM-RLAIF was tuned
+
+
+def policy_configs(folder: str, num_frames=0, video_tokens="pooled"):
+    """(ModelConfig, ClipConfig) of what `load_policy` would load, from its config files alone."""
+    if is_llava(folder):
+        return llava_configs(folder, pooled=video_tokens == "pooled", num_frames=num_frames or LLAVA_FRAMES)
+    return read_configs(folder, num_frames)
+
+
+def load_policy(
+    folder: str, device="cpu", *, num_frames=0, template="vicuna_v1", video_tokens="pooled", adapter="",
+    base="float32",
+):  # fmt: skip
+    """(model, tokenizer) of a folder that pretrain.py made, or of LLaVA-1.5 in the Hugging Face layout, which
+    alone can choose its template and its video tokens (pooled | patches).
+
+    num_frames: K, 0 the folder's own. An `adapter` folder is merged into the decoder, then its weights are
+    held in `base` (lora.freeze_base); LLaVA's are from the start, tensor by tensor, where nothing is merged.
+    """
+    if is_llava(folder):
+        config = read_json(os.path.join(folder, "config.json"))
+        V = config.get("text_config", {}).get("vocab_size", 32000)
+        placeholder_id = config.get("image_token_index", config.get("image_token_id", 32000))
+        tokenizer = ChatTokenizer(folder, template, placeholder_id, V)
+        options = dict(pooled=video_tokens == "pooled", num_frames=num_frames or LLAVA_FRAMES)
+        options |= dict(video_start=tokenizer.video_start, base="bfloat16" if adapter else base)
+        model = load_llava(folder, device, **options)
+    else:
+        tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
+        model = load_model(folder, device, num_frames)
     if adapter:
         lora.load_adapter(model.decoder, adapter)
         lora.merge(model.decoder)
     lora.freeze_base(model.decoder, base)
-    return model, Tokenizer.load(os.path.join(folder, "tokenizer.json"))
+    return model, tokenizer
 
 
 def load_run(folder: str):
@@ -169,8 +197,8 @@ def load_run(folder: str):
         raise BadInput(f"{path}: no such file; name a folder that train.py made")
     with open(path) as file:
         config = json.load(file)
-    start = {k: config[k] for k in ("num_frames", "adapter", "base") if k in config}
-    model, tokenizer = load_policy(config["policy"], **start)
+    chosen = ("num_frames", "template", "video_tokens", "adapter", "base")
+    model, tokenizer = load_policy(config["policy"], **{k: config[k] for k in chosen if k in config})
     lora.add_adapters(model.decoder, config["lora_r"], config["lora_alpha"])
     lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
     return model, tokenizer, config
@@ -212,13 +240,29 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
     model, tokenizer, config = load_run(folder)
     questions = load_questions(data, videos) if data else load_sets(SimpleNamespace(**config))[1]
     prompts = PromptSet(model, tokenizer, questions)
-    options = {"end_ids": torch.tensor([EOS_ID]), "banned": tokenizer.banned_ids(model.cfg.vocab_size)}
+    options = {
+        "end_ids": torch.tensor(tokenizer.end_ids),
+        "banned": tokenizer.banned_ids(model.cfg.vocab_size),
+    }
     options |= {"max_new_tokens": config["max_new_tokens"], "samples": config["eval_samples"]}
     options["seed"] = config["seed"]
     with lora.using(model.decoder, "off"):
         before, _ = evaluate(model, prompts, **options)
     after, _ = evaluate(model, prompts, **options)
     return table(before, after)
+
+
+def merge_run(folder: str, out: str):
+    """Writes the run's policy, its adapter folded into the weights, in the layout that it came in."""
+    if os.path.exists(out):
+        raise BadInput(f"--out {out}: exists already; name another folder")
+    model, tokenizer, config = load_run(folder)
+    lora.merge(model.decoder)
+    if isinstance(tokenizer, ChatTokenizer):
+        save_llava(model, out, tokenizer.placeholder_id)
+    else:
+        save_model(model, out, torch.float32)
+    shutil.copy(os.path.join(config["policy"], "tokenizer.json"), out)
 
 
 def compare(folders: list[str]) -> str:
@@ -343,9 +387,14 @@ def main() -> int:
     study.add_argument("--seeds", type=int, default=3)
     study.add_argument("--page", default=os.path.join(HOUSE, "RESULTS.md"), help="has the table's place")
     study.add_argument("options", nargs="*", help="after --: options of train.py for every run")
+    merger = commands.add_parser("merge", help="a run's policy as a checkpoint of its own")
+    merger.add_argument("run")
+    merger.add_argument("--out", required=True)
     args = parser.parse_args()
     if args.command == "oracle_study":
         print(oracle_study(args.out, args.seeds, args.options, args.page))
+    elif args.command == "merge":
+        merge_run(args.run, args.out)
     elif args.command == "run":
         print(evaluate_run(args.run, args.data, args.videos))
     elif args.command == "compare":

@@ -144,7 +144,8 @@ def folded(model: nn.Module):
             if isinstance(layer.base, NF4Linear) or layer.base.weight.dtype != torch.float32:
                 continue
             A, B = layer.pair()
-            layer.folded = layer.base.weight if A is None else layer.base.weight + layer.scale * (B @ A)
+            W = layer.base.weight.detach()  # a Parameter would become one of this layer
+            layer.folded = W if A is None else W + layer.scale * (B @ A)
         try:
             yield
         finally:

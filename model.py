@@ -37,7 +37,19 @@ class ModelConfig:
     ffn_dim: int = 352
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    adapter: str = "qformer"  # qformer | patches | pooled: how a video becomes tokens (VideoAdapter)
+    head_dim: int = 0  # 0: dim / num_heads
+    tied: bool = True  # the output matrix is the embedding itself
+    qkv_bias: bool = False  # Qwen2
+    qk_norm: bool = False  # Qwen3: RMSNorm of each head's queries and keys before they are rotated
+    sliding_window: int = 0  # Mistral: a token sees itself and the window - 1 before it; 0: all
+    rope_scaling: str = "default"  # default | linear | llama3 (`periods`)
+    rope_factor: float = 1.0
+    rope_low: float = 1.0  # llama3: wavelengths above rope_length / rope_low are stretched by rope_factor ...
+    rope_high: float = 4.0  # ... and those below rope_length / rope_high stay as they are
+    rope_length: int = 8192  # tokens of the first training
+    adapter: str = "qformer"  # qformer | patches | pooled (VideoAdapter) | llava | llava_pooled (Projector)
+    clip_layer: int = -2  # the hidden layer whose patch tokens the adapter reads
+    video_start: int = 1  # tokens of a prompt before its video: BOS, or a chat template's opening
     num_queries: int = 32  # Q-Former tokens a video
     qformer_layers: int = 2
     num_frames: int = 8  # K
@@ -55,13 +67,28 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(...) int64 positions -> cos and signed sin, each (..., head_dim) float32 (RoPE, arXiv:2104.09864).
+def periods(cfg: ModelConfig, device) -> Tensor:
+    """(head_dim / 2,) positions a radian (RoPE, arXiv:2104.09864), stretched for long contexts if asked.
+
+    llama3: slow turns, of which the first training saw less than rope_low, are slowed by rope_factor; fast
+    ones, more than rope_high, are not; a linear ramp in between (as Llama 3.1 was trained).
+    """
+    head_dim = cfg.head_dim or cfg.dim // cfg.num_heads
+    period = cfg.rope_theta ** (torch.arange(0, head_dim, 2, device=device).float() / head_dim)
+    if cfg.rope_scaling == "default":
+        return period
+    turns = cfg.rope_length / (2 * math.pi * period)
+    keep = ((turns - cfg.rope_low) / (cfg.rope_high - cfg.rope_low)).clamp(0, 1)
+    keep = torch.zeros_like(period) if cfg.rope_scaling == "linear" else keep
+    return period / (keep + (1 - keep) / cfg.rope_factor)
+
+
+def rotary(positions: Tensor, period: Tensor) -> tuple[Tensor, Tensor]:
+    """(...) int64 positions, (h / 2,) positions a radian -> cos and signed sin, each (..., h) float32.
 
     `rotate` adds to each half of a vector the other half times this sin: minus in the first half.
     """
-    steps = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions[..., None].float() / theta**steps
+    angles = positions[..., None].float() / period
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
@@ -82,8 +109,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prefix=None) -> Tensor
 
     q (P, kv, G, rep, T, h): rep queries share a key (GQA). k, v (P, kv, G, L, h): the completions' own keys.
     bias (P, 1, G, 1, T, L) of bias_of. prefix: (k, v, bias) of the prompt, (P, kv, S, h) twice and
-    (P, 1, 1, S). Returns (P, kv, G, rep, T, h). One softmax over S + L scores, so the result is that of
-    the unshared pass; the products with the prefix read its keys once for all G completions.
+    (P, 1, 1, 1, 1 or T, S). Returns (P, kv, G, rep, T, h). One softmax over S + L scores, so the result is
+    that of the unshared pass; the products with the prefix read its keys once for all G completions.
     """
     P, kv, G, rep, T, h = q.shape
     q = q * h**-0.5
@@ -95,7 +122,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prefix=None) -> Tensor
     prefix_k, prefix_v, prefix_bias = prefix
     S = prefix_k.shape[2]
     shared = q.reshape(P, kv, G * rep * T, h) @ prefix_k.transpose(-1, -2)  # (P, kv, G*rep*T, S)
-    shared = (shared + prefix_bias).view(P, kv, G, rep, T, S)
+    shared = shared.view(P, kv, G, rep, T, S) + prefix_bias
     weights = torch.cat([shared, scores], dim=-1).float().softmax(dim=-1).to(v.dtype)
     shared, own = weights.split([S, k.shape[3]], dim=-1)
     y = (shared.reshape(P, kv, G * rep * T, S) @ prefix_v).view(P, kv, G, rep, T, h)
@@ -116,17 +143,22 @@ class SelfAttention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.num_kv_heads, self.rep = cfg.num_kv_heads, cfg.num_heads // cfg.num_kv_heads
-        self.head_dim = cfg.dim // cfg.num_heads
-        self.q_proj = nn.Linear(cfg.dim, cfg.num_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(cfg.dim, cfg.num_kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(cfg.dim, cfg.num_kv_heads * self.head_dim, bias=False)
+        self.head_dim = cfg.head_dim or cfg.dim // cfg.num_heads
+        self.q_proj = nn.Linear(cfg.dim, cfg.num_heads * self.head_dim, bias=cfg.qkv_bias)
+        self.k_proj = nn.Linear(cfg.dim, cfg.num_kv_heads * self.head_dim, bias=cfg.qkv_bias)
+        self.v_proj = nn.Linear(cfg.dim, cfg.num_kv_heads * self.head_dim, bias=cfg.qkv_bias)
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity() for _ in range(2)
+        )
         self.o_proj = nn.Linear(cfg.num_heads * self.head_dim, cfg.dim, bias=False)
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor, first: int):
         """x (P, L, D), cos, sin (P, L, h) -> q (P, kv, rep, L - first, h), k and v (P, kv, L, h), rotated."""
         q = self.q_proj(x[:, first:].contiguous()).unflatten(-1, (self.num_kv_heads, self.rep, self.head_dim))
-        q = rotate(q.permute(0, 2, 3, 1, 4), cos[:, None, None, first:], sin[:, None, None, first:])
-        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        q = rotate(
+            self.q_norm(q).permute(0, 2, 3, 1, 4), cos[:, None, None, first:], sin[:, None, None, first:]
+        )
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         return q, rotate(k, cos[:, None], sin[:, None]), v
 
@@ -161,7 +193,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A LLaMA-style causal language model; the output matrix is the embedding itself (tied)."""
+    """A LLaMA-style causal language model. What LLaMA, Mistral and Qwen do differently is in the config."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -172,18 +204,24 @@ class Decoder(nn.Module):
         self.compute_dtype = torch.float32  # bfloat16: the matrix products of the layers run in it (autocast)
         self.checkpointing = False  # with gradient, keep a layer's input alone and compute the layer again
         nn.init.normal_(self.embed_tokens.weight, std=cfg.dim**-0.5)
+        if not cfg.tied:
+            self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
 
     @property
     def head(self) -> Tensor:
         """(V, D) output matrix."""
-        return self.embed_tokens.weight
+        return self.embed_tokens.weight if self.cfg.tied else self.lm_head.weight
 
     def autocast(self):
         on = self.compute_dtype != torch.float32
         return torch.autocast(self.head.device.type, self.compute_dtype if on else torch.bfloat16, enabled=on)
 
     def rotary(self, positions: Tensor):
-        return rotary(positions, self.cfg.dim // self.cfg.num_heads, self.cfg.rope_theta)
+        return rotary(positions, periods(self.cfg, positions.device))
+
+    def near(self, asking: Tensor, asked: Tensor) -> Tensor:
+        """Positions (..., T) and (..., S) -> (..., T, S) bool: within the sliding window."""
+        return asking[..., None] - asked[..., None, :] < (self.cfg.sliding_window or math.inf)
 
     def forward(self, prompt: Tensor, prompt_mask: Tensor, completions: Tensor | None = None, cache=None):
         """One pass over prompts and, behind them, G completions that share each prompt.
@@ -200,10 +238,12 @@ class Decoder(nn.Module):
         own_positions = positions[:, -1:] + 1 + torch.arange(T, device=prompt.device).repeat(G)  # (P, G*T)
         cos, sin = self.rotary(torch.cat([positions, own_positions], dim=1))
         causal = torch.ones(S, S, dtype=torch.bool, device=prompt.device).tril()
-        prompt_bias = bias_of(causal & prompt_mask[:, None]).view(P, 1, 1, 1, S, S)
+        seen = causal & prompt_mask[:, None] & self.near(positions, positions)
+        prompt_bias = bias_of(seen).view(P, 1, 1, 1, S, S)
+        own = own_positions[:, :T]  # (P, T), the same for all G
         own_causal = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril()
-        own_bias = bias_of(own_causal).view(1, 1, 1, 1, T, T)
-        prefix_bias = bias_of(prompt_mask)[:, None, None]
+        own_bias = bias_of(own_causal & self.near(own, own)).view(P, 1, 1, 1, T, T)
+        prefix_bias = bias_of(prompt_mask[:, None] & self.near(own, positions)).view(P, 1, 1, 1, T, S)
 
         def attention(q, k, v):
             asking = q.shape[3] - G * T  # prompt positions whose state is needed: all, in the last layer one
@@ -243,8 +283,10 @@ class Decoder(nn.Module):
         P, G = tokens.shape
         positions = (cache.prompt_mask.sum(dim=1, keepdim=True) + t).expand(P, G)
         cos, sin = self.rotary(positions)
-        own_bias = bias_of(torch.arange(cache.T, device=x.device) <= t).view(1, 1, 1, 1, 1, -1)
-        prefix_bias = bias_of(cache.prompt_mask)[:, None, None]
+        slots = torch.arange(cache.T, device=x.device)
+        own_bias = bias_of((slots <= t) & self.near(t.view(1), slots)).view(1, 1, 1, 1, 1, -1)
+        near = self.near(positions[:, :1], cache.prompt_mask.cumsum(dim=1) - 1)  # (P, 1, S)
+        prefix_bias = bias_of(cache.prompt_mask[:, None] & near)[:, None, None, None]  # (P, 1, 1, 1, 1, S)
         for i, layer in enumerate(self.layers):
             if len(cache.own) == i:
                 k0 = cache.prompt[i][0]
@@ -379,6 +421,25 @@ class VideoAdapter(nn.Module):
         return queries
 
 
+class Projector(nn.Module):
+    """LLaVA-1.5's two linear layers: patches (P, K, N, clip width) -> video_embeds (P, num_tokens, D).
+
+    llava         all K * N projected patches, frame by frame
+    llava_pooled  K temporal tokens, then N spatial ones, pooled after the projection (VLM-RLAIF)
+    Neither knows the frames' times.
+    """
+
+    def __init__(self, cfg: ModelConfig, clip: ClipConfig):
+        super().__init__()
+        self.pooled, num_patches = cfg.adapter == "llava_pooled", (clip.image_size // clip.patch_size) ** 2
+        self.num_tokens = cfg.num_frames + num_patches if self.pooled else cfg.num_frames * num_patches
+        self.linear_1, self.linear_2 = nn.Linear(clip.width, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
+
+    def forward(self, patches: Tensor, frame_times: Tensor) -> Tensor:
+        x = self.linear_2(F.gelu(self.linear_1(patches)))  # (P, K, N, D)
+        return pool(x) if self.pooled else x.flatten(1, 2)
+
+
 def grid(n: int, device) -> Tensor:
     """(n, 2) centres of n cells that tile the unit square row by row, rows and columns as even as can be."""
     rows = next(r for r in range(math.isqrt(n), 0, -1) if n % r == 0)
@@ -395,19 +456,20 @@ def pool(x: Tensor) -> Tensor:
 
 
 class VideoLM(nn.Module):
-    """CLIP (frozen), adapter and decoder. `video_start`: a prompt is [BOS] [video tokens] [question]."""
+    """CLIP (frozen), adapter and decoder. A prompt is [opening] [video tokens] [question]; the opening,
+    cfg.video_start tokens, is BOS alone in the small default."""
 
     def __init__(self, cfg: ModelConfig, clip_cfg: ClipConfig):
         super().__init__()
         self.cfg, self.clip_cfg = cfg, clip_cfg
         self.clip = Clip(clip_cfg).requires_grad_(False)
-        self.adapter = VideoAdapter(cfg, clip_cfg)
+        self.adapter = (Projector if cfg.adapter.startswith("llava") else VideoAdapter)(cfg, clip_cfg)
         self.decoder = Decoder(cfg)
 
     @torch.no_grad()
     def patch_tokens(self, frames: Tensor) -> Tensor:
         """uint8 frames (P, K, 3, H, W) -> (P, K, N, clip width): frozen, so computed once a clip."""
-        tokens = self.clip.patch_tokens(preprocess(frames.flatten(0, 1)))
+        tokens = self.clip.patch_tokens(preprocess(frames.flatten(0, 1)), self.cfg.clip_layer)
         return tokens.unflatten(0, frames.shape[:2])
 
     @torch.no_grad()
@@ -418,8 +480,8 @@ class VideoLM(nn.Module):
 
     def embed_prompt(self, prompt_ids: Tensor, prompt_mask: Tensor, video_embeds: Tensor) -> Tensor:
         """(P, S) ids with placeholders -> (P, S, D): the video tokens stand where the prompt's layout says,
-        right behind the first real token, whatever ids are there; nothing is searched for."""
-        start = (~prompt_mask).sum(dim=1) + 1  # (P,)
+        cfg.video_start behind the padding, whatever ids are there; nothing is searched for."""
+        start = (~prompt_mask).sum(dim=1) + self.cfg.video_start  # (P,)
         slots = start[:, None] + torch.arange(video_embeds.shape[1], device=start.device)
         index = slots.unsqueeze(-1).expand(-1, -1, video_embeds.shape[2])
         x = self.decoder.embed_tokens(prompt_ids)

@@ -25,11 +25,10 @@ import memory
 import nf4
 from answers import is_correct, kendall_tau, ndcg_agreement
 from cli import BadInput, parse_args, run_script, write_json
-from data import EOS_ID, PromptSet
-from eval import draw_world, evaluate, gains, load_policy, load_sets, table
+from data import TEMPLATES, PromptSet
+from eval import draw_world, evaluate, gains, load_policy, load_sets, policy_configs, table
 from grpo_rank import compiled, completion_logprobs, policy_loss, rank_advantages, ranks_from_scores
 from judge import LETTERS, LLMOracle, ReplayOracle, is_cache, rank_patiently
-from model import read_configs
 from oracle import (
     AnchoredOracle,
     FunctionOracle,
@@ -61,10 +60,12 @@ class Config:
     out: str = "runs/default"  # run folder; it must not exist, unless --resume
     resume: bool = False  # continue the run in --out from its last checkpoint
     seed: int = 0
-    policy: str = "weights"  # folder of the supervised start (pretrain.py)
+    policy: str = "weights"  # folder of the supervised start: pretrain.py's, or LLaVA-1.5's
+    template: str = "vicuna_v1"  # LLaVA: conversation, vicuna_v1 | llama-2 | chatml | plain
+    video_tokens: str = "pooled"  # LLaVA: pooled (K + N a video, VLM-RLAIF) | patches (K * N)
     adapter: str = ""  # folder of a LoRA that PEFT or a run saved: merged into the start
     base: str = "float32"  # float32 | bfloat16 | nf4 (4 bits): how the decoder's frozen weights are held
-    num_frames: int = 0  # K: frames of a clip; 0: as many as the policy's config says
+    num_frames: int = 0  # K: frames of a clip; 0: as many as the policy's config says, of LLaVA 50
     data: str = ""  # JSONL of questions; empty: the embedded world
     videos: str = ""  # folder that the JSONL's video paths are relative to
     world_dir: str = "world/rl"  # folder of the embedded world's drawn clips
@@ -150,6 +151,8 @@ class Config:
 ORACLES = ("rule", "llm", "trained", "replay")
 CHOICES = {
     "preset": ("tiny", "smoke", "7b"),
+    "template": tuple(TEMPLATES),
+    "video_tokens": ("pooled", "patches"),
     "base": ("float32", "bfloat16", "nf4"),
     "oracle_agreement": ("off", "scale", "tie"),
     "advantage_form": ("ideal", "printed", "inverted"),
@@ -210,7 +213,7 @@ def reduce_sum(*values: torch.Tensor | float, device) -> list[float]:
 def load_everything(cfg: Config, device: torch.device):
     """(policy with adapters, trainable parameters, training prompts, held-out prompts). Every video is
     decoded and embedded here, once, so a broken file ends the run before anything is written."""
-    sizes = read_configs(cfg.policy, cfg.num_frames)
+    sizes = policy_configs(cfg.policy, cfg.num_frames, cfg.video_tokens)
     if process_info()[0] == 0 and not cfg.data:
         draw_world(cfg)
     if dist.is_initialized():
@@ -221,7 +224,8 @@ def load_everything(cfg: Config, device: torch.device):
         videos = {question.video for question in train_questions + eval_questions}
         print("memory plan, before anything is allocated:", flush=True)
         print(memory.table(memory.plan(*sizes, cfg, dtype, len(videos))), flush=True)
-    policy, tokenizer = load_policy(cfg.policy, device, cfg.num_frames, cfg.adapter, cfg.base)
+    options = {k: getattr(cfg, k) for k in ("num_frames", "template", "video_tokens", "adapter", "base")}
+    policy, tokenizer = load_policy(cfg.policy, device, **options)
     policy.decoder.compute_dtype, policy.decoder.checkpointing = dtype, cfg.checkpointing
     if cfg.compile and cfg.base == "nf4":
         nf4.dequantise = compiled(nf4.dequantise, device.type)  # one pass instead of eight small ones
@@ -523,7 +527,7 @@ def main() -> int:
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.0)
     limits = {
         "max_new_tokens": cfg.max_new_tokens,
-        "end_ids": torch.tensor([EOS_ID], device=device),
+        "end_ids": torch.tensor(train_set.tokenizer.end_ids, device=device),
         "banned": train_set.tokenizer.banned_ids(policy.cfg.vocab_size).to(device),
     }
     cfg.num_steps = cfg.num_steps or cfg.num_epochs * (len(train_set) // prompts_a_step(cfg, train_set))

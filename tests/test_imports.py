@@ -9,12 +9,13 @@ HOUSE = Path(__file__).parent.parent
 RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
 PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them where they are installed
 BELOW = {
-    "cli", "grpo_rank", "nf4", "lora", "clip", "model", "answers", "world", "data", "oracle", "chat", "judge",
-    "ranker", "rollout", "runs", "memory",
+    "cli", "grpo_rank", "nf4", "lora", "clip", "model", "checkpoint", "answers", "world", "data", "oracle",
+    "chat", "judge", "ranker", "rollout", "runs", "memory",
 }  # fmt: skip
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"}, "data": {"answers", "cli"},
     "runs": {"cli", "lora"}, "memory": {"clip", "grpo_rank", "lora", "model", "nf4"},
+    "checkpoint": {"clip", "model", "cli", "lora", "nf4"},
     "rollout": {"grpo_rank", "model", "data", "lora"},
     "oracle": {"answers", "cli", "clip", "model", "grpo_rank"}, "chat": {"cli"},
     "judge": {"answers", "chat", "cli", "data", "grpo_rank", "oracle"},
