@@ -9,8 +9,10 @@ HOUSE = Path(__file__).parent.parent
 RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
 PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them where they are installed
 BELOW = {"cli", "grpo_rank", "lora", "clip", "model", "answers", "world", "data", "oracle", "rollout", "runs"}
+BELOW |= {"convert", "metrics"}
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
-    "model": {"clip", "lora", "cli"}, "lora": {"cli"}, "world": {"cli"}, "data": {"answers", "cli"},
+    "model": {"clip", "lora", "cli"}, "lora": {"cli"}, "world": {"cli"},
+    "data": {"answers", "cli", "convert"}, "convert": {"cli"}, "metrics": {"answers"},
     "runs": {"cli", "lora"},
     "rollout": {"grpo_rank", "model", "data", "lora"},
     "oracle": {"answers", "clip", "model", "grpo_rank"}, "pretrain": BELOW, "eval": BELOW,
