@@ -307,14 +307,15 @@ def _read_question(line: bytes, videos_dir: str, where: str) -> Question:
 def load_questions(jsonl_path: str, videos_dir: str) -> list[Question]:
     """The questions of a JSONL file, video paths joined to videos_dir; opens no video.
 
-    Blank lines and unknown fields are passed over. Raises DataError at the first bad line.
+    Blank lines, unknown fields and selection.py's report in line 1 are passed over.
+    Raises DataError at the first bad line.
     """
     if not os.path.isfile(jsonl_path):
         raise DataError(f"{jsonl_path}: no such file; give a JSONL file of questions")
     questions, line_of = [], {}
     with open(jsonl_path, "rb") as file:  # bytes, so that bad UTF-8 is reported with its line
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if line.strip() and not (number == 1 and line.startswith(b'{"selection"')):  # its report
                 where = f"{jsonl_path}, line {number}"
                 question = _read_question(line, videos_dir, where)
                 first = line_of.setdefault(question.id, number)
