@@ -2,9 +2,10 @@
 
     python selection.py DATA.jsonl --videos DIR --k 8 --out SELECTED.jsonl
 
-Each question is answered k times at temperature 1, in batches; only the raw reward of the task counts. Their
-rule and thresholds were never published, so ours are stated: a question is kept if 0 < right < k; one that asks
-for a span, if the std of its IoUs (ddof 0) is in the top `share` of its task; for both together, if either. The first line of SELECTED.jsonl is the report, with settings; train.py and all other readers pass over it.
+Each question is answered k times at temperature 1, in batches; only the raw reward of the task counts. The
+paper's rule and thresholds were never published, so ours are stated: a question is kept if 0 < right < k;
+one that asks for a span, if the std of its IoUs (ddof 0) is in the top `share` of its task; one that asks for
+both, if either holds. Line 1 of SELECTED.jsonl is the report, with settings; all readers pass over it.
 
 The answers lie in SELECTED.jsonl.samples, so that a killed selection goes on; the same settings give the same
 file, byte for byte, whether it was killed or not.
@@ -30,7 +31,7 @@ STD_BINS = 10  # of width 0.05: the std of values in [0, 1] is at most 0.5
 
 
 def spread(rewards: list[Reward]) -> dict:
-    """Of one question's k rewards: the count of right answers, the variance p(1 - p), the std of IoU (ddof 0).
+    """Of one question's k rewards: the count of right answers, their variance, the std of IoU (ddof 0).
 
     None where the task lacks the part.
     """

@@ -24,8 +24,8 @@ from answers import is_correct, kendall_tau, ndcg_agreement
 from cli import BadInput, parse_args, run_script, write_json
 from data import EOS_ID, PromptSet
 from eval import draw_world, evaluate, gains, load_policy, load_sets, table
-from grpo_rank import completion_logprobs, policy_loss, rank_advantages, ranks_from_scores
-from oracle import NoisyOracle, RuleOracle
+from grpo_rank import completion_logprobs, group_zscores, policy_loss, rank_advantages, ranks_from_scores
+from oracle import NoisyOracle, RewardOracle, RuleOracle
 from rollout import completion_states, generate
 from runs import (
     checkpoint_path,
@@ -59,7 +59,13 @@ class Config:
     max_new_tokens: int = 10
     temperature: float = 1.0
     top_p: float = 1.0
-    oracle: str = "rule"  # rule
+    objective: str = "grpo_rank"  # grpo_rank | grpo: z-scored groups of the summed dual reward
+    oracle: str = "rule"  # rule | sum | lexicographic: ranks by the grade, or by the dual reward
+    discrete_coef: float = 1.0  # weights of the dual reward's parts: the right answer,
+    continuous_coef: float = 1.0  # the overlap of the spans,
+    format_coef: float = 0.1  # the form; more is never paid for form alone
+    overlap: str = "iou"  # iou | iop: the dual reward's continuous part
+    think: bool = False  # whether the form asks for a <think> part
     swap_prob: float = 0.0  # oracle noise: chance that two neighbours in its order swap
     position_bias: float = 0.0  # oracle noise: chance that the first candidate is put on top
     advantage_form: str = "ideal"  # ideal | printed | inverted: README, "What the paper leaves open"
@@ -85,6 +91,10 @@ class Config:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise BadInput(f"--{name} {getattr(self, name)}: choose one of {', '.join(choices)}")
+        if self.objective == "grpo" and (self.swap_prob or self.position_bias):
+            raise BadInput("--swap_prob and --position_bias disturb ranks; --objective grpo has none")
+        if self.objective == "grpo" and self.oracle == "lexicographic":
+            raise BadInput("--oracle lexicographic is an order, no number; give --objective grpo_rank")
         if bool(self.data) != bool(self.videos):
             raise BadInput(
                 "--data and --videos go together: a JSONL file and the folder its paths are relative to"
@@ -93,7 +103,9 @@ class Config:
 
 CHOICES = {
     "preset": ("tiny", "smoke"),
-    "oracle": ("rule",),
+    "objective": ("grpo_rank", "grpo"),
+    "oracle": ("rule", "sum", "lexicographic"),
+    "overlap": ("iou", "iop"),
     "advantage_form": ("ideal", "printed", "inverted"),
     "gain": ("divided", "appendix"),
     "norm": ("sequence", "token", "constant"),
@@ -293,7 +305,12 @@ def learn(cfg: Config, policy, trainable, train_set, optimizer, limits: dict, pr
 
         # 3) ranks become advantages; groups that are all tied, or whose ranking failed, carry no signal
         policy_ranks = ranks_from_scores(rollout.logprobs.sum(dim=1).view(-1, G).cpu().round(decimals=4))
-        advantages = rank_advantages(ranking.ranks, policy_ranks, cfg.advantage_form, cfg.gain, ranking.ok)
+        if cfg.objective == "grpo":
+            advantages = group_zscores(oracle.totals(questions, texts))
+        else:
+            advantages = rank_advantages(
+                ranking.ranks, policy_ranks, cfg.advantage_form, cfg.gain, ranking.ok
+            )
         live = ranking.ok & (ranking.ranks != ranking.ranks[:, :1]).any(dim=1)  # (P,)
 
         # 4) clipped update, with KL to the frozen reference and an entropy bonus
@@ -305,6 +322,8 @@ def learn(cfg: Config, policy, trainable, train_set, optimizer, limits: dict, pr
 
         # 5) report, save
         numbers |= feedback_numbers(questions, texts, ranking, policy_ranks, advantages, live, rollout)
+        if cfg.oracle != "rule" or cfg.objective == "grpo":
+            numbers |= reward_numbers(reward_oracle(cfg).rewards(questions, texts), device)
         seconds = (b - a for a, b in itertools.pairwise(clock))
         numbers |= dict(zip(("sampling_s", "oracle_s", "update_s"), seconds, strict=True))
         numbers["tokens_per_s"] = numbers["tokens"] / (clock[-1] - clock[0])
@@ -324,10 +343,26 @@ def learn(cfg: Config, policy, trainable, train_set, optimizer, limits: dict, pr
     return "done"
 
 
+def reward_numbers(rewards, device) -> dict:
+    """Means of the dual reward's parts, each over the answers to tasks that have it; None without any."""
+    names = ("discrete", "continuous", "format")
+    parts = [[getattr(r, name) for r in rewards if getattr(r, name) is not None] for name in names]
+    sums = reduce_sum(*map(sum, parts), *map(len, parts), device=device)
+    return {f"reward_{name}": sums[i] / sums[i + 3] if sums[i + 3] else None for i, name in enumerate(names)}
+
+
+def reward_oracle(cfg: Config) -> RewardOracle:
+    by = "lexicographic" if cfg.oracle == "lexicographic" else "sum"
+    weights = (cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef)
+    return RewardOracle(by, weights, cfg.overlap, cfg.think)
+
+
 def make_oracle(cfg: Config, generator: torch.Generator):
+    by_reward = cfg.oracle != "rule" or cfg.objective == "grpo"
+    oracle = reward_oracle(cfg) if by_reward else RuleOracle()
     if cfg.swap_prob or cfg.position_bias:
-        return NoisyOracle(RuleOracle(), generator, cfg.swap_prob, cfg.position_bias)
-    return RuleOracle()
+        return NoisyOracle(oracle, generator, cfg.swap_prob, cfg.position_bias)
+    return oracle
 
 
 def catch_interrupt():
