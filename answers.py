@@ -1,5 +1,9 @@
 """Read an answer and grade it: the one parser of oracle, rewards, selection and evaluation.
 
+The answer format is <think>why</think><answer>what</answer>; with thinking off it is the answer alone, in its
+block or bare. The answer is a text, an option's letter, a span "from 3 to 9 seconds", or, to a question that
+asks for both, the one and then the other: "(B) red, from 3 to 9 seconds".
+
 Programs that parse each in their own way pay for one thing and measure another, so all of them call `grade`.
 Its rules are strict where a policy would find a hole: naming two choices is hedging and earns nothing.
 """
@@ -9,6 +13,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from statistics import fmean
 
@@ -41,16 +46,21 @@ _OTHER_UNITS = r"%|(?:minutes?|mins?|m|hours?|h|frames?|percent)\b"  # left unre
 _TIME = rf"(?<![\w.:])({_NUMBER})(?![.:]?\d)\s*+(?:(?:seconds?|secs?|s)\b)?+(?!\s*(?:{_OTHER_UNITS}))"
 _BOUND = rf"\w*\W*?(?:(?:time|at|is)\W+?)?{_TIME}"  # behind "start": '_time": "6.0"', "s at 6", " time = 6"
 _SPANS = (
-    re.compile(rf"\A(?=.*?\bstart{_BOUND})(?=.*?\bend{_BOUND})", re.DOTALL),  # in either order
-    re.compile(rf"\bbetween\s+{_TIME}\s*and\s+{_TIME}"),
-    re.compile(rf"(?<!\d-){_TIME}\s*(?:to|until|till|[-–—])\s*{_TIME}(?!-\d)"),
-    re.compile(rf"[\[(]\s*{_TIME}\s*,\s*{_TIME}\s*[\])]"),
+    re.compile(rf"\bbetween\s+{_TIME}\s*and\s+{_TIME}", re.IGNORECASE),
+    re.compile(rf"(?:\bfrom\s+)?(?<!\d-){_TIME}\s*(?:to|until|till|-)\s*{_TIME}(?!-\d)", re.IGNORECASE),
+    re.compile(rf"[\[(]\s*{_TIME}\s*,\s*{_TIME}\s*[\])]", re.IGNORECASE),
 )
+_START, _END = (re.compile(rf"\b{word}{_BOUND}", re.IGNORECASE) for word in ("start", "end"))
+_DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−﹣－~～", "-"))
+_NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_NUMBERS)})\b", re.IGNORECASE)
+_BLOCK = r"<answer>((?:(?!</?(?:answer|think)>).)+)</answer>"
+_WELL_FORMED = re.compile(rf"\s*<think>(?:(?!</?(?:answer|think)>).)+</think>\s*{_BLOCK}\s*", re.DOTALL)
+_BARE = re.compile(rf"\s*(?:{_BLOCK}|[^<>]+)\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one video. Options decide the grade if there are any, else spans, else `answer`."""
+    """One question about one video; `task` says which of options, spans and answer decide its grade."""
 
     id: str
     video: str  # path of the file
@@ -61,6 +71,19 @@ class Question:
     answer_index: int | None = None  # of the gold option; None: the option equal to `answer`
     spans: tuple[Interval, ...] = ()  # gold (start, end), seconds
     duration: float | None = None  # seconds
+    duration_class: str = ""  # of the data set, as "short" in Video-MME
+
+
+@lru_cache(maxsize=1 << 16)
+def task(question: Question) -> str:
+    """What is asked: "qa", an answer; "grounding", a span; "grounded", an answer and the span that shows it.
+
+    Grounding has gold spans, no options, and a gold answer that is empty or a span itself.
+    """
+    if not question.spans:
+        return "qa"
+    only_span = not question.options and (not question.answer.strip() or parse_span(question.answer))
+    return "grounding" if only_span else "grounded"
 
 
 def prompt_text(question: Question) -> str:
@@ -71,6 +94,8 @@ def prompt_text(question: Question) -> str:
 
 def final_answer(text: str) -> str:
     """The part of a completion that counts: its last <answer>..</answer>, else all but its <think> part."""
+    if "<" not in text:
+        return text.strip()
     text = re.sub(r"<think>.*?</think>", " ", text, flags=re.DOTALL)
     blocks = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
     return (blocks[-1] if blocks else re.sub(r"<think>.*|</?answer>", " ", text, flags=re.DOTALL)).strip()
@@ -105,7 +130,9 @@ def normalize(text: str, keep: list[str] | tuple = ()) -> list[str]:
     return content or [folded for _, folded in words]
 
 
-def _grade_words(text: str, question: Question) -> float:
+@lru_cache(maxsize=1 << 16)
+def _gold_words(question: Question) -> tuple[list[str], set[str], bool]:
+    """The gold answer's words, the question's words that do not count, whether the gold has an order."""
     gold = normalize(question.answer)
     asked = set(normalize(question.question, gold))
     if not asked.isdisjoint(gold) and re.search(r"\b(?:or|and|versus)\b", question.question):
@@ -115,10 +142,15 @@ def _grade_words(text: str, question: Question) -> float:
         asked.difference_update(last[: len(set(gold))], *(piece[-len(set(gold)) :] for piece in pieces))
     if not any(word[0].isdigit() for word in gold):
         asked.add("1")  # "the left one", "one circle": no count
+    return gold, asked, not _ORDER_WORDS.isdisjoint(_tokens(question.answer))
+
+
+def _grade_words(text: str, question: Question) -> float:
+    gold, asked, ordered = _gold_words(question)
     words = [word for word in normalize(text, gold) if word in gold or word not in asked]
     if len(set(gold)) == 1:
         return float(set(words) == set(gold))
-    if not _ORDER_WORDS.isdisjoint(_tokens(question.answer)):  # neighbours count too, so that order does
+    if ordered:  # neighbours count too, so that order does
         words, gold = [*words, *pairwise(words)], [*gold, *pairwise(gold)]
     return 2 * (Counter(words) & Counter(gold)).total() / max(len(words) + len(gold), 1)
 
@@ -139,29 +171,62 @@ def parse_letter(text: str, num_options: int) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
+@lru_cache(maxsize=1 << 16)
+def _option_words(options: tuple[str, ...]) -> tuple[list[list[str]], list[str]]:
+    return [_tokens(option) for option in options], [f" {' '.join(normalize(option))} " for option in options]
+
+
 def _chosen_option(text: str, options: tuple[str, ...]) -> int | None:
     """The option a text chooses: equal to it, else by its letter, else the only one that the text names."""
-    equal = [i for i, option in enumerate(options) if _tokens(option) and _tokens(option) == _tokens(text)]
-    if len(equal) == 1 or _letters(text, len(options)):
-        return equal[0] if len(equal) == 1 else parse_letter(text, len(options))
-    said, *parts = (f" {' '.join(normalize(part))} " for part in (text, *options))
+    exact, parts = _option_words(options)
+    words = _tokens(text)
+    equal = [i for i, option in enumerate(exact) if option and option == words]
+    if len(equal) == 1:
+        return equal[0]
+    letters = _letters(text, len(options))
+    if letters:
+        return letters.pop() if len(letters) == 1 else None
+    said = f" {' '.join(normalize(text))} "
     named = [part for part in parts if part.strip() and part in said and f" no{part}" not in said]
     # "red ball" names the option "red ball", not the option "red" as well
     named = [part for part in named if not any(part in other and part != other for other in named)]
     return parts.index(named[0]) if len(named) == 1 else None
 
 
-def parse_span(text: str) -> Interval | None:
-    """(start, end) in seconds, the first of the final answer; None if there is none.
+def _split_span(body: str) -> tuple[Interval | None, str]:
+    """The last span of a text, in seconds, and the text without it."""
+    if not any(map(str.isdigit, body)) and not _NUMBER_WORD.search(body):
+        return None, body
+    body = _NUMBER_WORD.sub(lambda m: _DIGITS[m[0].casefold()], body.translate(_DASHES))
+    found = [m for pattern in _SPANS for m in pattern.finditer(body)]
+    last = max(found, key=lambda m: m.start(), default=None)
+    bounds = [list(pattern.finditer(body)) for pattern in (_START, _END)] if "tart" in body.lower() else [[]]
+    if all(bounds) and (not last or max(m[-1].end() for m in bounds) > last.end()):
+        times = [matches[-1][1] for matches in bounds]  # "starts at 3, ends at 9", in either order
+        rest = _END.sub(" ", _START.sub(" ", body))
+    elif last:
+        times, rest = last.groups(), body[: last.start()] + " " + body[last.end() :]
+    else:
+        return None, body
+    parts = [reversed(time.split(":")) for time in times]  # seconds, minutes, hours
+    return tuple(sum(float(x) * 60**i for i, x in enumerate(time)) for time in parts), rest
 
-    Reads "from 1 to 2.5 seconds", "1.0 - 2.5", "between 3 and 9 s", "0:05 to 1:10", "[3, 9]", "starts at 3,
-    ends at 9", JSON with start_time and end_time. Reversed bounds stay reversed: their IoU is 0.
+
+def _read_span(text: str) -> tuple[Interval | None, str]:
+    """The span of a completion and the rest of its final answer."""
+    span, rest = _split_span(final_answer(text))
+    blocks = re.findall(r"<glue>(.*?)</glue>", text, flags=re.DOTALL) if "<glue>" in text else []
+    return (_split_span(blocks[-1])[0] if blocks else span), rest  # VideoChat-R1 writes its spans so
+
+
+def parse_span(text: str) -> Interval | None:
+    """(start, end) in seconds, the last of the final answer (or <glue> block); None if there is none.
+
+    Reads "from 1 to 2.5 seconds", "1.0 - 2.5" with any dash, "between 3 and 9 s", "0:05 to 1:10",
+    "1:00:00.5", "[3, 9]", "starts at 3, ends at 9", JSON with start_time and end_time. Reversed bounds stay
+    reversed: their IoU is 0. Times past the video's end stay as they are.
     """
-    body = re.sub(r"[a-z]+", lambda m: _DIGITS.get(m[0], m[0]), final_answer(text).casefold())
-    for found in filter(None, (pattern.search(body) for pattern in _SPANS)):
-        parts = [reversed(time.split(":")) for time in found.groups()]  # seconds, minutes, hours
-        return tuple(sum(float(x) * 60**i for i, x in enumerate(time)) for time in parts)
-    return None
+    return _read_span(text)[0]
 
 
 def iou(a: Interval, b: Interval) -> float:
@@ -176,28 +241,116 @@ def iou(a: Interval, b: Interval) -> float:
     return intersection / union if usable else 0.0
 
 
+def iop(predicted: Interval, gold: Interval) -> float:
+    """Intersection over the prediction's length (NExT-GQA), in [0, 1].
+
+    A prediction of no length is 1 inside the gold span (bounds included) and 0 outside, as in the published
+    evaluation; reversed, NaN or inf: 0.
+    """
+    start, end = predicted
+    if not all(map(math.isfinite, (*predicted, *gold))) or start > end:
+        return 0.0
+    if start == end:
+        return float(gold[0] <= start <= gold[1])
+    return max(min(end, gold[1]) - max(start, gold[0]), 0.0) / (end - start)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one completion says to one question; None: unreadable, or not asked for."""
+
+    option: int | None  # the chosen one: its exact text, else one letter, else the only option named
+    span: Interval | None  # seconds, as written
+    rest: str  # the final answer without its span
+
+    def overlaps(self, question: Question) -> Interval:
+        """(IoU, IoP): the best over the gold spans, each apart; unreadable: 0, 0."""
+        if self.span is None:
+            return 0.0, 0.0
+        return tuple(max(measure(self.span, gold) for gold in question.spans) for measure in (iou, iop))
+
+    def is_whole(self, question: Question) -> bool:
+        """Says all that is asked: a span of positive length, an option, some word."""
+        if question.spans and (self.span is None or not 0 <= self.span[0] < self.span[1] < math.inf):
+            return False
+        if question.options:
+            return self.option is not None
+        return task(question) == "grounding" or bool(_tokens(self.rest))
+
+
+def read(text: str, question: Question) -> Reading:
+    """The one reading of a completion, for grades, rewards and metrics alike; never raises."""
+    span, rest = _read_span(text) if question.spans else (None, final_answer(text))
+    return Reading(_chosen_option(rest, question.options) if question.options else None, span, rest)
+
+
+def gold_option(question: Question) -> int:
+    """Index of the right option. Raises ValueError if there is neither an index nor an equal option."""
+    gold = question.answer_index
+    return question.options.index(question.answer) if gold is None else gold
+
+
 def grade(text: str, question: Question) -> float:
     """How right a completion is, in [0, 1]; 0 when it is empty or unreadable.
 
+    Grounding: the best IoU over the gold spans. Else the answer alone, a grounded question's too:
     Options: 1 if it chooses the gold one (its exact text, else one letter, else the only option named).
-    Spans: the best IoU over the gold spans.
     Free text: content words, less those of the question (never the gold's, nor the choices that a question
     with the gold in it offers). A gold of one content word: that word and no other, 1 or 0. A longer gold:
     word F1 = 2 * common / (len(words) + len(gold)), over pairs of neighbours too if the gold has an order.
     """
+    return _grade(read(text, question), question)
+
+
+def _grade(reading: Reading, question: Question) -> float:
     if question.options:
-        gold = question.answer_index
-        gold = question.options.index(question.answer) if gold is None else gold
-        return float(_chosen_option(final_answer(text), question.options) == gold)
-    if question.spans:
-        span = parse_span(text)
-        return max(iou(span, gold) for gold in question.spans) if span else 0.0
-    return _grade_words(final_answer(text), question)
+        return float(reading.option == gold_option(question))
+    if task(question) == "grounding":
+        return reading.overlaps(question)[0]
+    return _grade_words(reading.rest, question)
 
 
 def is_correct(text: str, question: Question) -> bool:
-    """Counts as right in an accuracy: IoU >= RIGHT_IOU for spans, else a grade of exactly 1."""
-    return grade(text, question) >= (RIGHT_IOU if question.spans and not question.options else 1.0)
+    """Counts as right in an accuracy: IoU >= RIGHT_IOU for pure grounding, else a grade of exactly 1."""
+    return grade(text, question) >= (RIGHT_IOU if task(question) == "grounding" else 1.0)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The parts of one answer's reward, each in [0, 1], logged apart; None where a task lacks the part."""
+
+    discrete: float | None  # the answer is right: 0 or 1
+    continuous: float | None  # overlap of the spans
+    format: float  # well-formed and readable: 0 or 1
+
+    def total(self, discrete: float = 1.0, continuous: float = 1.0, format: float = 0.1) -> float:
+        """The weighted sum; form alone never earns more than the weight `format`."""
+        parts = (discrete, self.discrete), (continuous, self.continuous), (format, self.format)
+        return sum(weight * part for weight, part in parts if part is not None)
+
+    def key(self) -> tuple[float, float, float]:
+        """To order answers by: the right answer first, then the overlap, then the form."""
+        return self.discrete or 0.0, self.continuous or 0.0, self.format
+
+
+def reward(text: str, question: Question, overlap: str = "iou", think: bool = False) -> Reward:
+    """The dual reward of Temporal-R1 (arXiv:2506.01908), from one reading of the text.
+
+    discrete: `is_correct` of the answer; None for pure grounding. continuous: best IoU, or with overlap="iop"
+    best IoP, where a prediction of no length earns 0 (else a single moment would be the best answer); None
+    without gold spans. format: the whole text is of the format (with or without think part), spaces around it
+    do not matter, and what it says can be read: empty or garbled blocks earn nothing.
+    """
+    assert overlap in ("iou", "iop"), f"overlap must be iou or iop, got {overlap}"
+    reading = read(text, question)
+    discrete = continuous = None
+    if question.spans:
+        span, (best_iou, best_iop) = reading.span, reading.overlaps(question)
+        continuous = best_iou if overlap == "iou" or not span or span[0] >= span[1] else best_iop
+    if task(question) != "grounding":
+        discrete = float(_grade(reading, question) >= 1)
+    well_formed = (_WELL_FORMED if think else _BARE).fullmatch(text) and reading.is_whole(question)
+    return Reward(discrete, continuous, float(bool(well_formed)))
 
 
 def bootstrap_ci(values_by_cluster: list[list[float]], num_resamples: int = 2000, seed: int = 0) -> Interval:

@@ -4,6 +4,7 @@ Frames are chosen by presentation time, never by index, so a variable frame rate
 header cannot shift them. Nothing is substituted: a frame that cannot be decoded cleanly raises VideoError.
 
     python data.py check FILE.jsonl --videos DIR    # every clip: ok or reason, frames, fps, duration, codec
+    python data.py convert NAME ANNOTATIONS .. --videos DIR --out FILE.jsonl    # public data sets: convert.py
 """
 
 import json
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from answers import Question, prompt_text
 from cli import ArgumentParser, BadInput, run_script, write_json
+from convert import NAMES, convert
 
 PAD_ID, BOS_ID, EOS_ID, VIDEO_ID = 0, 1, 2, 3  # VIDEO_ID: placeholder for one visual token, never sampled
 FIRST_BYTE = 4  # ids 4..259 are the bytes, then come the words
@@ -283,26 +285,37 @@ def _read_question(line: bytes, videos_dir: str, where: str) -> Question:
     spans = [row["span"]] if field == "span" else row.get("spans")
     good = spans is None or isinstance(spans, list) and spans != [] and all(map(_is_span, spans))
     need(good, field, "give [start, end], two numbers in seconds; for 'spans' a list of such pairs")
-    good = all(0 <= start <= end for start, end in spans or ())
-    need(good, field, "the start must not be negative or after the end")
+    good = all(0 <= start < end for start, end in spans or ())
+    need(good, field, "the start must be before the end, neither negative nor after the end")
     good = duration is None or _is_number(duration) and duration > 0
     need(good, "duration", "give seconds > 0 or leave it out")
+    good = all(duration is None or end <= duration for _, end in spans or ())
+    need(good, field, f"it ends after the video, whose 'duration' is {duration} s; correct one of them")
+    need(isinstance(row.get("duration_class", ""), str), "duration_class", "give a text or leave it out")
     video, spans = os.path.join(videos_dir, row["video"]), tuple(map(tuple, spans or ()))
-    rest = row.get("category", ""), tuple(options or ()), index, spans, duration
+    rest = (
+        row.get("category", ""),
+        tuple(options or ()),
+        index,
+        spans,
+        duration,
+        row.get("duration_class", ""),
+    )
     return Question(row["id"], video, row["question"], row["answer"], *rest)
 
 
 def load_questions(jsonl_path: str, videos_dir: str) -> list[Question]:
     """The questions of a JSONL file, video paths joined to videos_dir; opens no video.
 
-    Blank lines and unknown fields are passed over. Raises DataError at the first bad line.
+    Blank lines, unknown fields and selection.py's report in line 1 are passed over.
+    Raises DataError at the first bad line.
     """
     if not os.path.isfile(jsonl_path):
         raise DataError(f"{jsonl_path}: no such file; give a JSONL file of questions")
     questions, line_of = [], {}
     with open(jsonl_path, "rb") as file:  # bytes, so that bad UTF-8 is reported with its line
         for number, line in enumerate(file, start=1):
-            if line.strip():
+            if line.strip() and not (number == 1 and line.startswith(b'{"selection"')):  # its report
                 where = f"{jsonl_path}, line {number}"
                 question = _read_question(line, videos_dir, where)
                 first = line_of.setdefault(question.id, number)
@@ -577,7 +590,16 @@ def main() -> int:
     checker = commands.add_parser("check", help="decode every video once and report each")
     checker.add_argument("file", help="questions, one JSON object a line")
     checker.add_argument("--videos", required=True, help="the folder that video paths are relative to")
+    converter = commands.add_parser("convert", help="a public data set's own files to questions")
+    converter.add_argument("name", help=", ".join(NAMES))
+    converter.add_argument("annotations", nargs="+", help="its files, or the folder that holds them")
+    converter.add_argument("--videos", required=True, help="the folder that is searched for its videos")
+    converter.add_argument("--out", required=True, help="the JSONL file to write")
+    converter.add_argument("--bad_spans", default="error", choices=("error", "drop", "clip"))
     args = parser.parse_args()
+    if args.command == "convert":
+        print(convert(args.name, args.annotations, args.videos, args.out, args.bad_spans))
+        return 0
     return 0 if check(args.file, args.videos) else 2
 
 

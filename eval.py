@@ -6,7 +6,7 @@ time spans, 95 % intervals.
     python eval.py oracle_study [--out DIR] [--seeds N]          # faulty oracles: a table in RESULTS.md
     python eval.py score --data FILE.jsonl --predictions PRED.jsonl [--json OUT]
 
-A line of PRED.jsonl is {"id", "prediction"}.
+A line of PRED.jsonl is {"id", "prediction"}: a text, an option's letter, or the option's index as a number.
 
 One parser (answers.py) reads every answer, here, in the oracle and in training. Intervals are bootstrapped
 over videos, not questions: questions of one clip are right or wrong together.
@@ -23,8 +23,9 @@ from types import SimpleNamespace
 import torch
 
 import lora
+import metrics
 import world
-from answers import bootstrap_ci, grade, is_correct
+from answers import bootstrap_ci, grade, is_correct, task
 from checkpoint import is_llava, llava_configs, load_llava, read_json, save_llava
 from cli import ArgumentParser, BadInput, run_script, write_json, write_whole
 from data import ChatTokenizer, PromptSet, Tokenizer, load_questions
@@ -42,12 +43,12 @@ def by_video(questions, values) -> list[list[float]]:
 def summarize(questions, values, grades) -> dict:
     """values, grades: per question the share of its answers that are right, and their mean grade, in 0..1.
 
-    Returns {"accuracy", "ci95", "n", "by_category", "mean_iou"}; mean_iou is over span
+    Returns {"accuracy", "ci95", "n", "by_category", "mean_iou"}; mean_iou is over grounding
     questions, None without any.
     """
     names = sorted({q.category for q in questions})
     rows = {name: [v for q, v in zip(questions, values, strict=True) if q.category == name] for name in names}
-    ious = [g for q, g in zip(questions, grades, strict=True) if q.spans]
+    ious = [g for q, g in zip(questions, grades, strict=True) if task(q) == "grounding"]
     return {
         "accuracy": sum(values) / len(values),
         "ci95": list(bootstrap_ci(by_video(questions, values))),
@@ -127,29 +128,38 @@ def table(before: dict, after: dict | None = None) -> str:
 
 
 def score(data: str, predictions: str) -> dict:
-    """R of any model's predictions, lines {"id", "prediction"}; a question without one counts as wrong."""
+    """R of any model's predictions, and under "metrics" the published ones (metrics.py), in percent.
+
+    A question without a prediction counts as wrong ("missing"); a prediction that cannot be read is counted
+    under "parse_failures". Raises BadInput for a line that is no prediction, an unknown or a repeated id.
+    """
     questions, said = load_questions(data, ""), {}
-    with open(predictions) as file:
+    of = {q.id: q for q in questions}
+    if not os.path.isfile(predictions):
+        raise BadInput(f'{predictions}: no such file; give lines {{"id", "prediction"}}')
+    with open(predictions, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where, wants = f"{predictions}:{number}", 'each line is {"id", "prediction"}'
             try:
                 row = json.loads(line)
-                said[row["id"]] = row["prediction"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise BadInput(
-                    f'{predictions}:{number}: {error!r}; each line is {{"id", "prediction"}}'
-                ) from error
-    unknown = said.keys() - {q.id for q in questions}
-    if unknown:
-        raise BadInput(
-            f"{predictions}: id {sorted(unknown)[0]!r} is not in {data}; give predictions of that file"
-        )
+            except ValueError as error:
+                raise BadInput(f"{where}: not JSON ({error}); {wants}") from error
+            missing = {"id", "prediction"} - (row.keys() if isinstance(row, dict) else set())
+            if missing:
+                raise BadInput(f"{where}: field {sorted(missing)[0]!r} is missing; {wants}")
+            name = str(row["id"])
+            if name not in of:
+                raise BadInput(f"{where}: id {name!r} is not in {data}; give predictions of that file")
+            if name in said:
+                raise BadInput(f"{where}: id {name!r} was predicted before; keep one line a question")
+            said[name] = metrics.prediction_text(row["prediction"], of[name])
     texts = [said.get(q.id, "") for q in questions]
-    result = summarize(
-        questions,
-        [float(is_correct(t, q)) for t, q in zip(texts, questions, strict=True)],
-        [grade(t, q) for t, q in zip(texts, questions, strict=True)],
-    )
-    return result | {"missing": len(questions) - len(said)}
+    grades = [grade(t, q) for t, q in zip(texts, questions, strict=True)]
+    right = [float(is_correct(t, q)) for t, q in zip(texts, questions, strict=True)]
+    published = metrics.score(questions, texts)
+    return summarize(questions, right, grades) | {"missing": len(questions) - len(said), "metrics": published}
 
 
 LLAVA_FRAMES = 50  # K, as VLM-RLAIF was tuned

@@ -133,6 +133,20 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -
     return {"k1": d, "k2": d.square() / 2, "k3": k3}[estimator]
 
 
+def group_zscores(rewards: Tensor, eps: float = 1e-6) -> Tensor:
+    """GRPO advantages: (R - mean) / (std + eps) of each group, std with ddof 1.
+
+    rewards: (P, G). Returns (P, G) float32; a group whose rewards differ by no more than eps (rounding noise)
+    is exactly 0.
+    """
+    assert rewards.dim() == 2, f"rewards must be (P, G), got {tuple(rewards.shape)}"
+    rewards = rewards.double()
+    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
+    scores = centred / (rewards.std(dim=1, keepdim=True) + eps)
+    tied = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True) <= eps
+    return scores.masked_fill(tied, 0.0).float()
+
+
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
     clip_eps: float, norm: str = "sequence", constant: float | None = None, live: Tensor | None = None,

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from answers import Question, grade, kendall_tau, prompt_text
+from answers import Question, Reward, grade, kendall_tau, prompt_text, reward
 from cli import BadInput
 from grpo_rank import ranks_from_scores
 
@@ -69,6 +69,37 @@ class RuleOracle:
         scores = [round(grade(text.strip(), batch[row // group_size]), 6) for row, text in enumerate(texts)]
         ranks = ranks_from_scores(torch.tensor(scores, dtype=torch.float64).view(len(batch), group_size))
         return Ranking(ranks, torch.ones(len(batch), dtype=torch.bool), [""] * len(batch))
+
+
+class RewardOracle:
+    """Ranks by the dual reward of Temporal-R1 (answers.reward): by its weighted sum or lexicographically.
+
+    by: "sum" | "lexicographic" (the right answer, then the overlap, then the form). weights: of the discrete,
+    the continuous and the format part, for the sum.
+    """
+
+    def __init__(self, by: str, weights: tuple[float, float, float], overlap="iou", think=False):
+        self.by, self.weights, self.overlap, self.think = by, weights, overlap, think
+
+    def rewards(self, batch: list[Question], texts: list[str]) -> list[Reward]:
+        """The parts of each text's reward, (P * G), prompt-major."""
+        G = group_size_of(batch, texts)
+        return [reward(text, batch[row // G], self.overlap, self.think) for row, text in enumerate(texts)]
+
+    def totals(self, batch: list[Question], texts: list[str]) -> Tensor:
+        """(P, G) float64: the weighted sums, rounded as RuleOracle's grades are."""
+        sums = [round(parts.total(*self.weights), 6) for parts in self.rewards(batch, texts)]
+        return torch.tensor(sums, dtype=torch.float64).view(len(batch), -1)
+
+    def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
+        """texts (P * G), prompt-major -> ranks (P, G). Never fails; equal rewards tie."""
+        if self.by == "sum":
+            scores = self.totals(batch, texts)
+        else:
+            keys = [tuple(round(x, 6) for x in parts.key()) for parts in self.rewards(batch, texts)]
+            level = {key: i for i, key in enumerate(sorted(set(keys)))}
+            scores = torch.tensor([level[key] for key in keys], dtype=torch.float64).view(len(batch), -1)
+        return Ranking(ranks_from_scores(scores), torch.ones(len(batch), dtype=torch.bool), [""] * len(batch))
 
 
 class FunctionOracle:

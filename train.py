@@ -27,13 +27,21 @@ from answers import is_correct, kendall_tau, ndcg_agreement
 from cli import BadInput, parse_args, run_script, write_json
 from data import TEMPLATES, PromptSet
 from eval import draw_world, evaluate, gains, load_policy, load_sets, policy_configs, table
-from grpo_rank import compiled, completion_logprobs, policy_loss, rank_advantages, ranks_from_scores
+from grpo_rank import (
+    compiled,
+    completion_logprobs,
+    group_zscores,
+    policy_loss,
+    rank_advantages,
+    ranks_from_scores,
+)
 from judge import LETTERS, LLMOracle, ReplayOracle, is_cache, rank_patiently
 from oracle import (
     AnchoredOracle,
     FunctionOracle,
     NoisyOracle,
     PermutedOracle,
+    RewardOracle,
     RuleOracle,
     feedback_means,
     feedback_sums,
@@ -82,7 +90,13 @@ class Config:
     max_new_tokens: int = 10
     temperature: float = 1.0
     top_p: float = 1.0
-    oracle: str = "rule"  # rule | llm | trained | replay | module:function, see README, "Oracles"
+    objective: str = "grpo_rank"  # grpo_rank | grpo: z-scored groups of the summed dual reward
+    oracle: str = "rule"  # rule | sum | lexicographic | llm | trained | replay | module:function (README)
+    discrete_coef: float = 1.0  # weights of the dual reward's parts (sum, grpo): the right answer,
+    continuous_coef: float = 1.0  # the overlap of the spans,
+    format_coef: float = 0.1  # the form; more is never paid for form alone
+    overlap: str = "iou"  # iou | iop: the dual reward's continuous part
+    think: bool = False  # whether the form asks for a <think> part
     oracle_url: str = ""  # llm: http://HOST:PORT/v1 of an OpenAI-compatible server; key in ORACLE_API_KEY
     oracle_model: str = ""
     oracle_body: str = ""  # JSON merged into every request; null takes a field out
@@ -142,18 +156,24 @@ class Config:
             raise BadInput(f"--preset {self.preset} brings no weights: name a folder with --policy")
         if self.num_steps <= 0 and self.num_epochs <= 0:
             raise BadInput("--num_steps 0 --num_epochs 0: there is nothing to do; give one of them")
+        ranked_alone = self.swap_prob or self.position_bias or self.anchor or self.oracle_permutations > 1
+        if self.objective == "grpo" and (self.oracle not in ("rule", "sum") or ranked_alone):
+            wrong = "--objective grpo takes the summed reward: --oracle sum, no noise, permutations or anchor"
+            raise BadInput(f"{wrong}; choose these, or --objective grpo_rank")
         if bool(self.data) != bool(self.videos):
             raise BadInput(
                 "--data and --videos go together: a JSONL file and the folder its paths are relative to"
             )
 
 
-ORACLES = ("rule", "llm", "trained", "replay")
+ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
 CHOICES = {
     "preset": ("tiny", "smoke", "7b"),
     "template": tuple(TEMPLATES),
     "video_tokens": ("pooled", "patches"),
     "base": ("float32", "bfloat16", "nf4"),
+    "objective": ("grpo_rank", "grpo"),
+    "overlap": ("iou", "iop"),
     "oracle_agreement": ("off", "scale", "tie"),
     "advantage_form": ("ideal", "printed", "inverted"),
     "gain": ("divided", "appendix"),
@@ -426,8 +446,11 @@ def learn(cfg, policy, trainable, train_set, optimizer, oracle, noise, limits, p
 
         # 3) ranks become advantages; groups that are all tied, or whose ranking failed, carry no signal
         policy_ranks = ranks_from_scores(rollout.logprobs.sum(dim=1).view(-1, G).cpu().round(decimals=4))
-        advantages = rank_advantages(ranking.ranks, policy_ranks, cfg.advantage_form, cfg.gain, ranking.ok)
-        advantages = weighed(advantages, ranking)
+        if cfg.objective == "grpo":
+            advantages = group_zscores(oracle.totals(questions, texts))
+        else:
+            ranks = ranking.ranks, policy_ranks
+            advantages = weighed(rank_advantages(*ranks, cfg.advantage_form, cfg.gain, ranking.ok), ranking)
         live = ranking.ok & (ranking.ranks != ranking.ranks[:, :1]).any(dim=1)  # (P,)
 
         # 4) clipped update, with KL to the frozen reference and an entropy bonus
@@ -440,6 +463,8 @@ def learn(cfg, policy, trainable, train_set, optimizer, oracle, noise, limits, p
 
         # 5) report, save
         numbers |= feedback_numbers(questions, texts, ranking, policy_ranks, advantages, live, rollout)
+        if by_reward(cfg):
+            numbers |= reward_numbers(reward_oracle(cfg).rewards(questions, texts), device)
         seconds = (b - a for a, b in itertools.pairwise(clock))
         numbers |= dict(zip(("sampling_s", "reference_s", "oracle_s", "update_s"), seconds, strict=True))
         numbers["oracle_share"] = numbers["oracle_s"] / (clock[-1] - clock[0])  # of the step: time it waits
@@ -460,11 +485,31 @@ def learn(cfg, policy, trainable, train_set, optimizer, oracle, noise, limits, p
     return "done"
 
 
+def reward_numbers(rewards, device) -> dict:
+    """Means of the dual reward's parts, each over the answers to tasks that have it; None without any."""
+    names = ("discrete", "continuous", "format")
+    parts = [[getattr(r, name) for r in rewards if getattr(r, name) is not None] for name in names]
+    sums = reduce_sum(*map(sum, parts), *map(len, parts), device=device)
+    return {f"reward_{name}": sums[i] / sums[i + 3] if sums[i + 3] else None for i, name in enumerate(names)}
+
+
+def by_reward(cfg: Config) -> bool:
+    return cfg.oracle in ("sum", "lexicographic") or cfg.objective == "grpo"
+
+
+def reward_oracle(cfg: Config) -> RewardOracle:
+    by = "lexicographic" if cfg.oracle == "lexicographic" else "sum"
+    weights = (cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef)
+    return RewardOracle(by, weights, cfg.overlap, cfg.think)
+
+
 def make_oracle(cfg: Config, generator: torch.Generator, device: torch.device):
     """The oracle that the options name. A judge is asked something first, so that a wrong address, key or
     model ends the run before anything is written."""
     oracle = RuleOracle()
-    if cfg.oracle in ("llm", "replay"):
+    if by_reward(cfg):
+        oracle = reward_oracle(cfg)
+    elif cfg.oracle in ("llm", "replay"):
         cache = cfg.oracle_cache or os.path.join(cfg.out, "judge.sqlite")
         options = {k.removeprefix("oracle_"): v for k, v in vars(cfg).items() if k.startswith("oracle_")}
         options |= {"cache": cache, "key": os.environ.get("ORACLE_API_KEY", ""), "seed": cfg.seed}

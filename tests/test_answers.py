@@ -6,8 +6,10 @@ from hypothesis import strategies as st
 
 from answers import (
     Question,
+    Reward,
     bootstrap_ci,
     grade,
+    iop,
     iou,
     is_correct,
     kendall_tau,
@@ -16,6 +18,8 @@ from answers import (
     parse_letter,
     parse_span,
     prompt_text,
+    reward,
+    task,
 )
 
 SHAPE = Question("0", "a.mp4", "What shape is the red object?", "circle")
@@ -100,6 +104,15 @@ def test_iou_on_whole_seconds_is_a_count_of_seconds(a, b):
         ("<answer>0 to 30</answer> no: <answer>6 to 15\n</answer>", (6, 15)),
         ("<think>0 to 30, or <answer>1 to 2</answer></think> 6 to 15", (6, 15)),
         ("<answer>6 to 15</answer><answer>red</answer>", None),
+        ("1 to 2, no: from 6 to 15 seconds", (6, 15)),  # the last counts
+        ("starts at 1, ends at 2, or 6 to 15", (6, 15)),
+        ("6 to 15? It starts at 1 and ends at 2.", (1, 2)),
+        ("6‑15", (6, 15)),  # no-break hyphen
+        ("6−15", (6, 15)),  # minus sign
+        ("6~15 s", (6, 15)),
+        ("From 00:00:06.5 TO 00:00:15", (6.5, 15)),
+        ("from nan to 9 seconds", None),
+        ("<answer>C</answer><glue>[(2.3, 5.2)]</glue>", (2.3, 5.2)),
         ('{"start_time": "1.2.3", "end_time": "..."}', None),
         ("5 to 10 minutes", None),
         ("at 3 and 9 seconds", None),
@@ -195,6 +208,114 @@ def test_the_gold_option_may_be_given_by_its_text():
 def test_the_prompt_lists_the_options_with_their_letters():
     assert prompt_text(COLORS) == "What color is it?\n(A) red (B) blue (C) red ball"
     assert prompt_text(COUNT) == "How many objects appear?"
+
+
+# ---- answer and span together ----
+
+GROUNDED = Question(
+    "4", "a.mp4", "What color is it?", "red", options=COLORS.options, answer_index=0, spans=((2.0, 8.0),)
+)
+SPOKEN = Question("5", "a.mp4", "What color is the ball?", "red", spans=((2.0, 8.0),))
+
+
+def test_the_task_follows_from_what_the_question_holds():
+    assert [task(q) for q in (SHAPE, COLORS, EVENT, GROUNDED, SPOKEN)] == [
+        *("qa", "qa", "grounding"), *("grounded", "grounded")]  # fmt: skip
+    assert task(asked("When?", "from 2 to 8 seconds")) == "qa"
+    assert task(Question("6", "a.mp4", "When?", "from 2 to 8 seconds", spans=((2.0, 8.0),))) == "grounding"
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "discrete", "continuous", "form"),
+    [
+        ("(A) red, from 2 to 5 seconds", GROUNDED, 1, 0.5, 1),
+        ("A from 2 to 8 seconds\n", GROUNDED, 1, 1, 1),  # a trailing newline costs nothing
+        ("B, from 2 to 8 seconds", GROUNDED, 0, 1, 1),
+        ("A", GROUNDED, 1, 0, 0),
+        ("red, from 2 to 8 seconds", SPOKEN, 1, 1, 1),
+        ("The ball is red: 2 s – 8 s.", SPOKEN, 1, 1, 1),
+        ("blue, from 2 to 5 seconds", SPOKEN, 0, 0.5, 1),
+        ("from 2 to 8 seconds", SPOKEN, 0, 1, 0),
+        ("from 2 to 8 seconds", EVENT, None, 1, 1),
+        ("from 8 to 2 seconds", EVENT, None, 0, 0),  # reversed: no overlap and no form either
+        ("from 20 to 40", EVENT, None, 0.5, 1),  # past the end: not clipped
+        ("nan to inf", EVENT, None, 0, 0),
+        ("A", COLORS, 1, None, 1),
+        ("", COLORS, 0, None, 0),
+    ],
+)
+def test_each_part_of_the_reward_of_worked_cases(text, question, discrete, continuous, form):
+    assert reward(text, question) == Reward(discrete, continuous, form)
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("<think>0 to 30</think><answer>from 2 to 8 seconds</answer>", 1),
+        (" <think>a\nb</think>\n<answer>\n2 to 8</answer>\n", 1),
+        ("<think>or <answer>0 to 30</answer></think><answer>2 to 8</answer>", 0),
+        ("<answer>2 to 8</answer>", 0),
+        ("<think></think><answer>2 to 8</answer>", 0),
+        ("<think>x</think><answer>2 to 8</answer> so", 0),
+        ('<think>x</think><answer>{"start_time": "1.2.3", "end_time": "..."}</answer>', 0),  # garbage
+    ],
+)
+def test_form_with_a_think_part_is_paid_for_a_readable_answer_alone(text, form):
+    assert reward(text, EVENT, think=True).format == form
+
+
+def test_form_without_a_think_part_is_a_bare_answer_or_its_block():
+    texts = "2 to 8", "<answer>2 to 8</answer>", "<think>x</think><answer>2 to 8</answer>", "<answer>2 to 8"
+    assert [reward(text, EVENT).format for text in texts] == [1, 1, 0, 0]
+
+
+def test_the_total_is_the_weighted_sum_of_the_parts_that_the_task_has():
+    assert Reward(1.0, 0.5, 1.0).total(discrete=2, continuous=1, format=0.2) == pytest.approx(2.7)
+    assert Reward(None, 0.5, 0.0).total() == 0.5
+    # without the right answer nor overlap, form earns its weight and no more
+    assert reward("B, from 20 to 30 seconds", GROUNDED).total(format=0.1) == pytest.approx(0.1)
+    assert reward("A, 5 to 6 s", GROUNDED).key() > reward("B, 2 to 8 s", GROUNDED).key()
+
+
+def test_iop_of_worked_cases():
+    assert iop((19, 24), (20, 23.5)) == pytest.approx(0.7)  # math.md 4
+    assert iop((0, 10), (1.2, 5.8)) == pytest.approx(0.46)
+    assert [iop(p, (5, 9)) for p in ((7, 7), (20, 20), (20, 25), (9, 5))] == [1, 0, 0, 0]
+    assert iop((2, math.inf), (0, 10)) == iop((math.nan, 3), (0, 10)) == 0
+    assert reward("2 to 4 seconds", EVENT, "iop").continuous == 1  # IoU 1/3
+    assert reward("3 to 3 seconds", EVENT, "iop").continuous == 0  # a moment earns nothing
+
+
+pieces = st.sampled_from(
+    "<think> </think> <answer> </answer> A (B) red from 3 to 9 s nan - – 0:05 1:00:00.5 -1 1e999 {".split()
+)
+any_text = st.one_of(st.text(), st.lists(pieces).map(" ".join), st.lists(pieces).map("".join))
+
+
+@unhurried
+@given(any_text, st.sampled_from([SHAPE, COLORS, EVENT, GROUNDED, SPOKEN]), st.booleans(), st.floats(0, 1))
+def test_any_text_has_a_reward_and_form_alone_never_earns_more_than_its_weight(text, question, think, weight):
+    parts = reward(text, question, think=think)
+    assert all(part is None or 0 <= part <= 1 for part in parts.__dict__.values())
+    if not parts.discrete and not parts.continuous:
+        assert parts.total(format=weight) <= weight
+    assert reward(f"\n{text} ", question, think=think) == parts
+
+
+@unhurried
+@given(st.integers(0, 9), st.integers(0, 59), st.integers(0, 59), st.sampled_from("-‐‑‒–—−~"))
+def test_clock_times_and_seconds_read_the_same_with_any_dash(hours, minutes, seconds, dash):
+    total = 3600 * hours + 60 * minutes + seconds
+    clock = f"{hours}:{minutes:02}:{seconds:02}.5"
+    assert (
+        parse_span(f"{clock} {dash} {clock}") == parse_span(f"{total}.5{dash}{total}.5") == (total + 0.5,) * 2
+    )
+
+
+@unhurried
+@given(any_span, any_span)
+def test_iop_is_never_below_iou(a, b):
+    assert iou(a, b) <= iop(a, b) + 1e-9 <= 1 + 2e-9
 
 
 # ---- free text ----

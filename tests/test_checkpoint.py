@@ -375,7 +375,7 @@ def test_a_llava_folder_is_a_policy_that_answers_and_never_samples_the_placehold
     saved(their_llava(image_token_index=3, vocab_size=320), tmp_path)
     shutil.copy(tokenizer_files / "tokenizer.json", tmp_path)
     world.make_world(tmp_path / "videos", range(1))
-    policy, tokenizer = load_policy(str(tmp_path), "cpu", "vicuna_v1", video_tokens, 3)
+    policy, tokenizer = load_policy(str(tmp_path), video_tokens=video_tokens, num_frames=3)
     (video,) = (tmp_path / "videos").glob("*.mp4")
     question = Question("a", str(video), "what does the red block do?", "it moves")
     prompts = PromptSet(policy, tokenizer, [question])

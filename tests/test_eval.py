@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def question(i, video, category, spans=()):
-    return Question(f"q{i}", video, "what?", "red", category, spans=spans)
+    return Question(f"q{i}", video, "what?", "" if spans else "red", category, spans=spans)
 
 
 QUESTIONS = [

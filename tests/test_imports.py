@@ -10,10 +10,11 @@ RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
 PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them where they are installed
 BELOW = {
     "cli", "grpo_rank", "nf4", "lora", "clip", "model", "checkpoint", "answers", "world", "data", "oracle",
-    "chat", "judge", "ranker", "rollout", "runs", "memory",
+    "chat", "judge", "ranker", "rollout", "runs", "memory", "convert", "metrics",
 }  # fmt: skip
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
-    "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"}, "data": {"answers", "cli"},
+    "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"},
+    "data": {"answers", "cli", "convert"}, "convert": {"cli"}, "metrics": {"answers"},
     "runs": {"cli", "lora"}, "memory": {"clip", "grpo_rank", "lora", "model", "nf4"},
     "checkpoint": {"clip", "model", "cli", "lora", "nf4"},
     "rollout": {"grpo_rank", "model", "data", "lora"},

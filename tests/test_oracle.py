@@ -15,6 +15,7 @@ from oracle import (
     NoisyOracle,
     PermutedOracle,
     Ranking,
+    RewardOracle,
     RuleOracle,
     competition_ranks,
     consensus,
@@ -167,6 +168,16 @@ def test_groups_that_are_too_small_or_uneven_are_refused(num_questions, num_text
         with pytest.raises(ValueError, match="G >= 2") as error:
             oracle.rank([COLOR] * num_questions, ["red"] * num_texts)
         assert "\n" not in str(error.value)
+
+
+def test_the_dual_reward_ranks_by_its_sum_or_the_right_answer_first():
+    question = Question("0", "a.mp4", "Which color?", "red", spans=((2.0, 8.0),))
+    texts = ["red", "blue, 2 to 8 s", "red, 2 to 5 s", "blue", "red, from 2 to 5 seconds"]
+    # sums 1, 1 + .1, 1 + .5 + .1, 0, 1.6; (right, overlap, form) puts a bare "red" above blue's span
+    for by, ranks in (("sum", [3, 2, 0, 4, 0]), ("lexicographic", [2, 3, 0, 4, 0])):
+        oracle = RewardOracle(by, (1.0, 1.0, 0.1))
+        assert oracle.rank([question], texts).ranks.tolist() == [ranks]
+        assert oracle.totals([question], texts).tolist() == [[1.0, 1.1, 1.6, 0.0, 1.6]]
 
 
 # ---- a user's own function

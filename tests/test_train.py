@@ -278,3 +278,13 @@ def test_a_short_run_on_ranks_alone_learns(home):
     assert done.returncode == 0, done.stderr
     gain = json.loads((home / "learns" / "results.json").read_text())["gain"]
     assert gain["sampled"]["ci95"][0] > 0.03, gain
+
+
+@pytest.mark.parametrize("options", [["--objective", "grpo"], ["--oracle", "lexicographic"]])
+def test_both_objectives_train_on_the_dual_reward_and_log_its_parts_apart(home, options):
+    out = "dual" + options[1]
+    done = run(home, out, "--num_steps", "1", *options)
+    assert done.returncode == 0, done.stderr
+    row = metrics(home, out)[0]
+    assert all(0 <= row[f"reward_{part}"] <= 1 for part in ("discrete", "continuous", "format"))
+    assert row["loss"] is not None and row["grad_norm"] > 0
