@@ -4,6 +4,7 @@ time spans, 95 % intervals.
     python eval.py run RUN [--data FILE.jsonl --videos DIR]      # a run's tables again, or on other data
     python eval.py compare RUN RUN ...                           # finished runs side by side
     python eval.py oracle_study [--out DIR] [--seeds N]          # faulty oracles: a table in RESULTS.md
+    python eval.py reward_study [--out DIR] [--seeds N]          # Temporal-R1's reward and selection: another
     python eval.py score --data FILE.jsonl --predictions PRED.jsonl [--json OUT]
 
 A line of PRED.jsonl is {"id", "prediction"}: a text, an option's letter, or the option's index as a number.
@@ -191,8 +192,8 @@ def load_policy(
         options |= dict(video_start=tokenizer.video_start, base="bfloat16" if adapter else base)
         model = load_llava(folder, device, **options)
     else:
-        tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
         model = load_model(folder, device, num_frames)
+        tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
     if adapter:
         lora.load_adapter(model.decoder, adapter)
         lora.merge(model.decoder)
@@ -229,11 +230,14 @@ def draw_world(cfg):
 
 
 def load_sets(cfg):
-    """(questions to learn from, held-out questions) of a train.py configuration. No video is in both."""
+    """(questions to learn from, held-out questions) of a train.py configuration. No video is in both, unless
+    --eval_data says so."""
     if not cfg.data:
         folders = [folder for folder, _ in world_folders(cfg).values()]
         return tuple(load_questions(os.path.join(folder, "questions.jsonl"), folder) for folder in folders)
     questions = load_questions(cfg.data, cfg.videos)
+    if cfg.eval_data:
+        return questions, load_questions(cfg.eval_data, cfg.eval_videos or cfg.videos)
     videos = sorted({q.video for q in questions})
     if len(videos) < 2:
         raise BadInput(
@@ -309,11 +313,17 @@ for fault in ("swap 0.3", "bias 0.6"):
 
 
 def oracle_study(folder: str, seeds: int, options: list[str], page: str) -> str:
-    """Trains every line of STUDY with every seed, the table so far in `page` after each run; returns it.
+    """Trains with every faulty oracle of STUDY and every seed; see `train_lines`."""
+    return train_lines("oracle_study", STUDY, study_table, folder, seeds, options, page)
+
+
+def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list[str], page: str, **paths):
+    """Trains each of `lines` (options of train.py) with each seed. After each run the `table` so far goes
+    into `page`, between its lines <!-- name -->. Returns the table.
 
     A run that has ended is not run again, one that was broken off goes on.
     """
-    between(page, "oracle_study")  # before hours of training
+    between(page, name)  # before hours of training
     os.makedirs(folder, exist_ok=True)
     stored = os.path.join(folder, "options.json")
     if not os.path.exists(stored):
@@ -322,19 +332,76 @@ def oracle_study(folder: str, seeds: int, options: list[str], page: str) -> str:
         if (old := json.load(file)) != options:
             raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
     for seed in range(seeds):
-        for name, faults in STUDY.items():
-            out = study_run(folder, name, seed)
+        for line, special in lines.items():
+            out = study_run(folder, line, seed)
             if not os.path.exists(os.path.join(out, "results.json")):
                 command = [sys.executable, os.path.join(HOUSE, "train.py"), "--out", out]
                 if os.path.exists(os.path.join(out, "checkpoint.safetensors")):
                     command.append("--resume")
                 else:
                     shutil.rmtree(out, ignore_errors=True)  # it was broken off before it had learned anything
-                    command += ["--seed", str(seed), *faults.split(), *options]
+                    special = special.format(folder=folder, seed=seed, **paths).split()
+                    command += ["--seed", str(seed), *options, *special]
                 if status := subprocess.run(command).returncode:
                     raise BadInput(f"{out}: training ended with status {status}; mend that, run this again")
-            write_whole(page, between(page, "oracle_study", study_table(folder, seeds)).encode())
-    return study_table(folder, seeds)
+            write_whole(page, between(page, name, table(folder, seeds)).encode())
+    return table(folder, seeds)
+
+
+# What is rewarded, and what is learned from: the whole data or what selection.py keeps of it.
+REWARDS = {"the right answer alone": "--objective grpo --continuous_coef 0"}
+REWARDS |= {"dual reward": "--objective grpo", "dual reward, ranked": "--oracle sum"}
+REWARDS |= {"dual reward, half the steps": "--objective grpo --num_steps 20"}
+REWARDS["dual reward, half the steps, selected"] = REWARDS["dual reward, half the steps"] + (
+    " --data {folder}/selected_{seed}.jsonl --videos {train}"
+    " --eval_data {held}/questions.jsonl --eval_videos {held}"
+)
+
+
+def reward_study(folder: str, seeds: int, options: list[str], page: str, clips=(500, 250)) -> str:
+    """Temporal-R1 on the embedded world: selects the data, trains every line of REWARDS with every seed.
+    clips: how many to learn from, how many held out."""
+    sizes = dict(zip(("num_train_clips", "num_eval_clips"), clips, strict=True))
+    drawn = SimpleNamespace(world_dir=os.path.join(folder, "world"), **sizes)
+    draw_world(drawn)
+    train, held = (path for path, _ in world_folders(drawn).values())
+    selection = [sys.executable, os.path.join(HOUSE, "selection.py"), os.path.join(train, "questions.jsonl")]
+    for seed in range(seeds):
+        out = os.path.join(folder, f"selected_{seed}.jsonl")
+        command = [*selection, "--videos", train, "--k", "8", "--seed", str(seed), "--out", out]
+        if not os.path.exists(out) and (status := subprocess.run(command).returncode):
+            raise BadInput(f"{out}: selection ended with status {status}; mend that, run this again")
+    common = ["--num_steps", "40", "--world_dir", drawn.world_dir]
+    common += [word for name, n in sizes.items() for word in (f"--{name}", str(n))]
+    study = folder, seeds, [*common, *options], page
+    return train_lines("reward_study", REWARDS, reward_table, *study, train=train, held=held)
+
+
+def reward_table(folder: str, seeds: int) -> str:
+    """A row a line of REWARDS: held-out greedy numbers in percent, mean and range over the seeds."""
+    lines = ["| learned from | seeds | answers right | mean IoU of spans | R@1, IoU 0.7 |", "|---" * 5 + "|"]
+
+    def row(name, results):
+        greedy, columns = [r["greedy"] for r in results], []
+        spans = [r["by_category"]["Temporal Grounding"] for r in greedy]
+        right = [(r["accuracy"] * r["n"] - s["accuracy"] * s["n"]) / (r["n"] - s["n"])
+                 for r, s in zip(greedy, spans, strict=True)]  # fmt: skip
+        for values in (right, [r["mean_iou"] for r in greedy], [s["accuracy"] for s in spans]):
+            values = [100 * x for x in values]
+            columns.append(f"{sum(values) / len(values):.1f} [{min(values):.1f}, {max(values):.1f}]")
+        lines.append("| " + " | ".join([name, str(len(results)), *columns]) + " |")
+
+    for name in REWARDS:
+        paths = [os.path.join(study_run(folder, name, seed), "results.json") for seed in range(seeds)]
+        found = []
+        for path in filter(os.path.exists, paths):
+            with open(path) as file:
+                found.append(json.load(file))
+        if found and len(lines) == 2:
+            row("nothing yet: the supervised start", [r["before"] for r in found])
+        if found:
+            row(name, [r["after"] for r in found])
+    return "\n".join(lines)
 
 
 def study_run(folder: str, name: str, seed: int) -> str:
@@ -392,17 +459,21 @@ def main() -> int:
     scorer.add_argument("--json", default="")
     comparer = commands.add_parser("compare", help="finished runs side by side")
     comparer.add_argument("runs", nargs="+")
-    study = commands.add_parser("oracle_study", help="what faults of the oracle cost, and what helps")
-    study.add_argument("--out", default="runs/oracle_study")
-    study.add_argument("--seeds", type=int, default=3)
-    study.add_argument("--page", default=os.path.join(HOUSE, "RESULTS.md"), help="has the table's place")
-    study.add_argument("options", nargs="*", help="after --: options of train.py for every run")
+    studies = {"oracle_study": "what faults of the oracle cost, and what helps"}
+    studies |= {"reward_study": "what the dual reward and the selection of data bring"}
+    for name, words in studies.items():
+        study = commands.add_parser(name, help=words)
+        study.add_argument("--out", default=f"runs/{name}")
+        study.add_argument("--seeds", type=int, default=3)
+        study.add_argument("--page", default=os.path.join(HOUSE, "RESULTS.md"), help="has the table's place")
+        study.add_argument("options", nargs="*", help="after --: options of train.py for every run")
     merger = commands.add_parser("merge", help="a run's policy as a checkpoint of its own")
     merger.add_argument("run")
     merger.add_argument("--out", required=True)
     args = parser.parse_args()
-    if args.command == "oracle_study":
-        print(oracle_study(args.out, args.seeds, args.options, args.page))
+    if args.command in studies:
+        run = oracle_study if args.command == "oracle_study" else reward_study
+        print(run(args.out, args.seeds, args.options, args.page))
     elif args.command == "merge":
         merge_run(args.run, args.out)
     elif args.command == "run":

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from answers import Question, Reward, reward, task
 from cli import ArgumentParser, BadInput, run_script, write_whole
-from data import EOS_ID, PromptSet, load_questions
+from data import PromptSet, load_questions
 from eval import load_policy
 from rollout import generate
 
@@ -83,7 +83,7 @@ def sample(model, tokenizer, questions: list[Question], first: int, k: int, max_
     ])  # fmt: skip
     batch = prompts[torch.arange(len(questions))]
     out = generate(
-        model, batch, k, max_new_tokens, end_ids=torch.tensor([EOS_ID]),
+        model, batch, k, max_new_tokens, end_ids=torch.tensor(tokenizer.end_ids),
         banned=tokenizer.banned_ids(model.cfg.vocab_size), uniforms=uniforms,
     )  # fmt: skip
     texts = prompts.texts(out)

@@ -79,6 +79,8 @@ class Config:
     world_dir: str = "world/rl"  # folder of the embedded world's drawn clips
     num_train_clips: int = 500  # embedded world: clips to learn from
     num_eval_clips: int = 250  # embedded world: held-out clips
+    eval_data: str = ""  # JSONL of held-out questions; empty: of a share of --data's videos
+    eval_videos: str = ""  # folder of its videos; empty: --videos
     eval_share: float = 0.25  # --data: share of the videos held out
     eval_samples: int = 4  # drawn answers a question in the sampled accuracy
     num_steps: int = 100  # optimiser rounds: sample, rank, update; 0: as many as num_epochs make
@@ -160,6 +162,8 @@ class Config:
         if self.objective == "grpo" and (self.oracle not in ("rule", "sum") or ranked_alone):
             wrong = "--objective grpo takes the summed reward: --oracle sum, no noise, permutations or anchor"
             raise BadInput(f"{wrong}; choose these, or --objective grpo_rank")
+        if self.eval_data and not self.data:
+            raise BadInput("--eval_data holds out questions of --data; give both, or neither")
         if bool(self.data) != bool(self.videos):
             raise BadInput(
                 "--data and --videos go together: a JSONL file and the folder its paths are relative to"

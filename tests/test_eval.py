@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import eval as eval_room
+import selection
 import train
 import world
 from answers import Question
@@ -135,6 +136,43 @@ def test_the_study_trains_each_line_once_goes_on_where_it_was_and_writes_its_tab
     page.write_text("no place for it")
     with pytest.raises(BadInput, match="page.md: has no lines"):
         eval_room.oracle_study(*study)
+
+
+def test_the_reward_study_learns_from_selected_questions_and_is_measured_on_the_held_out_ones(
+    tmp_path, monkeypatch
+):
+    rooms = {"train.py": train.main, "selection.py": selection.main}
+
+    def run(command):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            return SimpleNamespace(returncode=rooms[Path(command[1]).name]() or 0)
+
+    monkeypatch.setattr(eval_room.subprocess, "run", run)
+    monkeypatch.chdir(ROOT)  # of the default --policy
+    page, folder = tmp_path / "page.md", tmp_path / "study"
+    page.write_text("<!-- reward_study -->\n<!-- /reward_study -->\n")
+    options = "--eval_samples 1 --batch_prompts 8 --lora_r 4 --dtype float32".split()
+    handler = signal.getsignal(signal.SIGINT)
+    names = list(eval_room.REWARDS)
+    monkeypatch.setattr(eval_room, "REWARDS", {
+        names[0]: eval_room.REWARDS[names[0]] + " --num_steps 1",
+        names[-1]: eval_room.REWARDS[names[-1]].replace("steps 20", "steps 1"),
+    })  # fmt: skip
+    try:
+        found = eval_room.reward_study(str(folder), 1, options, str(page), clips=(6, 3))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    rows = [row.split(" | ") for row in found.splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"| {x}" for x in ("nothing yet: the supervised start", *names[::4])]
+    assert found in page.read_text()
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*_0/results.json"))]
+    assert len(runs) == 2 and runs[0]["before"] == runs[1]["before"]  # the same held-out questions
+    kept = [json.loads(line) for line in (folder / "selected_0.jsonl").read_text().splitlines()[1:]]
+    asked = {
+        json.loads(x)["id"] for x in next(folder.glob("*selected*_0/rollouts.jsonl")).read_text().splitlines()
+    }
+    assert asked <= {row["id"] for row in kept} and 0 < len(kept) < 60
 
 
 def score(tmp_path, predictions):
