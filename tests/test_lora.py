@@ -75,6 +75,21 @@ def test_fresh_adapters_and_off_are_the_start_and_using_restores_even_after_an_e
     assert torch.equal(out(decoder), policy) and not torch.equal(policy, start)
 
 
+@pytest.mark.parametrize("which", ["policy", "reference", "off"])
+def test_folded_adapters_give_what_unfolded_ones_give_and_leave_no_trace(which):
+    decoder, parameters = build()
+    lora.freeze_reference(decoder)
+    learn(parameters)
+    names = [name for name, _ in decoder.named_parameters()]
+    with lora.using(decoder, which):
+        plain = out(decoder)
+        with lora.folded(decoder):
+            assert all(layer.folded is not None for layer in lora.layers(decoder).values())
+            torch.testing.assert_close(out(decoder), plain, atol=1e-5, rtol=0)
+        assert torch.equal(out(decoder), plain)
+    assert names == [name for name, _ in decoder.named_parameters()]
+
+
 def test_the_reference_is_the_policy_when_frozen_and_then_stays():
     decoder, trainable = build()
     start = out(decoder)
