@@ -87,7 +87,8 @@ def test_folded_adapters_give_what_unfolded_ones_give_and_leave_no_trace(which):
             assert all(layer.folded is not None for layer in lora.layers(decoder).values())
             torch.testing.assert_close(out(decoder), plain, atol=1e-5, rtol=0)
         assert torch.equal(out(decoder), plain)
-    assert names == [name for name, _ in decoder.named_parameters()]
+    with lora.folded(decoder):  # the policy, after what stood there before
+        assert names == [name for name, _ in decoder.named_parameters()]
 
 
 def test_the_reference_is_the_policy_when_frozen_and_then_stays():
