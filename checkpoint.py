@@ -384,8 +384,10 @@ def llava_configs(folder: str, *, pooled=True, num_frames=50, video_start=1):
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise BadInput(f"{where}: vision_feature_layer {layer} is not supported; one layer, a whole number")
-    adapter = "llava_pooled" if pooled else "llava"
-    ours = dict(adapter=adapter, clip_layer=layer, num_frames=num_frames, video_start=video_start)
+    path = os.path.join(folder, "preprocessor_config.json")
+    pad = os.path.exists(path) and read_json(path).get("do_pad")  # LlavaImageProcessor's name for it
+    ours = dict(adapter="llava_pooled" if pooled else "llava", framing="pad" if pad else "crop")
+    ours |= dict(clip_layer=layer, num_frames=num_frames, video_start=video_start)
     cfg = decoder_config(config.get("text_config", {}), where, **ours)
     return cfg, clip_config(config.get("vision_config", {}), where)
 

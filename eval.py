@@ -272,7 +272,9 @@ def merge_run(folder: str, out: str):
         save_llava(model, out, tokenizer.placeholder_id)
     else:
         save_model(model, out, torch.float32)
-    shutil.copy(os.path.join(config["policy"], "tokenizer.json"), out)
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        if os.path.exists(os.path.join(config["policy"], name)):
+            shutil.copy(os.path.join(config["policy"], name), out)
 
 
 def compare(folders: list[str]) -> str:

@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -191,6 +192,16 @@ def test_clip_gives_transformers_features_and_hidden_layers(source, tmp_path):
         assert (clip.patch_tokens(pixels, layer) - hidden).abs().max() <= 1e-5 < hidden.std()
 
 
+def expand2square(frame):
+    """LLaVA's: (H, W, 3) in the middle of a square of CLIP's mean colour."""
+    height, width, _ = frame.shape
+    side = max(height, width)
+    square = np.full((side, side, 3), [122, 116, 104], dtype=np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = frame
+    return square
+
+
 @pytest.mark.parametrize("shape", [(40, 61), (90, 160), (61, 40), (20, 23), (28, 28), (90, 30)])
 def test_preprocessing_is_clip_image_processors(shape):
     generator = torch.Generator().manual_seed(2)
@@ -198,9 +209,7 @@ def test_preprocessing_is_clip_image_processors(shape):
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
     )
-    square = np.full((max(shape), max(shape), 3), [122, 116, 104], dtype=np.uint8)  # LLaVA's expand2square
-    top, left = (max(shape) - shape[0]) // 2, (max(shape) - shape[1]) // 2
-    square[top : top + shape[0], left : left + shape[1]] = frame.permute(1, 2, 0).numpy()
+    square = expand2square(frame.permute(1, 2, 0).numpy())
     for how, image in (("crop", frame.permute(1, 2, 0).numpy()), ("pad", square)):
         pixels = processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
         ours = preprocess(resize_frames(frame[None], 28, how))
@@ -209,6 +218,56 @@ def test_preprocessing_is_clip_image_processors(shape):
 
 
 # ----------------------------------------------------------------------------------------------------- LLaVA
+
+
+def frames_on_show(path, k):
+    """Whole decoded frames (H, W, 3) at the centres of k equal parts, by counting: the frame rate is even."""
+    with av.open(path) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return [frames[(2 * i + 1) * len(frames) // (2 * k)] for i in range(k)]
+
+
+def drawn_clip(folder, size):
+    """A clip (width, height) of colour ramps that drift, with a hard edge. Its path."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    with av.open(str(folder / "ramps.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "10"})
+        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+        for t in range(8):
+            pixels = np.stack([x * 3 + 20 * t, y * 2 + 9 * t, 255 * (x > y + 4 * t)], axis=2) % 256
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels.astype(np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    return str(folder / "ramps.mp4")
+
+
+@pytest.mark.parametrize("clip", ["world", (90, 64), (64, 100)])
+@pytest.mark.parametrize("framing", ["crop", "pad"])
+def test_frames_reach_a_llava_policy_as_clip_image_processor_makes_them(
+    clip, framing, tokenizer_files, tmp_path, monkeypatch
+):
+    saved(their_llava(image_token_index=3, vocab_size=320), tmp_path)
+    shutil.copy(tokenizer_files / "tokenizer.json", tmp_path)
+    if framing == "pad":
+        (tmp_path / "preprocessor_config.json").write_text('{"do_pad": true}')
+    if clip == "world":
+        world.make_world(tmp_path, range(1))
+        (path,) = map(str, tmp_path.glob("*.mp4"))
+    else:
+        path = drawn_clip(tmp_path, clip)
+    policy, tokenizer = load_policy(str(tmp_path), num_frames=4)
+    seen, patch_tokens = [], policy.clip.patch_tokens
+    policy.clip.patch_tokens = lambda pixels, layer: seen.append(pixels) or patch_tokens(pixels, layer)
+    PromptSet(policy, tokenizer, [Question("a", path, "what does the red block do?", "it moves")])
+    frames = frames_on_show(path, 4)
+    if framing == "pad":
+        frames = [expand2square(frame) for frame in frames]
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    wanted = processor(frames, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    assert seen[0].shape == wanted.shape and wanted.std() > 0.3
+    assert ((seen[0] - wanted) * std).abs().max() <= 1 / 255 + 1e-6
 
 
 def their_llava(image_token_index=59, **text):
