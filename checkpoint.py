@@ -146,8 +146,9 @@ def fill(model: nn.Module, tensors: Tensors, sources: dict[str, Source], device,
         module, decoder = model.get_submodule(path), bool(base) and path.startswith("decoder.")
         kind = torch.bfloat16 if decoder and base != "float32" else dtype
         for name in names:
-            x = sources[name].take(tensors[sources[name].name]).to(device, kind).contiguous()
-            setattr(module, name.rpartition(".")[2], nn.Parameter(x, requires_grad=False))
+            read = sources[name].take(tensors[sources[name].name]).to(device, kind).contiguous()
+            setattr(module, name.rpartition(".")[2], nn.Parameter(read, requires_grad=False))
+            del read  # or it would outlive its layer's quantisation, until the next one is read
         owner, _, last = path.rpartition(".")
         if decoder and base == "nf4" and last in DECODER_LINEARS:
             setattr(model.get_submodule(owner), last, quantise_linear(module))

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import sys
+import weakref
+from collections import Counter
 from types import SimpleNamespace
 
 import av
@@ -10,15 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import lora
+import train
 import world
 from answers import Question
 from checkpoint import decoder_config, load_clip, load_decoder, load_llava, save_decoder, save_llava
 from cli import BadInput
 from clip import Clip, ClipConfig, preprocess, resize_frames
 from data import ChatTokenizer, Prompts, PromptSet
-from eval import load_policy, merge_run
+from eval import load_policy, load_run, merge_run
 from model import Decoder
+from nf4 import NF4Linear
 from rollout import generate
 
 transformers = pytest.importorskip("transformers")
@@ -448,6 +454,76 @@ def test_a_llava_folder_is_a_policy_that_answers_and_never_samples_the_placehold
     rollout = generate(policy, batch, 50, 20, end_ids=ends, banned=banned, uniforms=uniforms)
     assert not banned[rollout.completion_ids[rollout.completion_mask]].any()
     assert len(set(prompts.texts(rollout))) > 10
+
+
+@pytest.fixture
+def llava_folder(tokenizer_files, tmp_path):
+    saved(their_llava(image_token_index=3, vocab_size=320), tmp_path / "llava")
+    shutil.copy(tokenizer_files / "tokenizer.json", tmp_path / "llava")
+    return tmp_path / "llava"
+
+
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "nf4"])
+def test_train_takes_a_step_on_a_llava_in_every_base_and_peft_reads_its_adapter(
+    base, llava_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "longest.py").write_text(
+        "def first(question, texts, *, video, reference):\n"
+        "    return [sum(len(other) > len(text) for other in texts) for text in texts]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--policy", llava_folder, "--base", base, "--num_frames", 2, "--num_steps", 1, "--lr", 0.02]
+    options += ["--world_dir", tmp_path / "world", "--num_train_clips", 2, "--num_eval_clips", 1]
+    options += ["--batch_prompts", 2, "--micro_batch_prompts", 1, "--eval_samples", 1, "--lora_r", 4]
+    options += ["--max_new_tokens", 4, "--oracle", "longest:first", "--out", tmp_path / "run"]
+    options += ["--dtype", "float32" if base == "float32" else "bfloat16"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    monkeypatch.setattr(train, "catch_interrupt", lambda: lambda: False)  # pytest keeps its Ctrl-C
+    assert train.main() == 0
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert not row["bad"] and row["grad_norm"] > 0
+    policy, _, _ = load_run(str(tmp_path / "run"))
+    adapted = lora.layers(policy.decoder).values()
+    assert len(adapted) == 2 * 7 and all(isinstance(x.base, NF4Linear) == (base == "nf4") for x in adapted)
+    head = policy.decoder.head.dtype
+    assert head == (torch.float32 if base == "float32" else torch.bfloat16)
+    if base == "float32":
+        peft = pytest.importorskip("peft")
+        plain = transformers.LlavaForConditionalGeneration.from_pretrained(llava_folder)
+        ids = torch.randint(4, 300, (2, 20), generator=torch.Generator().manual_seed(1))
+        before = plain(ids).logits
+        theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "run" / "adapter"))
+        after = theirs(ids).logits
+        assert (logits(policy.decoder, ids, 8) - after[:, 7:-1]).abs().max() <= 1e-4
+        assert (after - before).abs().max() > 0.1  # the adapter was found, and does something
+
+
+def test_a_4_bit_llava_is_read_one_full_precision_layer_at_a_time(llava_folder, monkeypatch):
+    alive, most = Counter(), []  # storages in full precision, by the decoder layer's name
+
+    def watch(name, tensor):
+        alive[name] += 1
+        weakref.finalize(tensor.untyped_storage(), alive.subtract, [name])
+        most.append(sum(count > 0 for count in alive.values()))
+
+    read, quantise, last = checkpoint.Tensors.__getitem__, checkpoint.quantise_linear, []
+
+    def read_watched(tensors, name):
+        tensor = read(tensors, name)
+        if "language_model.model.layers." in name and tensor.dim() == 2:
+            last.append(name)
+            watch(name, tensor)
+        return tensor
+
+    def quantise_watched(linear):
+        watch(last[-1], linear.weight)
+        return quantise(linear)
+
+    monkeypatch.setattr(checkpoint.Tensors, "__getitem__", read_watched)
+    monkeypatch.setattr(checkpoint, "quantise_linear", quantise_watched)
+    model = load_llava(str(llava_folder), num_frames=2, base="nf4")
+    assert len(alive) == len(last) == 2 * 7 and len(most) == 2 * 2 * 7 and max(most) == 1
+    assert not +alive and sum(isinstance(m, NF4Linear) for m in model.modules()) == 2 * 7
 
 
 PUBLISHED = {  # sizes from the models' own config.json, counts from their cards
