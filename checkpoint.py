@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cli import BadInput, write_json, write_whole
 from clip import Clip, ClipConfig
 from lora import DECODER_LINEARS
-from model import Decoder, ModelConfig, VideoLM
+from model import POLICIES, Decoder, ModelConfig, VideoLM
 from nf4 import quantise_linear
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")  # model_type; Vicuna, TinyLlama, SmolLM2: llama
@@ -75,11 +75,13 @@ class Tensors:
     """The tensors of a safetensors file or of a folder with one file or shards, by name; read when asked."""
 
     def __init__(self, path: str):
-        self.path, self.file_of, self.handles = path, {}, {}
+        self.file_of, self.handles = {}, {}
         index = os.path.join(path, "model.safetensors.index.json")
+        self.path = path  # the file that names all tensors
         if os.path.isfile(path):
             self.open(path)
         elif os.path.exists(index):
+            self.path = index
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
                 raise BadInput(f"{index}: weight_map is no table of file names; copy the file again")
@@ -90,7 +92,8 @@ class Tensors:
                     raise BadInput(f"{index}: {name} is not in {file}; copy index and shards again, together")
         else:
             self.refuse_pickles(path)
-            self.open(os.path.join(path, "model.safetensors"))
+            self.path = os.path.join(path, "model.safetensors")
+            self.open(self.path)
 
     def refuse_pickles(self, folder: str):
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
@@ -374,13 +377,17 @@ def llava_configs(folder: str, *, pooled=True, num_frames=50, video_start=1):
     """(ModelConfig, ClipConfig) of LLaVA-1.5. BadInput: not supported."""
     where = os.path.join(folder, "config.json")
     config = read_json(where)
+    kind = config.get("model_type")
+    if kind != "llava":
+        raise BadInput(
+            f"{where}: model_type {kind} is no policy; {POLICIES} around one of {', '.join(DECODERS)}"
+        )
     wanted = {
-        "model_type": "llava",
         "projector_hidden_act": "gelu",
         "vision_feature_select_strategy": "default",
     }
     for key, value in wanted.items():
-        if config.get(key, value) != value or "model_type" not in config:
+        if config.get(key, value) != value:
             raise BadInput(f"{where}: {key} {config.get(key)} is not supported; {key} must be {value}")
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):

@@ -22,7 +22,7 @@ from checkpoint import decoder_config, load_clip, load_decoder, load_llava, save
 from cli import BadInput
 from clip import Clip, ClipConfig, preprocess, resize_frames
 from data import ChatTokenizer, Prompts, PromptSet
-from eval import load_policy, load_run, merge_run
+from eval import load_policy, load_run, merge_run, policy_configs
 from model import Decoder
 from nf4 import NF4Linear
 from rollout import generate
@@ -600,7 +600,28 @@ def test_a_missing_extra_or_misshapen_tensor_is_named_with_its_file(llama):
         state | {name: state[name].T.contiguous()},
     ):
         save_file(odd, file)
-        refused(llama, "model.layers.", "mlp.up_proj.weight", str(llama))
+        refused(llama, "model.layers.", "mlp.up_proj.weight", str(file))
+
+
+def test_a_tensor_missing_from_all_shards_is_named_with_their_index(tmp_path):
+    saved(theirs("llama3"), tmp_path, max_shard_size="10KB")
+    index, name = tmp_path / "model.safetensors.index.json", "model.layers.1.mlp.up_proj.weight"
+    content = json.loads(index.read_text())
+    shard = tmp_path / content["weight_map"].pop(name)
+    save_file({k: v for k, v in load_file(shard).items() if k != name}, shard)
+    index.write_text(json.dumps(content))
+    refused(tmp_path, f"{index}: tensor {name} is missing; use files that belong together")
+
+
+@pytest.mark.parametrize("kind", ["llama", "clip", "qwen2_vl", None])
+def test_a_folder_that_is_no_policy_is_refused_with_what_a_policy_is(kind, tmp_path):
+    if kind in ("llama", "clip"):
+        saved(theirs("smollm2") if kind == "llama" else their_clip("gelu"), tmp_path)
+    else:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind} if kind else {"sizes": {}}))
+        save_file({}, tmp_path / "model.safetensors")
+    for load in (policy_configs, load_policy):
+        refused(tmp_path, "config.json", kind or "'model'", "pretrain.py", "LLaVA-1.5", load=load)
 
 
 def test_an_unsupported_architecture_lists_the_supported_ones(llama):
