@@ -1,12 +1,16 @@
-"""Seconds of one whole step (sample, rank, update) here and in TRL's GRPOTrainer, same sizes, same prompts.
+"""Seconds of one whole step (sample, rank, update) here and in TRL's GRPOTrainer, same sizes, same prompts;
+and of its parts, loading, CLIP and sampling, beside the libraries that they would come from.
 
     pip install -r requirements-dev.txt
     python bench.py                                  # float32, then bfloat16, against TRL
     python bench.py --dtype float32 --peer none      # this code alone
+    python bench.py --what load                      # a checkpoint, against load_file and a plain read
+    python bench.py --what clip --size full          # image tower, against CLIPVisionModel with sdpa
+    python bench.py --what decoder --size 125m --device cuda     # prefill and decode, against generate
 
-Both sides: 8 prompts of 96 tokens, 5 completions of exactly 32 tokens, a decoder of random weights with LoRA
-on all seven linear layers, one AdamW update with KL to the start, no gradient checkpointing. The two take
-turns in one process, with the same number of threads; the median counts. The last line is the result as JSON.
+A step, both sides: 8 prompts of 96 tokens, 5 completions of exactly 32 tokens, a decoder of random weights
+with LoRA on all seven linear layers, one AdamW update with KL to the start, no gradient checkpointing. Both
+take turns in one process, with the same number of threads; the median counts. The last line is JSON.
 """
 
 import json
@@ -26,7 +30,9 @@ import torch
 
 import lora
 import train
+from checkpoint import hf_config, load_decoder, save_decoder
 from cli import BadInput, parse_args, run_script, write_json
+from clip import ClipConfig, ImageTower
 from data import Prompts
 from grpo_rank import rank_advantages, ranks_from_scores
 from model import Decoder, ModelConfig, VideoLM
@@ -38,11 +44,31 @@ SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1}  # TRL wants them; prompts 
 STEP = train.Config(group_size=G, max_new_tokens=T, updates_per_rollout=1, kl_coef=0.04, lora_r=16, lr=1e-4)
 DTYPES = {"float32": ("float32",), "bfloat16": ("bfloat16",), "both": ("float32", "bfloat16")}
 PACKAGES = {"trl": ("torch", "trl", "transformers", "peft"), "none": ("torch",)}
+PACKAGES |= {"load": ("torch", "safetensors"), "clip": ("torch", "transformers")}
+PACKAGES["decoder"] = PACKAGES["clip"]
+SIZES = {  # by --what and --size
+    "step": {"small": MODEL},
+    "load": {  # 67 MB and 1.1 GB in float32
+        "small": ModelConfig(8192, 512, 4, 8, 8, 1376), "full": ModelConfig(32000, 2048, 4, 32, 32, 5632),
+    },
+    "clip": {  # full: CLIP ViT-L/14-336
+        "small": ClipConfig(112, 14, 256, 4, 4, embed_dim=0, activation="quick_gelu"),
+        "full": ClipConfig(336, 14, 1024, 24, 16, embed_dim=0, activation="quick_gelu"),
+    },
+    "decoder": {  # 4.9 M, 124 M, 1.1 G parameters
+        "small": MODEL, "125m": ModelConfig(32000, 768, 12, 12, 12, 2560),
+        "1b": ModelConfig(32000, 2048, 22, 32, 4, 5632, tied=False),
+    },
+}  # fmt: skip
+FRAMES = 8
 
 
 @dataclass
 class Config:
-    dtype: str = "both"  # float32 | bfloat16 | both; bfloat16 is autocast on both sides
+    what: str = "step"  # step | load | clip | decoder
+    size: str = "small"  # small | full (load, clip) | 125m | 1b (decoder)
+    device: str = "cpu"  # cpu | cuda; a step is measured on the CPU alone
+    dtype: str = "both"  # float32 | bfloat16 | both; in a step bfloat16 is autocast on both sides
     repeats: int = 10  # timed steps a side
     warmup: int = 2  # steps a side before them
     peer: str = "trl"  # trl | none
@@ -51,6 +77,11 @@ class Config:
     def __post_init__(self):
         if self.dtype not in DTYPES or self.peer not in PACKAGES or min(self.repeats, self.warmup) < 1:
             raise BadInput("--dtype float32|bfloat16|both, --peer trl|none, --repeats and --warmup >= 1")
+        if self.what not in SIZES or self.size not in SIZES[self.what]:
+            of = "; ".join(f"--what {what} --size {'|'.join(sizes)}" for what, sizes in SIZES.items())
+            raise BadInput(f"--what {self.what} --size {self.size}: choose one of {of}")
+        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and self.what in ("step", "load")):
+            raise BadInput(f"--device {self.device}: cpu, or for --what clip|decoder cuda")
 
 
 class Stopwatch:
@@ -63,10 +94,12 @@ class Stopwatch:
     def __call__(self, part: str):
         began = time.perf_counter()
         yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self.seconds.setdefault(part, []).append(time.perf_counter() - began)
 
     def medians(self, warmup: int) -> dict[str, float]:
-        return {part: round(statistics.median(s[warmup:]), 4) for part, s in self.seconds.items()}
+        return {part: round(statistics.median(s[warmup:]), 6) for part, s in self.seconds.items()}
 
 
 def score(completion_ids: list[int]) -> float:
@@ -177,6 +210,115 @@ def compare(cfg: Config, dtype: str) -> dict:
     return result
 
 
+# ------------------------------------------------------------------------------------------ parts of a step
+
+
+def take_turns(cfg: Config, dtype: str, parts: dict) -> dict:
+    """parts: a name's pair of functions, ours and theirs. They run in turn; prints and returns medians."""
+    ours, theirs = Stopwatch(), Stopwatch()
+    for _ in range(cfg.warmup + cfg.repeats):
+        for part, pair in parts.items():
+            for watch, function in zip((ours, theirs), pair, strict=True):
+                with watch(part):
+                    function()
+    result = {"dtype": dtype, "ours": ours.medians(cfg.warmup), "theirs": theirs.medians(cfg.warmup)}
+    result["ratio"] = {part: round(s / result["theirs"][part], 4) for part, s in result["ours"].items()}
+    print(f"\n{cfg.what} {cfg.size}, {dtype}, medians of {cfg.repeats}")
+    for part, ratio in result["ratio"].items():
+        s = result["ours"][part], result["theirs"][part]
+        print(f"  {part:8} ours {s[0]:9.4f} s   theirs {s[1]:9.4f} s   ours / theirs {ratio:.3f}")
+    return result
+
+
+def host_bytes(line: str) -> int:
+    """This process's VmRSS (resident now) or VmHWM (at most, since it was reset), in bytes. Linux."""
+    return 1024 * int(re.search(rf"{line}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def compare_load(cfg: Config, dtype: str) -> dict:
+    """A checkpoint in the page cache: into our decoder; as load_file's bare tensors (map); as bytes (read).
+    The first two map the file, so every page is touched."""
+    from safetensors.torch import load_file
+
+    def touch(tensors):
+        return sum(float(x.flatten()[:: 4096 // x.element_size()].sum()) for x in tensors)
+
+    kind = getattr(torch, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        save_decoder(Decoder(SIZES["load"][cfg.size]), folder, kind)
+        file = Path(folder) / "model.safetensors"
+
+        def ours():
+            touch(load_decoder(folder, dtype=kind).parameters())
+
+        peers = {"map": lambda: touch(load_file(file).values()), "read": file.read_bytes}
+        result = take_turns(cfg, dtype, {part: (ours, peer) for part, peer in peers.items()})
+        result["bytes"] = file.stat().st_size
+        if platform.system() == "Linux":
+            before = host_bytes("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            ours()
+            result["peak"] = round((host_bytes("VmHWM") - before) / result["bytes"], 4)
+            print(f"  file {result['bytes'] / 1e6:.1f} MB; peak of host memory over it {result['peak']:.3f}")
+    return result
+
+
+@torch.no_grad()
+def compare_clip(cfg: Config, dtype: str) -> dict:
+    """All hidden layers of FRAMES frames, random weights."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    clip, kind = SIZES["clip"][cfg.size], getattr(torch, dtype)
+    torch.manual_seed(0)
+    tower = ImageTower(clip).to(cfg.device, kind).eval()
+    config = CLIPVisionConfig(
+        image_size=clip.image_size, patch_size=clip.patch_size, hidden_size=clip.width,
+        intermediate_size=4 * clip.width, num_hidden_layers=clip.num_layers,
+        num_attention_heads=clip.num_heads, hidden_act=clip.activation, attn_implementation="sdpa",
+    )  # fmt: skip
+    peer = CLIPVisionModel(config).to(cfg.device, kind).eval()
+    pixels = torch.randn(FRAMES, 3, clip.image_size, clip.image_size, device=cfg.device, dtype=kind)
+    return take_turns(cfg, dtype, {"encode": (lambda: tower.hidden(pixels, -1), lambda: peer(pixels))})
+
+
+@torch.no_grad()
+def compare_decoder(cfg: Config, dtype: str) -> dict:
+    """P prompts of S tokens, G drawn completions each: one token (prefill) and T tokens (whole)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, device = getattr(torch, dtype), cfg.device
+    torch.manual_seed(0)
+    policy = SimpleNamespace(decoder=Decoder(SIZES["decoder"][cfg.size]).to(device))
+    policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
+    policy.cfg = policy.decoder.cfg
+    lora.freeze_base(policy.decoder, dtype)
+    policy.decoder.compute_dtype = kind
+    config = hf_config(policy.decoder.cfg)
+    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
+    peer = peer.to(device, kind).eval()
+    ids = torch.randint(2, policy.decoder.cfg.vocab_size, (P, S), device=device)
+    mask, uniforms = torch.ones_like(ids).bool(), torch.rand(P, G, T, device=device)
+    prompts = Prompts(ids, mask, torch.zeros(P, 0, policy.decoder.cfg.dim, device=device))
+    no_end = torch.empty(0, dtype=torch.int64, device=device)
+    options = dict(attention_mask=mask.long(), do_sample=True, top_k=0, num_return_sequences=G)
+    options |= dict(pad_token_id=0, eos_token_id=None)
+
+    def ours(T):
+        out = generate(policy, prompts, G, T, end_ids=no_end, uniforms=uniforms[..., :T])
+        assert out.completion_ids.shape == (P * G, T)
+
+    def theirs(T):
+        assert peer.generate(ids, max_new_tokens=T, **options).shape == (P * G, S + T)
+
+    return take_turns(cfg, dtype, {
+        "prefill": (partial(ours, 1), partial(theirs, 1)), "whole": (partial(ours, T), partial(theirs, T)),
+    })  # fmt: skip
+
+
+COMPARE = {"step": compare, "load": compare_load, "clip": compare_clip, "decoder": compare_decoder}
+
+
 def describe(peer: str) -> dict:
     """The machine and the versions that a time belongs to."""
     info = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
@@ -187,10 +329,13 @@ def describe(peer: str) -> dict:
 
 def main() -> int:
     cfg = parse_args(Config)
-    result = describe(cfg.peer)
+    result = describe(cfg.peer if cfg.what == "step" else cfg.what)
+    if cfg.device == "cuda":
+        result["gpu"] = torch.cuda.get_device_name()
     print(", ".join(f"{key} {value}" for key, value in result.items()))
-    result |= {"repeats": cfg.repeats, "P": P, "G": G, "S": S, "T": T, "model": asdict(MODEL)}
-    result["runs"] = [compare(cfg, dtype) for dtype in DTYPES[cfg.dtype]]
+    result |= {"what": cfg.what, "size": cfg.size, "repeats": cfg.repeats}
+    result |= {"P": P, "G": G, "S": S, "T": T, "frames": FRAMES, "model": asdict(SIZES[cfg.what][cfg.size])}
+    result["runs"] = [COMPARE[cfg.what](cfg, dtype) for dtype in DTYPES[cfg.dtype]]
     if cfg.json:
         write_json(cfg.json, result)
     print(json.dumps(result))

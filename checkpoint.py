@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cli import BadInput, write_json, write_whole
 from clip import Clip, ClipConfig
 from lora import DECODER_LINEARS
-from model import Decoder, ModelConfig, VideoLM
+from model import POLICIES, Decoder, ModelConfig, VideoLM
 from nf4 import quantise_linear
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")  # model_type; Vicuna, TinyLlama, SmolLM2: llama
@@ -75,11 +75,13 @@ class Tensors:
     """The tensors of a safetensors file or of a folder with one file or shards, by name; read when asked."""
 
     def __init__(self, path: str):
-        self.path, self.file_of, self.handles = path, {}, {}
+        self.file_of, self.handles = {}, {}
         index = os.path.join(path, "model.safetensors.index.json")
+        self.path = path  # the file that names all tensors
         if os.path.isfile(path):
             self.open(path)
         elif os.path.exists(index):
+            self.path = index
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
                 raise BadInput(f"{index}: weight_map is no table of file names; copy the file again")
@@ -90,7 +92,8 @@ class Tensors:
                     raise BadInput(f"{index}: {name} is not in {file}; copy index and shards again, together")
         else:
             self.refuse_pickles(path)
-            self.open(os.path.join(path, "model.safetensors"))
+            self.path = os.path.join(path, "model.safetensors")
+            self.open(self.path)
 
     def refuse_pickles(self, folder: str):
         names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
@@ -146,8 +149,9 @@ def fill(model: nn.Module, tensors: Tensors, sources: dict[str, Source], device,
         module, decoder = model.get_submodule(path), bool(base) and path.startswith("decoder.")
         kind = torch.bfloat16 if decoder and base != "float32" else dtype
         for name in names:
-            x = sources[name].take(tensors[sources[name].name]).to(device, kind).contiguous()
-            setattr(module, name.rpartition(".")[2], nn.Parameter(x, requires_grad=False))
+            read = sources[name].take(tensors[sources[name].name]).to(device, kind).contiguous()
+            setattr(module, name.rpartition(".")[2], nn.Parameter(read, requires_grad=False))
+            del read  # or it would outlive its layer's quantisation, until the next one is read
         owner, _, last = path.rpartition(".")
         if decoder and base == "nf4" and last in DECODER_LINEARS:
             setattr(model.get_submodule(owner), last, quantise_linear(module))
@@ -373,19 +377,25 @@ def llava_configs(folder: str, *, pooled=True, num_frames=50, video_start=1):
     """(ModelConfig, ClipConfig) of LLaVA-1.5. BadInput: not supported."""
     where = os.path.join(folder, "config.json")
     config = read_json(where)
+    kind = config.get("model_type")
+    if kind != "llava":
+        raise BadInput(
+            f"{where}: model_type {kind} is no policy; {POLICIES} around one of {', '.join(DECODERS)}"
+        )
     wanted = {
-        "model_type": "llava",
         "projector_hidden_act": "gelu",
         "vision_feature_select_strategy": "default",
     }
     for key, value in wanted.items():
-        if config.get(key, value) != value or "model_type" not in config:
+        if config.get(key, value) != value:
             raise BadInput(f"{where}: {key} {config.get(key)} is not supported; {key} must be {value}")
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise BadInput(f"{where}: vision_feature_layer {layer} is not supported; one layer, a whole number")
-    adapter = "llava_pooled" if pooled else "llava"
-    ours = dict(adapter=adapter, clip_layer=layer, num_frames=num_frames, video_start=video_start)
+    path = os.path.join(folder, "preprocessor_config.json")
+    pad = os.path.exists(path) and read_json(path).get("do_pad")  # LlavaImageProcessor's name for it
+    ours = dict(adapter="llava_pooled" if pooled else "llava", framing="pad" if pad else "crop")
+    ours |= dict(clip_layer=layer, num_frames=num_frames, video_start=video_start)
     cfg = decoder_config(config.get("text_config", {}), where, **ours)
     return cfg, clip_config(config.get("vision_config", {}), where)
 

@@ -14,6 +14,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import av
 import numpy as np
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from answers import Question, prompt_text
 from cli import ArgumentParser, BadInput, run_script, write_json
+from clip import resize_frames
 from convert import NAMES, convert
 
 PAD_ID, BOS_ID, EOS_ID, VIDEO_ID = 0, 1, 2, 3  # VIDEO_ID: placeholder for one visual token, never sampled
@@ -106,36 +108,42 @@ def _start_and_duration(path: str, container, stream) -> tuple[int, int]:
     return times[0], ticks + ticks // max(len(times) - 1, 1)  # the last frame stays for the average time
 
 
-def _to_square(frame, size: int, scaler: VideoReformatter) -> np.ndarray:
+def _to_square(frame, size: int, scaler: VideoReformatter, framing: str) -> np.ndarray:
     """(size, size, 3) uint8 RGB: shorter side to size (bicubic, in FFmpeg), centre crop, turned upright.
 
-    Pixels are taken as square: the sample aspect ratio is not applied. Mirrorings are not undone.
+    framing crop | pad: the whole frame to RGB, then `clip.resize_frames`. Pixels are taken as square: the
+    sample aspect ratio is not applied. Mirrorings are not undone.
     """
+    turns = round(frame.rotation / 90)  # both count counter-clockwise
+    if framing != "ffmpeg":
+        whole = np.rot90(scaler.reformat(frame, format="rgb24").to_ndarray(), turns).copy()
+        whole = torch.from_numpy(whole).permute(2, 0, 1)
+        return resize_frames(whole[None], size, framing)[0].permute(1, 2, 0).numpy()
     scale = size / min(frame.width, frame.height)
     width, height = round(frame.width * scale), round(frame.height * scale)
     # one thread: for pictures this small, starting more costs 10 times the work
     pixels = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
     left, top = (width - size) // 2, (height - size) // 2
     square = pixels[top : top + size, left : left + size]
-    return np.rot90(square, round(frame.rotation / 90))  # both count counter-clockwise
+    return np.rot90(square, turns)
 
 
-def _shown_at(path: str, container, stream, targets: list[int], size: int, skip: bool) -> list | None:
+def _shown_at(path: str, container, stream, targets: list[int], square, skip: bool) -> list | None:
     """(pixels, pts) of the frame on show at each of the rising targets (ticks): the last with pts <= target.
+    square: frame -> pixels.
 
     Packets wait undecoded until one lies beyond the target. A key frame that comes before it makes older ones
     useless: they are dropped. To a far target the file is sought. skip=False decodes everything instead.
     Returns None if a skip went wrong (it landed behind its target, or not on a key frame): call without skip.
     """
     ticks = 1 / stream.time_base  # a second
-    scaler = VideoReformatter()  # keeps its tables from frame to frame
     chosen, waiting, shown, clean = [], [], None, True  # clean: no damage since the last key frame
     dropped = skipped = False  # packets were left out: the decoder does not know yet / it knows
     sought, position, may_seek = -1, 0, skip
 
     def choose(frame):  # scales at once, so that no large frame is kept
         again = chosen and chosen[-1][1] == frame.pts
-        chosen.append(chosen[-1] if again else (_to_square(frame, size, scaler), frame.pts))
+        chosen.append(chosen[-1] if again else (square(frame), frame.pts))
 
     while True:
         for packet in container.demux(stream):
@@ -185,21 +193,24 @@ def _shown_at(path: str, container, stream, targets: list[int], size: int, skip:
     return chosen
 
 
-def read_frames(path: str, num_frames: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def read_frames(path: str, num_frames: int, size: int, framing: str = "ffmpeg"):
     """The frames on show at the centres of num_frames equal parts of the clip.
 
     Returns frames (K, 3, size, size) uint8 RGB and times (K,) float32, when those frames are presented, in s
-    from the start of the clip. A clip with fewer frames than K repeats them, times included.
+    from the start of the clip. A clip with fewer frames than K repeats them, times included. framing: ffmpeg
+    scales and cuts as it decodes; crop and pad are CLIPImageProcessor's pixels of the whole frame.
     Raises VideoError if the file cannot be read or anything on the way to a chosen frame is damaged.
     """
     assert num_frames >= 1 and size >= 1, f"need num_frames, size >= 1, got {num_frames}, {size}"
     path, chosen = os.fspath(path), None
+    scaler = VideoReformatter()  # keeps its tables from frame to frame
+    square = partial(_to_square, size=size, scaler=scaler, framing=framing)
     for skip in (True, False):
         if chosen is None:
             with _open_video(path) as (container, stream):
                 start, duration = _start_and_duration(path, container, stream)
                 targets = [start + (2 * i + 1) * duration // (2 * num_frames) for i in range(num_frames)]
-                chosen = _shown_at(path, container, stream, targets, size, skip)
+                chosen = _shown_at(path, container, stream, targets, square, skip)
                 times = [float((pts - start) * stream.time_base) for _, pts in chosen or ()]
     frames = torch.from_numpy(np.stack([pixels for pixels, _ in chosen])).permute(0, 3, 1, 2)
     return frames.contiguous(), torch.tensor(times, dtype=torch.float32)  # (K, 3, size, size), (K,)
@@ -517,11 +528,11 @@ class Prompts:
         return Prompts(self.prompt_ids[rows], self.prompt_mask[rows], self.video_embeds[rows])
 
 
-def load_clips(paths: list[str], num_frames: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def load_clips(paths: list[str], num_frames: int, size: int, framing: str = "ffmpeg"):
     """Frames (C, K, 3, size, size) uint8 and times (C, K) seconds of C videos; the first
     bad one raises VideoError."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads: FFmpeg decodes outside Python's lock
-        clips = list(pool.map(lambda path: read_frames(path, num_frames, size), paths))
+        clips = list(pool.map(lambda path: read_frames(path, num_frames, size, framing), paths))
     return torch.stack([frames for frames, _ in clips]), torch.stack([times for _, times in clips])
 
 
@@ -540,9 +551,8 @@ class PromptSet:
         chunk = max(1, min(64, 2**15 // (model.cfg.num_frames * patches)))
         for start in tqdm(range(0, len(videos), chunk), "videos", leave=False):
             paths = videos[start : start + chunk]
-            embeds.append(
-                model.embed_video(*load_clips(paths, model.cfg.num_frames, model.clip_cfg.image_size))
-            )
+            frames = load_clips(paths, model.cfg.num_frames, model.clip_cfg.image_size, model.cfg.framing)
+            embeds.append(model.embed_video(*frames))
         self.video_embeds = torch.cat(embeds)
         place = {video: i for i, video in enumerate(videos)}
         self.video_of = torch.tensor([place[question.video] for question in questions])

@@ -183,9 +183,9 @@ def load_policy(
     num_frames: K, 0 the folder's own. An `adapter` folder is merged into the decoder, then its weights are
     held in `base` (lora.freeze_base); LLaVA's are from the start, tensor by tensor, where nothing is merged.
     """
+    V = policy_configs(folder, num_frames, video_tokens)[0].vocab_size
     if is_llava(folder):
         config = read_json(os.path.join(folder, "config.json"))
-        V = config.get("text_config", {}).get("vocab_size", 32000)
         placeholder_id = config.get("image_token_index", config.get("image_token_id", 32000))
         tokenizer = ChatTokenizer(folder, template, placeholder_id, V)
         options = dict(pooled=video_tokens == "pooled", num_frames=num_frames or LLAVA_FRAMES)
@@ -276,7 +276,9 @@ def merge_run(folder: str, out: str):
         save_llava(model, out, tokenizer.placeholder_id)
     else:
         save_model(model, out, torch.float32)
-    shutil.copy(os.path.join(config["policy"], "tokenizer.json"), out)
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        if os.path.exists(os.path.join(config["policy"], name)):
+            shutil.copy(os.path.join(config["policy"], name), out)
 
 
 def compare(folders: list[str]) -> str:

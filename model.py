@@ -25,6 +25,7 @@ from clip import Clip, ClipConfig, preprocess
 
 # The score of what may not be seen. Finite, so that a row of padding, which sees nothing, has no NaN.
 HIDDEN = -1e30
+POLICIES = "a policy is what pretrain.py wrote or LLaVA-1.5 in the Hugging Face layout (model_type llava)"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class ModelConfig:
     num_queries: int = 32  # Q-Former tokens a video
     qformer_layers: int = 2
     num_frames: int = 8  # K
+    framing: str = "ffmpeg"  # ffmpeg | crop | pad: how a frame becomes CLIP's square (data.read_frames)
 
 
 # ------------------------------------------------------------------------------------------------ the decoder
@@ -507,16 +509,14 @@ def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipCon
             names = os.listdir(folder) if os.path.isdir(folder) else []
             pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
             why = f"; {pickles[0]} is a pickle, which can run code: convert it" if pickles else ""
-            raise BadInput(f"{file}: no such file{why}; name a folder with config.json and model.safetensors")
+            raise BadInput(f"{file}: no such file{why}; {POLICIES}")
     try:
         with open(config) as file:
             sizes = json.load(file)
         cfg = ModelConfig(**sizes["model"])
         return replace(cfg, num_frames=num_frames or cfg.num_frames), ClipConfig(**sizes["clip"])
     except (ValueError, TypeError, KeyError) as error:
-        raise BadInput(
-            f"{folder}: not what save_model wrote ({error}); make it anew with pretrain.py"
-        ) from error
+        raise BadInput(f"{config}: not what save_model wrote ({error}); {POLICIES}") from error
 
 
 def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:

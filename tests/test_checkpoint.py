@@ -2,22 +2,29 @@
 
 import json
 import shutil
+import sys
+import weakref
+from collections import Counter
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import lora
+import train
 import world
 from answers import Question
 from checkpoint import decoder_config, load_clip, load_decoder, load_llava, save_decoder, save_llava
 from cli import BadInput
 from clip import Clip, ClipConfig, preprocess, resize_frames
 from data import ChatTokenizer, Prompts, PromptSet
-from eval import load_policy, merge_run
+from eval import load_policy, load_run, merge_run, policy_configs
 from model import Decoder
+from nf4 import NF4Linear
 from rollout import generate
 
 transformers = pytest.importorskip("transformers")
@@ -191,6 +198,16 @@ def test_clip_gives_transformers_features_and_hidden_layers(source, tmp_path):
         assert (clip.patch_tokens(pixels, layer) - hidden).abs().max() <= 1e-5 < hidden.std()
 
 
+def expand2square(frame):
+    """LLaVA's: (H, W, 3) in the middle of a square of CLIP's mean colour."""
+    height, width, _ = frame.shape
+    side = max(height, width)
+    square = np.full((side, side, 3), [122, 116, 104], dtype=np.uint8)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = frame
+    return square
+
+
 @pytest.mark.parametrize("shape", [(40, 61), (90, 160), (61, 40), (20, 23), (28, 28), (90, 30)])
 def test_preprocessing_is_clip_image_processors(shape):
     generator = torch.Generator().manual_seed(2)
@@ -198,9 +215,7 @@ def test_preprocessing_is_clip_image_processors(shape):
     processor = transformers.CLIPImageProcessor(
         size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
     )
-    square = np.full((max(shape), max(shape), 3), [122, 116, 104], dtype=np.uint8)  # LLaVA's expand2square
-    top, left = (max(shape) - shape[0]) // 2, (max(shape) - shape[1]) // 2
-    square[top : top + shape[0], left : left + shape[1]] = frame.permute(1, 2, 0).numpy()
+    square = expand2square(frame.permute(1, 2, 0).numpy())
     for how, image in (("crop", frame.permute(1, 2, 0).numpy()), ("pad", square)):
         pixels = processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
         ours = preprocess(resize_frames(frame[None], 28, how))
@@ -209,6 +224,56 @@ def test_preprocessing_is_clip_image_processors(shape):
 
 
 # ----------------------------------------------------------------------------------------------------- LLaVA
+
+
+def frames_on_show(path, k):
+    """Whole decoded frames (H, W, 3) at the centres of k equal parts, by counting: the frame rate is even."""
+    with av.open(path) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return [frames[(2 * i + 1) * len(frames) // (2 * k)] for i in range(k)]
+
+
+def drawn_clip(folder, size):
+    """A clip (width, height) of colour ramps that drift, with a hard edge. Its path."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    with av.open(str(folder / "ramps.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "10"})
+        (stream.width, stream.height), stream.pix_fmt = size, "yuv420p"
+        for t in range(8):
+            pixels = np.stack([x * 3 + 20 * t, y * 2 + 9 * t, 255 * (x > y + 4 * t)], axis=2) % 256
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels.astype(np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    return str(folder / "ramps.mp4")
+
+
+@pytest.mark.parametrize("clip", ["world", (90, 64), (64, 100)])
+@pytest.mark.parametrize("framing", ["crop", "pad"])
+def test_frames_reach_a_llava_policy_as_clip_image_processor_makes_them(
+    clip, framing, tokenizer_files, tmp_path, monkeypatch
+):
+    saved(their_llava(image_token_index=3, vocab_size=320), tmp_path)
+    shutil.copy(tokenizer_files / "tokenizer.json", tmp_path)
+    if framing == "pad":
+        (tmp_path / "preprocessor_config.json").write_text('{"do_pad": true}')
+    if clip == "world":
+        world.make_world(tmp_path, range(1))
+        (path,) = map(str, tmp_path.glob("*.mp4"))
+    else:
+        path = drawn_clip(tmp_path, clip)
+    policy, tokenizer = load_policy(str(tmp_path), num_frames=4)
+    seen, patch_tokens = [], policy.clip.patch_tokens
+    policy.clip.patch_tokens = lambda pixels, layer: seen.append(pixels) or patch_tokens(pixels, layer)
+    PromptSet(policy, tokenizer, [Question("a", path, "what does the red block do?", "it moves")])
+    frames = frames_on_show(path, 4)
+    if framing == "pad":
+        frames = [expand2square(frame) for frame in frames]
+    processor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+    )
+    wanted = processor(frames, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    assert seen[0].shape == wanted.shape and wanted.std() > 0.3
+    assert ((seen[0] - wanted) * std).abs().max() <= 1 / 255 + 1e-6
 
 
 def their_llava(image_token_index=59, **text):
@@ -391,6 +456,76 @@ def test_a_llava_folder_is_a_policy_that_answers_and_never_samples_the_placehold
     assert len(set(prompts.texts(rollout))) > 10
 
 
+@pytest.fixture
+def llava_folder(tokenizer_files, tmp_path):
+    saved(their_llava(image_token_index=3, vocab_size=320), tmp_path / "llava")
+    shutil.copy(tokenizer_files / "tokenizer.json", tmp_path / "llava")
+    return tmp_path / "llava"
+
+
+@pytest.mark.parametrize("base", ["float32", "bfloat16", "nf4"])
+def test_train_takes_a_step_on_a_llava_in_every_base_and_peft_reads_its_adapter(
+    base, llava_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "longest.py").write_text(
+        "def first(question, texts, *, video, reference):\n"
+        "    return [sum(len(other) > len(text) for other in texts) for text in texts]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--policy", llava_folder, "--base", base, "--num_frames", 2, "--num_steps", 1, "--lr", 0.02]
+    options += ["--world_dir", tmp_path / "world", "--num_train_clips", 2, "--num_eval_clips", 1]
+    options += ["--batch_prompts", 2, "--micro_batch_prompts", 1, "--eval_samples", 1, "--lora_r", 4]
+    options += ["--max_new_tokens", 4, "--oracle", "longest:first", "--out", tmp_path / "run"]
+    options += ["--dtype", "float32" if base == "float32" else "bfloat16"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    monkeypatch.setattr(train, "catch_interrupt", lambda: lambda: False)  # pytest keeps its Ctrl-C
+    assert train.main() == 0
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert not row["bad"] and row["grad_norm"] > 0
+    policy, _, _ = load_run(str(tmp_path / "run"))
+    adapted = lora.layers(policy.decoder).values()
+    assert len(adapted) == 2 * 7 and all(isinstance(x.base, NF4Linear) == (base == "nf4") for x in adapted)
+    head = policy.decoder.head.dtype
+    assert head == (torch.float32 if base == "float32" else torch.bfloat16)
+    if base == "float32":
+        peft = pytest.importorskip("peft")
+        plain = transformers.LlavaForConditionalGeneration.from_pretrained(llava_folder)
+        ids = torch.randint(4, 300, (2, 20), generator=torch.Generator().manual_seed(1))
+        before = plain(ids).logits
+        theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "run" / "adapter"))
+        after = theirs(ids).logits
+        assert (logits(policy.decoder, ids, 8) - after[:, 7:-1]).abs().max() <= 1e-4
+        assert (after - before).abs().max() > 0.1  # the adapter was found, and does something
+
+
+def test_a_4_bit_llava_is_read_one_full_precision_layer_at_a_time(llava_folder, monkeypatch):
+    alive, most = Counter(), []  # storages in full precision, by the decoder layer's name
+
+    def watch(name, tensor):
+        alive[name] += 1
+        weakref.finalize(tensor.untyped_storage(), alive.subtract, [name])
+        most.append(sum(count > 0 for count in alive.values()))
+
+    read, quantise, last = checkpoint.Tensors.__getitem__, checkpoint.quantise_linear, []
+
+    def read_watched(tensors, name):
+        tensor = read(tensors, name)
+        if "language_model.model.layers." in name and tensor.dim() == 2:
+            last.append(name)
+            watch(name, tensor)
+        return tensor
+
+    def quantise_watched(linear):
+        watch(last[-1], linear.weight)
+        return quantise(linear)
+
+    monkeypatch.setattr(checkpoint.Tensors, "__getitem__", read_watched)
+    monkeypatch.setattr(checkpoint, "quantise_linear", quantise_watched)
+    model = load_llava(str(llava_folder), num_frames=2, base="nf4")
+    assert len(alive) == len(last) == 2 * 7 and len(most) == 2 * 2 * 7 and max(most) == 1
+    assert not +alive and sum(isinstance(m, NF4Linear) for m in model.modules()) == 2 * 7
+
+
 PUBLISHED = {  # sizes from the models' own config.json, counts from their cards
     "LLaMA-2-7B": (6_738_415_616, dict(
         model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
@@ -465,7 +600,28 @@ def test_a_missing_extra_or_misshapen_tensor_is_named_with_its_file(llama):
         state | {name: state[name].T.contiguous()},
     ):
         save_file(odd, file)
-        refused(llama, "model.layers.", "mlp.up_proj.weight", str(llama))
+        refused(llama, "model.layers.", "mlp.up_proj.weight", str(file))
+
+
+def test_a_tensor_missing_from_all_shards_is_named_with_their_index(tmp_path):
+    saved(theirs("llama3"), tmp_path, max_shard_size="10KB")
+    index, name = tmp_path / "model.safetensors.index.json", "model.layers.1.mlp.up_proj.weight"
+    content = json.loads(index.read_text())
+    shard = tmp_path / content["weight_map"].pop(name)
+    save_file({k: v for k, v in load_file(shard).items() if k != name}, shard)
+    index.write_text(json.dumps(content))
+    refused(tmp_path, f"{index}: tensor {name} is missing; use files that belong together")
+
+
+@pytest.mark.parametrize("kind", ["llama", "clip", "qwen2_vl", None])
+def test_a_folder_that_is_no_policy_is_refused_with_what_a_policy_is(kind, tmp_path):
+    if kind in ("llama", "clip"):
+        saved(theirs("smollm2") if kind == "llama" else their_clip("gelu"), tmp_path)
+    else:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind} if kind else {"sizes": {}}))
+        save_file({}, tmp_path / "model.safetensors")
+    for load in (policy_configs, load_policy):
+        refused(tmp_path, "config.json", kind or "'model'", "pretrain.py", "LLaVA-1.5", load=load)
 
 
 def test_an_unsupported_architecture_lists_the_supported_ones(llama):

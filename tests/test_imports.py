@@ -14,7 +14,7 @@ BELOW = {
 }  # fmt: skip
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"},
-    "data": {"answers", "cli", "convert"}, "convert": {"cli"}, "metrics": {"answers"},
+    "data": {"answers", "cli", "clip", "convert"}, "convert": {"cli"}, "metrics": {"answers"},
     "runs": {"cli", "lora"}, "memory": {"clip", "grpo_rank", "lora", "model", "nf4"},
     "checkpoint": {"clip", "model", "cli", "lora", "nf4"},
     "rollout": {"grpo_rank", "model", "data", "lora"},

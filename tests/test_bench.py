@@ -1,0 +1,31 @@
+"""bench.py's comparisons at sizes too small to mean anything: they run, on both sides, and report ratios."""
+
+import pytest
+
+import bench
+from cli import BadInput
+from clip import ClipConfig
+from model import ModelConfig
+
+TINY = ModelConfig(vocab_size=32, dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=16)
+PARTS = {"load": {"map", "read"}, "clip": {"encode"}, "decoder": {"prefill", "whole"}}
+
+
+@pytest.mark.parametrize("what", PARTS)
+def test_each_part_is_compared_with_its_peer(what, monkeypatch):
+    if what != "load":
+        pytest.importorskip("transformers")
+    size = ClipConfig(28, 14, 64, 1, 1, embed_dim=0) if what == "clip" else TINY
+    monkeypatch.setitem(bench.SIZES, what, {"small": size})
+    cfg = bench.Config(what=what, dtype="float32", repeats=1, warmup=1)
+    result = bench.COMPARE[what](cfg, "float32")
+    assert result["ratio"].keys() == PARTS[what] and all(s > 0 for s in result["ours"].values())
+    if what == "load":
+        assert result["bytes"] > 4 * (32 * 16 + 4 * 16 * 16 + 3 * 16 * 16)  # embedding, attention, MLP
+
+
+def test_a_size_that_the_part_does_not_have_lists_those_it_has():
+    with pytest.raises(BadInput, match=r"--what clip --size 1b: .*--what clip --size small\|full"):
+        bench.Config(what="clip", size="1b")
+    with pytest.raises(BadInput, match="--device cuda"):
+        bench.Config(what="load", device="cuda")
