@@ -174,10 +174,10 @@ def policy_configs(folder: str, num_frames=0, video_tokens="pooled"):
 
 def load_policy(
     folder: str, device="cpu", *, num_frames=0, template="vicuna_v1", video_tokens="pooled", adapter="",
-    base="float32",
+    base="float32", think=False,
 ):  # fmt: skip
     """(model, tokenizer) of a folder that pretrain.py made, or of LLaVA-1.5 in the Hugging Face layout, which
-    alone can choose its template and its video tokens (pooled | patches).
+    alone can choose its template, its video tokens (pooled | patches) and whether it is asked to think first.
 
     num_frames: K, 0 the folder's own. An `adapter` folder is merged into the decoder, then its weights are
     held in `base` (lora.freeze_base); LLaVA's are from the start, tensor by tensor, where nothing is merged.
@@ -186,7 +186,7 @@ def load_policy(
         config = read_json(os.path.join(folder, "config.json"))
         V = config.get("text_config", {}).get("vocab_size", 32000)
         placeholder_id = config.get("image_token_index", config.get("image_token_id", 32000))
-        tokenizer = ChatTokenizer(folder, template, placeholder_id, V)
+        tokenizer = ChatTokenizer(folder, template, placeholder_id, V, think)
         options = dict(pooled=video_tokens == "pooled", num_frames=num_frames or LLAVA_FRAMES)
         options |= dict(video_start=tokenizer.video_start, base="bfloat16" if adapter else base)
         model = load_llava(folder, device, **options)
@@ -207,7 +207,7 @@ def load_run(folder: str):
         raise BadInput(f"{path}: no such file; name a folder that train.py made")
     with open(path) as file:
         config = json.load(file)
-    chosen = ("num_frames", "template", "video_tokens", "adapter", "base")
+    chosen = ("num_frames", "template", "video_tokens", "adapter", "base", "think")
     model, tokenizer = load_policy(config["policy"], **{k: config[k] for k in chosen if k in config})
     lora.add_adapters(model.decoder, config["lora_r"], config["lora_alpha"])
     lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
