@@ -230,8 +230,8 @@ def load_policy(
         options |= dict(video_start=tokenizer.video_start, base="bfloat16" if adapter else base)
         model = load_llava(folder, device, **options)
     else:
-        tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
         model = load_model(folder, device, num_frames)
+        tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
     if adapter:
         lora.load_adapter(model.decoder, adapter)
         lora.merge(model.decoder)
