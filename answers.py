@@ -2,7 +2,8 @@
 
 The answer format is <think>why</think><answer>what</answer>; with thinking off it is the answer alone, in its
 block or bare. The answer is a text, an option's letter, a span "from 3 to 9 seconds", or, to a question that
-asks for both, the one and then the other: "(B) red, from 3 to 9 seconds".
+asks for both, the one and then the other: "(B) red, from 3 to 9 seconds". A pretrained chat model is told so
+behind each question (`instruction`); the small default policy, which has learned it, is not.
 
 Programs that parse each in their own way pay for one thing and measure another, so all of them call `grade`.
 Its rules are strict where a policy would find a hole: naming two choices is hedging and earns nothing.
@@ -90,6 +91,21 @@ def prompt_text(question: Question) -> str:
     """The question's text and, where there are options, a second line "(A) red (B) blue"."""
     choices = " ".join(f"({chr(ord('A') + i)}) {option}" for i, option in enumerate(question.options))
     return f"{question.question}\n{choices}".strip()
+
+
+def instruction(question: Question, think: bool, times: list[float] | tuple = ()) -> str:
+    """The answer format as a chat model is told it, with the think part or without, to go behind prompt_text.
+
+    times: seconds at which the frames that it sees are shown, said only where a span is asked for.
+    """
+    wanted = ["the letter of the right option" if question.options else "a few words"]
+    if question.spans:
+        span = "the time span as: from START to END seconds"
+        wanted = [span] if task(question) == "grounding" else [*wanted, f"then {span}"]
+    spread = f"evenly spread from {times[0]:.1f} to {times[-1]:.1f} seconds" if len(times) else ""
+    shown = f"You see {len(times)} frames of the video, {spread}. " if question.spans and spread else ""
+    first = "First think step by step inside <think></think>, then give" if think else "Give"
+    return f"{shown}{first} only the answer inside <answer></answer>: {', '.join(wanted)}."
 
 
 def final_answer(text: str) -> str:

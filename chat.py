@@ -32,14 +32,17 @@ class Failed(Exception):
 class Chat:
     """A chat-completions server: time-outs that hold, retries, a circuit breaker, a budget, and counts."""
 
-    def __init__(self, url: str, key: str, timeout: float, patience: int, max_calls: int, max_tokens: int):
+    def __init__(
+        self, url: str, key: str, timeout: float, patience: int, max_calls: int, max_tokens: int,
+        option: str = "oracle",  # prefix of the options that messages name
+    ):  # fmt: skip
         parts = urlsplit(url if "//" in url else f"//{url}")
         try:
             port = parts.port
         except ValueError as error:
-            raise BadInput(f"--oracle_url {url}: {error}; write http://HOST:PORT/v1") from error
+            raise BadInput(f"--{option}_url {url}: {error}; write http://HOST:PORT/v1") from error
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(f"--oracle_url {url}: not an address; write http://HOST:PORT/v1")
+            raise BadInput(f"--{option}_url {url}: not an address; write http://HOST:PORT/v1")
         if not key.isascii() or not key.isprintable():
             raise BadInput("ORACLE_API_KEY: holds characters that no key has; set it again")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection

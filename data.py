@@ -22,7 +22,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
-from answers import Question, prompt_text
+from answers import Question, instruction, prompt_text
 from cli import ArgumentParser, BadInput, run_script, write_json
 from clip import resize_frames
 from convert import NAMES, convert
@@ -433,9 +433,10 @@ class ChatTokenizer:
     placeholder_id: config.json's image_token_index, which stands for one video token. Where tokenizer.json
     knows that id its text is part of what is tokenised, so the result is AutoTokenizer's; where it does not,
     what stands before and after the video is tokenised apart, as LLaVA's own code does.
+    think: whether the answer format that `build_prompt` tells the model has a think part.
     """
 
-    def __init__(self, folder: str, template: str, placeholder_id: int, V: int):
+    def __init__(self, folder: str, template: str, placeholder_id: int, V: int, think: bool = False):
         path = os.path.join(folder, "tokenizer.json")
         try:
             import tokenizers
@@ -460,7 +461,7 @@ class ChatTokenizer:
         self.special_texts = set(special.values()) | {self.tokenizer.id_to_token(placeholder_id) or "<image>"}
         self.banned = (set(special) | {placeholder_id}) - set(self.end_ids)
         self.before, self.between, self.after = TEMPLATES[template]
-        self.placeholder_id = placeholder_id
+        self.placeholder_id, self.think = placeholder_id, think
         self.video_start = self.prompt("", 1).index(placeholder_id)
 
     def encode(self, text: str) -> list[int]:
@@ -491,9 +492,13 @@ class ChatTokenizer:
 # ---- batches ----
 
 
-def build_prompt(tokenizer: Tokenizer, question: Question, num_video_tokens: int) -> list[int]:
-    """Token ids: opening, the placeholders of the video, the question. The answer follows at once."""
-    return tokenizer.prompt(prompt_text(question), num_video_tokens)
+def build_prompt(tokenizer, question: Question, num_video_tokens: int, times: list[float]) -> list[int]:
+    """Token ids: opening, the placeholders of the video, the question, and for a chat model the answer format
+    and the frames' times (seconds). The answer follows at once."""
+    text = prompt_text(question)
+    if isinstance(tokenizer, ChatTokenizer):
+        text += "\n" + instruction(question, tokenizer.think, times)
+    return tokenizer.prompt(text, num_video_tokens)
 
 
 def _pad(rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -546,18 +551,20 @@ class PromptSet:
     def __init__(self, model, tokenizer: Tokenizer, questions: list[Question]):
         self.questions, self.tokenizer = questions, tokenizer
         videos = sorted({question.video for question in questions})
-        embeds, patches = [], (model.clip_cfg.image_size // model.clip_cfg.patch_size) ** 2
+        embeds, times, patches = [], [], (model.clip_cfg.image_size // model.clip_cfg.patch_size) ** 2
         # 2**15 patch tokens are 0.5 GB at width 4096: one clip of 50 frames of CLIP ViT-L/14-336
         chunk = max(1, min(64, 2**15 // (model.cfg.num_frames * patches)))
         for start in tqdm(range(0, len(videos), chunk), "videos", leave=False):
             paths = videos[start : start + chunk]
-            frames = load_clips(paths, model.cfg.num_frames, model.clip_cfg.image_size, model.cfg.framing)
-            embeds.append(model.embed_video(*frames))
+            sizes = model.cfg.num_frames, model.clip_cfg.image_size, model.cfg.framing
+            frames, seconds = load_clips(paths, *sizes)
+            embeds.append(model.embed_video(frames, seconds))
+            times += seconds.tolist()
         self.video_embeds = torch.cat(embeds)
         place = {video: i for i, video in enumerate(videos)}
         self.video_of = torch.tensor([place[question.video] for question in questions])
         num_tokens = self.video_embeds.shape[1]
-        self.prompts = [build_prompt(tokenizer, question, num_tokens) for question in questions]
+        self.prompts = [build_prompt(tokenizer, q, num_tokens, times[place[q.video]]) for q in questions]
 
     def __len__(self) -> int:
         return len(self.questions)

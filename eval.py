@@ -6,8 +6,10 @@ time spans, 95 % intervals.
     python eval.py oracle_study [--out DIR] [--seeds N]          # faulty oracles: a table in RESULTS.md
     python eval.py reward_study [--out DIR] [--seeds N]          # Temporal-R1's reward and selection: another
     python eval.py score --data FILE.jsonl --predictions PRED.jsonl [--json OUT]
+    python eval.py score .. --judge_url URL --judge_model NAME   # open answers that match in other words
 
 A line of PRED.jsonl is {"id", "prediction"}: a text, an option's letter, or the option's index as a number.
+With a judge, what matches the reference word by word is right unasked, the rest is as judge.py says.
 
 One parser (answers.py) reads every answer, here, in the oracle and in training. Intervals are bootstrapped
 over videos, not questions: questions of one clip are right or wrong together.
@@ -18,7 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from types import SimpleNamespace
 
 import torch
@@ -26,10 +28,12 @@ import torch
 import lora
 import metrics
 import world
-from answers import bootstrap_ci, grade, is_correct, task
+from answers import bootstrap_ci, grade, is_correct, read, task
+from chat import Failed
 from checkpoint import is_llava, llava_configs, load_llava, read_json, save_llava
 from cli import ArgumentParser, BadInput, run_script, write_json, write_whole
 from data import ChatTokenizer, PromptSet, Tokenizer, load_questions
+from judge import VERDICT_SHA256, LLMOracle
 from model import load_model, read_configs, save_model
 from rollout import generate
 
@@ -128,13 +132,46 @@ def table(before: dict, after: dict | None = None) -> str:
     return "\n".join(lines)
 
 
-def score(data: str, predictions: str) -> dict:
-    """R of any model's predictions, and under "metrics" the published ones (metrics.py), in percent.
+def is_open(question) -> bool:
+    return task(question) == "qa" and not question.options
+
+
+def judged(questions, texts, judge: LLMOracle) -> dict:
+    """Accuracy of the open-ended answers, percent: normalised match first, then the judge's yes or no.
+
+    An empty answer is wrong unasked. A reply that is no verdict leaves its answer wrong and is counted under
+    "failures" by cause. Judge, hash of the prompt and cache file (all replies) stand beside the score.
+    """
+    pairs = [(q, t) for q, t in zip(questions, texts, strict=True) if is_open(q)]
+    rows = [(q, read(t, q).rest, is_correct(t, q)) for q, t in pairs]
+    right = [matches for _, _, matches in rows]
+    asked = [i for i, (_, said, matches) in enumerate(rows) if said and not matches]
+    if asked:
+        judge.check()
+    verdicts = judge.verdicts([rows[i][:2] for i in asked])
+    for i, verdict in zip(asked, verdicts, strict=True):
+        right[i] = verdict is True
+    failures = Counter(verdict.cause for verdict in verdicts if isinstance(verdict, Failed))
+    return metrics.accuracy_table([question for question, _, _ in rows], right) | {
+        "matched": sum(matches for _, _, matches in rows),
+        "asked": len(asked),
+        "failures": dict(failures),
+        "judge": judge.judge,
+        "prompt_sha256": VERDICT_SHA256,
+        "cache": judge.cache,
+    }
+
+
+def score(data: str, predictions: str, judge: LLMOracle | None = None) -> dict:
+    """R of any model's predictions, and under "metrics" the published ones (metrics.py), in percent; with a
+    judge also "judged" beside the open-ended ones.
 
     A question without a prediction counts as wrong ("missing"); a prediction that cannot be read is counted
     under "parse_failures". Raises BadInput for a line that is no prediction, an unknown or a repeated id.
     """
     questions, said = load_questions(data, ""), {}
+    if judge and not any(map(is_open, questions)):
+        raise BadInput(f"--judge_url: {data} has no open-ended question to judge; leave the judge out")
     of = {q.id: q for q in questions}
     if not os.path.isfile(predictions):
         raise BadInput(f'{predictions}: no such file; give lines {{"id", "prediction"}}')
@@ -160,6 +197,8 @@ def score(data: str, predictions: str) -> dict:
     grades = [grade(t, q) for t, q in zip(texts, questions, strict=True)]
     right = [float(is_correct(t, q)) for t, q in zip(texts, questions, strict=True)]
     published = metrics.score(questions, texts)
+    if judge:
+        published["open_ended"]["judged"] = judged(questions, texts, judge)
     return summarize(questions, right, grades) | {"missing": len(questions) - len(said), "metrics": published}
 
 
@@ -175,10 +214,10 @@ def policy_configs(folder: str, num_frames=0, video_tokens="pooled"):
 
 def load_policy(
     folder: str, device="cpu", *, num_frames=0, template="vicuna_v1", video_tokens="pooled", adapter="",
-    base="float32",
+    base="float32", think=False,
 ):  # fmt: skip
     """(model, tokenizer) of a folder that pretrain.py made, or of LLaVA-1.5 in the Hugging Face layout, which
-    alone can choose its template and its video tokens (pooled | patches).
+    alone can choose its template, its video tokens (pooled | patches) and whether it is asked to think first.
 
     num_frames: K, 0 the folder's own. An `adapter` folder is merged into the decoder, then its weights are
     held in `base` (lora.freeze_base); LLaVA's are from the start, tensor by tensor, where nothing is merged.
@@ -187,7 +226,7 @@ def load_policy(
     if is_llava(folder):
         config = read_json(os.path.join(folder, "config.json"))
         placeholder_id = config.get("image_token_index", config.get("image_token_id", 32000))
-        tokenizer = ChatTokenizer(folder, template, placeholder_id, V)
+        tokenizer = ChatTokenizer(folder, template, placeholder_id, V, think)
         options = dict(pooled=video_tokens == "pooled", num_frames=num_frames or LLAVA_FRAMES)
         options |= dict(video_start=tokenizer.video_start, base="bfloat16" if adapter else base)
         model = load_llava(folder, device, **options)
@@ -208,7 +247,7 @@ def load_run(folder: str):
         raise BadInput(f"{path}: no such file; name a folder that train.py made")
     with open(path) as file:
         config = json.load(file)
-    chosen = ("num_frames", "template", "video_tokens", "adapter", "base")
+    chosen = ("num_frames", "template", "video_tokens", "adapter", "base", "think")
     model, tokenizer = load_policy(config["policy"], **{k: config[k] for k in chosen if k in config})
     lora.add_adapters(model.decoder, config["lora_r"], config["lora_alpha"])
     lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
@@ -459,6 +498,10 @@ def main() -> int:
     scorer.add_argument("--data", required=True)
     scorer.add_argument("--predictions", required=True)
     scorer.add_argument("--json", default="")
+    scorer.add_argument("--judge_url", default="", help="of an OpenAI-compatible server; key: ORACLE_API_KEY")
+    scorer.add_argument("--judge_model", default="")
+    scorer.add_argument("--judge_body", default="", help="JSON merged into every request; null takes out")
+    scorer.add_argument("--judge_cache", default="", help="sqlite file (PRED.jsonl.judge.sqlite)")
     comparer = commands.add_parser("compare", help="finished runs side by side")
     comparer.add_argument("runs", nargs="+")
     studies = {"oracle_study": "what faults of the oracle cost, and what helps"}
@@ -483,7 +526,14 @@ def main() -> int:
     elif args.command == "compare":
         print(compare(args.runs))
     else:
-        result = score(args.data, args.predictions)
+        judge = None
+        if args.judge_url or args.judge_model:
+            if not (args.judge_url and args.judge_model):
+                raise BadInput("--judge_url and --judge_model: one without the other; give both")
+            options = {k: getattr(args, f"judge_{k}") for k in ("url", "model", "body")}
+            options["cache"] = args.judge_cache or f"{args.predictions}.judge.sqlite"
+            judge = LLMOracle(**options, key=os.environ.get("ORACLE_API_KEY", ""), option="judge")
+        result = score(args.data, args.predictions, judge)
         print(json.dumps(result, indent=1))
         if args.json:
             write_json(args.json, result)

@@ -98,7 +98,7 @@ class Config:
     continuous_coef: float = 1.0  # the overlap of the spans,
     format_coef: float = 0.1  # the form; more is never paid for form alone
     overlap: str = "iou"  # iou | iop: the dual reward's continuous part
-    think: bool = False  # whether the form asks for a <think> part
+    think: bool = False  # whether the form, and the prompt of LLaVA, ask for a <think> part
     oracle_url: str = ""  # llm: http://HOST:PORT/v1 of an OpenAI-compatible server; key in ORACLE_API_KEY
     oracle_model: str = ""
     oracle_body: str = ""  # JSON merged into every request; null takes a field out
@@ -248,7 +248,8 @@ def load_everything(cfg: Config, device: torch.device):
         videos = {question.video for question in train_questions + eval_questions}
         print("memory plan, before anything is allocated:", flush=True)
         print(memory.table(memory.plan(*sizes, cfg, dtype, len(videos))), flush=True)
-    options = {k: getattr(cfg, k) for k in ("num_frames", "template", "video_tokens", "adapter", "base")}
+    chosen = ("num_frames", "template", "video_tokens", "adapter", "base", "think")
+    options = {k: getattr(cfg, k) for k in chosen}
     policy, tokenizer = load_policy(cfg.policy, device, **options)
     policy.decoder.compute_dtype, policy.decoder.checkpointing = dtype, cfg.checkpointing
     if cfg.compile and cfg.base == "nf4":

@@ -6,6 +6,7 @@ Video-MME's task names plus "Temporal Grounding" (time spans). The fine-tuning c
 faults on purpose, of the kind that web captions have; evaluation and the oracle never see those.
 
     python world.py --out DIR --num_clips 8      # a few clips, their questions, and a picture of them all
+    python world.py --out DIR --num_clips 8 --grounded      # grounded questions instead, in grounded.jsonl
 """
 
 import itertools
@@ -14,7 +15,7 @@ import math
 import os
 import random
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 
@@ -303,6 +304,77 @@ def make_questions(scene, clip_name):
     return rows
 
 
+def twins(scene):
+    """The scene with its second thing in the first one's colour: two appearances of one colour, their times
+    overlapping or touching, told apart by kind alone. None where there is no second thing."""
+    if len(scene.things) < 2:
+        return None
+    first, second, *others = scene.things
+    return replace(scene, things=(first, replace(second, color=first.color), *others))
+
+
+def grounded_questions(scene, clip_name):
+    """Questions that ask for an answer and, by "and when", for the span [s] in which it is to be seen; for
+    spans among others that overlap them; and for what order and duration decide. JSON-ready, truth exact.
+
+    None of the default questions and no draw of theirs is touched. Things go by their colour, in a scene of
+    `twins` by their kind. Ties in duration are not asked about. "longest" and its like are spelt in bytes.
+    """
+    rng, things, rows = random.Random(scene.seed + 2), scene.things, []
+    alike = len({o.color for o in things}) < len(things)
+    attribute = "kind" if alike else "color"
+
+    def word(o):
+        return getattr(o, attribute)
+
+    def name(o):
+        return f"the {o.color} {o.kind}" if alike else f"the object in {o.color}"
+
+    def ask(category, question, answer, start, end):
+        row = {"id": f"{clip_name.removesuffix('.mp4')}-g{len(rows)}", "video": clip_name}
+        row |= {"question": question, "answer": answer or f"{start} to {end} seconds", "category": category}
+        rows.append(row | {"span": [start, end], "duration": DURATION})
+
+    def pick(category, question, chosen_from, most):
+        """Asks for the one of these things that stays longest or shortest, if it is one alone."""
+        lengths = [o.end - o.start for o in chosen_from]
+        if lengths.count(most(lengths)) == 1:
+            o = chosen_from[lengths.index(most(lengths))]
+            ask(category, f"what {attribute} {question} and when", word(o), o.start, o.end)
+
+    for o in things[:2] if alike else rng.sample(things, min(2, len(things))):
+        if alike:
+            ask("Distractor Grounding", f"when is {name(o)} visible", "", o.start, o.end)
+        else:
+            ask("Grounded Recognition", f"what is {name(o)} and when", o.kind, o.start, o.end)
+        ask("Grounded Action", f"what does {name(o)} do and when", o.action, o.start, o.end)
+    if len(things) > 1:
+        a, b = rng.sample(things, 2)
+        start, end = max(a.start, b.start), min(a.end, b.end)
+        if start < end:
+            ask("Distractor Grounding", f"when is {name(a)} and {name(b)} visible", "", start, end)
+        which = rng.choice((0, -1))
+        o, question = things[which], f"what {attribute} appears {'last' if which else 'first'} and when"
+        ask("Grounded Order", question, word(o), o.start, o.end)
+        i = rng.randrange(len(things) - 1)
+        o, question = things[i + 1], f"what {attribute} appears after {word(things[i])} and when"
+        ask("Grounded Order", question, word(o), o.start, o.end)
+        most, more = rng.choice(((max, "longer"), (min, "shorter")))
+        pick("Grounded Duration", f"stays {more} of {word(a)} and {word(b)}", [a, b], most)
+        most, more = rng.choice(((max, "longest"), (min, "shortest")))
+        pick("Grounded Duration", f"stays {more}", things, most)
+        if len(things) > 2:
+            question = f"that appears after {word(things[0])} stays {more}"
+            pick("Grounded Order and Duration", question, things[1:], most)
+    return rows
+
+
+def grounded_answer(row):
+    """A right completion of a grounded question: its answer, then its span, as answers.py reads them."""
+    span = f"{row['span'][0]} to {row['span'][1]} seconds"
+    return span if row["answer"] == span else f"{row['answer']} {span}"
+
+
 def corpus_answer(row, rng, faults=True):
     """The fine-tuning corpus' answer to a question: right, usual, or loose (shares above)."""
     category = row["category"]
@@ -330,25 +402,30 @@ def vocabulary():
 # -------------------------------------------------------------------------------------------------- the files
 
 
-def _make_one(folder, seed):
-    scene, name = make_scene(seed), f"clip{seed:07d}.mp4"
-    path = os.path.join(folder, name)
-    if not os.path.exists(path):
-        write_clip(scene, path)
-    return make_questions(scene, name)
+def _make_one(folder, grounded, seed):
+    scenes = {f"clip{seed:07d}.mp4": make_scene(seed)}
+    if grounded and (alike := twins(make_scene(seed))):
+        scenes[f"twins{seed:07d}.mp4"] = alike
+    for name, scene in scenes.items():
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            write_clip(scene, path)
+    ask = grounded_questions if grounded else make_questions
+    return [row for name, scene in scenes.items() for row in ask(scene, name)]
 
 
-def make_world(folder, seeds, workers=None):
-    """Writes the clips of these scene seeds into `folder` and their questions into `folder/questions.jsonl`.
+def make_world(folder, seeds, workers=None, grounded=False):
+    """Writes the clips of these scene seeds into `folder` and their questions into `folder/questions.jsonl`,
+    or, grounded, those of `grounded_questions` into `folder/grounded.jsonl`, on these clips and their twins.
 
     Returns the path of the JSONL file. Clips that are there already are kept: a
     scene's seed is its file name.
     """
     os.makedirs(folder, exist_ok=True)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        rows = pool.map(partial(_make_one, folder), seeds, chunksize=32)
+        rows = pool.map(partial(_make_one, folder, grounded), seeds, chunksize=32)
         content = "".join(json.dumps(row) + "\n" for clip in rows for row in clip)
-    path = os.path.join(folder, "questions.jsonl")
+    path = os.path.join(folder, "grounded.jsonl" if grounded else "questions.jsonl")
     write_whole(path, content.encode())
     return path
 
@@ -366,16 +443,19 @@ def contact_sheet(paths):
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--out", required=True, help="folder for clips, questions.jsonl and sheet.png")
+    parser.add_argument("--out", required=True, help="folder for clips, their questions and sheet.png")
     parser.add_argument("--num_clips", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the first scene")
+    parser.add_argument("--grounded", action="store_true", help="answer and span, order and duration")
     args = parser.parse_args()
-    questions = make_world(args.out, range(args.seed, args.seed + args.num_clips))
-    names = sorted(name for name in os.listdir(args.out) if name.endswith(".mp4"))[: args.num_clips]
-    contact_sheet([os.path.join(args.out, name) for name in names]).save(os.path.join(args.out, "sheet.png"))
-    with open(questions) as file:
-        for row in map(json.loads, file):
-            print(f"{row['video']}  {row['category']:22}  {row['question']}  ->  {row['answer']}")
+    seeds = range(args.seed, args.seed + args.num_clips)
+    with open(make_world(args.out, seeds, grounded=args.grounded)) as file:
+        rows = [json.loads(line) for line in file]
+    paths = [os.path.join(args.out, name) for name in dict.fromkeys(row["video"] for row in rows)]
+    contact_sheet(paths).save(os.path.join(args.out, "sheet.png"))
+    for row in rows:
+        answer = grounded_answer(row) if args.grounded else row["answer"]
+        print(f"{row['video']}  {row['category']:22}  {row['question']}  ->  {answer}")
     return 0
 
 

@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from answers import (
     Reward,
     bootstrap_ci,
     grade,
+    instruction,
     iop,
     iou,
     is_correct,
@@ -267,6 +269,27 @@ def test_form_with_a_think_part_is_paid_for_a_readable_answer_alone(text, form):
 def test_form_without_a_think_part_is_a_bare_answer_or_its_block():
     texts = "2 to 8", "<answer>2 to 8</answer>", "<think>x</think><answer>2 to 8</answer>", "<answer>2 to 8"
     assert [reward(text, EVENT).format for text in texts] == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize(
+    ("question", "says", "said"),
+    [
+        (SHAPE, "a few words.", "circle"),
+        (COLORS, "the letter of the right option.", "(A)"),
+        (EVENT, ": the time span as: from START to END seconds.", "from 2 to 8 seconds"),
+        (GROUNDED, "letter of the right option, then the time span as", "A, from 2 to 8 seconds"),
+        (SPOKEN, "a few words, then the time span as", "red, from 2 to 8 seconds"),
+    ],
+)
+def test_the_form_that_the_instruction_asks_for_is_the_form_that_is_paid(question, says, said, think):
+    told = instruction(question, think, [0.25, 1.5, 2.75])
+    tags = ["<think>", "</think>"] * think + ["<answer>", "</answer>"]
+    assert says in told and re.findall(r"</?\w+>", told) == tags
+    text = ("<think>because</think>" if think else "") + f"<answer>{said}</answer>"
+    assert reward(text, question, think=think).total() == 1.1 + bool(question.spans and question.answer)
+    assert ("You see 3 frames of the video, evenly spread from 0.2 to 2.8 s" in told) == bool(question.spans)
+    assert "frames" not in instruction(question, think)
 
 
 def test_the_total_is_the_weighted_sum_of_the_parts_that_the_task_has():

@@ -17,7 +17,7 @@ import checkpoint
 import lora
 import train
 import world
-from answers import Question
+from answers import Question, instruction
 from checkpoint import decoder_config, load_clip, load_decoder, load_llava, save_decoder, save_llava
 from cli import BadInput
 from clip import Clip, ClipConfig, preprocess, resize_frames
@@ -402,6 +402,22 @@ def test_chat_prompts_are_auto_tokenizers_with_the_placeholder_repeated(template
     assert banned[ours.vocab_size :].all() and apart.banned_ids(320)[310]
     with pytest.raises(BadInput, match="^question .*holds the special token <image>; take it out$"):
         ours.prompt("is <image> here?", 5)
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_a_chat_model_is_told_the_answer_format_and_the_times_behind_its_question(
+    think, tokenizer_files, tmp_path
+):
+    saved(their_llava(image_token_index=3, vocab_size=320), tmp_path)
+    shutil.copy(tokenizer_files / "tokenizer.json", tmp_path)
+    world.make_world(tmp_path / "videos", range(1), workers=1)
+    policy, tokenizer = load_policy(str(tmp_path), num_frames=3, think=think)
+    (video,) = (tmp_path / "videos").glob("*.mp4")
+    asked = Question("a", str(video), "when does it move?", "", spans=((1.0, 2.0),))
+    (prompt,) = PromptSet(policy, tokenizer, [asked]).prompts
+    wanted = f"when does it move?\n{instruction(asked, think, [2 / 3, 2, 10 / 3])}"  # a third of 4 s each
+    assert "from 0.7 to 3.3 seconds" in wanted and ("<think>" in wanted) == think
+    assert prompt == tokenizer.prompt(wanted, policy.adapter.num_tokens)
 
 
 def test_a_runs_policy_merges_into_a_checkpoint_of_its_kind(tokenizer_files, tmp_path):

@@ -436,7 +436,7 @@ def test_saved_tokenizer_is_loaded_as_it_was(tmp_path):
 def test_prompt_is_begin_video_question_answer():
     tokenizer = data.Tokenizer(WORDS)
     question = Question("a", "v", "the cat?", "red", options=("the", "cat"), answer_index=0)
-    prompt = data.build_prompt(tokenizer, question, 5)
+    prompt = data.build_prompt(tokenizer, question, 5, [0.5])
     assert prompt[:6] == [data.BOS_ID] + [data.VIDEO_ID] * 5
     assert tokenizer.decode(prompt) == prompt_text(question)
 

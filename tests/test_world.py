@@ -1,3 +1,6 @@
+import functools
+import hashlib
+import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -7,8 +10,9 @@ import numpy as np
 import pytest
 
 import world
-from data import FIRST_BYTE, Tokenizer
-from world import COLORS, DURATION, FPS, NUMBERS, draw_frame, make_questions, make_scene
+from answers import is_correct, prompt_text, reward, task
+from data import FIRST_BYTE, Tokenizer, load_questions
+from world import COLORS, DURATION, FPS, NUMBERS, Scene, draw_frame, make_questions, make_scene
 
 SCENES = [make_scene(seed) for seed in range(5000, 5600)]
 QUESTIONS = [make_questions(scene, f"clip{scene.seed}.mp4") for scene in SCENES]
@@ -181,3 +185,122 @@ def test_the_vocabulary_has_every_word():
         spelled = [i for i in tokenizer.encode(text) if i < FIRST_BYTE + 256]
         assert tokenizer.decode(spelled) in ("", "?", ":"), text  # one byte each, and no word is spelled out
     assert tokenizer.vocab_size <= 512
+
+
+# ---- grounded questions
+
+
+def asked_of(scenes):
+    return [(scene, row) for scene in scenes for row in world.grounded_questions(scene, f"{scene.seed}.mp4")]
+
+
+TWINS = [twin for scene in SCENES if (twin := world.twins(scene))]
+
+
+@functools.cache
+def seen_alone(scene):
+    """(name, start, end, what it does, kind) of each thing, by appearance, by the pixels of that thing drawn
+    alone; which is which comes from the scene."""
+    seen, alike = [], len({o.color for o in scene.things}) < len(scene.things)
+    for o in scene.things:
+        (track,) = watch(Scene((o,), scene.background, scene.seed)).values()
+        name = o.kind if alike else o.color
+        seen.append((name, track[0][0], track[-1][0] + 1 / FPS, action(track), o.kind))
+    return sorted(seen, key=lambda thing: thing[1])
+
+
+def grounded_truth(row, seen):
+    """(answer, start, end) of a question."""
+    names, words = [thing[0] for thing in seen], row["question"].split()
+    named = sorted((name for name in names if name in words), key=words.index)
+    among = [thing for thing in seen if thing[0] in named]
+    if words[0] == "when":
+        return None, max(thing[1] for thing in among), min(thing[2] for thing in among)
+    if words[1] in ("is", "does"):
+        (thing,) = among
+        return thing[3 if words[1] == "does" else 4], *thing[1:3]
+    if "after" in words:
+        among = seen[names.index(named[0]) + 1 :]
+    elif not named:
+        among = seen
+    if "stays" not in words:
+        thing = among[-1 if "last" in words else 0]
+    else:
+        most = max if {"longer", "longest"} & set(words) else min
+        thing = most(among, key=lambda thing: thing[2] - thing[1])
+        assert sum(abs(t[2] - t[1] - thing[2] + thing[1]) < 0.01 for t in among) == 1, "a tie was asked about"
+    return thing[0], *thing[1:3]
+
+
+def test_every_grounded_answer_and_span_is_what_the_pixels_show():
+    checked = Counter()
+    for scene, row in asked_of(SCENES[:50] + TWINS[:30]):
+        said, start, end = grounded_truth(row, seen_alone(scene))
+        assert row["span"] == pytest.approx([start, end]), (scene, row)
+        assert row["answer"] == (said or f"{row['span'][0]} to {row['span'][1]} seconds"), (scene, row)
+        checked[row["category"]] += 1
+    kinds = "Recognition", "Action", "Order", "Duration", "Order and Duration"
+    assert set(checked) == {"Distractor Grounding", *(f"Grounded {kind}" for kind in kinds)}
+    assert min(checked.values()) >= 5, checked
+
+
+def test_distractors_overlap_or_touch_the_interval_asked_for_and_differ_from_it():
+    relations = Counter()
+    for scene in TWINS:
+        a, b = scene.things[:2]
+        assert a.color == b.color and a.kind != b.kind and (a.start, a.end) != (b.start, b.end)
+        relations["touch" if b.start == a.end else "overlap" if b.start < a.end else "apart"] += 1
+        rows = [row for row in world.grounded_questions(scene, "a.mp4") if " and " not in row["question"]]
+        assert [row["span"] for row in rows] == [[a.start, a.end], [b.start, b.end]]
+    assert relations["touch"] >= 5 and relations["overlap"] >= 100 and not relations["apart"], relations
+
+
+def test_duration_does_not_follow_from_order():
+    """Else "what stays longest" would be another wording of "what appears first"."""
+    first = Counter()
+    for scene, row in asked_of(SCENES):
+        if row["category"] == "Grounded Duration":
+            first[row["answer"] == scene.things[0].color] += 1
+    assert min(first.values()) > 0.35 * sum(first.values()), first
+
+
+def test_grounded_questions_are_read_and_paid_as_grounded_ones(tmp_path):
+    rows = [row for _, row in asked_of(SCENES[:60] + TWINS[:60])]
+    rows = list({row["id"]: row for row in rows}.values())
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row, question in zip(rows, load_questions(str(tmp_path / "g.jsonl"), ""), strict=True):
+        grounding = row["category"] == "Distractor Grounding"
+        assert task(question) == ("grounding" if grounding else "grounded")
+        parts = reward(world.grounded_answer(row), question)
+        assert (parts.discrete, parts.continuous, parts.format) == (None if grounding else 1, 1, 1)
+        if " of " in row["question"]:  # both are named in the question: neither the other nor both is right
+            a, b = re.search(r"of (\w+) and (\w+) and when", prompt_text(question)).groups()
+            right = {said: is_correct(f"{said} 0.0 to 1.0 seconds", question) for said in (a, b, f"{a} {b}")}
+            assert [said for said, ok in right.items() if ok] == [row["answer"]]
+
+
+def test_the_default_world_is_what_it_was_before_grounded_questions():
+    """Scenes, questions, captions and words, from which the shipped weights were made, by their hash."""
+    known, pixels = hashlib.sha256(), 0
+    for scene in map(make_scene, range(200)):
+        known.update(repr(scene).encode())
+        texts = [make_questions(scene, "a.mp4"), list(world.annotations(scene))]
+        texts += [list(world.descriptions(scene)), world.frame_caption(scene, 1.0)]
+        known.update(json.dumps(texts).encode())
+        if scene.seed < 8:
+            pixels += sum(int(draw_frame(scene, t).sum(dtype="int64")) for t in (0.5, 1.5, 2.5))
+    known.update(" ".join(world.vocabulary()).encode())
+    assert known.hexdigest() == "f947ee1cf0365ac6b9f32e44549326c44b1091cb8b4f813a27755d163ceb1cce"
+    assert pixels == pytest.approx(8862902, abs=200)  # of 166 thousand values, whose rounding may differ
+
+
+def test_grounded_questions_have_a_file_and_clips_of_their_own(tmp_path):
+    plain = world.make_world(tmp_path / "a", range(3), workers=1)
+    grounded = world.make_world(tmp_path / "a", range(3), workers=1, grounded=True)
+    again = world.make_world(tmp_path / "b", range(3), workers=1)
+    assert open(plain).read() == open(again).read()
+    rows = [json.loads(line) for line in open(grounded)]
+    assert {row["video"] for row in rows} == {path.name for path in (tmp_path / "a").glob("*.mp4")}
+    assert any(row["video"].startswith("twins") for row in rows)
+    spelled = Tokenizer(world.vocabulary()).encode(" ".join(world.grounded_answer(row) for row in rows))
+    assert min(spelled) >= FIRST_BYTE + 256  # answers are words of the default tokenizer
