@@ -252,7 +252,8 @@ def test_distractors_overlap_or_touch_the_interval_asked_for_and_differ_from_it(
         relations["touch" if b.start == a.end else "overlap" if b.start < a.end else "apart"] += 1
         rows = [row for row in world.grounded_questions(scene, "a.mp4") if " and " not in row["question"]]
         assert [row["span"] for row in rows] == [[a.start, a.end], [b.start, b.end]]
-    assert relations["touch"] >= 5 and relations["overlap"] >= 100 and not relations["apart"], relations
+    assert min(relations["touch"], relations["overlap"]) > len(TWINS) / 10, relations
+    assert not relations["apart"], relations
 
 
 def test_duration_does_not_follow_from_order():
