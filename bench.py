@@ -109,7 +109,7 @@ def score(completion_ids: list[int]) -> float:
 
 def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
     """prompt_ids (P, S) int64 -> a function that takes one step of train.py with them."""
-    policy = SimpleNamespace(decoder=Decoder(MODEL))  # a VideoLM without eyes: prompts of text alone
+    policy = SimpleNamespace(cfg=MODEL, decoder=Decoder(MODEL))  # a VideoLM without eyes: text alone
     policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
     policy.decoder.compute_dtype = getattr(torch, dtype)
     trainable = lora.add_adapters(policy.decoder, STEP.lora_r, STEP.lora_alpha)

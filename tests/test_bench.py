@@ -24,6 +24,16 @@ def test_each_part_is_compared_with_its_peer(what, monkeypatch):
         assert result["bytes"] > 4 * (32 * 16 + 4 * 16 * 16 + 3 * 16 * 16)  # embedding, attention, MLP
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_of_train_py_is_timed_in_its_parts(dtype, monkeypatch):
+    monkeypatch.setattr(bench, "MODEL", TINY)
+    for name, n in {"P": 2, "G": 3, "S": 4, "T": 5}.items():
+        monkeypatch.setattr(bench, name, n)
+    result = bench.compare(bench.Config(dtype=dtype, repeats=1, warmup=1, peer="none"), dtype)
+    ours = result["ours"]
+    assert ours["step"] >= ours["sample"] > 0 and ours["update"] > ours["reference, part of update"] > 0
+
+
 def test_a_size_that_the_part_does_not_have_lists_those_it_has():
     with pytest.raises(BadInput, match=r"--what clip --size 1b: .*--what clip --size small\|full"):
         bench.Config(what="clip", size="1b")
