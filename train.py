@@ -158,9 +158,9 @@ class Config:
             raise BadInput(f"--preset {self.preset} brings no weights: name a folder with --policy")
         if self.num_steps <= 0 and self.num_epochs <= 0:
             raise BadInput("--num_steps 0 --num_epochs 0: there is nothing to do; give one of them")
-        ranked_alone = self.swap_prob or self.position_bias or self.anchor or self.oracle_permutations > 1
-        if self.objective == "grpo" and (self.oracle not in ("rule", "sum") or ranked_alone):
-            wrong = "--objective grpo takes the summed reward: --oracle sum, no noise, permutations or anchor"
+        wraps = self.swap_prob or self.position_bias or self.oracle_permutations > 1 or self.anchor
+        if self.objective == "grpo" and (self.oracle not in ("rule", "sum") or wraps or self.canary):
+            wrong = "--objective grpo takes the summed reward: --oracle sum, no noise, permutations, anchor"
             raise BadInput(f"{wrong}; choose these, or --objective grpo_rank")
         if self.eval_data and not self.data:
             raise BadInput("--eval_data holds out questions of --data; give both, or neither")

@@ -238,6 +238,7 @@ def write_lines(path, *lines):
         (["--data", "{home}/novideo.jsonl", "--videos", "{home}"], ["missing.mp4", "no such file"]),
         (["--policy", "{home}/pickled"], ["model.safetensors", "pytorch_model.bin", "safetensors"]),
         (["--policy", "{home}/misfit"], ["misfit", "config.json"]),
+        (["--objective", "grpo", "--canary"], ["--objective grpo", "--oracle sum", "grpo_rank"]),
         (["--resume"], ["config.json", "--resume"]),
     ],
 )
