@@ -26,9 +26,9 @@ from tqdm import tqdm
 from answers import Question, prompt_text
 from chat import Chat, Failed
 from cli import BadInput
-from data import read_frames
 from grpo_rank import ranks_from_scores
 from oracle import COUNTS, Ranking, competition_ranks, group_size_of, settle, shown_orders
+from video import read_frames
 
 LETTERS = "GHJKLMNPQRSTUVWXYZ"  # neither option letters, nor grades, nor I and O, which look like digits
 MAX_CHARS = 2000  # of a text that the judge is shown

@@ -54,7 +54,7 @@ class ModelConfig:
     num_queries: int = 32  # Q-Former tokens a video
     qformer_layers: int = 2
     num_frames: int = 8  # K
-    framing: str = "ffmpeg"  # ffmpeg | crop | pad: how a frame becomes CLIP's square (data.read_frames)
+    framing: str = "ffmpeg"  # ffmpeg | crop | pad: how a frame becomes CLIP's square (video.read_frames)
 
 
 # ------------------------------------------------------------------------------------------------ the decoder

@@ -10,19 +10,20 @@ RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
 PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them where they are installed
 BELOW = {
     "cli", "grpo_rank", "nf4", "lora", "clip", "model", "checkpoint", "answers", "world", "data", "oracle",
-    "chat", "judge", "ranker", "rollout", "runs", "memory", "convert", "metrics",
+    "chat", "judge", "ranker", "rollout", "runs", "memory", "convert", "metrics", "video",
 }  # fmt: skip
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"},
-    "data": {"answers", "cli", "clip", "convert"}, "convert": {"cli"}, "metrics": {"answers"},
-    "runs": {"cli", "lora"}, "memory": {"clip", "grpo_rank", "lora", "model", "nf4"},
+    "video": {"cli", "clip"}, "data": {"answers", "cli", "convert", "video"},
+    "convert": {"cli"}, "metrics": {"answers"}, "runs": {"cli", "lora"},
+    "memory": {"clip", "grpo_rank", "lora", "model", "nf4"},
     "checkpoint": {"clip", "model", "cli", "lora", "nf4"},
     "rollout": {"grpo_rank", "model", "data", "lora"},
     "oracle": {"answers", "cli", "clip", "model", "grpo_rank"}, "chat": {"cli"},
-    "judge": {"answers", "chat", "cli", "data", "grpo_rank", "oracle"},
+    "judge": {"answers", "chat", "cli", "grpo_rank", "oracle", "video"},
     "ranker": {"answers", "cli", "data", "model", "oracle", "world"}, "pretrain": BELOW, "eval": BELOW,
     "train": BELOW | {"eval", "baselines"}, "baselines": BELOW, "selection": BELOW | {"eval"},
-    "bench": BELOW | {"eval", "train"}, "report": BELOW | {"eval"},
+    "bench": BELOW | {"eval", "train"}, "report": BELOW | {"eval"}, "study": BELOW | {"eval"},
 }  # fmt: skip
 ROOMS = sorted(path.stem for path in HOUSE.glob("*.py"))
 

@@ -31,7 +31,6 @@ import train
 import world
 from answers import Question
 from cli import BadInput
-from data import read_frames
 from judge import (
     LETTERS,
     LLMOracle,
@@ -43,6 +42,7 @@ from judge import (
     read_verdict,
 )
 from oracle import competition_ranks
+from video import read_frames
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,0 +1,112 @@
+import json
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import selection
+import study
+import train
+import world
+from cli import BadInput, parse_args
+from oracle import RuleOracle
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_line_of_the_study_is_a_configuration_of_train_py(monkeypatch):
+    for faults in study.STUDY.values():
+        monkeypatch.setattr(sys, "argv", ["train.py", *faults.split()])
+        cfg = parse_args(train.Config, train.PRESETS)
+        make = train.make_oracle(cfg, torch.Generator(), torch.device("cpu"))
+        assert isinstance(make, RuleOracle) == (faults == "")
+    asked = " ".join(study.STUDY.values())
+    for part in ("swap_prob 0.1", "swap_prob 0.5", "position_bias", "permutations 3", "permutations 5"):
+        assert part in asked
+    assert "--oracle_agreement scale" in asked and "--anchor" in asked
+
+
+def test_the_study_trains_each_line_once_goes_on_where_it_was_and_writes_its_table(tmp_path, monkeypatch):
+    """With train.py in this process, on clips of a small world."""
+    world.make_world(tmp_path / "world" / "train6", range(1_000_000, 1_000_006))
+    world.make_world(tmp_path / "world" / "eval3", range(2_000_000, 2_000_003))
+    options = ["--world_dir", str(tmp_path / "world"), "--policy", str(ROOT / "weights"), "--lora_r", "4"]
+    options += "--num_train_clips 6 --num_eval_clips 3 --eval_samples 1 --num_steps 2".split()
+    options += "--batch_prompts 8 --dtype float32".split()
+    commands, break_off = [], [False, True, False, False]
+
+    def run(command):
+        commands.append(command[2:])
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            status = train.main()
+        if break_off.pop(0):  # as if it had died before its end
+            Path(command[3], "results.json").unlink()
+            return SimpleNamespace(returncode=1)
+        return SimpleNamespace(returncode=status)
+
+    lines = {"no noise": "", "bias 0.6, k = 3": study.STUDY["bias 0.6, k = 3"]}
+    monkeypatch.setattr(study, "STUDY", lines)
+    monkeypatch.setattr(study.subprocess, "run", run)
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- oracle_study -->\nold\n<!-- /oracle_study -->\nafter\n")
+    where = str(tmp_path / "study"), 1, options, str(page)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(BadInput, match=r"bias_0\.6_k_=_3_0: training ended with status 1"):
+            study.oracle_study(*where)
+        assert "| no noise | 1 | " in page.read_text() and "bias" not in page.read_text()
+        found = study.oracle_study(*where)
+        assert found == study.oracle_study(*where)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert [command[2] for command in commands] == ["--seed", "--seed", "--resume"]  # and then never again
+    rows = found.splitlines()
+    assert len(rows) == 4 and rows[3].startswith("| bias 0.6, k = 3 | 1 | ") and rows[2].endswith(" |  |")
+    assert 0 < float(rows[3].split("|")[-2]) <= 1  # Kendall's W of its permutations
+    assert page.read_text() == f"before\n<!-- oracle_study -->\n{found}\n<!-- /oracle_study -->\nafter\n"
+    with pytest.raises(BadInput, match=r"options\.json: the runs there have options"):
+        study.oracle_study(where[0], 1, [], str(page))
+    page.write_text("no place for it")
+    with pytest.raises(BadInput, match="page.md: has no lines"):
+        study.oracle_study(*where)
+
+
+def test_the_reward_study_learns_from_selected_questions_and_is_measured_on_the_held_out_ones(
+    tmp_path, monkeypatch
+):
+    rooms = {"train.py": train.main, "selection.py": selection.main}
+
+    def run(command):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            return SimpleNamespace(returncode=rooms[Path(command[1]).name]() or 0)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.chdir(ROOT)  # of the default --policy
+    page, folder = tmp_path / "page.md", tmp_path / "study"
+    page.write_text("<!-- reward_study -->\n<!-- /reward_study -->\n")
+    options = "--eval_samples 1 --batch_prompts 8 --lora_r 4 --dtype float32".split()
+    handler = signal.getsignal(signal.SIGINT)
+    names = list(study.REWARDS)
+    monkeypatch.setattr(study, "REWARDS", {
+        names[0]: study.REWARDS[names[0]] + " --num_steps 1",
+        names[-1]: study.REWARDS[names[-1]].replace("steps 20", "steps 1"),
+    })  # fmt: skip
+    try:
+        found = study.reward_study(str(folder), 1, options, str(page), clips=(6, 3))
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    rows = [row.split(" | ") for row in found.splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"| {x}" for x in ("nothing yet: the supervised start", *names[::4])]
+    assert found in page.read_text()
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*_0/results.json"))]
+    assert len(runs) == 2 and runs[0]["before"] == runs[1]["before"]  # the same held-out questions
+    kept = [json.loads(line) for line in (folder / "selected_0.jsonl").read_text().splitlines()[1:]]
+    asked = {
+        json.loads(x)["id"] for x in next(folder.glob("*selected*_0/rollouts.jsonl")).read_text().splitlines()
+    }
+    assert asked <= {row["id"] for row in kept} and 0 < len(kept) < 60
