@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cli import BadInput, write_json, write_whole
-from nf4 import NF4Linear, quantise_linears
+from nf4 import NF4Linear, frozen_linear, quantise_linears
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # PEFT's prefix; without it PEFT loads nothing and warns once
@@ -35,6 +35,10 @@ PLAIN = {
      "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
     (None, False, {}, []),
 )  # fmt: skip
+
+
+def in_dtype(dtype: torch.dtype, weight: Tensor) -> Tensor:
+    return weight.to(dtype)
 
 
 class LoRALinear(nn.Module):
@@ -77,7 +81,9 @@ class LoRALinear(nn.Module):
         if A is None:
             return self.base(x)
         rows = x.reshape(-1, x.shape[-1])
-        y = self.base(rows)  # added to in place: a sum of its own would read and write wide tensors again
+        plain = isinstance(self.base, nn.Linear)
+        y = frozen_linear(rows, in_dtype, (self.base.weight,), self.base.bias) if plain else self.base(rows)
+        # Added to in place: a sum of its own would read and write wide tensors again.
         y.addmm_((rows @ A.T.to(x.dtype)).to(y.dtype), (B.T * self.scale).to(y.dtype))
         return y.view(*x.shape[:-1], -1)
 

@@ -201,3 +201,18 @@ def test_a_compiled_layer_is_one_graph_with_the_same_values_and_gradients():
     wanted.square().sum().backward()
     torch.testing.assert_close(y, wanted, atol=1e-6, rtol=0)
     torch.testing.assert_close(x.grad, again.grad, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_product_has_the_values_and_gradients_of_a_linear_layer(dtype):
+    x, weight, bias, ahead = gaussian(5, 12), gaussian(7, 12), gaussian(7), gaussian(5, 7)
+    found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = nf4.frozen_linear(found, lambda dtype, w: w.to(dtype), (weight,), bias)
+        theirs = F.linear(wanted, weight, bias)
+    assert ours.dtype == theirs.dtype == dtype
+    ours.backward(ahead.to(dtype))
+    theirs.backward(ahead.to(dtype))
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6  # bfloat16 has 8 bits; the order of sums may differ
+    for a, b in ((ours, theirs), (found.grad, wanted.grad)):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
