@@ -508,6 +508,15 @@ class ReplayOracle:
         return Ranking(torch.tensor(ranks), torch.ones(len(batch), dtype=torch.bool), [""] * len(batch))
 
 
+def check_replay(path: str, questions: list[Question]):
+    """BadInput names the first question of which a JSONL has no group. Which answers will be given is known
+    only in training, and an sqlite file holds no group whose answers are all one: neither is checked here."""
+    known = set() if is_cache(path) else {id for id, _ in ReplayOracle(path).groups}
+    for question in questions if known else ():
+        if question.id not in known:
+            raise BadInput(f"{path}: lacks any group of question {question.id}; replay the run it is of")
+
+
 def rank_patiently(oracle, batch, texts, patience: float, interrupted) -> Ranking:
     """oracle.rank; while the judge is dead, again every few seconds, for `patience` seconds at most.
 

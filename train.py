@@ -35,7 +35,7 @@ from grpo_rank import (
     rank_advantages,
     ranks_from_scores,
 )
-from judge import LETTERS, LLMOracle, ReplayOracle, is_cache, rank_patiently
+from judge import LETTERS, LLMOracle, ReplayOracle, check_replay, is_cache, rank_patiently
 from oracle import (
     AnchoredOracle,
     FunctionOracle,
@@ -403,6 +403,14 @@ def prompts_a_step(cfg: Config, train_set) -> int:
     return min(cfg.batch_prompts, len(train_set)) // num_processes * num_processes
 
 
+def rows_of_step(cfg: Config, train_set, step: int) -> torch.Tensor:
+    """The numbers of the questions of a step, int64 (P,): every epoch in an order of its own."""
+    P = prompts_a_step(cfg, train_set)
+    epoch, place = divmod(step, len(train_set) // P)
+    generator = torch.Generator().manual_seed(cfg.seed * 2**20 + epoch)
+    return torch.randperm(len(train_set), generator=generator)[place * P : (place + 1) * P]
+
+
 def learn(cfg, policy, trainable, train_set, optimizer, oracle, noise, limits, progress, began) -> str:
     """Oracle-RLAIF, the paper's algorithm. `began`: the run's start, time.time() less earlier sessions;
     `noise`: the generator of the oracle's noise.
@@ -412,17 +420,15 @@ def learn(cfg, policy, trainable, train_set, optimizer, oracle, noise, limits, p
     device, G, (process, num_processes) = train_set.video_embeds.device, cfg.group_size, process_info()
     P = prompts_a_step(cfg, train_set)
     mine = slice(process * P // num_processes, (process + 1) * P // num_processes)
-    steps_per_epoch, interrupted = len(train_set) // P, catch_interrupt()
+    interrupted = catch_interrupt()
     generator = torch.Generator()  # seeded anew in every step, as noise is: no state to save
     judge = ThreadPoolExecutor(1, "oracle")
     bar = tqdm(total=cfg.num_steps, initial=progress["step"], disable=process != 0, file=sys.stdout)
     for step in range(progress["step"], cfg.num_steps):
         # 0) the next prompts; at an epoch's start they are shuffled, and the reference is frozen
-        epoch, place = divmod(step, steps_per_epoch)
-        if place == 0:
+        if step % (len(train_set) // P) == 0:
             lora.freeze_reference(policy.decoder)
-        order = torch.randperm(len(train_set), generator=generator.manual_seed(cfg.seed * 2**20 + epoch))
-        chosen = order[place * P : (place + 1) * P][mine]
+        chosen = rows_of_step(cfg, train_set, step)[mine]
         questions, prompts = [train_set.questions[i] for i in chosen], train_set[chosen]
         clock = [time.perf_counter()]
 
@@ -581,6 +587,9 @@ def main() -> int:
         "banned": train_set.tokenizer.banned_ids(policy.cfg.vocab_size).to(device),
     }
     cfg.num_steps = cfg.num_steps or cfg.num_epochs * (len(train_set) // prompts_a_step(cfg, train_set))
+    if cfg.oracle == "replay":
+        numbers = {i for step in range(cfg.num_steps) for i in rows_of_step(cfg, train_set, step).tolist()}
+        check_replay(cfg.oracle_cache, [train_set.questions[i] for i in sorted(numbers)])
     progress = open_run(cfg, policy, trainable, optimizer)
     if "before" not in progress:
         lora.freeze_reference(policy.decoder)

@@ -655,6 +655,19 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
     with pytest.raises(BadInput, match=r"\.sqlite: lacks the group of question clip\S+ with answers [^\n]*$"):
         run("lacking", *options, *replay, "--seed", "1")
     assert (home / "lacking" / "checkpoint.safetensors").exists()
+    # A JSONL that has no group at all of a question that is to be asked: nothing begins
+    rows = (home / "world" / "train6" / "questions.jsonl").read_text().splitlines()
+    groups = [{"id": json.loads(row)["id"], "candidates": ["a", "b"], "oracle_ranks": [0, 1]} for row in rows]
+    jsonl = home / "groups.jsonl"
+    replay = ["--oracle", "replay", "--oracle_cache", jsonl, "--num_steps", "6"]  # 48 of the 52 questions
+    jsonl.write_text("\n".join(map(json.dumps, groups[:-5])))
+    with pytest.raises(BadInput, match=r"groups\.jsonl: lacks any group of question clip\S+;[^\n]*$") as e:
+        run("none", *replay)
+    assert any(f"question {row['id']};" in str(e.value) for row in groups[-5:])
+    assert not (home / "none").exists()
+    jsonl.write_text("\n".join(map(json.dumps, groups)))
+    with pytest.raises(BadInput, match="lacks the group of question"):  # with these answers
+        run("none", *replay)
 
 
 @pytest.mark.parametrize(
