@@ -603,7 +603,9 @@ def main() -> int:
         progress |= {"before": start, "before_values": values}
         save_checkpoint(cfg, policy, trainable, optimizer, progress)
     if process_info()[0] == 0:
-        print(f"{len(train_set)} questions to learn from, {len(eval_set)} held out", flush=True)
+        both = {q.video for q in train_set.questions} & {q.video for q in eval_set.questions}
+        seen = f"; {len(both)} videos are in both: the tables do not show what is new" if both else ""
+        print(f"{len(train_set)} questions to learn from, {len(eval_set)} held out{seen}", flush=True)
     began -= progress["wall_s"]  # a resumed run goes on counting
     ended = learn(cfg, policy, trainable, train_set, optimizer, oracle, noise, limits, progress, began)
     if ended == "interrupted":

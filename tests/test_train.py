@@ -216,6 +216,17 @@ def test_a_run_of_non_finite_losses_skips_saves_counts_and_stops(home):
     assert all(t.abs().max() == 0 for key, t in adapter(home, "nan").items() if "lora_B" in key)
 
 
+def test_held_out_questions_on_videos_of_the_training_are_told(home, straight):
+    train = str(home / "world" / "train6")
+    options = ["--data", f"{train}/questions.jsonl", "--videos", train, "--num_steps", "1"]
+    options += ["--eval_data", f"{train}/questions.jsonl"]
+    done = run(home, "leaky", *options)
+    assert (
+        done.returncode == 0 and "; 6 videos are in both: the tables do not show what is new" in done.stdout
+    )
+    assert "are in both" not in straight.stdout
+
+
 # -------------------------------------------------------------------------------------------------- bad input
 
 
