@@ -350,7 +350,7 @@ def _place_video(names: tuple[str, ...], folder: str, found: dict, where: str) -
 
 
 def _span_fault(row: dict) -> str:
-    for span in row.get("spans", ()):
+    for span in (*row.get("spans", ()), *([row["clip"]] if "clip" in row else ())):
         numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
         if not numbers or not all(map(math.isfinite, span)):
             return f"span {span} is not two numbers"
@@ -416,5 +416,5 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
     if num_clipped:
         report.append(f"{num_clipped} questions with a span cut at the video's end")
     if num_cuts:
-        report.append(f"{num_cuts} questions are about a part of their video (field 'clip', s): cut it first")
+        report.append(f"{num_cuts} questions are about a part of their video: field 'clip', in seconds")
     return "\n".join(report)

@@ -117,9 +117,11 @@ def jpeg_url(image: Image.Image) -> str:
 
 
 @functools.lru_cache(maxsize=512)
-def video_media(path: str, num_frames: int) -> tuple[tuple[float, str], ...]:
-    """(seconds, JPEG as data URL) of num_frames frames, those that the policy would get."""
-    frames, times = read_frames(path, num_frames, 336)
+def video_media(shown: tuple, num_frames: int) -> tuple[tuple[float, str], ...]:
+    """(seconds, JPEG as data URL) of num_frames frames, those that the policy would get of what is `shown`
+    (`Question.shown`)."""
+    path, *bounds = shown
+    frames, times = read_frames(path, num_frames, 336, "ffmpeg", *bounds)
     images = [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
     return tuple((seconds, jpeg_url(image)) for seconds, image in zip(times.tolist(), images, strict=True))
 
@@ -396,7 +398,7 @@ class LLMOracle:
 
     def _ask(self, question: Question, shown: list[str]) -> list[int]:
         """Competition ranks of the texts as they are shown, from the cache or the judge. Raises Failed."""
-        media = video_media(question.video, self.frames) if self.frames else ()
+        media = video_media(question.shown, self.frames) if self.frames else ()
         asked, reference = prompt_text(question), question.answer if self.reference else ""
         key, letters = self._key(asked, reference, media, shown), LETTERS[: len(shown)]
         if self.replay and self.rankings.get(key) is None:

@@ -3,6 +3,7 @@ count in the header cannot shift them. Nothing is substituted: a frame that cann
 VideoError.
 """
 
+import math
 import os
 import re
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from clip import resize_frames
 
 SEEK_SECONDS = 10.0  # jump to a target farther away than this, else read on: most key frames come more often
 SEEK_MARGIN = 1.0  # seconds; some containers index decoding times, which run ahead of presentation times
+LATE_SECONDS = 1.0  # a video may end this much before it is said or asked to
 SMALL_PIXELS = 256 * 256  # below this, starting decoder threads costs more than they save
 
 
@@ -168,7 +170,7 @@ def _shown_at(path: str, container, stream, targets: list[int], square, skip: bo
     if shown is None or not clean:
         raise VideoError(path, "no frame can be decoded" if shown is None else "damaged at its end")
     missing = float((targets[-1] - shown.pts - (shown.duration or 0)) / ticks)
-    if missing > 1.0:
+    if missing > LATE_SECONDS:
         raise VideoError(
             path, f"cut short: its pictures end {missing:.1f} s before the last moment asked for"
         )
@@ -177,31 +179,46 @@ def _shown_at(path: str, container, stream, targets: list[int], square, skip: bo
     return chosen
 
 
-def read_frames(path: str, num_frames: int, size: int, framing: str = "ffmpeg"):
-    """The frames on show at the centres of num_frames equal parts of the clip.
+def read_frames(path: str, num_frames: int, size: int, framing: str = "ffmpeg", start=0.0, end=None):
+    """The frames on show at the centres of num_frames equal parts of the video, from second `start` to `end`
+    (None: to its end).
 
     Returns frames (K, 3, size, size) uint8 RGB and times (K,) float32, when those frames are presented, in s
-    from the start of the clip. A clip with fewer frames than K repeats them, times included. framing: ffmpeg
-    scales and cuts as it decodes; crop and pad are CLIPImageProcessor's pixels of the whole frame.
-    Raises VideoError if the file cannot be read or anything on the way to a chosen frame is damaged.
+    from the start of the file, whatever `start` is: gold spans count so, too. Where there are fewer frames
+    than K they are repeated, times included. framing: ffmpeg scales and cuts as it decodes; crop and pad are
+    CLIPImageProcessor's pixels of the whole frame.
+    Raises VideoError if the file cannot be read, ends before `end`, or has damage on the way to a chosen
+    frame.
     """
     assert num_frames >= 1 and size >= 1, f"need num_frames, size >= 1, got {num_frames}, {size}"
+    assert 0 <= start < (math.inf if end is None else end), f"need 0 <= start < end, got {start}, {end}"
     path, chosen = os.fspath(path), None
     scaler = VideoReformatter()  # keeps its tables from frame to frame
     square = partial(_to_square, size=size, scaler=scaler, framing=framing)
     for skip in (True, False):
         if chosen is None:
             with _open_video(path) as (container, stream):
-                start, duration = _start_and_duration(path, container, stream)
-                targets = [start + (2 * i + 1) * duration // (2 * num_frames) for i in range(num_frames)]
+                first, duration = _start_and_duration(path, container, stream)
+                tick, low, high = stream.time_base, round(start / stream.time_base), duration
+                if end is not None:
+                    high = min(round(end / tick), duration)
+                if high < low or end is not None and end - duration * tick > LATE_SECONDS:
+                    raise VideoError(path, _too_short(float(duration * tick), end or start))
+                centres = [low + (2 * i + 1) * (high - low) // (2 * num_frames) for i in range(num_frames)]
+                targets = [first + centre for centre in centres]
                 chosen = _shown_at(path, container, stream, targets, square, skip)
-                times = [float((pts - start) * stream.time_base) for _, pts in chosen or ()]
+                times = [float((pts - first) * tick) for _, pts in chosen or ()]
     frames = torch.from_numpy(np.stack([pixels for pixels, _ in chosen])).permute(0, 3, 1, 2)
     return frames.contiguous(), torch.tensor(times, dtype=torch.float32)  # (K, 3, size, size), (K,)
 
 
-def check_video(path: str) -> dict:
-    """Decode the whole file and say what is there; a bad file is reported, not raised.
+def _too_short(seconds: float, end: float) -> str:
+    return f"it is {seconds:.1f} s long, but a part of it that is asked about ends at {end:.1f} s"
+
+
+def check_video(path: str, needed: float = 0.0) -> dict:
+    """Decode the whole file and say what is there; a bad file is reported, not raised. So is one that ends
+    before second `needed`.
 
     Returns {"ok": bool, "reason": str, empty if ok, "frames": those that decode, "fps": average, "duration":
     seconds, "codec", "width", "height"}; None stands for what could not be established.
@@ -229,10 +246,12 @@ def check_video(path: str) -> dict:
                 faults.append(f"{refused} packets cannot be decoded ({cause})")
             if damaged:
                 faults.append(f"{damaged} of {frames} decoded frames are damaged")
-            if seconds - seen > 1.0 or not frames:
+            if seconds - seen > LATE_SECONDS or not frames:
                 faults.append(f"its pictures end at {seen:.1f} s of {seconds:.1f} s")
             if faults and stream.frames:  # not a fault by itself: edit lists leave frames out on purpose
                 faults.append(f"{frames} of {stream.frames} frames decoded")
+            if needed - seconds > LATE_SECONDS:
+                faults.append(_too_short(seconds, needed))
     except VideoError as error:
         faults.append(error.cause)
     return {"ok": not faults, "reason": "; ".join(faults), **facts}

@@ -54,6 +54,9 @@ def test_what_the_tables_are_broken_down_by_survives(tmp_path):
     assert videos["001-1"].category == "Counting Problem" and not videos["001-1"].options[0].startswith("A.")
     grounded = converted(tmp_path, "next_gqa", "next_gqa/val.csv")[0]["4882821564_1"]
     assert grounded.spans == ((13.8, 29.8),) and grounded.duration == 90 and task(grounded) == "grounded"
+    bounds, report = converted(tmp_path, "mvbench", "mvbench/json/action_sequence.json")
+    assert bounds["action_sequence_0"].clip == (1.5, 17.1)
+    assert "25 questions are about a part of their video" in report
     charades = converted(tmp_path, "charades_sta", "charades_sta/charades_sta_test.txt")[0]
     assert task(charades["0"]) == "grounding"
 
@@ -76,6 +79,14 @@ def test_the_four_reversed_moments_of_charades_are_an_error_with_their_row(tmp_p
     assert not os.path.exists(tmp_path / "out.jsonl")
     questions, report = converted(tmp_path, "charades_sta", path, bad_spans="drop")
     assert len(questions) == 500 and "504 read = 500 written + 0 repeats + 4 with bad spans" in report
+
+
+def test_reversed_bounds_of_an_mvbench_row_are_an_error_with_the_row(tmp_path):
+    source, bounds = tmp_path / "action_sequence.json", {"start": 7.0, "end": 3.5}
+    row = {"video": "a.mp4", "question": "q", "candidates": ["a", "b"], "answer": "a"} | bounds
+    source.write_text(json.dumps([row]))
+    with pytest.raises(BadInput, match=r"action_sequence.json, row 0: span \[7.0, 3.5\] is reversed"):
+        convert("mvbench", [str(source)], str(tmp_path), str(tmp_path / "out.jsonl"))
 
 
 def test_a_span_beyond_the_video_is_an_error_dropped_or_cut(tmp_path):

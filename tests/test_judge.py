@@ -220,6 +220,8 @@ def test_frames_go_as_jpeg_with_their_times_and_the_reference_behind_the_constan
         assert shown.shape == (336, 336, 3)
         assert abs(shown - frame.permute(1, 2, 0).numpy()).mean() < 5  # grey levels that JPEG costs
     assert tail["text"].startswith("Answers:\n") and "reference" not in tail["text"]
+    part = Question("1", str(clip), "what?", "9 reference", clip=(1.0, 2.0))
+    assert [1.0 <= t < 2.0 for t, _ in judge.video_media(part.shown, 3)] == [True] * 3
     for frames, reference, calls in ((2, True, 2), (2, True, 2), (0, True, 3), (2, False, 4), (1, True, 5)):
         cache = str(home / "frames.sqlite")  # what else was shown is part of its key
         make(server, frames=frames, reference=reference, cache=cache).rank([asked[0]], asked[1])
