@@ -59,13 +59,24 @@ def _json(path: str):
         raise BadInput(f"{path}: not JSON ({error}); give the original file") from error
 
 
+def _parquet(path: str) -> list[dict]:
+    try:
+        import pyarrow.parquet  # Video-MME's own file; a format of its own, and no other data set here has it
+    except ImportError as error:
+        raise BadInput(f"{path}: parquet needs the package pyarrow: pip install pyarrow") from error
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise BadInput(f"{path}: {str(error).splitlines()[0]}; give the original file") from error
+
+
 def _rows(path: str) -> list[tuple[str, dict]]:
-    """(place, row) of a CSV, JSON list or JSON lines file."""
+    """(place, row) of a CSV, JSON list, JSON lines or parquet file."""
     if path.endswith(".csv"):
         table = csv.DictReader(io.StringIO(_text(path), newline=""))
         return [(f"{path}, line {table.line_num}", row) for row in table]
     if not path.endswith(".jsonl"):
-        rows = _json(path)
+        rows = _parquet(path) if path.endswith(".parquet") else _json(path)
         if not isinstance(rows, list):
             raise BadInput(f"{path}: not a list of rows; give the file of the named version")
         return [(f"{path}, row {i}", row) for i, row in enumerate(rows)]
@@ -214,8 +225,6 @@ def activitynet_captions(path):
 
 
 def video_mme(path):
-    if path.endswith(".parquet"):
-        raise BadInput(f"{path}: parquet is not read here; export it to JSON lines with the same columns")
     for where, row in _rows(path):
         key, video, length, kind, question, lettered, answer = _need(
             row, where, *"question_id videoID duration task_type question options answer".split()
@@ -280,7 +289,8 @@ def video_chatgpt(path):
             )
 
 
-# reader and, for a folder, which of its files to read (companions such as test_a.json are found beside them)
+# reader and, for a folder, which of its files to read: those of the first pattern that any has (companions
+# such as test_a.json are found beside them)
 NAMES = {
     "msvd_qa": (msvd_qa, "*_qa.json"),
     "msrvtt_qa": (msrvtt_qa, "*.json"),
@@ -289,7 +299,7 @@ NAMES = {
     "next_gqa": (next_gqa, "*.csv"),
     "charades_sta": (charades_sta, "charades_sta_*.txt"),
     "activitynet_captions": (activitynet_captions, "*.json"),
-    "video_mme": (video_mme, "*.jsonl"),
+    "video_mme": (video_mme, "*.jsonl *.parquet"),
     "mvbench": (mvbench, "*.json"),
     "tempcompass": (tempcompass, "*.json"),
     "video_chatgpt": (video_chatgpt, "*_qa.json"),
@@ -310,7 +320,7 @@ def _files(annotations: list[str], patterns: str) -> list[str]:
         if not os.path.exists(path):
             raise BadInput(f"{path}: no such file or folder; give the annotations")
         names = sorted(os.listdir(path)) if os.path.isdir(path) else []
-        matching = [name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns.split())]
+        matching = next(filter(None, (fnmatch.filter(names, p) for p in patterns.split())), [])
         if os.path.isdir(path) and not matching:
             raise BadInput(f"{path}: no file in it is named like {patterns}; name the annotation files")
         files += [os.path.join(path, name) for name in matching] or [path]

@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 
 import pytest
 
@@ -123,6 +124,29 @@ def test_a_file_of_another_version_is_refused_by_the_missing_column(tmp_path, na
     (tmp_path / file).write_text(content)
     with pytest.raises(BadInput, match=f"{file}.*column '{column}' is missing"):
         convert(name, [str(tmp_path / file)], str(tmp_path), str(tmp_path / "out.jsonl"))
+
+
+@needs_excerpts
+def test_video_mme_is_read_from_its_own_parquet_file(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with open(os.path.join(ANNOTATIONS, "video_mme", "test-excerpt.jsonl"), encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    (tmp_path / "mme").mkdir()
+    path = str(tmp_path / "mme" / "test-00000-of-00001.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    expected = converted(tmp_path, "video_mme", "video_mme/test-excerpt.jsonl")[0]
+    for source in (path, os.path.dirname(path), "video_mme/test-excerpt.parquet"):
+        assert converted(tmp_path, "video_mme", source)[0] == expected
+    parquet.write_table(pyarrow.Table.from_pylist([{"question_id": "1", "question": "q"}]), path)
+    with pytest.raises(BadInput, match="parquet, row 0: column 'videoID' is missing"):
+        converted(tmp_path, "video_mme", path)
+    (tmp_path / "mme" / "test-00000-of-00001.parquet").write_bytes(b"no parquet")
+    with pytest.raises(BadInput, match="parquet: .*; give the original file$"):
+        converted(tmp_path, "video_mme", path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+    with pytest.raises(BadInput, match="parquet: parquet needs the package pyarrow: pip install pyarrow$"):
+        converted(tmp_path, "video_mme", path)
 
 
 def test_repeats_are_counted_and_two_questions_of_one_id_refused(tmp_path):
