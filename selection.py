@@ -140,6 +140,7 @@ def main() -> int:
     parser.add_argument("--policy", default="weights", help="folder that pretrain.py made")
     parser.add_argument("--k", type=int, default=8, help="answers a question")
     parser.add_argument("--share", type=float, default=1.0, help="of all questions, kept at most; 0 < X <= 1")
+    parser.add_argument("--think", action="store_true", help="a chat policy is asked to think first")
     parser.add_argument("--max_new_tokens", type=int, default=10)
     parser.add_argument("--batch", type=int, default=64, help="questions answered together")
     parser.add_argument("--seed", type=int, default=0)
@@ -148,14 +149,14 @@ def main() -> int:
         if not good:
             raise BadInput(f"--{name} {getattr(args, name)}: needs k >= 2, 0 < share <= 1, batch >= 1")
     questions = load_questions(args.data, args.videos)
-    model, tokenizer = load_policy(args.policy)
+    model, tokenizer = load_policy(args.policy, think=args.think)
     settings = {
         "data_sha256": _sha256(args.data),
         "model": args.policy,
         "model_sha256": _sha256(os.path.join(args.policy, "model.safetensors")),
         "questions": len(questions),
         "temperature": 1.0,
-        **{name: getattr(args, name) for name in ("k", "max_new_tokens", "batch", "seed")},
+        **{name: getattr(args, name) for name in ("k", "think", "max_new_tokens", "batch", "seed")},
     }
     done = _resume(f"{args.out}.samples", settings, args.batch)
     with open(f"{args.out}.samples", "a", encoding="utf-8") as file:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import selection
 import world
 from answers import Reward, task
 from cli import BadInput
 from data import load_questions
-from selection import main, select, spread
+from selection import select, spread
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,10 +107,22 @@ def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clip
     assert other.returncode == 2 and "begun with other settings" in other.stderr
 
 
+@pytest.mark.parametrize("think", [False, True])
+def test_the_policy_is_told_to_think_or_not(clips, monkeypatch, think):
+    def load_policy(folder, **options):
+        raise BadInput(f"{folder}: {options}")
+
+    command = ["selection.py", str(clips / "questions.jsonl"), "--videos", str(clips), "--out", "none.jsonl"]
+    monkeypatch.setattr(sys, "argv", command + ["--think"] * think)
+    monkeypatch.setattr(selection, "load_policy", load_policy)
+    with pytest.raises(BadInput, match=f"weights: {{'think': {think}}}"):
+        selection.main()
+
+
 @pytest.mark.parametrize("option", ["--k 1", "--share 0", "--share 1.1", "--share nan"])
 def test_bad_options_are_one_line_and_nothing_is_written(clips, monkeypatch, option):
     command = ["selection.py", "q.jsonl", "--videos", "v", "--out", str(clips / "none.jsonl")]
     monkeypatch.setattr(sys, "argv", [*command, *option.split()])
     with pytest.raises(BadInput, match=f"^{option}.*: needs .*$"):
-        main()
+        selection.main()
     assert not list(clips.glob("none*"))
