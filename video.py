@@ -114,57 +114,67 @@ def _to_square(frame, size: int, scaler: VideoReformatter, framing: str) -> np.n
     return np.rot90(square, turns)
 
 
+def _frames(container, stream, targets: list[int], chosen: list, skip: bool):
+    """The frames that it takes to know what is on show at targets[len(chosen)], in order of presentation,
+    while the caller appends to `chosen`; None where packets were left out before the next one.
+
+    Packets wait undecoded until one lies beyond the target. A key frame that comes before it makes older ones
+    useless: they are dropped. To a far target the file is sought. skip=False decodes everything instead.
+    """
+    waiting, dropped = [], False
+    sought, position, may_seek = -1, 0, skip
+    packets = container.demux(stream)
+    while (packet := next(packets, None)) is not None:
+        target, time = targets[len(chosen)], _packet_time(packet)
+        if may_seek and time is not None:
+            if sought < len(chosen) and (target - time) * stream.time_base > SEEK_SECONDS:
+                sought, position = len(chosen), time
+                container.seek(int(target - SEEK_MARGIN / stream.time_base), stream=stream)
+                packets, waiting, dropped = container.demux(stream), [], True
+                continue
+            # A jump that led back: no key frame in between, or no index. From here on only read.
+            may_seek = not (sought == len(chosen) and time <= position)
+        if skip and waiting and packet.is_keyframe and time is not None and time <= target:
+            waiting, dropped = [], True
+        waiting.append(packet)
+        if time is not None and time <= target:
+            continue
+        if dropped:
+            stream.codec_context.flush_buffers()
+            yield None
+        for undecoded in waiting:
+            yield from undecoded.decode()
+        waiting, dropped = [], False
+
+
 def _shown_at(path: str, container, stream, targets: list[int], square, skip: bool) -> list | None:
     """(pixels, pts) of the frame on show at each of the rising targets (ticks): the last with pts <= target.
     square: frame -> pixels.
 
-    Packets wait undecoded until one lies beyond the target. A key frame that comes before it makes older ones
-    useless: they are dropped. To a far target the file is sought. skip=False decodes everything instead.
     Returns None if a skip went wrong (it landed behind its target, or not on a key frame): call without skip.
     """
     ticks = 1 / stream.time_base  # a second
-    chosen, waiting, shown, clean = [], [], None, True  # clean: no damage since the last key frame
-    dropped = skipped = False  # packets were left out: the decoder does not know yet / it knows
-    sought, position, may_seek = -1, 0, skip
+    chosen, shown, clean, skipped = [], None, True, False  # clean: no damage since the last key frame
 
     def choose(frame):  # scales at once, so that no large frame is kept
         again = chosen and chosen[-1][1] == frame.pts
         chosen.append(chosen[-1] if again else (square(frame), frame.pts))
 
-    while True:
-        for packet in container.demux(stream):
-            target, time = targets[len(chosen)], _packet_time(packet)
-            if may_seek and time is not None:
-                if sought < len(chosen) and target - time > SEEK_SECONDS * ticks:
-                    break
-                # A jump that led back: no key frame in between, or no index. From here on only read.
-                may_seek = not (sought == len(chosen) and time <= position)
-            if skip and waiting and packet.is_keyframe and time is not None and time <= target:
-                waiting, dropped = [], True
-            waiting.append(packet)
-            if time is not None and time <= target:
-                continue
-            if dropped:
-                stream.codec_context.flush_buffers()
-                dropped, skipped, shown = False, True, None
-            for frame in (f for p in waiting for f in p.decode()):
-                if frame.pts is None:
-                    raise VideoError(path, "a frame has no time stamp")
-                if skipped and shown is None and (frame.pts > targets[len(chosen)] or not frame.key_frame):
-                    return None
-                while frame.pts > targets[len(chosen)]:
-                    if not clean:
-                        raise VideoError(path, f"damaged before {float(targets[len(chosen)] / ticks):.2f} s")
-                    choose(shown or frame)  # frame itself: the target lies before the first one
-                    if len(chosen) == len(targets):
-                        return chosen
-                shown, clean = frame, (clean or frame.key_frame) and not frame.is_corrupt
-            waiting = []
-        else:
-            break
-        sought, position = len(chosen), time
-        container.seek(int(target - SEEK_MARGIN * ticks), stream=stream)
-        waiting, dropped = [], True
+    for frame in _frames(container, stream, targets, chosen, skip):
+        if frame is None:
+            shown, skipped = None, True
+            continue
+        if frame.pts is None:
+            raise VideoError(path, "a frame has no time stamp")
+        if skipped and shown is None and (frame.pts > targets[len(chosen)] or not frame.key_frame):
+            return None
+        while frame.pts > targets[len(chosen)]:
+            if not clean:
+                raise VideoError(path, f"damaged before {float(targets[len(chosen)] / ticks):.2f} s")
+            choose(shown or frame)  # frame itself: the target lies before the first one
+            if len(chosen) == len(targets):
+                return chosen
+        shown, clean = frame, (clean or frame.key_frame) and not frame.is_corrupt
     if shown is None and skipped:
         return None
     if shown is None or not clean:

@@ -149,6 +149,13 @@ def test_video_mme_is_read_from_its_own_parquet_file(tmp_path, monkeypatch):
         converted(tmp_path, "video_mme", path)
 
 
+@pytest.mark.parametrize("content", ["[1]", '{"1": [2]}', '{"1": {"action": {}}}'])
+def test_a_file_of_another_shape_is_one_line(tmp_path, content):
+    (tmp_path / "yes_no.json").write_text(content)
+    with pytest.raises(BadInput, match=r"^\S+yes_no.json.*: no.*give the (file of the )?named version$"):
+        convert("tempcompass", [str(tmp_path / "yes_no.json")], str(tmp_path), str(tmp_path / "out.jsonl"))
+
+
 def test_repeats_are_counted_and_two_questions_of_one_id_refused(tmp_path):
     source, out = tmp_path / "train_qa.json", str(tmp_path / "out.jsonl")
     row = {"answer": "a", "question": "q", "id": 7, "video_id": 1}
