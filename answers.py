@@ -73,6 +73,12 @@ class Question:
     spans: tuple[Interval, ...] = ()  # gold (start, end), seconds
     duration: float | None = None  # seconds
     duration_class: str = ""  # of the data set, as "short" in Video-MME
+    clip: Interval | None = None  # seconds of the file; the part of it that the question is about, None: all
+
+    @property
+    def shown(self) -> tuple:
+        """(path,) or (path, start, end): what of the video anyone who looks at it is shown."""
+        return (self.video, *(self.clip or ()))
 
 
 @lru_cache(maxsize=1 << 16)

@@ -52,33 +52,44 @@ def _text(path: str) -> str:
             ) from error
 
 
-def _json(path: str):
+def _json(where: str, text: str):
     try:
-        return json.loads(_text(path))
+        return json.loads(text)
     except ValueError as error:
-        raise BadInput(f"{path}: not JSON ({error}); give the original file") from error
+        raise BadInput(f"{where}: not JSON ({error}); give the original file") from error
+
+
+def _videos(path: str) -> dict:
+    """A JSON object by video."""
+    videos = _json(path, _text(path))
+    if not isinstance(videos, dict):
+        raise BadInput(f"{path}: not an object of videos; give the file of the named version")
+    return videos
+
+
+def _parquet(path: str) -> list[dict]:
+    try:
+        import pyarrow.parquet  # Video-MME's own file; a format of its own, and no other data set here has it
+    except ImportError as error:
+        raise BadInput(f"{path}: parquet needs the package pyarrow: pip install pyarrow") from error
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise BadInput(f"{path}: {str(error).splitlines()[0]}; give the original file") from error
 
 
 def _rows(path: str) -> list[tuple[str, dict]]:
-    """(place, row) of a CSV, JSON list or JSON lines file."""
+    """(place, row) of a CSV, JSON list, JSON lines or parquet file."""
     if path.endswith(".csv"):
         table = csv.DictReader(io.StringIO(_text(path), newline=""))
         return [(f"{path}, line {table.line_num}", row) for row in table]
-    if not path.endswith(".jsonl"):
-        rows = _json(path)
-        if not isinstance(rows, list):
-            raise BadInput(f"{path}: not a list of rows; give the file of the named version")
-        return [(f"{path}, row {i}", row) for i, row in enumerate(rows)]
-    rows = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((f"{path}, line {number}", json.loads(line)))
-            except ValueError as error:
-                raise BadInput(
-                    f"{path}, line {number}: not JSON ({error}); give the original file"
-                ) from error
-    return rows
+    if path.endswith(".jsonl"):
+        lines = [(f"{path}, line {i}", line) for i, line in enumerate(_text(path).split("\n"), 1)]
+        return [(where, _json(where, line)) for where, line in lines if line.strip()]
+    rows = _parquet(path) if path.endswith(".parquet") else _json(path, _text(path))
+    if not isinstance(rows, list):
+        raise BadInput(f"{path}: not a list of rows; give the file of the named version")
+    return [(f"{path}, row {i}", row) for i, row in enumerate(rows)]
 
 
 def _choice(where: str, options: list[str], answer: str) -> dict:
@@ -155,7 +166,7 @@ def next_qa(path):
 def next_gqa(path):
     folder, name = os.path.split(path)
     spans_path = os.path.join(folder, f"gsub_{name.removesuffix('.csv')}.json")
-    located = _json(spans_path)
+    located = _videos(spans_path)
     for where, row in _rows(path):
         video, question, answer, key, kind, *options = _need(
             row, where, *"video_id question answer qid type a0 a1 a2 a3 a4".split()
@@ -199,10 +210,7 @@ def _moment(sentence: str, span: list[float]) -> dict:
 
 
 def activitynet_captions(path):
-    rows = _json(path)
-    if not isinstance(rows, dict):
-        raise BadInput(f"{path}: not an object of videos; give the file of the named version")
-    for video, row in rows.items():
+    for video, row in _videos(path).items():
         place = f"{path}, video {video}"
         duration, spans, sentences = _need(row, place, "duration", "timestamps", "sentences")
         if len(spans) != len(sentences):
@@ -214,8 +222,6 @@ def activitynet_captions(path):
 
 
 def video_mme(path):
-    if path.endswith(".parquet"):
-        raise BadInput(f"{path}: parquet is not read here; export it to JSON lines with the same columns")
     for where, row in _rows(path):
         key, video, length, kind, question, lettered, answer = _need(
             row, where, *"question_id videoID duration task_type question options answer".split()
@@ -237,33 +243,36 @@ def mvbench(path):
         yield where, out | cut | {"folder": MVBENCH_FOLDER_OF.get(task, "")}
 
 
+def _tempcompass_rows(path):
+    """(place, video, aspect, number, row) of {video: {aspect: [row, ..]}}."""
+    for video, aspects in _videos(path).items():
+        place = f"{path}, video {video}"
+        if not isinstance(aspects, dict) or not all(isinstance(rows, list) for rows in aspects.values()):
+            raise BadInput(f"{place}: no lists of questions by aspect; give the named version")
+        for aspect, rows in aspects.items():
+            yield from ((f"{place}, {aspect} {i}", video, aspect, i, row) for i, row in enumerate(rows))
+
+
 def tempcompass(path):
     task = os.path.basename(path).removesuffix(".json")
-    for video, aspects in _json(path).items():
-        for aspect, rows in _need({"aspects": aspects}, f"{path}, video {video}", "aspects")[0].items():
-            if not isinstance(rows, list):
-                raise BadInput(
-                    f"{path}, video {video}: '{aspect}' holds no questions; give the named version"
-                )
-            for i, row in enumerate(rows):
-                where = f"{path}, video {video}, {aspect} {i}"
-                question, answer = _need(row, where, "question", "answer")
-                out = {"id": f"{video}_{task}_{aspect}_{i}", "videos": (video,), "question": question}
-                if task == "yes_no":
-                    out["answer"] = answer
-                else:
-                    pattern = r"^(?:(?:Option|Sentence|Caption|Information) )?([A-Z1-9])[.:]\s*(.*)"
-                    pairs = re.findall(pattern, question, flags=re.MULTILINE)
-                    marks, options = [mark for mark, _ in pairs], [text.strip() for _, text in pairs]
-                    chosen = re.match(pattern, answer)
-                    if not chosen or chosen[1] not in marks:
-                        raise BadInput(f"{where}: answer {answer!r} names no option; correct the row")
-                    right = options[marks.index(chosen[1])]
-                    # a caption is to be written, not an option to be named: judged against the right option
-                    out |= {"answer": chosen[2]} if task == "captioning" else _choice(where, options, right)
-                    if task != "captioning":
-                        out["question"] = question.split("\n")[0]
-                yield where, out | {"category": f"{task}, {aspect}"}
+    mark_and_text = r"^(?:(?:Option|Sentence|Caption|Information) )?([A-Z1-9])[.:]\s*(.*)"
+    for where, video, aspect, i, row in _tempcompass_rows(path):
+        question, answer = _need(row, where, "question", "answer")
+        out = {"id": f"{video}_{task}_{aspect}_{i}", "videos": (video,), "question": question}
+        out |= {"answer": answer, "category": f"{task}, {aspect}"}
+        if task == "yes_no":
+            yield where, out
+            continue
+        pairs = re.findall(mark_and_text, question, flags=re.MULTILINE)
+        marks, options = [mark for mark, _ in pairs], [text.strip() for _, text in pairs]
+        chosen = re.match(mark_and_text, answer)
+        if not chosen or chosen[1] not in marks:
+            raise BadInput(f"{where}: answer {answer!r} names no option; correct the row")
+        if task == "captioning":  # to be written, not an option to be named: judged against the right option
+            yield where, out | {"answer": chosen[2]}
+            continue
+        out["question"] = question.split("\n")[0]
+        yield where, out | _choice(where, options, options[marks.index(chosen[1])])
 
 
 def video_chatgpt(path):
@@ -280,7 +289,8 @@ def video_chatgpt(path):
             )
 
 
-# reader and, for a folder, which of its files to read (companions such as test_a.json are found beside them)
+# reader and, for a folder, which of its files to read: those of the first pattern that any has (companions
+# such as test_a.json are found beside them)
 NAMES = {
     "msvd_qa": (msvd_qa, "*_qa.json"),
     "msrvtt_qa": (msrvtt_qa, "*.json"),
@@ -289,7 +299,7 @@ NAMES = {
     "next_gqa": (next_gqa, "*.csv"),
     "charades_sta": (charades_sta, "charades_sta_*.txt"),
     "activitynet_captions": (activitynet_captions, "*.json"),
-    "video_mme": (video_mme, "*.jsonl"),
+    "video_mme": (video_mme, "*.jsonl *.parquet"),
     "mvbench": (mvbench, "*.json"),
     "tempcompass": (tempcompass, "*.json"),
     "video_chatgpt": (video_chatgpt, "*_qa.json"),
@@ -310,7 +320,7 @@ def _files(annotations: list[str], patterns: str) -> list[str]:
         if not os.path.exists(path):
             raise BadInput(f"{path}: no such file or folder; give the annotations")
         names = sorted(os.listdir(path)) if os.path.isdir(path) else []
-        matching = [name for name in names if any(fnmatch.fnmatch(name, p) for p in patterns.split())]
+        matching = next(filter(None, (fnmatch.filter(names, p) for p in patterns.split())), [])
         if os.path.isdir(path) and not matching:
             raise BadInput(f"{path}: no file in it is named like {patterns}; name the annotation files")
         files += [os.path.join(path, name) for name in matching] or [path]
@@ -326,10 +336,9 @@ def _index_videos(folder: str) -> dict[str, list[str]]:
         folders.sort()
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in VIDEO_SUFFIXES:
-                path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
-                for key in {path, name, stem}:
-                    found[key].append(path)
+            path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
+            for key in {path, name, stem} if suffix.lower() in VIDEO_SUFFIXES else ():
+                found[key].append(path)
     return found
 
 
@@ -350,7 +359,7 @@ def _place_video(names: tuple[str, ...], folder: str, found: dict, where: str) -
 
 
 def _span_fault(row: dict) -> str:
-    for span in row.get("spans", ()):
+    for span in (*row.get("spans", ()), *([row["clip"]] if "clip" in row else ())):
         numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
         if not numbers or not all(map(math.isfinite, span)):
             return f"span {span} is not two numbers"
@@ -375,32 +384,31 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
     found, rows, place_of = _index_videos(videos), {}, {}
     num_read = num_repeats = num_clipped = num_cuts = 0
     missing, faults, used = {}, [], set()
-    for path in _files(annotations, patterns):
-        for where, row in reader(path):
-            num_read += 1
-            names, folder = row.pop("videos"), row.pop("folder", "")
-            video, there = _place_video(names, folder, found, where)
-            (used.add if there else missing.setdefault)(video)
-            row = {"id": row.pop("id"), "video": video, **row}
-            for field in ("question", "answer"):
-                if not isinstance(row[field], str) or not row[field].strip():
-                    raise BadInput(f"{where}: column '{field}' is empty; correct the row")
-            fault = _span_fault(row)
-            if bad_spans == "clip" and "ends after" in fault:
-                row["spans"] = [[start, min(end, row["duration"])] for start, end in row["spans"]]
-                if row["category"] == "Temporal Grounding":
-                    row["answer"] = "from {} to {} seconds".format(*row["spans"][0])
-                fault, num_clipped = _span_fault(row), num_clipped + 1
-            if fault:
-                faults.append(f"{where}: {fault}")
-            elif row["id"] not in rows:
-                rows[row["id"]], place_of[row["id"]] = row, where
-                num_cuts += "clip" in row
-            elif rows[row["id"]] == row:
-                num_repeats += 1
-            else:
-                places = f"{place_of[row['id']]} and {where}"
-                raise BadInput(f"{places}: two questions of id {row['id']!r}; convert one split at a time")
+    for where, row in (pair for path in _files(annotations, patterns) for pair in reader(path)):
+        num_read += 1
+        names, folder = row.pop("videos"), row.pop("folder", "")
+        video, there = _place_video(names, folder, found, where)
+        (used.add if there else missing.setdefault)(video)
+        row = {"id": row.pop("id"), "video": video, **row}
+        for field in ("question", "answer"):
+            if not isinstance(row[field], str) or not row[field].strip():
+                raise BadInput(f"{where}: column '{field}' is empty; correct the row")
+        fault = _span_fault(row)
+        if bad_spans == "clip" and "ends after" in fault:
+            row["spans"] = [[start, min(end, row["duration"])] for start, end in row["spans"]]
+            if row["category"] == "Temporal Grounding":
+                row["answer"] = "from {} to {} seconds".format(*row["spans"][0])
+            fault, num_clipped = _span_fault(row), num_clipped + 1
+        if fault:
+            faults.append(f"{where}: {fault}")
+        elif row["id"] not in rows:
+            rows[row["id"]], place_of[row["id"]] = row, where
+            num_cuts += "clip" in row
+        elif rows[row["id"]] == row:
+            num_repeats += 1
+        else:
+            places = f"{place_of[row['id']]} and {where}"
+            raise BadInput(f"{places}: two questions of id {row['id']!r}; convert one split at a time")
     if faults and bad_spans == "error":
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise BadInput(f"{faults[0]}{more}; correct it, or --bad_spans drop|clip")
@@ -416,5 +424,5 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
     if num_clipped:
         report.append(f"{num_clipped} questions with a span cut at the video's end")
     if num_cuts:
-        report.append(f"{num_cuts} questions are about a part of their video (field 'clip', s): cut it first")
+        report.append(f"{num_cuts} questions are about a part of their video: field 'clip', in seconds")
     return "\n".join(report)

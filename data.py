@@ -72,6 +72,13 @@ def _read_question(line: bytes, videos_dir: str, where: str) -> Question:
     good = all(duration is None or end <= duration for _, end in spans or ())
     need(good, field, f"it ends after the video, whose 'duration' is {duration} s; correct one of them")
     need(isinstance(row.get("duration_class", ""), str), "duration_class", "give a text or leave it out")
+    clip = row.get("clip")
+    if clip is not None:
+        need(_is_span(clip), "clip", "give [start, end], two numbers in seconds, or leave it out")
+        good = 0 <= clip[0] < clip[1] <= (clip[1] if duration is None else duration)
+        need(good, "clip", "the start must be before the end, both within the video")
+        good = all(clip[0] <= start and end <= clip[1] for start, end in spans or ())
+        need(good, field, f"it is not within 'clip' {clip}, all that is shown; correct one of them")
     video, spans = os.path.join(videos_dir, row["video"]), tuple(map(tuple, spans or ()))
     rest = (
         row.get("category", ""),
@@ -80,6 +87,7 @@ def _read_question(line: bytes, videos_dir: str, where: str) -> Question:
         spans,
         duration,
         row.get("duration_class", ""),
+        tuple(clip) if clip else None,
     )
     return Question(row["id"], video, row["question"], row["answer"], *rest)
 
@@ -302,16 +310,16 @@ class Prompts:
         return Prompts(self.prompt_ids[rows], self.prompt_mask[rows], self.video_embeds[rows])
 
 
-def load_clips(paths: list[str], num_frames: int, size: int, framing: str = "ffmpeg"):
-    """Frames (C, K, 3, size, size) uint8 and times (C, K) seconds of C videos; the first
-    bad one raises VideoError."""
+def load_clips(shown: list[tuple], num_frames: int, size: int, framing: str = "ffmpeg"):
+    """Frames (C, K, 3, size, size) uint8 and times (C, K) seconds of C videos or parts of them, (path,) or
+    (path, start, end); the first bad one raises VideoError."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads: FFmpeg decodes outside Python's lock
-        clips = list(pool.map(lambda path: read_frames(path, num_frames, size, framing), paths))
+        clips = list(pool.map(lambda part: read_frames(part[0], num_frames, size, framing, *part[1:]), shown))
     return torch.stack([frames for frames, _ in clips]), torch.stack([times for _, times in clips])
 
 
 class PromptSet:
-    """Questions with their videos embedded: each video is decoded and sent through the
+    """Questions with their videos embedded: each video, or part of one, is decoded and sent through the
     frozen CLIP and adapter once.
 
     model: a VideoLM (embed_video, cfg, clip_cfg). Holds (number of videos, N_video, D) on the model's device.
@@ -319,21 +327,20 @@ class PromptSet:
 
     def __init__(self, model, tokenizer: Tokenizer, questions: list[Question]):
         self.questions, self.tokenizer = questions, tokenizer
-        videos = sorted({question.video for question in questions})
+        videos = sorted({question.shown for question in questions})
         embeds, times, patches = [], [], (model.clip_cfg.image_size // model.clip_cfg.patch_size) ** 2
         # 2**15 patch tokens are 0.5 GB at width 4096: one clip of 50 frames of CLIP ViT-L/14-336
         chunk = max(1, min(64, 2**15 // (model.cfg.num_frames * patches)))
         for start in tqdm(range(0, len(videos), chunk), "videos", leave=False):
-            paths = videos[start : start + chunk]
             sizes = model.cfg.num_frames, model.clip_cfg.image_size, model.cfg.framing
-            frames, seconds = load_clips(paths, *sizes)
+            frames, seconds = load_clips(videos[start : start + chunk], *sizes)
             embeds.append(model.embed_video(frames, seconds))
             times += seconds.tolist()
         self.video_embeds = torch.cat(embeds)
         place = {video: i for i, video in enumerate(videos)}
-        self.video_of = torch.tensor([place[question.video] for question in questions])
+        self.video_of = torch.tensor([place[question.shown] for question in questions])
         num_tokens = self.video_embeds.shape[1]
-        self.prompts = [build_prompt(tokenizer, q, num_tokens, times[place[q.video]]) for q in questions]
+        self.prompts = [build_prompt(tokenizer, q, num_tokens, times[place[q.shown]]) for q in questions]
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -356,18 +363,20 @@ class PromptSet:
 
 def check(jsonl_path: str, videos_dir: str) -> bool:
     """Print a line for every distinct video and a summary; True if all are sound."""
-    videos = list(dict.fromkeys(question.video for question in load_questions(jsonl_path, videos_dir)))
+    ends = {}  # of every video, the last moment that is asked for
+    for question in load_questions(jsonl_path, videos_dir):
+        ends[question.video] = max(ends.get(question.video, 0.0), (question.clip or (0.0, 0.0))[1])
     num_ok = 0
-    for video in videos:
-        facts = check_video(video)
+    for video, end in ends.items():
+        facts = check_video(video, end)
         num_ok += facts["ok"]
         parts = ["ok  " if facts["ok"] else "FAIL", video, facts["reason"]]
         if facts["codec"]:
             about = "{frames} frames, {fps:.3f} fps, {duration:.2f} s, {codec} {width}x{height}"
             parts.append(about.format_map(facts))
         print("  ".join(filter(None, parts)), flush=True)
-    print(f"{len(videos)} videos: {num_ok} ok, {len(videos) - num_ok} failed")
-    return num_ok == len(videos)
+    print(f"{len(ends)} videos: {num_ok} ok, {len(ends) - num_ok} failed")
+    return num_ok == len(ends)
 
 
 def main() -> int:

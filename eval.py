@@ -7,7 +7,8 @@ time spans, 95 % intervals.
     python eval.py score .. --judge_url URL --judge_model NAME   # open answers that match in other words
 
 A line of PRED.jsonl is {"id", "prediction"}: a text, an option's letter, or the option's index as a number.
-With a judge, what matches the reference word by word is right unasked, the rest is as judge.py says.
+With a judge, what matches the reference word by word is right unasked, the rest is as judge.py says: yes or
+no, and a score from 0 to 5.
 
 One parser (answers.py) reads every answer, here, in the oracle and in training. Intervals are bootstrapped
 over videos, not questions: questions of one clip are right or wrong together.
@@ -29,7 +30,7 @@ from chat import Failed
 from checkpoint import is_llava, llava_configs, load_llava, read_json, save_llava
 from cli import ArgumentParser, BadInput, run_script, write_json
 from data import ChatTokenizer, PromptSet, Tokenizer, load_questions
-from judge import VERDICT_SHA256, LLMOracle
+from judge import TOP_SCORE, VERDICT_SHA256, LLMOracle
 from model import load_model, read_configs, save_model
 from rollout import generate
 
@@ -129,27 +130,36 @@ def table(before: dict, after: dict | None = None) -> str:
 
 
 def is_open(question) -> bool:
-    return task(question) == "qa" and not question.options
+    """Asks for an answer in free words, alone or with a span."""
+    return task(question) != "grounding" and not question.options
 
 
 def judged(questions, texts, judge: LLMOracle) -> dict:
-    """Accuracy of the open-ended answers, percent: normalised match first, then the judge's yes or no.
+    """Accuracy, percent, and mean score, 0 to 5, of open-ended answers: normalised match first (right, 5),
+    then the judge's yes or no and its score. Of grounded ones the answer alone is judged, and their own
+    metrics follow from it.
 
-    An empty answer is wrong unasked. A reply that is no verdict leaves its answer wrong and is counted under
-    "failures" by cause. Judge, hash of the prompt and cache file (all replies) stand beside the score.
+    An empty answer is wrong unasked, 0. A reply that is no verdict leaves its answer wrong, 0, and is counted
+    under "failures" by cause. Judge, hash of the prompt and cache file (all replies) stand beside the score.
     """
-    pairs = [(q, t) for q, t in zip(questions, texts, strict=True) if is_open(q)]
-    rows = [(q, read(t, q).rest, is_correct(t, q)) for q, t in pairs]
-    right = [matches for _, _, matches in rows]
-    asked = [i for i, (_, said, matches) in enumerate(rows) if said and not matches]
+    readings = [read(t, q) for t, q in zip(texts, questions, strict=True)]
+    said = [reading.rest.strip(" ,;") for reading in readings]  # what stood between answer and span
+    right = [is_correct(t, q) for t, q in zip(texts, questions, strict=True)]
+    scores, matched = [TOP_SCORE * ok for ok in right], sum(right)
+    asked = [i for i, text in enumerate(said) if text and not right[i]]
     if asked:
         judge.check()
-    verdicts = judge.verdicts([rows[i][:2] for i in asked])
-    for i, verdict in zip(asked, verdicts, strict=True):
-        right[i] = verdict is True
+    verdicts = judge.verdicts([(questions[i], said[i]) for i in asked])
     failures = Counter(verdict.cause for verdict in verdicts if isinstance(verdict, Failed))
-    return metrics.accuracy_table([question for question, _, _ in rows], right) | {
-        "matched": sum(matches for _, _, matches in rows),
+    for i, verdict in zip(asked, verdicts, strict=True):
+        if not isinstance(verdict, Failed):
+            right[i], scores[i] = verdict["correct"], verdict["score"]
+    table = metrics.accuracy_table(questions, right, scores)
+    if questions[0].spans:
+        overlaps = [reading.overlaps(q) for q, reading in zip(questions, readings, strict=True)]
+        table |= metrics.grounded_qa(right, overlaps)
+    return table | {
+        "matched": matched,
         "asked": len(asked),
         "failures": dict(failures),
         "judge": judge.judge,
@@ -160,7 +170,7 @@ def judged(questions, texts, judge: LLMOracle) -> dict:
 
 def score(data: str, predictions: str, judge: LLMOracle | None = None) -> dict:
     """R of any model's predictions, and under "metrics" the published ones (metrics.py), in percent; with a
-    judge also "judged" beside the open-ended ones.
+    judge also "judged" beside those of open-ended and of grounded questions without options.
 
     A question without a prediction counts as wrong ("missing"); a prediction that cannot be read is counted
     under "parse_failures". Raises BadInput for a line that is no prediction, an unknown or a repeated id.
@@ -193,8 +203,10 @@ def score(data: str, predictions: str, judge: LLMOracle | None = None) -> dict:
     grades = [grade(t, q) for t, q in zip(texts, questions, strict=True)]
     right = [float(is_correct(t, q)) for t, q in zip(texts, questions, strict=True)]
     published = metrics.score(questions, texts)
-    if judge:
-        published["open_ended"]["judged"] = judged(questions, texts, judge)
+    for name, kind in (("open_ended", "qa"), ("grounded_qa", "grounded")):
+        chosen = [(q, t) for q, t in zip(questions, texts, strict=True) if is_open(q) and task(q) == kind]
+        if judge and chosen:
+            published[name]["judged"] = judged(*zip(*chosen, strict=True), judge)
     return summarize(questions, right, grades) | {"missing": len(questions) - len(said), "metrics": published}
 
 

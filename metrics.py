@@ -43,14 +43,20 @@ def duration_class(question: Question) -> str:
     return next(name for name, bound in DURATION_CLASSES if question.duration <= bound)
 
 
-def accuracy_table(questions: list[Question], right: list[bool]) -> dict:
-    """Accuracy overall, by task type and by duration class (rows without one are left out of that part)."""
-    out = {"accuracy": percent(right), "n": len(right)}
+def accuracy_table(questions: list[Question], right: list[bool], scores: list[int] | None = None) -> dict:
+    """Accuracy overall, by task type and by duration class (rows without one are left out of that part), and
+    beside each the mean of a judge's scores (0 to 5), where there are any."""
+
+    def row(chosen):
+        out = {"accuracy": percent(right[i] for i in chosen), "n": len(chosen)}
+        return out if scores is None else out | {"mean_score": fmean(scores[i] for i in chosen)}
+
+    out = row(range(len(questions)))
     for name, key in (("by_task_type", lambda q: q.category), ("by_duration", duration_class)):
         groups = defaultdict(list)
-        for question, ok in zip(questions, right, strict=True):
-            groups[key(question)].append(ok)
-        out[name] = {k: {"accuracy": percent(v), "n": len(v)} for k, v in sorted(groups.items()) if k}
+        for i, question in enumerate(questions):
+            groups[key(question)].append(i)
+        out[name] = {k: row(chosen) for k, chosen in sorted(groups.items()) if k}
     return out
 
 

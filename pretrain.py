@@ -280,7 +280,8 @@ def train_ranker(cfg: Config) -> dict:
         questions = load_questions(path, folder)
         pairs = ranker.draw_pairs(questions, cfg.pairs_per_question, cfg.error_rate, cfg.seed)
     videos = sorted({pair.video for pair in pairs})
-    embeds, video_of = ranker.embed_videos(model, videos), {video: i for i, video in enumerate(videos)}
+    embeds = ranker.embed_videos(model, [(video,) for video in videos])
+    video_of = {video: i for i, video in enumerate(videos)}
     order = torch.randperm(len(videos), generator=generator).tolist()
     num_held = min(max(round(cfg.held_share * len(videos)), 1), len(videos) - 1)
     held, learned = {videos[i] for i in order[:num_held]}, order[num_held:]
@@ -330,8 +331,8 @@ def main():
     tokenizer = Tokenizer(world.vocabulary())
     began = time.time()
     world.make_world(cfg.world_dir, range(cfg.num_clips))
-    paths = [os.path.join(cfg.world_dir, f"clip{c:07d}.mp4") for c in range(cfg.num_clips)]
-    frames, times = load_clips(paths, ModelConfig.num_frames, ClipConfig.image_size)
+    shown = [(os.path.join(cfg.world_dir, f"clip{c:07d}.mp4"),) for c in range(cfg.num_clips)]
+    frames, times = load_clips(shown, ModelConfig.num_frames, ClipConfig.image_size)
     record = os.path.join(cfg.out, "made.json")
     made = {"seconds": {}, "commands": []}
     if cfg.stage not in ("all", "clip") and os.path.exists(record):

@@ -151,10 +151,11 @@ class Ranker(nn.Module):
         return self.head(states.gather(2, last)).flatten(1).float()
 
 
-def embed_videos(model: VideoLM, paths: list[str], chunk: int = 64) -> Tensor:
-    """(number of videos, N_video, D): CLIP and adapter are frozen, so once a video is enough."""
+def embed_videos(model: VideoLM, shown: list[tuple], chunk: int = 64) -> Tensor:
+    """(number of videos, N_video, D): CLIP and adapter are frozen, so once a video (or part of one, see
+    `Question.shown`) is enough."""
     sizes = model.cfg.num_frames, model.clip_cfg.image_size
-    parts = [paths[i : i + chunk] for i in range(0, len(paths), chunk)]
+    parts = [shown[i : i + chunk] for i in range(0, len(shown), chunk)]
     return torch.cat([model.embed_video(*load_clips(part, *sizes)) for part in parts])
 
 
@@ -219,13 +220,13 @@ class TrainedOracle:
     def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
         """texts (P * G), prompt-major -> ranks (P, G). Never fails; identical texts tie."""
         G = group_size_of(batch, texts)
-        new = sorted({question.video for question in batch} - self.embeds.keys())
+        new = sorted({question.shown for question in batch} - self.embeds.keys())
         if new:
             self.embeds |= dict(zip(new, embed_videos(self.ranker.model, new), strict=True))
         asked = [prompt_text(question) for question in batch]
         groups = [[text.strip() for text in texts[p * G : (p + 1) * G]] for p in range(len(batch))]
         rows = [[(question, text) for text in group] for question, group in zip(asked, groups, strict=True)]
-        scores = self.ranker(torch.stack([self.embeds[question.video] for question in batch]), rows)
+        scores = self.ranker(torch.stack([self.embeds[question.shown] for question in batch]), rows)
         ranks = []
         for group, values in zip(groups, scores.tolist(), strict=True):
             score_of = dict(zip(group, values, strict=True))  # one score a text, so identical ones tie

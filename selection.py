@@ -4,18 +4,20 @@
 
 Each question is answered k times at temperature 1, in batches; only the raw reward of the task counts. The
 paper's rule and thresholds were never published, so ours are stated: a question is kept if 0 < right < k;
-one that asks for a span, if the std of its IoUs (ddof 0) is in the top `share` of its task; one that asks for
-both, if either holds. Line 1 of SELECTED.jsonl is the report, with settings; all readers pass over it.
+one that asks for a span, if its IoUs differ; one that asks for both, if either holds. `--share X` keeps
+fewer: of each task X times as many as were asked of it, those whose answers disagree most. Line 1 of
+SELECTED.jsonl is the report, with settings; all readers pass over it.
 
-The answers lie in SELECTED.jsonl.samples, so that a killed selection goes on; the same settings give the same
-file, byte for byte, whether it was killed or not.
+The answers lie in SELECTED.jsonl.samples, so that a killed selection goes on, and another share needs no new
+ones; the same settings give the same file, byte for byte, whether it was killed or not.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
-from statistics import fmean, pstdev
+from statistics import pstdev
 
 import torch
 from tqdm import tqdm
@@ -37,37 +39,42 @@ def spread(rewards: list[Reward]) -> dict:
     """
     right = [r.discrete for r in rewards if r.discrete is not None]
     ious = [r.continuous for r in rewards if r.continuous is not None]
-    p = fmean(right) if right else None
-    variance = None if p is None else p * (1 - p)
+    c, k = sum(right), len(right)
     return {
-        "right": None if p is None else int(sum(right)),
-        "variance": variance,
+        "right": int(c) if right else None,
+        "variance": c * (k - c) / k**2 if right else None,  # p (1 - p), the same float for c and k - c
         "iou_std": pstdev(ious) if ious else None,
     }
 
 
-def select(spreads: list[dict], tasks: list[str], k: int, share: float) -> list[str]:
+def disagreement(s: dict) -> float:
+    """What the questions of one task are ordered by: the std of the k raw rewards (ddof 0), at most 0.5.
+    Where answer and span are asked for, the sum of both: each part that disagrees is one to learn from."""
+    return math.sqrt(s["variance"] or 0.0) + (s["iou_std"] or 0.0)
+
+
+def select(spreads: list[dict], tasks: list[str], k: int, share: float = 1.0, seed: int = 0) -> list[str]:
     """Per question why it is kept ("kept: ..") or not ("dropped: ..").
 
-    The overlaps of a task are ordered by std, equal ones in the order of the file; the first
-    round(share * number of questions of that task) are kept, flat ones never.
+    Of each task the first round(share * number of questions of that task) by `disagreement` are kept, equal
+    ones in a seeded order, and never one whose answers agree.
     """
-    top = set()
-    for name in ("grounding", "grounded"):
-        rows = [i for i, t in enumerate(tasks) if t == name]
-        order = sorted(rows, key=lambda i: -spreads[i]["iou_std"])[: round(share * len(rows))]
-        top.update(i for i in order if spreads[i]["iou_std"] > FLAT)
     reasons = []
-    for i, s in enumerate(spreads):
+    for s, name in zip(spreads, tasks, strict=True):
         if s["right"] is not None and 0 < s["right"] < k:
             reasons.append("kept: answers disagree")
-        elif i in top:
+        elif s["iou_std"] is not None and s["iou_std"] > FLAT:
             reasons.append("kept: overlaps disagree")
-        elif tasks[i] == "grounding":
-            flat = s["iou_std"] <= FLAT
-            reasons.append("dropped: all overlaps equal" if flat else "dropped: overlaps disagree too little")
+        elif name == "grounding":
+            reasons.append("dropped: all overlaps equal")
         else:
             reasons.append("dropped: all right" if s["right"] else "dropped: all wrong")
+    drawn = torch.randperm(len(spreads), generator=torch.Generator().manual_seed(seed)).tolist()
+    for name in sorted(set(tasks)):
+        kept = [i for i in drawn if tasks[i] == name and reasons[i].startswith("kept")]
+        kept.sort(key=lambda i: -disagreement(spreads[i]))  # stable: equal ones stay as drawn
+        for i in kept[round(share * tasks.count(name)) :]:
+            reasons[i] = "dropped: beyond the share, others disagree more"
     return reasons
 
 
@@ -132,9 +139,8 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="the JSONL file to write")
     parser.add_argument("--policy", default="weights", help="folder that pretrain.py made")
     parser.add_argument("--k", type=int, default=8, help="answers a question")
-    parser.add_argument(
-        "--share", type=float, default=1 / 3, help="of the span questions, kept by std of IoU"
-    )
+    parser.add_argument("--share", type=float, default=1.0, help="of all questions, kept at most; 0 < X <= 1")
+    parser.add_argument("--think", action="store_true", help="a chat policy is asked to think first")
     parser.add_argument("--max_new_tokens", type=int, default=10)
     parser.add_argument("--batch", type=int, default=64, help="questions answered together")
     parser.add_argument("--seed", type=int, default=0)
@@ -143,14 +149,14 @@ def main() -> int:
         if not good:
             raise BadInput(f"--{name} {getattr(args, name)}: needs k >= 2, 0 < share <= 1, batch >= 1")
     questions = load_questions(args.data, args.videos)
-    model, tokenizer = load_policy(args.policy)
+    model, tokenizer = load_policy(args.policy, think=args.think)
     settings = {
         "data_sha256": _sha256(args.data),
         "model": args.policy,
         "model_sha256": _sha256(os.path.join(args.policy, "model.safetensors")),
         "questions": len(questions),
         "temperature": 1.0,
-        **{name: getattr(args, name) for name in ("k", "share", "max_new_tokens", "batch", "seed")},
+        **{name: getattr(args, name) for name in ("k", "think", "max_new_tokens", "batch", "seed")},
     }
     done = _resume(f"{args.out}.samples", settings, args.batch)
     with open(f"{args.out}.samples", "a", encoding="utf-8") as file:
@@ -161,9 +167,9 @@ def main() -> int:
             file.flush()
             done += texts
     spreads = [spread([reward(text, q) for text in texts]) for q, texts in zip(questions, done, strict=True)]
-    reasons = select(spreads, [task(q) for q in questions], args.k, args.share)
+    reasons = select(spreads, [task(q) for q in questions], args.k, args.share, args.seed)
     counts = dict(sorted(Counter(reasons).items()))
-    report = settings | {"counts": counts, "histograms": histogram(spreads, args.k)}
+    report = settings | {"share": args.share, "counts": counts, "histograms": histogram(spreads, args.k)}
     with open(args.data, encoding="utf-8") as file:
         rows = [line for line in file if line.strip() and not line.startswith('{"selection"')]
     chosen = [row.rstrip("\n") for row, why in zip(rows, reasons, strict=True) if why.startswith("kept")]

@@ -7,6 +7,7 @@ was broken off goes on.
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -61,14 +62,16 @@ def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list
     return table(folder, seeds)
 
 
-# What is rewarded, and what is learned from: the whole data or what selection.py keeps of it.
+# What is rewarded, and what is learned from: the whole data, the third of it that selection.py keeps, or as
+# many questions drawn blindly.
 REWARDS = {"the right answer alone": "--objective grpo --continuous_coef 0"}
 REWARDS |= {"dual reward": "--objective grpo", "dual reward, ranked": "--oracle sum"}
 REWARDS |= {"dual reward, half the steps": "--objective grpo --num_steps 20"}
-REWARDS["dual reward, half the steps, selected"] = REWARDS["dual reward, half the steps"] + (
-    " --data {folder}/selected_{seed}.jsonl --videos {train}"
-    " --eval_data {held}/questions.jsonl --eval_videos {held}"
-)
+for line, part in (("selected", "selected"), ("a random third", "random")):
+    REWARDS[f"dual reward, half the steps, {line}"] = REWARDS["dual reward, half the steps"] + (
+        f" --data {{folder}}/{part}_{{seed}}.jsonl --videos {{train}}"
+        " --eval_data {held}/questions.jsonl --eval_videos {held}"
+    )
 
 
 def reward_study(folder: str, seeds: int, options: list[str], page: str, clips=(500, 250)) -> str:
@@ -78,12 +81,18 @@ def reward_study(folder: str, seeds: int, options: list[str], page: str, clips=(
     drawn = SimpleNamespace(world_dir=os.path.join(folder, "world"), **sizes)
     draw_world(drawn)
     train, held = (path for path, _ in world_folders(drawn).values())
-    selection = [sys.executable, os.path.join(HOUSE, "selection.py"), os.path.join(train, "questions.jsonl")]
+    data = os.path.join(train, "questions.jsonl")
+    selection = [sys.executable, os.path.join(HOUSE, "selection.py"), data, "--videos", train]
+    selection += ["--k", "8", "--share", "0.3333"]
     for seed in range(seeds):
-        out = os.path.join(folder, f"selected_{seed}.jsonl")
-        command = [*selection, "--videos", train, "--k", "8", "--seed", str(seed), "--out", out]
+        out, blind = (os.path.join(folder, f"{part}_{seed}.jsonl") for part in ("selected", "random"))
+        command = [*selection, "--seed", str(seed), "--out", out]
         if not os.path.exists(out) and (status := subprocess.run(command).returncode):
             raise BadInput(f"{out}: selection ended with status {status}; mend that, run this again")
+        with open(data, "rb") as every, open(out, "rb") as chosen:
+            count = len(chosen.readlines()) - 1  # less the report
+            rows = random.Random(seed).sample(every.readlines(), count)
+        write_whole(blind, b"".join(rows))
     common = ["--num_steps", "40", "--world_dir", drawn.world_dir]
     common += [word for name, n in sizes.items() for word in (f"--{name}", str(n))]
     study = folder, seeds, [*common, *options], page

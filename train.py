@@ -245,7 +245,7 @@ def load_everything(cfg: Config, device: torch.device):
     train_questions, eval_questions = load_sets(cfg)
     dtype = pick_dtype(device, cfg.dtype)
     if cfg.memory_plan and process_info()[0] == 0:
-        videos = {question.video for question in train_questions + eval_questions}
+        videos = {question.shown for question in train_questions + eval_questions}
         print("memory plan, before anything is allocated:", flush=True)
         print(memory.table(memory.plan(*sizes, cfg, dtype, len(videos))), flush=True)
     chosen = ("num_frames", "template", "video_tokens", "adapter", "base", "think")

@@ -3,6 +3,7 @@ count in the header cannot shift them. Nothing is substituted: a frame that cann
 VideoError.
 """
 
+import math
 import os
 import re
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from clip import resize_frames
 
 SEEK_SECONDS = 10.0  # jump to a target farther away than this, else read on: most key frames come more often
 SEEK_MARGIN = 1.0  # seconds; some containers index decoding times, which run ahead of presentation times
+LATE_SECONDS = 1.0  # a video may end this much before it is said or asked to
 SMALL_PIXELS = 256 * 256  # below this, starting decoder threads costs more than they save
 
 
@@ -112,63 +114,73 @@ def _to_square(frame, size: int, scaler: VideoReformatter, framing: str) -> np.n
     return np.rot90(square, turns)
 
 
+def _frames(container, stream, targets: list[int], chosen: list, skip: bool):
+    """The frames that it takes to know what is on show at targets[len(chosen)], in order of presentation,
+    while the caller appends to `chosen`; None where packets were left out before the next one.
+
+    Packets wait undecoded until one lies beyond the target. A key frame that comes before it makes older ones
+    useless: they are dropped. To a far target the file is sought. skip=False decodes everything instead.
+    """
+    waiting, dropped = [], False
+    sought, position, may_seek = -1, 0, skip
+    packets = container.demux(stream)
+    while (packet := next(packets, None)) is not None:
+        target, time = targets[len(chosen)], _packet_time(packet)
+        if may_seek and time is not None:
+            if sought < len(chosen) and (target - time) * stream.time_base > SEEK_SECONDS:
+                sought, position = len(chosen), time
+                container.seek(int(target - SEEK_MARGIN / stream.time_base), stream=stream)
+                packets, waiting, dropped = container.demux(stream), [], True
+                continue
+            # A jump that led back: no key frame in between, or no index. From here on only read.
+            may_seek = not (sought == len(chosen) and time <= position)
+        if skip and waiting and packet.is_keyframe and time is not None and time <= target:
+            waiting, dropped = [], True
+        waiting.append(packet)
+        if time is not None and time <= target:
+            continue
+        if dropped:
+            stream.codec_context.flush_buffers()
+            yield None
+        for undecoded in waiting:
+            yield from undecoded.decode()
+        waiting, dropped = [], False
+
+
 def _shown_at(path: str, container, stream, targets: list[int], square, skip: bool) -> list | None:
     """(pixels, pts) of the frame on show at each of the rising targets (ticks): the last with pts <= target.
     square: frame -> pixels.
 
-    Packets wait undecoded until one lies beyond the target. A key frame that comes before it makes older ones
-    useless: they are dropped. To a far target the file is sought. skip=False decodes everything instead.
     Returns None if a skip went wrong (it landed behind its target, or not on a key frame): call without skip.
     """
     ticks = 1 / stream.time_base  # a second
-    chosen, waiting, shown, clean = [], [], None, True  # clean: no damage since the last key frame
-    dropped = skipped = False  # packets were left out: the decoder does not know yet / it knows
-    sought, position, may_seek = -1, 0, skip
+    chosen, shown, clean, skipped = [], None, True, False  # clean: no damage since the last key frame
 
     def choose(frame):  # scales at once, so that no large frame is kept
         again = chosen and chosen[-1][1] == frame.pts
         chosen.append(chosen[-1] if again else (square(frame), frame.pts))
 
-    while True:
-        for packet in container.demux(stream):
-            target, time = targets[len(chosen)], _packet_time(packet)
-            if may_seek and time is not None:
-                if sought < len(chosen) and target - time > SEEK_SECONDS * ticks:
-                    break
-                # A jump that led back: no key frame in between, or no index. From here on only read.
-                may_seek = not (sought == len(chosen) and time <= position)
-            if skip and waiting and packet.is_keyframe and time is not None and time <= target:
-                waiting, dropped = [], True
-            waiting.append(packet)
-            if time is not None and time <= target:
-                continue
-            if dropped:
-                stream.codec_context.flush_buffers()
-                dropped, skipped, shown = False, True, None
-            for frame in (f for p in waiting for f in p.decode()):
-                if frame.pts is None:
-                    raise VideoError(path, "a frame has no time stamp")
-                if skipped and shown is None and (frame.pts > targets[len(chosen)] or not frame.key_frame):
-                    return None
-                while frame.pts > targets[len(chosen)]:
-                    if not clean:
-                        raise VideoError(path, f"damaged before {float(targets[len(chosen)] / ticks):.2f} s")
-                    choose(shown or frame)  # frame itself: the target lies before the first one
-                    if len(chosen) == len(targets):
-                        return chosen
-                shown, clean = frame, (clean or frame.key_frame) and not frame.is_corrupt
-            waiting = []
-        else:
-            break
-        sought, position = len(chosen), time
-        container.seek(int(target - SEEK_MARGIN * ticks), stream=stream)
-        waiting, dropped = [], True
+    for frame in _frames(container, stream, targets, chosen, skip):
+        if frame is None:
+            shown, skipped = None, True
+            continue
+        if frame.pts is None:
+            raise VideoError(path, "a frame has no time stamp")
+        if skipped and shown is None and (frame.pts > targets[len(chosen)] or not frame.key_frame):
+            return None
+        while frame.pts > targets[len(chosen)]:
+            if not clean:
+                raise VideoError(path, f"damaged before {float(targets[len(chosen)] / ticks):.2f} s")
+            choose(shown or frame)  # frame itself: the target lies before the first one
+            if len(chosen) == len(targets):
+                return chosen
+        shown, clean = frame, (clean or frame.key_frame) and not frame.is_corrupt
     if shown is None and skipped:
         return None
     if shown is None or not clean:
         raise VideoError(path, "no frame can be decoded" if shown is None else "damaged at its end")
     missing = float((targets[-1] - shown.pts - (shown.duration or 0)) / ticks)
-    if missing > 1.0:
+    if missing > LATE_SECONDS:
         raise VideoError(
             path, f"cut short: its pictures end {missing:.1f} s before the last moment asked for"
         )
@@ -177,31 +189,46 @@ def _shown_at(path: str, container, stream, targets: list[int], square, skip: bo
     return chosen
 
 
-def read_frames(path: str, num_frames: int, size: int, framing: str = "ffmpeg"):
-    """The frames on show at the centres of num_frames equal parts of the clip.
+def read_frames(path: str, num_frames: int, size: int, framing: str = "ffmpeg", start=0.0, end=None):
+    """The frames on show at the centres of num_frames equal parts of the video, from second `start` to `end`
+    (None: to its end).
 
     Returns frames (K, 3, size, size) uint8 RGB and times (K,) float32, when those frames are presented, in s
-    from the start of the clip. A clip with fewer frames than K repeats them, times included. framing: ffmpeg
-    scales and cuts as it decodes; crop and pad are CLIPImageProcessor's pixels of the whole frame.
-    Raises VideoError if the file cannot be read or anything on the way to a chosen frame is damaged.
+    from the start of the file, whatever `start` is: gold spans count so, too. Where there are fewer frames
+    than K they are repeated, times included. framing: ffmpeg scales and cuts as it decodes; crop and pad are
+    CLIPImageProcessor's pixels of the whole frame.
+    Raises VideoError if the file cannot be read, ends before `end`, or has damage on the way to a chosen
+    frame.
     """
     assert num_frames >= 1 and size >= 1, f"need num_frames, size >= 1, got {num_frames}, {size}"
+    assert 0 <= start < (math.inf if end is None else end), f"need 0 <= start < end, got {start}, {end}"
     path, chosen = os.fspath(path), None
     scaler = VideoReformatter()  # keeps its tables from frame to frame
     square = partial(_to_square, size=size, scaler=scaler, framing=framing)
     for skip in (True, False):
         if chosen is None:
             with _open_video(path) as (container, stream):
-                start, duration = _start_and_duration(path, container, stream)
-                targets = [start + (2 * i + 1) * duration // (2 * num_frames) for i in range(num_frames)]
+                first, duration = _start_and_duration(path, container, stream)
+                tick, low, high = stream.time_base, round(start / stream.time_base), duration
+                if end is not None:
+                    high = min(round(end / tick), duration)
+                if high < low or end is not None and end - duration * tick > LATE_SECONDS:
+                    raise VideoError(path, _too_short(float(duration * tick), end or start))
+                centres = [low + (2 * i + 1) * (high - low) // (2 * num_frames) for i in range(num_frames)]
+                targets = [first + centre for centre in centres]
                 chosen = _shown_at(path, container, stream, targets, square, skip)
-                times = [float((pts - start) * stream.time_base) for _, pts in chosen or ()]
+                times = [float((pts - first) * tick) for _, pts in chosen or ()]
     frames = torch.from_numpy(np.stack([pixels for pixels, _ in chosen])).permute(0, 3, 1, 2)
     return frames.contiguous(), torch.tensor(times, dtype=torch.float32)  # (K, 3, size, size), (K,)
 
 
-def check_video(path: str) -> dict:
-    """Decode the whole file and say what is there; a bad file is reported, not raised.
+def _too_short(seconds: float, end: float) -> str:
+    return f"it is {seconds:.1f} s long, but a part of it that is asked about ends at {end:.1f} s"
+
+
+def check_video(path: str, needed: float = 0.0) -> dict:
+    """Decode the whole file and say what is there; a bad file is reported, not raised. So is one that ends
+    before second `needed`.
 
     Returns {"ok": bool, "reason": str, empty if ok, "frames": those that decode, "fps": average, "duration":
     seconds, "codec", "width", "height"}; None stands for what could not be established.
@@ -229,10 +256,12 @@ def check_video(path: str) -> dict:
                 faults.append(f"{refused} packets cannot be decoded ({cause})")
             if damaged:
                 faults.append(f"{damaged} of {frames} decoded frames are damaged")
-            if seconds - seen > 1.0 or not frames:
+            if seconds - seen > LATE_SECONDS or not frames:
                 faults.append(f"its pictures end at {seen:.1f} s of {seconds:.1f} s")
             if faults and stream.frames:  # not a fault by itself: edit lists leave frames out on purpose
                 faults.append(f"{frames} of {stream.frames} frames decoded")
+            if needed - seconds > LATE_SECONDS:
+                faults.append(_too_short(seconds, needed))
     except VideoError as error:
         faults.append(error.cause)
     return {"ok": not faults, "reason": "; ".join(faults), **facts}

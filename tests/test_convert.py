@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 
 import pytest
 
@@ -54,6 +55,9 @@ def test_what_the_tables_are_broken_down_by_survives(tmp_path):
     assert videos["001-1"].category == "Counting Problem" and not videos["001-1"].options[0].startswith("A.")
     grounded = converted(tmp_path, "next_gqa", "next_gqa/val.csv")[0]["4882821564_1"]
     assert grounded.spans == ((13.8, 29.8),) and grounded.duration == 90 and task(grounded) == "grounded"
+    bounds, report = converted(tmp_path, "mvbench", "mvbench/json/action_sequence.json")
+    assert bounds["action_sequence_0"].clip == (1.5, 17.1)
+    assert "25 questions are about a part of their video" in report
     charades = converted(tmp_path, "charades_sta", "charades_sta/charades_sta_test.txt")[0]
     assert task(charades["0"]) == "grounding"
 
@@ -76,6 +80,14 @@ def test_the_four_reversed_moments_of_charades_are_an_error_with_their_row(tmp_p
     assert not os.path.exists(tmp_path / "out.jsonl")
     questions, report = converted(tmp_path, "charades_sta", path, bad_spans="drop")
     assert len(questions) == 500 and "504 read = 500 written + 0 repeats + 4 with bad spans" in report
+
+
+def test_reversed_bounds_of_an_mvbench_row_are_an_error_with_the_row(tmp_path):
+    source, bounds = tmp_path / "action_sequence.json", {"start": 7.0, "end": 3.5}
+    row = {"video": "a.mp4", "question": "q", "candidates": ["a", "b"], "answer": "a"} | bounds
+    source.write_text(json.dumps([row]))
+    with pytest.raises(BadInput, match=r"action_sequence.json, row 0: span \[7.0, 3.5\] is reversed"):
+        convert("mvbench", [str(source)], str(tmp_path), str(tmp_path / "out.jsonl"))
 
 
 def test_a_span_beyond_the_video_is_an_error_dropped_or_cut(tmp_path):
@@ -112,6 +124,36 @@ def test_a_file_of_another_version_is_refused_by_the_missing_column(tmp_path, na
     (tmp_path / file).write_text(content)
     with pytest.raises(BadInput, match=f"{file}.*column '{column}' is missing"):
         convert(name, [str(tmp_path / file)], str(tmp_path), str(tmp_path / "out.jsonl"))
+
+
+@needs_excerpts
+def test_video_mme_is_read_from_its_own_parquet_file(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with open(os.path.join(ANNOTATIONS, "video_mme", "test-excerpt.jsonl"), encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    (tmp_path / "mme").mkdir()
+    path = str(tmp_path / "mme" / "test-00000-of-00001.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    expected = converted(tmp_path, "video_mme", "video_mme/test-excerpt.jsonl")[0]
+    for source in (path, os.path.dirname(path), "video_mme/test-excerpt.parquet"):
+        assert converted(tmp_path, "video_mme", source)[0] == expected
+    parquet.write_table(pyarrow.Table.from_pylist([{"question_id": "1", "question": "q"}]), path)
+    with pytest.raises(BadInput, match="parquet, row 0: column 'videoID' is missing"):
+        converted(tmp_path, "video_mme", path)
+    (tmp_path / "mme" / "test-00000-of-00001.parquet").write_bytes(b"no parquet")
+    with pytest.raises(BadInput, match="parquet: .*; give the original file$"):
+        converted(tmp_path, "video_mme", path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+    with pytest.raises(BadInput, match="parquet: parquet needs the package pyarrow: pip install pyarrow$"):
+        converted(tmp_path, "video_mme", path)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"1": [2]}', '{"1": {"action": {}}}'])
+def test_a_file_of_another_shape_is_one_line(tmp_path, content):
+    (tmp_path / "yes_no.json").write_text(content)
+    with pytest.raises(BadInput, match=r"^\S+yes_no.json.*: no.*give the (file of the )?named version$"):
+        convert("tempcompass", [str(tmp_path / "yes_no.json")], str(tmp_path), str(tmp_path / "out.jsonl"))
 
 
 def test_repeats_are_counted_and_two_questions_of_one_id_refused(tmp_path):

@@ -2,12 +2,13 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_video import REAL_CLIPS, make_broken, needs_real_clips, write_video
+from test_video import REAL_CLIPS, index_of, make_broken, needs_real_clips, write_video
 
 import data
 from answers import Question, prompt_text
@@ -26,13 +27,14 @@ def test_questions_are_read_with_every_field(tmp_path):
     rows = [
         GOOD | {"options": ["red", "blue"], "answer_index": 0, "category": "Attribute Perception"},
         GOOD | {"id": "b", "span": [1, 2.5], "duration": 9},
-        GOOD | {"id": "c", "spans": [[0, 1], [2, 3]], "anything": "else"},
+        GOOD | {"id": "c", "spans": [[0, 1], [2, 3]], "anything": "else", "clip": [0, 3.5]},
     ]
     a, b, c = data.load_questions(write_lines(tmp_path / "q.jsonl", *rows), "videos")
     video = os.path.join("videos", "v/a.mp4")
     assert a == Question("a", video, "What?", "red", "Attribute Perception", ("red", "blue"), 0)
     assert b == Question("b", video, "What?", "red", spans=((1, 2.5),), duration=9)
     assert c.spans == ((0, 1), (2, 3)) and hash(c) == hash(c)
+    assert (a.shown, c.shown) == ((video,), (video, 0, 3.5))
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,11 @@ def test_questions_are_read_with_every_field(tmp_path):
         (GOOD | {"spans": [1, 2]}, "field 'spans' .* list of such pairs"),
         (GOOD | {"span": [1, 2], "spans": [[1, 2]]}, "field 'spans' .* not both"),
         (GOOD | {"duration": 0}, "field 'duration'"),
+        (GOOD | {"clip": 3}, "field 'clip' .* two numbers"),
+        (GOOD | {"clip": [3, 2]}, "field 'clip' is .3, 2.; the start must be before the end"),
+        (GOOD | {"clip": [-1, 2]}, "field 'clip'"),
+        (GOOD | {"clip": [1, 9], "duration": 8}, "field 'clip' .* within the video"),
+        (GOOD | {"clip": [1, 2], "span": [1, 3]}, "field 'span' .* is not within 'clip'"),
         (GOOD | {"id": "first"}, "field 'id' repeats that of line 1"),
     ],
 )
@@ -97,6 +104,16 @@ def test_check_lists_every_video_once_and_exits_2(tmp_path):
     assert good.startswith("ok") and good.endswith("20 frames, 10.000 fps, 2.00 s, h264 64x64")
     assert empty.startswith("FAIL") and "empty.mp4  file is empty" in empty
     assert summary == "3 videos: 1 ok, 2 failed"
+
+
+def test_check_fails_a_video_that_ends_before_a_part_that_is_asked_about(tmp_path):
+    write_video(tmp_path / "good.mp4", range(20))
+    rows = [GOOD | {"id": str(end), "video": "good.mp4", "clip": [1, end]} for end in (2, 3.5, 1.5)]
+    done = run_check(write_lines(tmp_path / "q.jsonl", *rows), "--videos", tmp_path)
+    assert done.returncode == 2 and "good.mp4  it is 2.0 s long, but a part" in done.stdout
+    assert "ends at 3.5 s" in done.stdout
+    done = run_check(write_lines(tmp_path / "q.jsonl", *rows[::2]), "--videos", tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("ok")
 
 
 def test_check_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
@@ -157,6 +174,29 @@ def test_prompt_is_begin_video_question_answer():
     prompt = data.build_prompt(tokenizer, question, 5, [0.5])
     assert prompt[:6] == [data.BOS_ID] + [data.VIDEO_ID] * 5
     assert tokenizer.decode(prompt) == prompt_text(question)
+
+
+def test_a_question_about_a_part_sees_no_more_and_each_part_is_embedded_once(tmp_path):
+    class Model:
+        cfg = SimpleNamespace(num_frames=4, framing="ffmpeg")
+        clip_cfg = SimpleNamespace(image_size=32, patch_size=16)
+        calls = []
+
+        def embed_video(self, frames, times):
+            self.calls.append(times.tolist())
+            return torch.tensor([[[index_of(frame) / 10] for frame in clip] for clip in frames])
+
+    video = write_video(tmp_path / "a.mp4", range(40))
+    parts = [None, (1.0, 2.0), None, (1.0, 2.0), (3.0, 4.0)]
+    questions = [Question(str(i), video, "the cat?", "red", clip=part) for i, part in enumerate(parts)]
+    prompts = data.PromptSet(Model(), data.Tokenizer(WORDS), questions)
+    embeds = prompts[torch.arange(5)].video_embeds[..., 0]
+    (times,) = Model.calls
+    assert len(times) == 3 and torch.equal(embeds[0], embeds[2]) and torch.equal(embeds[1], embeds[3])
+    # frame i is at i / 10 s
+    torch.testing.assert_close(embeds[[0, 1, 4]], torch.tensor(times), atol=1e-4, rtol=0)
+    for row, (start, end) in ((0, (0, 4)), (1, (1, 2)), (4, (3, 4))):
+        assert start <= embeds[row].min() < start + 0.51 and end - 0.51 < embeds[row].max() < end
 
 
 def test_prompts_are_padded_left_and_completions_right():

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import selection
 import world
-from answers import Reward
+from answers import Reward, task
+from cli import BadInput
 from data import load_questions
 from selection import select, spread
 
@@ -29,18 +31,38 @@ def test_the_spread_of_worked_cases():  # math.md 4
     assert spread(continuous(*[0.3] * 8))["iou_std"] == 0
 
 
-def test_answers_that_disagree_are_kept_and_spans_by_their_std():
+def test_questions_whose_answers_or_overlaps_disagree_are_kept():
     rows = [discrete(1, 0), discrete(1, 1), discrete(0, 0)]
     rows += [continuous(0.0, 1.0), continuous(0.4, 0.5), continuous(0.5, 0.5)]
     rows += [[Reward(1.0, x, 1.0) for x in (0.0, 0.8)], [Reward(0.0, 0.2, 1.0)] * 2]
     tasks = ["qa"] * 3 + ["grounding"] * 3 + ["grounded"] * 2
-    reasons = select([spread(row) for row in rows], tasks, k=2, share=1 / 3)
-    assert [why.startswith("kept") for why in reasons] == [*(1, 0, 0), *(1, 0, 0), *(1, 0)]
-    assert reasons[1:3] == ["dropped: all right", "dropped: all wrong"]
-    assert reasons[4:6] == ["dropped: overlaps disagree too little", "dropped: all overlaps equal"]
-    assert select([spread(row) for row in rows], tasks, k=2, share=1.0)[5:] == [
-        "dropped: all overlaps equal", "kept: overlaps disagree", "dropped: all wrong",
+    assert select([spread(row) for row in rows], tasks, k=2) == [
+        "kept: answers disagree", "dropped: all right", "dropped: all wrong",
+        "kept: overlaps disagree", "kept: overlaps disagree", "dropped: all overlaps equal",
+        "kept: overlaps disagree", "dropped: all wrong",
     ]  # fmt: skip
+
+
+def test_a_share_of_all_that_was_asked_is_kept_task_by_task_those_that_disagree_most_first():
+    rows = [discrete(1, 1, 1, c, 0, 0, 0, 0) for c in (0, 1)]  # 3 and 4 of 8 right
+    rows += [discrete(1, *[0] * 7), discrete(*[1] * 7, 0), discrete(*[0] * 8), discrete(*[1] * 8)]
+    rows += [continuous(*pair * 4) for pair in ((0.4, 0.5), (0.0, 1.0), (0.3, 0.5))]
+    grounded = [(1, 1, 0.5, 0.5), (1, 0, 0.5, 0.5), (1, 0, 0.4, 0.5), (1, 1, 0.1, 0.9)]
+    rows += [[Reward(float(a), x, 1.0), Reward(float(b), y, 1.0)] * 4 for a, b, x, y in grounded]
+    tasks = ["qa"] * 6 + ["grounding"] * 3 + ["grounded"] * 4
+    spreads = [spread(row) for row in rows]
+
+    def kept(share, seed=0):
+        return {i for i, why in enumerate(select(spreads, tasks, 8, share, seed)) if why.startswith("kept")}
+
+    for seed in range(9):  # 2 of 6, 1 of 3, 1 of 4: .5 + .05 is more than .5 + 0 and 0 + .4
+        assert kept(1 / 3, seed) == {0, 1, 7, 11}
+    reasons = select(spreads, tasks, 8, 1 / 3)
+    assert [reasons[i] for i in (2, 6, 10)] == ["dropped: beyond the share, others disagree more"] * 3
+    assert [reasons[i] for i in (4, 5, 9)] == ["dropped: all wrong", *["dropped: all right"] * 2]
+    assert {frozenset(kept(1 / 2, seed) & {2, 3}) for seed in range(9)} == {frozenset({2}), frozenset({3})}
+    assert kept(1 / 2, 4) == kept(1 / 2, 4)
+    assert kept(1.0) == kept(0.9) == {0, 1, 2, 3, 6, 7, 8, 10, 11, 12}  # nothing that agrees fills a share up
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +95,34 @@ def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clip
     assert len(kept) == sum(n for why, n in report["counts"].items() if why.startswith("kept"))
     assert set(kept) <= set(questions) and report["k"] == 8 and report["seed"] == 0
     assert sum(report["histograms"]["right"]) + sum(report["histograms"]["iou_std"]) == len(questions)
+    third = run(clips, out, "--share", 0.3333)  # of the answers that are there: none is drawn again
+    assert third.returncode == 0 and samples.read_text() == "".join(lines)
+    report, fewer = json.loads(out.read_text().split("\n")[0])["selection"], load_questions(str(out), "")
+    assert report["share"] == 0.3333 and report["counts"]["dropped: beyond the share, others disagree more"]
+    assert set(fewer) < set(kept)
+    for name in {task(q) for q in questions}:
+        asked = sum(task(q) == name for q in questions)
+        assert sum(task(q) == name for q in fewer) == round(0.3333 * asked) > 0
     other = run(clips, out, "--seed", 1)
     assert other.returncode == 2 and "begun with other settings" in other.stderr
 
 
-def test_bad_options_are_one_line_and_status_2(clips):
-    done = run(clips, clips / "none.jsonl", "--k", "1")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--k 1" in done.stderr
+@pytest.mark.parametrize("think", [False, True])
+def test_the_policy_is_told_to_think_or_not(clips, monkeypatch, think):
+    def load_policy(folder, **options):
+        raise BadInput(f"{folder}: {options}")
+
+    command = ["selection.py", str(clips / "questions.jsonl"), "--videos", str(clips), "--out", "none.jsonl"]
+    monkeypatch.setattr(sys, "argv", command + ["--think"] * think)
+    monkeypatch.setattr(selection, "load_policy", load_policy)
+    with pytest.raises(BadInput, match=f"weights: {{'think': {think}}}"):
+        selection.main()
+
+
+@pytest.mark.parametrize("option", ["--k 1", "--share 0", "--share 1.1", "--share nan"])
+def test_bad_options_are_one_line_and_nothing_is_written(clips, monkeypatch, option):
+    command = ["selection.py", "q.jsonl", "--videos", "v", "--out", str(clips / "none.jsonl")]
+    monkeypatch.setattr(sys, "argv", [*command, *option.split()])
+    with pytest.raises(BadInput, match=f"^{option}.*: needs .*$"):
+        selection.main()
     assert not list(clips.glob("none*"))

@@ -94,19 +94,22 @@ def test_the_reward_study_learns_from_selected_questions_and_is_measured_on_the_
     names = list(study.REWARDS)
     monkeypatch.setattr(study, "REWARDS", {
         names[0]: study.REWARDS[names[0]] + " --num_steps 1",
-        names[-1]: study.REWARDS[names[-1]].replace("steps 20", "steps 1"),
+        **{name: study.REWARDS[name].replace("steps 20", "steps 1") for name in names[-2:]},
     })  # fmt: skip
     try:
         found = study.reward_study(str(folder), 1, options, str(page), clips=(6, 3))
     finally:
         signal.signal(signal.SIGINT, handler)
     rows = [row.split(" | ") for row in found.splitlines()[2:]]
-    assert [row[0] for row in rows] == [f"| {x}" for x in ("nothing yet: the supervised start", *names[::4])]
+    assert [row[0][2:] for row in rows] == ["nothing yet: the supervised start", names[0], *names[-2:]]
     assert found in page.read_text()
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*_0/results.json"))]
-    assert len(runs) == 2 and runs[0]["before"] == runs[1]["before"]  # the same held-out questions
-    kept = [json.loads(line) for line in (folder / "selected_0.jsonl").read_text().splitlines()[1:]]
-    asked = {
-        json.loads(x)["id"] for x in next(folder.glob("*selected*_0/rollouts.jsonl")).read_text().splitlines()
-    }
-    assert asked <= {row["id"] for row in kept} and 0 < len(kept) < 60
+    assert len(runs) == 3 and runs[0]["before"] == runs[1]["before"] == runs[2]["before"]  # the same held out
+    report, *kept = map(json.loads, (folder / "selected_0.jsonl").read_text().splitlines())
+    drawn = [json.loads(line) for line in (folder / "random_0.jsonl").read_text().splitlines()]
+    assert report["selection"]["share"] == 0.3333 and len(kept) <= report["selection"]["questions"] / 3 + 1
+    assert len(drawn) == len(kept) > 0 and drawn != kept
+    for name, rows in (("selected", kept), ("random_third", drawn)):
+        path = next(folder.glob(f"*{name}_0/rollouts.jsonl"))
+        asked = {json.loads(line)["id"] for line in path.read_text().splitlines()}
+        assert asked <= {row["id"] for row in rows}

@@ -166,6 +166,30 @@ def test_sparse_sampling_decodes_few_frames(minute, monkeypatch, seek_seconds):
         assert counts["packets"] < 250  # seeking: most of the file is not even read
 
 
+def test_of_a_part_only_its_frames_are_chosen_and_their_times_count_from_the_start_of_the_file(
+    minute, tmp_path, monkeypatch
+):
+    counts = count_decoding(monkeypatch)
+    frames, times = video.read_frames(minute, 4, 32, start=20.0, end=24.0)
+    assert [index_of(frame) for frame in frames] == [205, 215, 225, 235]
+    assert times.tolist() == [20.5, 21.5, 22.5, 23.5]
+    assert counts["frames"] < 100 and counts["packets"] < 150  # what lies before it is sought over
+    late = write_video(tmp_path / "starts_late.ts", range(90))
+    for path, start, end in ((minute, 0.05, 0.35), (minute, 59.5, 60.9), (late, 3.0, 5.0)):
+        frames, times = video.read_frames(path, 8, 32, "ffmpeg", start, end)
+        shown = torch.tensor([index_of(frame) / 10 for frame in frames])
+        torch.testing.assert_close(times, shown, atol=1e-4, rtol=0)
+        assert start - 0.1 < times[0] and times[-1] < end  # the first may be on show when the part begins
+    whole = [video.read_frames(minute, 5, 32, "ffmpeg", *bounds) for bounds in ((), (0.0, 60.0))]
+    assert all(torch.equal(a, b) for a, b in zip(*whole, strict=True))
+
+
+@pytest.mark.parametrize(("start", "end"), [(50.0, 61.5), (70.0, 80.0), (60.5, None)])
+def test_a_part_past_the_end_of_the_file_is_an_error(minute, start, end):
+    with pytest.raises(video.VideoError, match="it is 60.0 s long, but a part .* ends at"):
+        video.read_frames(minute, 4, 32, start=start, end=end)
+
+
 def test_one_key_frame_in_all_is_decoded_at_most_twice(tmp_path, monkeypatch):
     path = write_video(tmp_path / "one_key.mp4", range(600), gop=1000)
     counts = count_decoding(monkeypatch)
