@@ -35,7 +35,7 @@ from grpo_rank import (
     rank_advantages,
     ranks_from_scores,
 )
-from judge import LETTERS, LLMOracle, ReplayOracle, check_replay, is_cache, rank_patiently
+from judge import LETTERS, LLMOracle, rank_patiently
 from oracle import (
     AnchoredOracle,
     FunctionOracle,
@@ -49,6 +49,7 @@ from oracle import (
     weighed,
 )
 from ranker import TrainedOracle, load_ranker
+from replay import ReplayOracle, check_replay, is_cache
 from rollout import completion_states, generate_in_parts
 from runs import (
     checkpoint_path,

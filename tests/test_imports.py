@@ -10,7 +10,7 @@ RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
 PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them where they are installed
 BELOW = {
     "cli", "grpo_rank", "nf4", "lora", "clip", "model", "checkpoint", "answers", "world", "data", "oracle",
-    "chat", "judge", "ranker", "rollout", "runs", "memory", "convert", "metrics", "video",
+    "chat", "judge", "ranker", "rollout", "runs", "memory", "convert", "metrics", "video", "replay",
 }  # fmt: skip
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"},
@@ -20,7 +20,8 @@ MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "checkpoint": {"clip", "model", "cli", "lora", "nf4"},
     "rollout": {"grpo_rank", "model", "data", "lora"},
     "oracle": {"answers", "cli", "clip", "model", "grpo_rank"}, "chat": {"cli"},
-    "judge": {"answers", "chat", "cli", "grpo_rank", "oracle", "video"},
+    "replay": {"answers", "cli", "oracle"},
+    "judge": {"answers", "chat", "cli", "grpo_rank", "oracle", "replay", "video"},
     "ranker": {"answers", "cli", "data", "model", "oracle", "world"}, "pretrain": BELOW, "eval": BELOW,
     "train": BELOW | {"eval", "baselines"}, "baselines": BELOW, "selection": BELOW | {"eval"},
     "bench": BELOW | {"eval", "train"}, "report": BELOW | {"eval"}, "study": BELOW | {"eval"},

@@ -27,6 +27,7 @@ from safetensors import safe_open
 import chat
 import eval as eval_room
 import judge
+import replay
 import train
 import world
 from answers import Question
@@ -34,7 +35,6 @@ from cli import BadInput
 from judge import (
     LETTERS,
     LLMOracle,
-    ReplayOracle,
     build_messages,
     fence,
     rank_patiently,
@@ -385,7 +385,7 @@ def test_two_hundred_groups_take_little_longer_than_the_server_and_no_call_again
 
 
 def write_without_end(path, me, pipe):
-    cache = judge.Cache(path)
+    cache = replay.Cache(path)
     for i in range(10**6):
         cache.put(f"{i % 1000} {i}", str(me), "q", [0, me], "raw")
         pipe.send(i)
@@ -402,7 +402,7 @@ def test_the_cache_survives_kill_minus_nine_and_serves_several_processes(tmp_pat
         written.append([pipe.recv() for _ in range(40)][-1])
         process.kill()
         process.join()
-    cache = judge.Cache(path)
+    cache = replay.Cache(path)
     assert cache._run("PRAGMA integrity_check") == [("ok",)]
     for i in range(min(written) + 1):  # what was reported as written is there, and it is the first one's
         stored = cache.get(f"{i % 1000} {i}")
@@ -414,7 +414,7 @@ def test_a_full_disk_ends_the_asking_at_once(serve, tmp_path, monkeypatch):
     def full(*row):
         raise OSError("no space left")
 
-    monkeypatch.setattr(judge.Cache, "put", full)
+    monkeypatch.setattr(replay.Cache, "put", full)
     server = serve(perfect)
     oracle = make(server, concurrency=1, cache=str(tmp_path / "c.sqlite"))
     with pytest.raises(OSError, match="no space left"):
@@ -427,7 +427,7 @@ def test_a_full_disk_ends_the_asking_at_once(serve, tmp_path, monkeypatch):
 def test_replay_from_jsonl_needs_no_judge_and_names_what_it_lacks(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text('{"id": "0", "candidates": ["a", "b", "a"], "oracle_ranks": [1, 0, 1]}\n')
-    oracle = ReplayOracle(str(path))
+    oracle = replay.ReplayOracle(str(path))
     assert oracle.rank([question(0)], ["b ", "b", "a"]).ranks.tolist() == [[0, 0, 2]]
     assert oracle.rank([question(1)], ["c", "c", "c"]).ranks.tolist() == [[0, 0, 0]]  # nothing to order
     with pytest.raises(BadInput, match=r"r\.jsonl: lacks the group of question 0 with answers a \| c"):
@@ -435,7 +435,7 @@ def test_replay_from_jsonl_needs_no_judge_and_names_what_it_lacks(tmp_path):
     for bad in ("[1", '{"id": "0"}', '{"id": "0", "candidates": ["a", "b"], "oracle_ranks": [1, 2]}'):
         path.write_text('{"id": "0", "candidates": ["a", "b"], "oracle_ranks": [1, 0]}\n' + bad + "\n")
         with pytest.raises(BadInput, match=r"r\.jsonl, line 2: "):
-            ReplayOracle(str(path))
+            replay.ReplayOracle(str(path))
 
 
 # ---- fairness
@@ -649,27 +649,27 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
     assert summary["position_bias"] == pytest.approx(weighted) and summary["failed_groups"] == 0
     assert summary["judge_calls"] == sum(row["judge_calls"] for row in rows) and "canary_error" in summary
     before = len(server.requests)
-    replay = ["--oracle", "replay", "--oracle_cache", home / "run" / "judge.sqlite"]
-    assert run("replayed", *options, *replay) == 0 and len(server.requests) == before
+    again = ["--oracle", "replay", "--oracle_cache", home / "run" / "judge.sqlite"]
+    assert run("replayed", *options, *again) == 0 and len(server.requests) == before
     name = "adapter/adapter_model.safetensors"
     assert (home / "run" / name).read_bytes() == (home / "replayed" / name).read_bytes()
     # A replay that lacks a group: one line that names it, and what was learned until then is there
     with pytest.raises(BadInput, match=r"\.sqlite: lacks the group of question clip\S+ with answers [^\n]*$"):
-        run("lacking", *options, *replay, "--seed", "1")
+        run("lacking", *options, *again, "--seed", "1")
     assert (home / "lacking" / "checkpoint.safetensors").exists()
     # A JSONL that has no group at all of a question that is to be asked: nothing begins
     rows = (home / "world" / "train6" / "questions.jsonl").read_text().splitlines()
     groups = [{"id": json.loads(row)["id"], "candidates": ["a", "b"], "oracle_ranks": [0, 1]} for row in rows]
     jsonl = home / "groups.jsonl"
-    replay = ["--oracle", "replay", "--oracle_cache", jsonl, "--num_steps", "6"]  # 48 of the 52 questions
+    again = ["--oracle", "replay", "--oracle_cache", jsonl, "--num_steps", "6"]  # 48 of the 52 questions
     jsonl.write_text("\n".join(map(json.dumps, groups[:-5])))
     with pytest.raises(BadInput, match=r"groups\.jsonl: lacks any group of question clip\S+;[^\n]*$") as e:
-        run("none", *replay)
+        run("none", *again)
     assert any(f"question {row['id']};" in str(e.value) for row in groups[-5:])
     assert not (home / "none").exists()
     jsonl.write_text("\n".join(map(json.dumps, groups)))
     with pytest.raises(BadInput, match="lacks the group of question"):  # with these answers
-        run("none", *replay)
+        run("none", *again)
 
 
 @pytest.mark.parametrize(
