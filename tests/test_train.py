@@ -7,17 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
 import train
 import world
 from data import Prompts
-from model import load_model, save_model
+from model import Decoder, load_model, save_model
 from rollout import generate
 
 ROOT = Path(__file__).parent.parent
@@ -214,6 +216,44 @@ def test_a_run_of_non_finite_losses_skips_saves_counts_and_stops(home):
     batches = sorted((home / "nan" / "bad_batches").iterdir())
     assert len(batches) == 3 and "completion_ids" in load_file(batches[0])
     assert all(t.abs().max() == 0 for key, t in adapter(home, "nan").items() if "lora_B" in key)
+
+
+def made_up(x):
+    """What the host reads of a tensor on the meta device, which holds nothing: True, 1 or 0.5."""
+    return torch.full(x.shape, {torch.bool: True, torch.int64: 1}.get(x.dtype, 0.5), dtype=x.dtype)
+
+
+class MetaDevice(TorchDispatchMode):
+    """Lets the meta device stand for a GPU: what mixes it with the CPU raises as it would there."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        first, kwargs = args[0] if args else None, kwargs or {}
+        if isinstance(first, torch.Tensor) and first.is_meta:
+            if op is torch.ops.aten._local_scalar_dense.default:
+                return made_up(first).item()
+            if op is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
+                return made_up(first).to(kwargs.get("dtype") or first.dtype)
+            if op is torch.ops.aten.nonzero.default:
+                return torch.zeros(1, first.dim(), dtype=torch.int64, device="meta")
+        return op(*args, **kwargs)
+
+
+@pytest.mark.parametrize("options", ["--oracle trained", "--base nf4 --top_p 0.9 --checkpointing true"])
+def test_no_step_on_another_device_mixes_it_with_the_cpu(home, monkeypatch, options):
+    read_back = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read_back(made_up(x) if x.is_meta else x))
+    monkeypatch.setattr(train, "start_processes", lambda cfg: torch.device("meta"))
+    monkeypatch.setattr(train, "describe", str)
+    monkeypatch.setattr(train, "save_checkpoint", lambda *args: None)
+    monkeypatch.setattr(train, "reduce_sum", lambda *values, device: [*map(float, values)])
+    monkeypatch.setattr(Decoder, "autocast", lambda self: nullcontext())  # there is none for meta
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    argv = command(home, "meta" + options[:8], "--num_steps", "2", *options.split())
+    monkeypatch.setattr(sys, "argv", argv)
+    handler = signal.getsignal(signal.SIGINT)
+    with MetaDevice():
+        assert train.main() == 0
+    signal.signal(signal.SIGINT, handler)
 
 
 def test_held_out_questions_on_videos_of_the_training_are_told(home, straight):
