@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 from cli import ArgumentParser, BadInput, run_script, write_json, write_whole
 from eval import draw_world, world_folders
+from train import Config
 
 HOUSE = os.path.dirname(os.path.abspath(__file__))
 # What is wrong with the oracle, and what is done about it: options of train.py
@@ -31,9 +32,9 @@ def oracle_study(folder: str, seeds: int, options: list[str], page: str) -> str:
     return train_lines("oracle_study", STUDY, study_table, folder, seeds, options, page)
 
 
-def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list[str], page: str, **paths):
+def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list[str], page: str, **blanks):
     """Trains each of `lines` (options of train.py) with each seed. After each run the `table` so far goes
-    into `page`, between its lines <!-- name -->. Returns the table.
+    into `page`, between its lines <!-- name -->. blanks: what `lines` leave open. Returns the table.
 
     A run that has ended is not run again, one that was broken off goes on.
     """
@@ -54,7 +55,7 @@ def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list
                     command.append("--resume")
                 else:
                     shutil.rmtree(out, ignore_errors=True)  # it was broken off before it had learned anything
-                    special = special.format(folder=folder, seed=seed, **paths).split()
+                    special = special.format(folder=folder, seed=seed, **blanks).split()
                     command += ["--seed", str(seed), *options, *special]
                 if status := subprocess.run(command).returncode:
                     raise BadInput(f"{out}: training ended with status {status}; mend that, run this again")
@@ -66,7 +67,7 @@ def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list
 # many questions drawn blindly.
 REWARDS = {"the right answer alone": "--objective grpo --continuous_coef 0"}
 REWARDS |= {"dual reward": "--objective grpo", "dual reward, ranked": "--oracle sum"}
-REWARDS |= {"dual reward, half the steps": "--objective grpo --num_steps 20"}
+REWARDS |= {"dual reward, half the steps": "--objective grpo --num_steps {half}"}
 for line, part in (("selected", "selected"), ("a random third", "random")):
     REWARDS[f"dual reward, half the steps, {line}"] = REWARDS["dual reward, half the steps"] + (
         f" --data {{folder}}/{part}_{{seed}}.jsonl --videos {{train}}"
@@ -93,10 +94,12 @@ def reward_study(folder: str, seeds: int, options: list[str], page: str, clips=(
             count = len(chosen.readlines()) - 1  # less the report
             rows = random.Random(seed).sample(every.readlines(), count)
         write_whole(blind, b"".join(rows))
-    common = ["--num_steps", "40", "--world_dir", drawn.world_dir]
+    common = ["--world_dir", drawn.world_dir]
     common += [word for name, n in sizes.items() for word in (f"--{name}", str(n))]
     study = folder, seeds, [*common, *options], page
-    return train_lines("reward_study", REWARDS, reward_table, *study, train=train, held=held)
+    steps = options[options.index("--num_steps") + 1] if "--num_steps" in options else Config.num_steps
+    blanks = dict(train=train, held=held, half=int(steps) // 2)
+    return train_lines("reward_study", REWARDS, reward_table, *study, **blanks)
 
 
 def reward_table(folder: str, seeds: int) -> str:

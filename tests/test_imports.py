@@ -24,7 +24,7 @@ MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "judge": {"answers", "chat", "cli", "grpo_rank", "oracle", "replay", "video"},
     "ranker": {"answers", "cli", "data", "model", "oracle", "world"}, "pretrain": BELOW, "eval": BELOW,
     "train": BELOW | {"eval", "baselines"}, "baselines": BELOW, "selection": BELOW | {"eval"},
-    "bench": BELOW | {"eval", "train"}, "report": BELOW | {"eval"}, "study": BELOW | {"eval"},
+    "bench": BELOW | {"eval", "train"}, "report": BELOW | {"eval"}, "study": BELOW | {"eval", "train"},
 }  # fmt: skip
 ROOMS = sorted(path.stem for path in HOUSE.glob("*.py"))
 

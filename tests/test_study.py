@@ -89,12 +89,12 @@ def test_the_reward_study_learns_from_selected_questions_and_is_measured_on_the_
     monkeypatch.chdir(ROOT)  # of the default --policy
     page, folder = tmp_path / "page.md", tmp_path / "study"
     page.write_text("<!-- reward_study -->\n<!-- /reward_study -->\n")
-    options = "--eval_samples 1 --batch_prompts 8 --lora_r 4 --dtype float32".split()
+    options = "--eval_samples 1 --batch_prompts 8 --lora_r 4 --dtype float32 --num_steps 2".split()
     handler = signal.getsignal(signal.SIGINT)
     names = list(study.REWARDS)
     monkeypatch.setattr(study, "REWARDS", {
-        names[0]: study.REWARDS[names[0]] + " --num_steps 1",
-        **{name: study.REWARDS[name].replace("steps 20", "steps 1") for name in names[-2:]},
+        names[0]: study.REWARDS[names[0]],
+        **{name: study.REWARDS[name] for name in names[-2:]},
     })  # fmt: skip
     try:
         found = study.reward_study(str(folder), 1, options, str(page), clips=(6, 3))
@@ -105,6 +105,7 @@ def test_the_reward_study_learns_from_selected_questions_and_is_measured_on_the_
     assert found in page.read_text()
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*_0/results.json"))]
     assert len(runs) == 3 and runs[0]["before"] == runs[1]["before"] == runs[2]["before"]  # the same held out
+    assert sorted(result["steps"] for result in runs) == [1, 1, 2]  # of the halves
     report, *kept = map(json.loads, (folder / "selected_0.jsonl").read_text().splitlines())
     drawn = [json.loads(line) for line in (folder / "random_0.jsonl").read_text().splitlines()]
     assert report["selection"]["share"] == 0.3333 and len(kept) <= report["selection"]["questions"] / 3 + 1
