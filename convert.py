@@ -358,15 +358,21 @@ def _place_video(names: tuple[str, ...], folder: str, found: dict, where: str) -
     return names[0] if has_suffix else f"{names[0]}.mp4", False
 
 
+OUTSIDE = "outside the video"
+
+
 def _span_fault(row: dict) -> str:
-    for span in (*row.get("spans", ()), *([row["clip"]] if "clip" in row else ())):
+    spans, duration = (*row.get("spans", ()), *([row["clip"]] if "clip" in row else ())), row.get("duration")
+    for span in spans:
         numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
         if not numbers or not all(map(math.isfinite, span)):
             return f"span {span} is not two numbers"
-        if not 0 <= span[0] < span[1]:
-            return f"span {span} is reversed, empty or negative"
-        if "duration" in row and span[1] > row["duration"]:
-            return f"span {span} ends after the video ({row['duration']} s)"
+    for start, end in spans:
+        if not start < end:
+            return f"span {[start, end]} is reversed or empty"
+    for start, end in spans:
+        if start < 0 or (duration is not None and end > duration):
+            return f"span {[start, end]} is partly {OUTSIDE}, 0 to {duration} s"
     return ""
 
 
@@ -374,7 +380,7 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
     """Writes the questions of a public data set as JSON lines and returns the report.
 
     bad_spans: "error" stops at rows whose span is reversed, empty or beyond the video; "drop" leaves
-    such rows out; "clip" cuts spans at the video's end and drops what is still bad. Either is reported.
+    such rows out; "clip" cuts spans at the video's bounds and drops what is still bad. Either is reported.
     """
     key = re.sub(r"[-. ]", "_", name.lower())
     key = ALIASES.get(key.replace("_", ""), key)
@@ -394,8 +400,10 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
             if not isinstance(row[field], str) or not row[field].strip():
                 raise BadInput(f"{where}: column '{field}' is empty; correct the row")
         fault = _span_fault(row)
-        if bad_spans == "clip" and "ends after" in fault:
-            row["spans"] = [[start, min(end, row["duration"])] for start, end in row["spans"]]
+        if bad_spans == "clip" and OUTSIDE in fault:
+            row["spans"] = [
+                [max(start, 0), min(end, row.get("duration", end))] for start, end in row["spans"]
+            ]
             if row["category"] == "Temporal Grounding":
                 row["answer"] = "from {} to {} seconds".format(*row["spans"][0])
             fault, num_clipped = _span_fault(row), num_clipped + 1
@@ -422,7 +430,7 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
     )
     report.append(f"{len(used) + len(missing)} videos: {len(used)} found, {len(missing)} missing in {videos}")
     if num_clipped:
-        report.append(f"{num_clipped} questions with a span cut at the video's end")
+        report.append(f"{num_clipped} questions with a span cut at the video's bounds")
     if num_cuts:
         report.append(f"{num_cuts} questions are about a part of their video: field 'clip', in seconds")
     return "\n".join(report)

@@ -92,18 +92,20 @@ def test_reversed_bounds_of_an_mvbench_row_are_an_error_with_the_row(tmp_path):
 
 def test_a_span_beyond_the_video_is_an_error_dropped_or_cut(tmp_path):
     source, out = tmp_path / "train.json", str(tmp_path / "out.jsonl")
-    moments = {"duration": 9.0, "timestamps": [[1, 5], [2, 9.5]], "sentences": [" One.", "Two."]}
+    times = [[1, 5], [2, 9.5], [-0.1, 4], [9.5, 10]]
+    moments = {"duration": 9.0, "timestamps": times, "sentences": [" One.", "Two.", "Three.", "Four."]}
     source.write_text(json.dumps({"v_a": moments}))
     give = "activitynet_captions", [str(source)], str(tmp_path), out
     with pytest.raises(
-        BadInput, match=r"video v_a, moment 1: span \[2, 9.5\] ends after the video \(9.0 s\)"
+        BadInput,
+        match=r"video v_a, moment 1: span \[2, 9.5\] is partly outside the video, 0 to 9.0 s \(and 2",
     ):
         convert(*give)
     convert(*give, "drop")
     assert [q.id for q in load_questions(out, "")] == ["v_a_0"]
     convert(*give, "clip")
-    cut = load_questions(out, "")[1]
-    assert cut.spans == ((2, 9.0),) and cut.answer == "from 2 to 9.0 seconds"
+    assert [q.spans for q in load_questions(out, "")] == [((1, 5),), ((2, 9.0),), ((0, 4),)]
+    assert load_questions(out, "")[1].answer == "from 2 to 9.0 seconds"
 
 
 @pytest.mark.parametrize(
