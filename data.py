@@ -201,11 +201,12 @@ class ChatTokenizer:
 
     placeholder_id: config.json's image_token_index, which stands for one video token. Where tokenizer.json
     knows that id its text is part of what is tokenised, so the result is AutoTokenizer's; where it does not,
-    what stands before and after the video is tokenised apart, as LLaVA's own code does.
+    what stands before and after the video is tokenised apart, as LLaVA's own code does. None, for a text
+    decoder, becomes V: behind the last row of the embedding, so that no text and no draw can ever give it.
     think: whether the answer format that `build_prompt` tells the model has a think part.
     """
 
-    def __init__(self, folder: str, template: str, placeholder_id: int, V: int, think: bool = False):
+    def __init__(self, folder: str, template: str, placeholder_id: int | None, V: int, think: bool = False):
         path = os.path.join(folder, "tokenizer.json")
         try:
             import tokenizers
@@ -220,9 +221,10 @@ class ChatTokenizer:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        if max(self.vocab_size - 1, placeholder_id) >= V:
-            highest = max(self.vocab_size - 1, placeholder_id)
+        highest = max(self.vocab_size - 1, placeholder_id or 0)
+        if highest >= V:
             raise DataError(f"{path}: id {highest} exceeds the embedding's {V} rows; use files of one model")
+        placeholder_id = V if placeholder_id is None else placeholder_id
         special = {i: t.content for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
         self.end_ids = tuple(i for i, text in special.items() if text in END_TOKENS)
         if not self.end_ids:

@@ -26,7 +26,7 @@ import nf4
 from answers import is_correct, kendall_tau, ndcg_agreement
 from cli import BadInput, parse_args, run_script, write_json
 from data import TEMPLATES, PromptSet
-from eval import draw_world, evaluate, gains, load_policy, load_sets, policy_configs, table
+from eval import draw_world, evaluate, gains, load_sets, table
 from grpo_rank import (
     compiled,
     completion_logprobs,
@@ -48,6 +48,7 @@ from oracle import (
     load_function,
     weighed,
 )
+from policies import OPTIONS, load_policy, policy_configs
 from ranker import TrainedOracle, load_ranker
 from rollout import completion_states, generate_in_parts
 from runs import (
@@ -68,12 +69,14 @@ class Config:
     out: str = "runs/default"  # run folder; it must not exist, unless --resume
     resume: bool = False  # continue the run in --out from its last checkpoint
     seed: int = 0
-    policy: str = "weights"  # folder of the supervised start: pretrain.py's, or LLaVA-1.5's
-    template: str = "vicuna_v1"  # LLaVA: conversation, vicuna_v1 | llama-2 | chatml | plain
-    video_tokens: str = "pooled"  # LLaVA: pooled (K + N a video, VLM-RLAIF) | patches (K * N)
+    policy: str = "weights"  # folder of the supervised start: pretrain.py's, LLaVA-1.5's, a text decoder's
+    clip: str = ""  # text decoder: folder or OpenAI file of the CLIP to put before it
+    random_weights: bool = False  # draw the weights of a pretrained layout's folder that holds none
+    template: str = "vicuna_v1"  # pretrained: conversation, vicuna_v1 | llama-2 | chatml | plain
+    video_tokens: str = "auto"  # pretrained: pooled (K + N, VLM-RLAIF's; LLaVA) | patches (K * N) | qformer
     adapter: str = ""  # folder of a LoRA that PEFT or a run saved: merged into the start
     base: str = "float32"  # float32 | bfloat16 | nf4 (4 bits): how the decoder's frozen weights are held
-    num_frames: int = 0  # K: frames of a clip; 0: as many as the policy's config says, of LLaVA 50
+    num_frames: int = 0  # K: frames of a clip; 0: as many as the policy's config says; pretrained 50
     data: str = ""  # JSONL of questions; empty: the embedded world
     videos: str = ""  # folder that the JSONL's video paths are relative to
     world_dir: str = "world/rl"  # folder of the embedded world's drawn clips
@@ -174,7 +177,7 @@ ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
 CHOICES = {
     "preset": ("tiny", "smoke", "7b"),
     "template": tuple(TEMPLATES),
-    "video_tokens": ("pooled", "patches"),
+    "video_tokens": ("auto", "pooled", "patches", "qformer"),
     "base": ("float32", "bfloat16", "nf4"),
     "objective": ("grpo_rank", "grpo"),
     "overlap": ("iou", "iop"),
@@ -237,7 +240,8 @@ def reduce_sum(*values: torch.Tensor | float, device) -> list[float]:
 def load_everything(cfg: Config, device: torch.device):
     """(policy with adapters, trainable parameters, training prompts, held-out prompts). Every video is
     decoded and embedded here, once, so a broken file ends the run before anything is written."""
-    sizes = policy_configs(cfg.policy, cfg.num_frames, cfg.video_tokens)
+    chosen = dict(clip=cfg.clip, num_frames=cfg.num_frames, video_tokens=cfg.video_tokens)
+    sizes = policy_configs(cfg.policy, **chosen)
     if process_info()[0] == 0 and not cfg.data:
         draw_world(cfg)
     if dist.is_initialized():
@@ -248,9 +252,7 @@ def load_everything(cfg: Config, device: torch.device):
         videos = {question.video for question in train_questions + eval_questions}
         print("memory plan, before anything is allocated:", flush=True)
         print(memory.table(memory.plan(*sizes, cfg, dtype, len(videos))), flush=True)
-    chosen = ("num_frames", "template", "video_tokens", "adapter", "base", "think")
-    options = {k: getattr(cfg, k) for k in chosen}
-    policy, tokenizer = load_policy(cfg.policy, device, **options)
+    policy, tokenizer = load_policy(cfg.policy, device, **{k: getattr(cfg, k) for k in OPTIONS})
     policy.decoder.compute_dtype, policy.decoder.checkpointing = dtype, cfg.checkpointing
     if cfg.compile and cfg.base == "nf4":
         nf4.dequantise = compiled(nf4.dequantise, device.type)  # one pass instead of eight small ones

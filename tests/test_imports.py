@@ -10,7 +10,7 @@ RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
 PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them where they are installed
 BELOW = {
     "cli", "grpo_rank", "nf4", "lora", "clip", "model", "checkpoint", "answers", "world", "data", "oracle",
-    "chat", "judge", "ranker", "rollout", "runs", "memory", "convert", "metrics", "video",
+    "chat", "judge", "ranker", "rollout", "runs", "memory", "convert", "metrics", "video", "policies",
 }  # fmt: skip
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"},
@@ -18,6 +18,7 @@ MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "convert": {"cli"}, "metrics": {"answers"}, "runs": {"cli", "lora"},
     "memory": {"clip", "grpo_rank", "lora", "model", "nf4"},
     "checkpoint": {"clip", "model", "cli", "lora", "nf4"},
+    "policies": {"checkpoint", "cli", "clip", "data", "lora", "model", "runs"},
     "rollout": {"grpo_rank", "model", "data", "lora"},
     "oracle": {"answers", "cli", "clip", "model", "grpo_rank"}, "chat": {"cli"},
     "judge": {"answers", "chat", "cli", "grpo_rank", "oracle", "video"},
