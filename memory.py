@@ -39,7 +39,7 @@ class Live(TorchDispatchMode):
 
     def see(self, values, counted: bool):
         for tensor in tree_leaves(values):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":  # which holds nothing
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.seen:
                     self.seen[storage._cdata] = storage.nbytes() * counted

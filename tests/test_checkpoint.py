@@ -52,12 +52,11 @@ FAMILIES = {
 }
 
 
-def theirs(family):
+def theirs(family, **more):
     torch.manual_seed(0)
     name, options = FAMILIES[family]
-    model = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**SIZES | options)
-    ).eval()
+    config = getattr(transformers, f"{name}Config")(**SIZES | options | more)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter in (p for n, p in model.named_parameters() if p.dim() == 1):
         parameter.data += 0.3 * torch.randn_like(parameter)  # biases of 0 and gains of 1 would hide an error
     return model
