@@ -25,7 +25,7 @@ import memory
 import nf4
 from answers import is_correct, kendall_tau, ndcg_agreement
 from cli import BadInput, parse_args, run_script, write_json
-from data import TEMPLATES, PromptSet
+from data import TEMPLATES, PromptSet, longest_text
 from eval import draw_world, evaluate, gains, load_sets, table
 from grpo_rank import (
     compiled,
@@ -48,7 +48,7 @@ from oracle import (
     load_function,
     weighed,
 )
-from policies import OPTIONS, load_policy, policy_configs
+from policies import OPTIONS, load_policy, load_tokenizer, policy_configs
 from ranker import TrainedOracle, load_ranker
 from rollout import completion_states, generate_in_parts
 from runs import (
@@ -249,9 +249,13 @@ def load_everything(cfg: Config, device: torch.device):
     train_questions, eval_questions = load_sets(cfg)
     dtype = pick_dtype(device, cfg.dtype)
     if cfg.memory_plan and process_info()[0] == 0:
-        videos = {question.video for question in train_questions + eval_questions}
-        print("memory plan, before anything is allocated:", flush=True)
-        print(memory.table(memory.plan(*sizes, cfg, dtype, len(videos))), flush=True)
+        sets = (train_questions, eval_questions)
+        num_videos = sum(len({question.video for question in questions}) for questions in sets)
+        tokenizer = load_tokenizer(cfg.policy, sizes[0].vocab_size, cfg.template, cfg.think)
+        text_tokens = max(longest_text(tokenizer, questions, sizes[0].num_frames) for questions in sets)
+        plan = memory.plan(*sizes, cfg, dtype, num_videos, text_tokens)
+        print(f"memory plan, before anything is allocated, for {text_tokens} tokens of text:", flush=True)
+        print(memory.table(plan), flush=True)
     policy, tokenizer = load_policy(cfg.policy, device, **{k: getattr(cfg, k) for k in OPTIONS})
     policy.decoder.compute_dtype, policy.decoder.checkpointing = dtype, cfg.checkpointing
     if cfg.compile and cfg.base == "nf4":
@@ -590,7 +594,8 @@ def main() -> int:
         peaks = rehearse(cfg, policy, trainable, train_set, limits)
         measured = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in peaks.items())
         print(f"measured in a rehearsal of the longest step: {measured or 'on a GPU alone'}", flush=True)
-    testing = {"samples": cfg.eval_samples, "seed": cfg.seed, "batch": cfg.sample_prompts or 128} | limits
+    batch = cfg.sample_prompts or memory.TESTED
+    testing = {"samples": cfg.eval_samples, "seed": cfg.seed, "batch": batch} | limits
     if "before" not in progress:
         start, values = evaluate(policy, eval_set, **testing)
         progress |= {"before": start, "before_values": values}

@@ -16,7 +16,7 @@ MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"},
     "video": {"cli", "clip"}, "data": {"answers", "cli", "convert", "video"},
     "convert": {"cli"}, "metrics": {"answers"}, "runs": {"cli", "lora"},
-    "memory": {"clip", "grpo_rank", "lora", "model", "nf4"},
+    "memory": {"clip", "data", "grpo_rank", "lora", "model", "nf4"},
     "checkpoint": {"clip", "model", "cli", "lora", "nf4"},
     "policies": {"checkpoint", "cli", "clip", "data", "lora", "model", "runs"},
     "rollout": {"grpo_rank", "model", "data", "lora"},

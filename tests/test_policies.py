@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import lora
 import memory
@@ -16,7 +16,7 @@ import world
 from answers import Question
 from checkpoint import load_clip, load_decoder
 from cli import BadInput
-from data import ChatTokenizer, PromptSet
+from data import ChatTokenizer, PromptSet, longest_text
 from eval import load_run, merge_run
 from model import VideoAdapter
 from nf4 import NF4Linear
@@ -289,8 +289,13 @@ def test_random_weights_never_stand_whole_in_more_bits_than_the_base(base, tmp_p
     assert live.peak - live.live < {"bfloat16": 2, "nf4": 16}[base] * 256 * 512 < layers
 
 
-def test_a_tokenizer_alone_is_that_of_its_policy(folders):
+def test_the_longest_prompt_is_known_before_any_video_and_weight_is_read(folders, video):
+    asked = [Question("a", video, "what moves?", "it")]
+    asked.append(Question("b", video, QUESTION, "", spans=((1.0, 2.0),)))
+    asked.append(Question("c", video, "which one of all these?", "", options=("red", "blue"), answer_index=0))
     policy, tokenizer = load_policy(folders[0], clip=folders[1], num_frames=2)
-    alone = load_tokenizer(folders[0], policy.cfg.vocab_size)
-    assert alone.prompt(QUESTION, 4) == tokenizer.prompt(QUESTION, 4)
-    assert load_file(f"{folders[0]}/model.safetensors")["model.embed_tokens.weight"].shape[0] == V
+    texts = [len(ids) - policy.adapter.num_tokens for ids in PromptSet(policy, tokenizer, asked).prompts]
+    alone = load_tokenizer(folders[0], V)
+    assert longest_text(alone, [asked[0]], 2) == texts[0] and longest_text(alone, [asked[2]], 2) == texts[2]
+    # where the times of the frames are said, those of a long video: a few digits more
+    assert texts[1] == max(texts) < longest_text(alone, asked, 2) <= texts[1] + 8
