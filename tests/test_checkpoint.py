@@ -543,9 +543,9 @@ def test_a_4_bit_llava_is_read_one_full_precision_layer_at_a_time(llava_folder, 
     assert not +alive and sum(isinstance(m, NF4Linear) for m in model.modules()) == 2 * 7
 
 
-# Sizes from the models' own config.json. Counts from the model cards of Llama-3.1-8B, Qwen2.5-7B (what the hub
-# reads off their safetensors) and Keras' llama2_7b_en; Llama-2-7b-hf's shows 2,048 more, which are constants:
-# its files hold rotary_emb.inv_freq, 64 numbers in each of 32 layers.
+# Sizes from the models' own config.json. Counts from the model cards of Llama-3.1-8B and Qwen2.5-7B (what the
+# hub reads off their safetensors) and Keras' llama2_7b_en. Llama-2-7b-hf's shows 2,048 more, which are
+# constants: its files hold rotary_emb.inv_freq, 64 numbers in each of 32 layers.
 PUBLISHED = {
     "LLaMA-2-7B": (6_738_415_616, dict(
         model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
