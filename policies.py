@@ -180,8 +180,8 @@ def save_policy(model: VideoLM, folder: str, source: str, tokenizer):
         return save_model(model, folder, torch.float32)
     own = isinstance(model.adapter, VideoAdapter)
     if kind == "llava":
-        stored = Tensors(source)
-        names = [n for n in stored.file_of if own and n.startswith("multi_modal_projector.")]
+        stored = Tensors(source) if own else None
+        names = [n for n in stored.file_of if n.startswith("multi_modal_projector.")] if own else []
         save_llava(model, folder, tokenizer.placeholder_id, projector=[(n, stored[n]) for n in names])
     else:
         save_decoder(model.decoder, folder)
