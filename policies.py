@@ -180,9 +180,7 @@ def save_policy(model: VideoLM, folder: str, source: str, tokenizer):
         return save_model(model, folder, torch.float32)
     own = isinstance(model.adapter, VideoAdapter)
     if kind == "llava":
-        stored = Tensors(source) if own else None
-        names = [n for n in stored.file_of if n.startswith("multi_modal_projector.")] if own else []
-        save_llava(model, folder, tokenizer.placeholder_id, projector=[(n, stored[n]) for n in names])
+        save_llava(model, folder, tokenizer.placeholder_id, projector=projector_of(source) if own else {})
     else:
         save_decoder(model.decoder, folder)
     if own:
@@ -219,6 +217,11 @@ def llava_source(name: str, old: bool) -> Source:
     return Source("vision_tower." + (name if old else name.removeprefix("vision_model.")))
 
 
+def projector_of(folder: str) -> dict[str, torch.Tensor]:
+    stored = Tensors(folder)
+    return {name: stored[name] for name in stored.file_of if name.startswith("multi_modal_projector.")}
+
+
 def hf_llava_config(model: VideoLM, placeholder_id: int, dtype=torch.float32) -> dict:
     clip = model.clip_cfg
     vision = {
@@ -246,11 +249,11 @@ def hf_llava_config(model: VideoLM, placeholder_id: int, dtype=torch.float32) ->
     }
 
 
-def save_llava(model: VideoLM, folder: str, placeholder_id: int, dtype=torch.float32, projector=()):
-    """Writes a LLaVA, its LoRA merged, in the layout of LLaVA-1.5. projector: the (name, tensor) pairs of its
-    files, where the model has a VideoAdapter in its place."""
+def save_llava(model: VideoLM, folder: str, placeholder_id: int, dtype=torch.float32, projector=None):
+    """Writes a LLaVA, its LoRA merged, in the layout of LLaVA-1.5. projector: its tensors by their names in
+    the files, where the model has a VideoAdapter in its place."""
     own = isinstance(model.adapter, VideoAdapter)
     state = {n: x for n, x in model.state_dict().items() if not (own and n.startswith("adapter."))}
-    tensors = {llava_source(name, old=True).name: x for name, x in state.items()} | dict(projector)
+    tensors = {llava_source(name, old=True).name: x for name, x in state.items()} | (projector or {})
     save_tensors(tensors, folder, dtype)
     write_json(os.path.join(folder, "config.json"), hf_llava_config(model, placeholder_id, dtype))
