@@ -162,8 +162,8 @@ def load_video_adapter(path: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: 
     size = sum(p.numel() for p in adapter.parameters())
     say(
         f"note: the {name} between CLIP and decoder, {size:,} parameters, starts from scratch (seed {seed})"
-        " and stays as it is: train.py updates the decoder's LoRA alone. Until one that was aligned with this"
-        f" decoder lies in {path}, noise stands in the video's place"
+        " and train.py updates the decoder's LoRA alone: until python pretrain.py --stage adapter has aligned"
+        f" it with this decoder, into {path}, noise stands in the video's place"
     )
     return adapter
 
@@ -184,8 +184,12 @@ def save_policy(model: VideoLM, folder: str, source: str, tokenizer):
     else:
         save_decoder(model.decoder, folder)
     if own:
-        tensors = {name: x.cpu().contiguous() for name, x in model.adapter.state_dict().items()}
-        write_whole(os.path.join(folder, ADAPTER_FILE), save(tensors))
+        save_video_adapter(model.adapter, folder)
+
+
+def save_video_adapter(adapter: VideoAdapter, folder: str):
+    tensors = {name: x.detach().cpu().contiguous() for name, x in adapter.state_dict().items()}
+    write_whole(os.path.join(folder, ADAPTER_FILE), save(tensors))
 
 
 # ------------------------------------------------------------------------------------------------- LLaVA-1.5
