@@ -129,7 +129,7 @@ def load_pretrained(
     def weights(path):
         if not random_weights or os.path.isfile(path) or weight_files(path):
             return Tensors(path)
-        say(f"{path} holds no weights: --random_weights draws them, seed {seed}. Its answers mean nothing")
+        say(f"{path} holds no weights: --random_weights draws them, seed {seed}; answers will mean nothing")
 
     where = (device, torch.float32)
     if clip:
