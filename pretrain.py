@@ -84,8 +84,9 @@ class Config:
     def __post_init__(self):
         if self.stage not in ("all", *STAGES, "ranker", "adapter"):
             raise BadInput(f"--stage {self.stage}: choose one of all, {', '.join(STAGES)}, ranker, adapter")
-        if bool(self.pairs or self.data) != bool(self.videos):
-            raise BadInput("--pairs or --data and --videos go together: a JSONL file and its videos' folder")
+        file = "data" if self.stage == "adapter" else "pairs"
+        if bool(getattr(self, file)) != bool(self.videos):
+            raise BadInput(f"--{file} and --videos go together: a JSONL file and its videos' folder; give both")
         if (self.stage == "adapter") != bool(self.policy):
             raise BadInput("--stage adapter and --policy go together: name the decoder's folder")
 
