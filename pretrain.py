@@ -86,7 +86,7 @@ class Config:
             raise BadInput(f"--stage {self.stage}: choose one of all, {', '.join(STAGES)}, ranker, adapter")
         file = "data" if self.stage == "adapter" else "pairs"
         if bool(getattr(self, file)) != bool(self.videos):
-            raise BadInput(f"--{file} and --videos go together: a JSONL file and its videos' folder; give both")
+            raise BadInput(f"--{file} and --videos go together: a JSONL and its videos' folder; give both")
         if (self.stage == "adapter") != bool(self.policy):
             raise BadInput("--stage adapter and --policy go together: name the decoder's folder")
 
