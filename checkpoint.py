@@ -1,7 +1,8 @@
 """Pretrained checkpoints from paths on disk into this repository's own classes, and merged ones back.
 
-Read: the Hugging Face layout (config.json, model.safetensors or shards with an index) of CLIP, of LLaMA,
-Mistral, Qwen2 and Qwen3 decoders and of LLaVA-1.5; and CLIP under OpenAI's names in a safetensors file.
+Read: the Hugging Face layout (config.json, model.safetensors or shards with an index) of CLIP and of LLaMA,
+Mistral, Qwen2 and Qwen3 decoders; and CLIP under OpenAI's names in a safetensors file. policies.py makes
+whole policies of them.
 
 A model is first built on the meta device, where it holds no memory. Every name and shape is compared with the
 files' headers; only when all of them agree are the tensors read, one by one. So nothing is ever half-loaded.
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from cli import BadInput, write_json, write_whole
 from clip import Clip, ClipConfig
 from lora import DECODER_LINEARS
-from model import POLICIES, Decoder, ModelConfig, VideoLM
+from model import Decoder, ModelConfig
 from nf4 import quantise_linear
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")  # model_type; Vicuna, TinyLlama, SmolLM2: llama
@@ -36,6 +37,9 @@ CLIP_DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 CONSTANTS = (
     "position_ids", "rotary_emb.inv_freq", "input_resolution", "context_length", "vocab_size",
 )  # fmt: skip
+
+
+PICKLES = (".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,12 @@ def read_json(path: str) -> dict:
     return value
 
 
+def weight_files(folder: str) -> list[str]:
+    """What could be a model's weights there, read or refused; adapters' files are not."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [n for n in names if n.startswith("model") and ".safetensors" in n or n.endswith(PICKLES)]
+
+
 class Tensors:
     """The tensors of a safetensors file or of a folder with one file or shards, by name; read when asked."""
 
@@ -93,19 +103,20 @@ class Tensors:
         else:
             self.refuse_pickles(path)
             self.path = os.path.join(path, "model.safetensors")
+            if not os.path.exists(self.path):
+                raise BadInput(f"{self.path}: no such file; copy the weights there, or give --random_weights")
             self.open(self.path)
 
     def refuse_pickles(self, folder: str):
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-        if pickles and "model.safetensors" not in names:
+        pickles = sorted(name for name in weight_files(folder) if name.endswith(PICKLES))
+        if pickles and not os.path.exists(os.path.join(folder, "model.safetensors")):
             raise BadInput(
                 f"{os.path.join(folder, pickles[0])}: a pickle, which can run code; trust it? convert it:"
                 " safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
             )
 
     def open(self, file: str):
-        if file.endswith((".bin", ".pt", ".pth")):
+        if file.endswith(PICKLES):
             self.refuse_pickles(os.path.dirname(file))
             raise BadInput(f"{file}: a pickle, which can run code; convert it to safetensors")
         try:
@@ -122,39 +133,56 @@ class Tensors:
         return self.handles[self.file_of[name]].get_tensor(name)
 
 
-def fill(model: nn.Module, tensors: Tensors, sources: dict[str, Source], device, dtype, spare=(), base=""):
-    """Reads every parameter of a model on the meta device from its source, floating to `dtype`. base: in what
-    a VideoLM's decoder is held instead, float32 | bfloat16 | nf4; a layer is quantised as soon as it is read.
+def fill(model, tensors, sources: dict[str, Source], device, dtype, spare=(), base="", seed=0):
+    """Reads the parameters named in `sources` of a model on the meta device, floating to `dtype`; without
+    `tensors` (None) draws them (`drawn`). base: in what a VideoLM's decoder is held instead, float32 |
+    bfloat16 | nf4; a layer is quantised as soon as it is there.
 
-    BadInput names the file and the tensor that is missing, extra (but `spare` and CONSTANTS) or misshapen;
-    all of this before the first tensor is read.
+    BadInput names the file and the tensor that is missing, extra (but CONSTANTS, and what begins as one of
+    `spare` does) or misshapen; all of this before the first tensor is read.
     """
-    for name, parameter in model.state_dict().items():
-        source = sources[name]
-        if source.name not in tensors.file_of:
-            raise BadInput(f"{tensors.path}: tensor {source.name} is missing; use files that belong together")
-        shape = source.shape(tensors.shape(source.name))
-        if shape != tuple(parameter.shape):
-            raise BadInput(
-                f"{tensors.file_of[source.name]}: tensor {source.name} has shape"
-                f" {tensors.shape(source.name)}, its config.json wants {tuple(parameter.shape)} for it:"
-                " use files that belong together"
-            )
-    used = {sources[name].name for name in model.state_dict()}
-    for name, file in tensors.file_of.items():
-        if name not in used and name not in spare and not name.endswith(CONSTANTS):
-            raise BadInput(f"{file}: tensor {name} is extra, config.json has no place for it")
-    of_module = itertools.groupby(list(model.state_dict()), key=lambda name: name.rpartition(".")[0])
-    for path, names in of_module:
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name in sources}
+    if tensors is not None:
+        check_tensors(shapes, tensors, sources, spare)
+    generator = torch.Generator(device).manual_seed(seed)
+    for path, names in itertools.groupby(shapes, key=lambda name: name.rpartition(".")[0]):
         module, decoder = model.get_submodule(path), bool(base) and path.startswith("decoder.")
         kind = torch.bfloat16 if decoder and base != "float32" else dtype
         for name in names:
-            read = sources[name].take(tensors[sources[name].name]).to(device, kind).contiguous()
+            if tensors is None:
+                read = drawn(name, shapes[name], generator, kind)
+            else:
+                read = sources[name].take(tensors[sources[name].name]).to(device, kind).contiguous()
             setattr(module, name.rpartition(".")[2], nn.Parameter(read, requires_grad=False))
             del read  # or it would outlive its layer's quantisation, until the next one is read
         owner, _, last = path.rpartition(".")
         if decoder and base == "nf4" and last in DECODER_LINEARS:
             setattr(model.get_submodule(owner), last, quantise_linear(module))
+
+
+def check_tensors(shapes: dict[str, tuple], tensors: Tensors, sources: dict[str, Source], spare: tuple):
+    for name, wanted in shapes.items():
+        source = sources[name]
+        if source.name not in tensors.file_of:
+            raise BadInput(f"{tensors.path}: tensor {source.name} is missing; use files that belong together")
+        stored = tensors.shape(source.name)
+        if source.shape(stored) != wanted:
+            raise BadInput(
+                f"{tensors.file_of[source.name]}: tensor {source.name} has shape {stored}, its config.json"
+                f" wants {wanted} for it: use files that belong together"
+            )
+    used = {source.name for source in sources.values()}
+    for name, file in tensors.file_of.items():
+        if name not in used and not name.startswith(spare) and not name.endswith(CONSTANTS):
+            raise BadInput(f"{file}: tensor {name} is extra, config.json has no place for it")
+
+
+def drawn(name: str, shape: tuple, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """A parameter as published models start: gains 1, biases 0, all else normal with deviation 0.02. On the
+    generator's device, whose draws are its own."""
+    if len(shape) == 1 and name.endswith((".weight", ".bias")):
+        return torch.full(shape, float(name.endswith(".weight")), device=generator.device, dtype=dtype)
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).mul_(0.02)
 
 
 # ----------------------------------------------------------------------------------------------- the configs
@@ -318,19 +346,12 @@ def openai_clip_source(name: str) -> Source:
     return Source(name)
 
 
+def clip_source(name: str, path: str) -> Source:
+    return openai_clip_source(name) if os.path.isfile(path) else hf_clip_source(name)
+
+
 def decoder_source(name: str, prefix: str = "") -> Source:
     return Source(prefix + (name if name.startswith("lm_head") else f"model.{name}"))
-
-
-def llava_source(name: str, old: bool) -> Source:
-    """old: vision_tower.vision_model. as in the published files; newer ones leave the second word out."""
-    part, _, rest = name.partition(".")
-    if part == "decoder":
-        return decoder_source(rest, "language_model.")
-    if part == "adapter":
-        return Source(f"multi_modal_projector.{rest}")
-    name = hf_clip_source(rest).name
-    return Source("vision_tower." + (name if old else name.removeprefix("vision_model.")))
 
 
 # ------------------------------------------------------------------------------------------------ the models
@@ -348,69 +369,24 @@ def load_decoder(folder: str, device="cpu", dtype=torch.float32) -> Decoder:
     return model.eval()
 
 
+def read_clip_config(path: str) -> ClipConfig:
+    """Sizes of `load_clip`'s CLIP: from the folder's config.json, or from the OpenAI file itself."""
+    if os.path.isfile(path):
+        return openai_clip_config(Tensors(path))
+    where = os.path.join(path, "config.json")
+    config = read_json(where)
+    if config.get("model_type") != "clip":
+        raise BadInput(f"{where}: model_type {config.get('model_type')} is no clip: name CLIP's folder")
+    text, embed_dim = config.get("text_config", {}), config.get("projection_dim", 512)
+    return clip_config(config.get("vision_config", {}), where, text, embed_dim)
+
+
 def load_clip(path: str, device="cpu", dtype=torch.float32) -> Clip:
     """CLIP from a folder in the Hugging Face layout or a safetensors file with OpenAI's names, frozen."""
-    if os.path.isfile(path):
-        tensors, source = Tensors(path), openai_clip_source
-        cfg = openai_clip_config(tensors)
-    else:
-        where = os.path.join(path, "config.json")
-        config = read_json(where)
-        if config.get("model_type") != "clip":
-            raise BadInput(f"{where}: model_type {config.get('model_type')} is no clip: name CLIP's folder")
-        text, embed_dim = config.get("text_config", {}), config.get("projection_dim", 512)
-        cfg = clip_config(config.get("vision_config", {}), where, text, embed_dim)
-        tensors, source = Tensors(path), hf_clip_source
     with torch.device("meta"):
-        model = Clip(cfg)
-    fill(model, tensors, {name: source(name) for name in model.state_dict()}, device, dtype)
-    return model.eval()
-
-
-def is_llava(folder: str) -> bool:
-    """Whether a folder's config.json is of the Hugging Face layout, not one that pretrain.py wrote."""
-    path = os.path.join(folder, "config.json")
-    return os.path.exists(path) and "model_type" in read_json(path)
-
-
-def llava_configs(folder: str, *, pooled=True, num_frames=50, video_start=1):
-    """(ModelConfig, ClipConfig) of LLaVA-1.5. BadInput: not supported."""
-    where = os.path.join(folder, "config.json")
-    config = read_json(where)
-    kind = config.get("model_type")
-    if kind != "llava":
-        raise BadInput(
-            f"{where}: model_type {kind} is no policy; {POLICIES} around one of {', '.join(DECODERS)}"
-        )
-    wanted = {
-        "projector_hidden_act": "gelu",
-        "vision_feature_select_strategy": "default",
-    }
-    for key, value in wanted.items():
-        if config.get(key, value) != value:
-            raise BadInput(f"{where}: {key} {config.get(key)} is not supported; {key} must be {value}")
-    layer = config.get("vision_feature_layer", -2)
-    if not isinstance(layer, int):
-        raise BadInput(f"{where}: vision_feature_layer {layer} is not supported; one layer, a whole number")
-    path = os.path.join(folder, "preprocessor_config.json")
-    pad = os.path.exists(path) and read_json(path).get("do_pad")  # LlavaImageProcessor's name for it
-    ours = dict(adapter="llava_pooled" if pooled else "llava", framing="pad" if pad else "crop")
-    ours |= dict(clip_layer=layer, num_frames=num_frames, video_start=video_start)
-    cfg = decoder_config(config.get("text_config", {}), where, **ours)
-    return cfg, clip_config(config.get("vision_config", {}), where)
-
-
-def load_llava(folder: str, device="cpu", dtype=torch.float32, *, base="", **options) -> VideoLM:
-    """LLaVA-1.5 as a frozen VideoLM; pooled: VLM-RLAIF's K + N video tokens, else all K * N. Options are
-    those of `llava_configs`; base: how the decoder is held (`fill`), empty: in dtype, as all else."""
-    cfg, clip_cfg = llava_configs(folder, **options)
-    tensors = Tensors(folder)
-    with torch.device("meta"):
-        model = VideoLM(cfg, clip_cfg)
-    old = any(name.startswith("vision_tower.vision_model.") for name in tensors.file_of)
-    sources = {name: llava_source(name, old) for name in model.state_dict()}
-    spare = ("language_model.lm_head.weight",) if cfg.tied else ()
-    fill(model, tensors, sources, device, dtype, spare, base)
+        model = Clip(read_clip_config(path))
+    sources = {name: clip_source(name, path) for name in model.state_dict()}
+    fill(model, Tensors(path), sources, device, dtype)
     return model.eval()
 
 
@@ -451,33 +427,6 @@ def hf_config(cfg: ModelConfig, dtype=torch.float32) -> dict:
     return config
 
 
-def hf_llava_config(model: VideoLM, placeholder_id: int, dtype=torch.float32) -> dict:
-    clip = model.clip_cfg
-    vision = {
-        "model_type": "clip_vision_model",
-        "image_size": clip.image_size,
-        "patch_size": clip.patch_size,
-        "hidden_size": clip.width,
-        "intermediate_size": 4 * clip.width,
-        "num_hidden_layers": clip.num_layers,
-        "num_attention_heads": clip.num_heads,
-        "hidden_act": clip.activation,
-    }
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "dtype": str(dtype).removeprefix("torch."),
-        "image_token_index": placeholder_id,
-        "image_seq_length": (clip.image_size // clip.patch_size) ** 2,
-        "projector_hidden_act": "gelu",
-        "tie_word_embeddings": model.cfg.tied,
-        "vision_feature_layer": model.cfg.clip_layer,
-        "vision_feature_select_strategy": "default",
-        "vision_config": vision,
-        "text_config": hf_config(model.cfg, dtype),
-    }
-
-
 def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32, shard_bytes: int = 4 * 2**30):
     """Writes a decoder without adapters (`lora.merge` first) in the Hugging Face layout."""
     tensors = {decoder_source(name).name: x for name, x in decoder.state_dict().items()}
@@ -485,14 +434,7 @@ def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32, shard_bytes
     write_json(os.path.join(folder, "config.json"), hf_config(decoder.cfg, dtype))
 
 
-def save_llava(model: VideoLM, folder: str, placeholder_id: int, dtype=torch.float32, shard_bytes=4 * 2**30):
-    """Writes what `load_llava` read, its adapters merged, in the layout of LLaVA-1.5."""
-    tensors = {llava_source(name, old=True).name: x for name, x in model.state_dict().items()}
-    save_tensors(tensors, folder, dtype, shard_bytes)
-    write_json(os.path.join(folder, "config.json"), hf_llava_config(model, placeholder_id, dtype))
-
-
-def save_tensors(tensors: dict[str, Tensor], folder: str, dtype: torch.dtype, shard_bytes: int):
+def save_tensors(tensors: dict[str, Tensor], folder: str, dtype: torch.dtype, shard_bytes: int = 4 * 2**30):
     """model.safetensors, or shards of at most `shard_bytes` (or one tensor) and an index; files whole."""
     if any("lora_" in name for name in tensors):
         raise ValueError("the decoder has adapters: merge them first")

@@ -98,9 +98,9 @@ class Layer(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
+        x = self.self_attn(self.layer_norm1(x)).add_(x)  # in place: new memory is dear
         y = self.fc1(self.layer_norm2(x))
-        return x + self.fc2(y * torch.sigmoid(1.702 * y) if self.quick else F.gelu(y))
+        return self.fc2(y.mul_((1.702 * y).sigmoid_()) if self.quick else F.gelu(y)).add_(x)
 
 
 class ImageTower(nn.Module):

@@ -209,11 +209,12 @@ class ChatTokenizer:
 
     placeholder_id: config.json's image_token_index, which stands for one video token. Where tokenizer.json
     knows that id its text is part of what is tokenised, so the result is AutoTokenizer's; where it does not,
-    what stands before and after the video is tokenised apart, as LLaVA's own code does.
+    what stands before and after the video is tokenised apart, as LLaVA's own code does. None, for a text
+    decoder, becomes V: behind the last row of the embedding, so that no text and no draw can ever give it.
     think: whether the answer format that `build_prompt` tells the model has a think part.
     """
 
-    def __init__(self, folder: str, template: str, placeholder_id: int, V: int, think: bool = False):
+    def __init__(self, folder: str, template: str, placeholder_id: int | None, V: int, think: bool = False):
         path = os.path.join(folder, "tokenizer.json")
         try:
             import tokenizers
@@ -228,9 +229,10 @@ class ChatTokenizer:
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        if max(self.vocab_size - 1, placeholder_id) >= V:
-            highest = max(self.vocab_size - 1, placeholder_id)
+        highest = max(self.vocab_size - 1, placeholder_id or 0)
+        if highest >= V:
             raise DataError(f"{path}: id {highest} exceeds the embedding's {V} rows; use files of one model")
+        placeholder_id = V if placeholder_id is None else placeholder_id
         special = {i: t.content for i, t in self.tokenizer.get_added_tokens_decoder().items() if t.special}
         self.end_ids = tuple(i for i, text in special.items() if text in END_TOKENS)
         if not self.end_ids:
@@ -278,6 +280,13 @@ def build_prompt(tokenizer, question: Question, num_video_tokens: int, times: li
     return tokenizer.prompt(text, num_video_tokens)
 
 
+def longest_text(tokenizer, questions: list[Question], num_frames: int) -> int:
+    """Tokens of the longest prompt beside its video tokens. Before any video is read, so with times (seconds)
+    that take as long to say as those of a video of 24 hours."""
+    times = [86399.7] * num_frames
+    return max(len(build_prompt(tokenizer, question, 0, times)) for question in questions)
+
+
 def _pad(rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     assert rows, "nothing to collate"
     width = max(map(len, rows))
@@ -318,6 +327,12 @@ def load_clips(shown: list[tuple], num_frames: int, size: int, framing: str = "f
     return torch.stack([frames for frames, _ in clips]), torch.stack([times for _, times in clips])
 
 
+def clips_at_once(num_frames: int, num_patches: int) -> int:
+    """Clips to embed together: 2**15 patch tokens are 0.5 GB at width 4096, and one clip of 50 frames of CLIP
+    ViT-L/14-336."""
+    return max(1, min(64, 2**15 // (num_frames * num_patches)))
+
+
 class PromptSet:
     """Questions with their videos embedded: each video, or part of one, is decoded and sent through the
     frozen CLIP and adapter once.
@@ -328,15 +343,16 @@ class PromptSet:
     def __init__(self, model, tokenizer: Tokenizer, questions: list[Question]):
         self.questions, self.tokenizer = questions, tokenizer
         videos = sorted({question.shown for question in questions})
-        embeds, times, patches = [], [], (model.clip_cfg.image_size // model.clip_cfg.patch_size) ** 2
-        # 2**15 patch tokens are 0.5 GB at width 4096: one clip of 50 frames of CLIP ViT-L/14-336
-        chunk = max(1, min(64, 2**15 // (model.cfg.num_frames * patches)))
+        times, num_patches = [], (model.clip_cfg.image_size // model.clip_cfg.patch_size) ** 2
+        chunk = clips_at_once(model.cfg.num_frames, num_patches)
         for start in tqdm(range(0, len(videos), chunk), "videos", leave=False):
             sizes = model.cfg.num_frames, model.clip_cfg.image_size, model.cfg.framing
             frames, seconds = load_clips(videos[start : start + chunk], *sizes)
-            embeds.append(model.embed_video(frames, seconds))
+            embeds = model.embed_video(frames, seconds)
+            if start == 0:  # all of them at once: put together at the end they would need twice the room
+                self.video_embeds = embeds.new_empty(len(videos), *embeds.shape[1:])
+            self.video_embeds[start : start + chunk] = embeds
             times += seconds.tolist()
-        self.video_embeds = torch.cat(embeds)
         place = {video: i for i, video in enumerate(videos)}
         self.video_of = torch.tensor([place[question.shown] for question in questions])
         num_tokens = self.video_embeds.shape[1]

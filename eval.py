@@ -27,11 +27,10 @@ import metrics
 import world
 from answers import bootstrap_ci, grade, is_correct, read, task
 from chat import Failed
-from checkpoint import is_llava, llava_configs, load_llava, read_json, save_llava
 from cli import ArgumentParser, BadInput, run_script, write_json
-from data import ChatTokenizer, PromptSet, Tokenizer, load_questions
+from data import PromptSet, load_questions
 from judge import TOP_SCORE, VERDICT_SHA256, LLMOracle
-from model import load_model, read_configs, save_model
+from policies import OPTIONS, load_policy, save_policy
 from rollout import generate
 
 
@@ -210,44 +209,6 @@ def score(data: str, predictions: str, judge: LLMOracle | None = None) -> dict:
     return summarize(questions, right, grades) | {"missing": len(questions) - len(said), "metrics": published}
 
 
-LLAVA_FRAMES = 50  # K, as VLM-RLAIF was tuned
-
-
-def policy_configs(folder: str, num_frames=0, video_tokens="pooled"):
-    """(ModelConfig, ClipConfig) of what `load_policy` would load, from its config files alone."""
-    if is_llava(folder):
-        return llava_configs(folder, pooled=video_tokens == "pooled", num_frames=num_frames or LLAVA_FRAMES)
-    return read_configs(folder, num_frames)
-
-
-def load_policy(
-    folder: str, device="cpu", *, num_frames=0, template="vicuna_v1", video_tokens="pooled", adapter="",
-    base="float32", think=False,
-):  # fmt: skip
-    """(model, tokenizer) of a folder that pretrain.py made, or of LLaVA-1.5 in the Hugging Face layout, which
-    alone can choose its template, its video tokens (pooled | patches) and whether it is asked to think first.
-
-    num_frames: K, 0 the folder's own. An `adapter` folder is merged into the decoder, then its weights are
-    held in `base` (lora.freeze_base); LLaVA's are from the start, tensor by tensor, where nothing is merged.
-    """
-    V = policy_configs(folder, num_frames, video_tokens)[0].vocab_size
-    if is_llava(folder):
-        config = read_json(os.path.join(folder, "config.json"))
-        placeholder_id = config.get("image_token_index", config.get("image_token_id", 32000))
-        tokenizer = ChatTokenizer(folder, template, placeholder_id, V, think)
-        options = dict(pooled=video_tokens == "pooled", num_frames=num_frames or LLAVA_FRAMES)
-        options |= dict(video_start=tokenizer.video_start, base="bfloat16" if adapter else base)
-        model = load_llava(folder, device, **options)
-    else:
-        model = load_model(folder, device, num_frames)
-        tokenizer = Tokenizer.load(os.path.join(folder, "tokenizer.json"))
-    if adapter:
-        lora.load_adapter(model.decoder, adapter)
-        lora.merge(model.decoder)
-    lora.freeze_base(model.decoder, base)
-    return model, tokenizer
-
-
 def load_run(folder: str):
     """(policy with the run's adapter, tokenizer, config) of a run folder."""
     path = os.path.join(folder, "config.json")
@@ -255,8 +216,7 @@ def load_run(folder: str):
         raise BadInput(f"{path}: no such file; name a folder that train.py made")
     with open(path) as file:
         config = json.load(file)
-    chosen = ("num_frames", "template", "video_tokens", "adapter", "base", "think")
-    model, tokenizer = load_policy(config["policy"], **{k: config[k] for k in chosen if k in config})
+    model, tokenizer = load_policy(config["policy"], **{k: config[k] for k in OPTIONS if k in config})
     lora.add_adapters(model.decoder, config["lora_r"], config["lora_alpha"])
     lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
     return model, tokenizer, config
@@ -319,10 +279,7 @@ def merge_run(folder: str, out: str):
         raise BadInput(f"--out {out}: exists already; name another folder")
     model, tokenizer, config = load_run(folder)
     lora.merge(model.decoder)
-    if isinstance(tokenizer, ChatTokenizer):
-        save_llava(model, out, tokenizer.placeholder_id)
-    else:
-        save_model(model, out, torch.float32)
+    save_policy(model, out, config["policy"], tokenizer)
     for name in ("tokenizer.json", "preprocessor_config.json"):
         if os.path.exists(os.path.join(config["policy"], name)):
             shutil.copy(os.path.join(config["policy"], name), out)

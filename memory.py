@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 import lora
 import nf4
 from clip import ClipConfig
+from data import clips_at_once
 from grpo_rank import sampling_logprobs, token_stats
 from model import Decoder, KVCache, ModelConfig, VideoLM
 
-TEXT_TOKENS = 128  # of a prompt beside its video; VLM-RLAIF drops longer questions
+TESTED = 128  # prompts that an evaluation samples at once, where no option says fewer
 CHUNK = 1024  # rows that completion_logprobs takes through the head at once
 
 
@@ -39,7 +40,7 @@ class Live(TorchDispatchMode):
 
     def see(self, values, counted: bool):
         for tensor in tree_leaves(values):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":  # which holds nothing
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.seen:
                     self.seen[storage._cdata] = storage.nbytes() * counted
@@ -55,11 +56,14 @@ def num_bytes(tensors) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def plan(cfg: ModelConfig, clip: ClipConfig, run, dtype: torch.dtype, num_videos: int) -> dict[str, int]:
-    """Bytes by purpose. `run`: train.py's Config; dtype: of the matrix products.
+def plan(
+    cfg: ModelConfig, clip: ClipConfig, run, dtype: torch.dtype, num_videos: int, text_tokens: int
+) -> dict[str, int]:
+    """Bytes by purpose. `run`: train.py's Config; dtype: of the matrix products; text_tokens: of the longest
+    prompt beside its video.
 
-    The peak is what stays, the larger of sampling and update, which do not coincide, and the logits. An
-    allocator keeps some more for itself, about a tenth on a GPU.
+    The peak is what stays and the largest of what does not coincide: embedding videos, sampling, update, the
+    last two with their logits. An allocator keeps some more for itself, about a tenth on a GPU.
     """
     with torch.device("meta"):
         whole = VideoLM(cfg, clip)
@@ -70,15 +74,15 @@ def plan(cfg: ModelConfig, clip: ClipConfig, run, dtype: torch.dtype, num_videos
     num_adapters = sum(run.lora_r * (x.in_features + x.out_features) for x in linears)
     N_video = whole.adapter.num_tokens
     P, G, T = (
-        run.sample_prompts or run.batch_prompts,
+        run.sample_prompts or max(run.batch_prompts, TESTED),
         max(run.group_size, run.eval_samples),
         run.max_new_tokens,
     )
-    S = N_video + TEXT_TOKENS
+    S = N_video + text_tokens
     codes = quantised // 2 + quantised // nf4.BLOCK + 4 * quantised // (nf4.BLOCK * nf4.GROUP)
     stays = {
         f"decoder's weights ({run.base})": codes + rest * (4 if run.base == "float32" else 2),
-        "CLIP and projector": num_bytes([*whole.clip.parameters(), *whole.adapter.parameters()]),
+        "CLIP and video adapter": num_bytes([*whole.clip.parameters(), *whole.adapter.parameters()]),
         "adapters, gradients, optimiser states, reference": 4 * 5 * num_adapters,  # float32; two moments
         f"video tokens of {num_videos} videos": 4 * num_videos * N_video * cfg.dim,
     }
@@ -93,13 +97,14 @@ def plan(cfg: ModelConfig, clip: ClipConfig, run, dtype: torch.dtype, num_videos
         few = step_peaks(decoder, run, P, G, S, T)
     each = (b + (cfg.num_layers - 3) * (b - a) for a, b in zip(few, more, strict=True))
     cache, prefill, step, update = each
-    logits = logits_peak(cfg, run)
+    logits, embedding = logits_peak(cfg, run), embedding_peak(cfg, clip)
     return stays | {
+        "embedding videos": embedding,
         f"KV cache ({P} prompts, {G} completions each)": cache,
         "sampling, beside the cache": max(prefill, step) - cache,
         f"activations of the update ({run.micro_batch_prompts} prompts)": update,
         "logits": logits,
-        "peak": sum(stays.values()) + max(prefill, step, update) + logits,
+        "peak": sum(stays.values()) + max(embedding, max(prefill, step, update) + logits),
     }
 
 
@@ -119,6 +124,17 @@ def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int) -> tuple[i
         completions = decoder.embed_tokens(torch.zeros(P, G, T, dtype=torch.int64))
         decoder(prompt, torch.ones(P, S, dtype=torch.bool), completions).sum().backward()
     return kept, prefill, live.peak, update.peak
+
+
+def embedding_peak(cfg: ModelConfig, clip: ClipConfig) -> int:
+    """Peak bytes of videos on their way through CLIP and the adapter."""
+    with FakeTensorMode():
+        model = VideoLM(replace(cfg, num_layers=1), clip)
+        clips = clips_at_once(cfg.num_frames, model.clip.vision_model.num_patches)
+        with Live() as live:
+            size = (clips, cfg.num_frames, 3, clip.image_size, clip.image_size)
+            model.embed_video(torch.zeros(size, dtype=torch.uint8), torch.zeros(size[:2]))
+    return live.peak
 
 
 def logits_peak(cfg: ModelConfig, run) -> int:

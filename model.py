@@ -25,7 +25,10 @@ from clip import Clip, ClipConfig, preprocess
 
 # The score of what may not be seen. Finite, so that a row of padding, which sees nothing, has no NaN.
 HIDDEN = -1e30
-POLICIES = "a policy is what pretrain.py wrote or LLaVA-1.5 in the Hugging Face layout (model_type llava)"
+POLICIES = (
+    "a policy is what pretrain.py wrote or, in the Hugging Face layout, LLaVA-1.5 (model_type llava) or a"
+    " text decoder with --clip"
+)
 
 
 @dataclass(frozen=True)
@@ -482,11 +485,11 @@ class VideoLM(nn.Module):
 
     def embed_prompt(self, prompt_ids: Tensor, prompt_mask: Tensor, video_embeds: Tensor) -> Tensor:
         """(P, S) ids with placeholders -> (P, S, D): the video tokens stand where the prompt's layout says,
-        cfg.video_start behind the padding, whatever ids are there; nothing is searched for."""
+        cfg.video_start behind the padding, whatever ids are there, even V, which has no row."""
         start = (~prompt_mask).sum(dim=1) + self.cfg.video_start  # (P,)
         slots = start[:, None] + torch.arange(video_embeds.shape[1], device=start.device)
         index = slots.unsqueeze(-1).expand(-1, -1, video_embeds.shape[2])
-        x = self.decoder.embed_tokens(prompt_ids)
+        x = self.decoder.embed_tokens(prompt_ids.clamp(max=self.cfg.vocab_size - 1))
         return x.scatter(1, index, video_embeds.to(x.dtype))
 
 

@@ -3,12 +3,14 @@ fine-tune on a faulty corpus.
 
     python pretrain.py [--out weights] [--seed N] [--stage all|clip|align|sft]
     python pretrain.py --stage ranker [--pairs FILE.jsonl --videos DIR]     # an oracle, from the weights
+    python pretrain.py --stage adapter --policy LLAMA_DIR --clip CLIP_DIR [--data FILE.jsonl --videos DIR]
 
 1. clip    contrastive on (frame, caption) pairs; frozen afterwards, patch tokens computed once a clip
 2. align   adapter and decoder: first captions of every frame from that frame's video tokens alone, then
            annotations of the whole clip, an attribute each; the adapter is frozen afterwards
 3. sft     the decoder on questions and answers, with the paper's curriculum: short answers first, then long
    ranker  the trained oracle (ranker.py), on preference pairs: the decoder again, and a scalar head
+   adapter what stands between a pretrained decoder and CLIP (policies.py), alone, on questions and answers
 
 A stage starts from the files that the one before left in --out and from a seed of its own, so the stages one
 by one give what `all` gives. The clips are those of scene seeds 0 .. num_clips - 1, real mp4 files.
@@ -28,10 +30,12 @@ from tqdm import tqdm
 
 import ranker
 import world
+from answers import prompt_text
 from cli import BadInput, parse_args, run_script, write_json
 from clip import Clip, ClipConfig, contrastive_loss, preprocess
 from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips, load_questions
-from model import ModelConfig, VideoLM, load_model, save_model
+from model import ModelConfig, VideoAdapter, VideoLM, load_model, save_model
+from policies import load_policy, save_video_adapter
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Config:
     out: str = "weights"  # folder of the result
     world_dir: str = "world/pretrain"  # folder of the drawn clips
     seed: int = 0
-    stage: str = "all"  # all | clip | align | sft | ranker; all but clip go on from what is in --out
+    stage: str = "all"  # all | clip | align | sft | ranker; all but clip go on from what is in --out; adapter
     num_clips: int = 10000  # clips of the fine-tuning corpus
     clip_steps: int = 1300  # optimiser steps of CLIP
     clip_batch: int = 128  # (frame, caption) pairs a step: 4 frames from each of clip_batch / 4 clips
@@ -65,13 +69,26 @@ class Config:
     ranker_batch: int = 32  # videos a step, each with up to pairs_per_video pairs
     pairs_per_video: int = 8
     ranker_lr: float = 1e-3
+    policy: str = ""  # adapter: folder of a text decoder or LLaVA-1.5, which also gets the result
+    clip: str = ""  # adapter: folder or file of the text decoder's CLIP
+    template: str = "vicuna_v1"  # adapter: conversation
+    video_tokens: str = "qformer"  # adapter: qformer, or a text decoder's pooled | patches
+    num_frames: int = 50  # adapter: K
+    base: str = "bfloat16"  # adapter: how the frozen decoder is held, float32 | bfloat16 | nf4
+    data: str = ""  # adapter: JSONL of questions and answers; empty: the embedded world's
+    adapter_steps: int = 1000  # optimiser steps
+    adapter_batch: int = 8  # videos a step, each with up to questions_per_clip questions
+    adapter_lr: float = 1e-4
     faults: bool = True  # False: the corpus without faults, to see what the model can perceive at best
 
     def __post_init__(self):
-        if self.stage not in ("all", *STAGES, "ranker"):
-            raise BadInput(f"--stage {self.stage}: choose one of all, {', '.join(STAGES)}, ranker")
-        if bool(self.pairs) != bool(self.videos):
-            raise BadInput("--pairs and --videos go together: a JSONL file and its videos' folder; give both")
+        if self.stage not in ("all", *STAGES, "ranker", "adapter"):
+            raise BadInput(f"--stage {self.stage}: choose one of all, {', '.join(STAGES)}, ranker, adapter")
+        file = "data" if self.stage == "adapter" else "pairs"
+        if bool(getattr(self, file)) != bool(self.videos):
+            raise BadInput(f"--{file} and --videos go together: a JSONL and its videos' folder; give both")
+        if (self.stage == "adapter") != bool(self.policy):
+            raise BadInput("--stage adapter and --policy go together: name the decoder's folder")
 
 
 STAGES = ("clip", "align", "sft")
@@ -198,9 +215,9 @@ def train_sft(cfg: Config, model: VideoLM, video_embeds, corpora, steps, name, g
     train_decoder(model, batch, [*model.decoder.parameters()], steps, cfg.sft_lr, name)
 
 
-def train_decoder(model: VideoLM, batch, trainable, steps: int, peak: float, name: str):
+def train_decoder(model: VideoLM, batch, trainable, steps: int, peak: float, name: str, opening=(BOS_ID,)):
     """Next-token cross-entropy. batch() gives video tokens (P, N_video, D), ids and mask (P, G, T), and which
-    tokens are to be predicted (P, G, T)."""
+    tokens are to be predicted (P, G, T). opening: the ids before the video."""
     model.requires_grad_(False)
     for p in trainable:
         p.requires_grad_(True)
@@ -208,11 +225,13 @@ def train_decoder(model: VideoLM, batch, trainable, steps: int, peak: float, nam
     bar, total, count, began = tqdm(range(steps), name), 0.0, 0, time.time()
     for step in bar:
         video, ids, _, answer = batch()
-        prompt_ids = torch.tensor([BOS_ID] + [VIDEO_ID] * video.shape[1]).expand(len(video), -1)
+        ids, answer = ids.to(video.device), answer.to(video.device)
+        prompt_ids = torch.tensor([*opening] + [VIDEO_ID] * video.shape[1], device=video.device)
+        prompt_ids = prompt_ids.expand(len(video), -1)
         prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
         prompt = model.embed_prompt(prompt_ids, prompt_mask, video)
         states = model.decoder(prompt, prompt_mask, model.decoder.embed_tokens(ids))
-        loss = F.cross_entropy(states[answer] @ model.decoder.head.T, ids[answer])
+        loss = F.cross_entropy(states[answer] @ model.decoder.head.float().T, ids[answer])
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, steps, peak)
         loss.backward()
@@ -323,8 +342,48 @@ def train_ranker(cfg: Config) -> dict:
     return report
 
 
+def train_adapter(cfg: Config):
+    """The VideoAdapter of a pretrained policy, from scratch or from where its file stands, on questions with
+    answers, or captions; CLIP and decoder stay as they are. Writes ADAPTER_FILE into the policy's folder."""
+    torch.manual_seed(cfg.seed)
+    rng, device = random.Random(cfg.seed), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = {k: getattr(cfg, k) for k in ("clip", "template", "video_tokens", "num_frames", "base", "seed")}
+    model, tokenizer = load_policy(cfg.policy, device, **options)
+    if not isinstance(model.adapter, VideoAdapter):
+        what = f"--video_tokens {cfg.video_tokens}: {cfg.policy} has a projector for these"
+        raise BadInput(f"{what}; choose qformer")
+    model.decoder.compute_dtype = getattr(torch, "float32" if cfg.base == "float32" else "bfloat16")
+    model.decoder.checkpointing = True
+    folder, data = cfg.videos, cfg.data
+    if not data:
+        folder = f"{cfg.world_dir}_adapter"
+        data = world.make_world(folder, range(RANKER_SEED, RANKER_SEED + cfg.num_clips))
+    of_video = {}
+    for question in load_questions(data, folder):
+        of_video.setdefault(question.shown, []).append(question)
+    start, N = model.cfg.video_start, model.adapter.num_tokens
+    sizes = model.cfg.num_frames, model.clip_cfg.image_size, model.cfg.framing
+
+    def row(question):
+        prompt = tokenizer.prompt(prompt_text(question), N)
+        return prompt[start + N :], [*tokenizer.encode(question.answer), tokenizer.end_ids[0]], False
+
+    def batch():
+        shown = rng.sample(list(of_video), min(cfg.adapter_batch, len(of_video)))
+        frames, times = load_clips(shown, *sizes)
+        video = model.adapter(model.patch_tokens(frames.to(device)), times.to(device))
+        return video, *sft_batch([[*map(row, of_video[part])] for part in shown], cfg.questions_per_clip, rng)
+
+    opening = tokenizer.prompt("", 1)[:start]
+    trainable = [*model.adapter.parameters()]
+    train_decoder(model, batch, trainable, cfg.adapter_steps, cfg.adapter_lr, "adapter", opening)
+    save_video_adapter(model.adapter, cfg.policy)
+
+
 def main():
     cfg = parse_args(Config)
+    if cfg.stage == "adapter":
+        return train_adapter(cfg)
     if cfg.stage == "ranker":
         print(json.dumps(train_ranker(cfg)))
         return

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from answers import Question, Reward, reward, task
 from cli import ArgumentParser, BadInput, run_script, write_whole
 from data import PromptSet, load_questions
-from eval import load_policy
+from policies import load_policy
 from rollout import generate
 
 FLAT = 1e-6  # a std below this is rounding noise: all overlaps are the same

@@ -25,8 +25,8 @@ import memory
 import nf4
 from answers import is_correct, kendall_tau, ndcg_agreement
 from cli import BadInput, parse_args, run_script, write_json
-from data import TEMPLATES, PromptSet
-from eval import draw_world, evaluate, gains, load_policy, load_sets, policy_configs, table
+from data import TEMPLATES, PromptSet, longest_text
+from eval import draw_world, evaluate, gains, load_sets, table
 from grpo_rank import (
     compiled,
     completion_logprobs,
@@ -48,6 +48,7 @@ from oracle import (
     load_function,
     weighed,
 )
+from policies import OPTIONS, load_policy, load_tokenizer, policy_configs
 from ranker import TrainedOracle, load_ranker
 from replay import ReplayOracle, check_replay, is_cache
 from rollout import completion_states, generate_in_parts
@@ -69,12 +70,14 @@ class Config:
     out: str = "runs/default"  # run folder; it must not exist, unless --resume
     resume: bool = False  # continue the run in --out from its last checkpoint
     seed: int = 0
-    policy: str = "weights"  # folder of the supervised start: pretrain.py's, or LLaVA-1.5's
-    template: str = "vicuna_v1"  # LLaVA: conversation, vicuna_v1 | llama-2 | chatml | plain
-    video_tokens: str = "pooled"  # LLaVA: pooled (K + N a video, VLM-RLAIF) | patches (K * N)
+    policy: str = "weights"  # folder of the supervised start: pretrain.py's, LLaVA-1.5's, a text decoder's
+    clip: str = ""  # text decoder: folder or OpenAI file of the CLIP to put before it
+    random_weights: bool = False  # draw the weights of a pretrained layout's folder that holds none
+    template: str = "vicuna_v1"  # pretrained: conversation, vicuna_v1 | llama-2 | chatml | plain
+    video_tokens: str = "auto"  # pretrained: pooled (K + N, VLM-RLAIF's; LLaVA) | patches (K * N) | qformer
     adapter: str = ""  # folder of a LoRA that PEFT or a run saved: merged into the start
     base: str = "float32"  # float32 | bfloat16 | nf4 (4 bits): how the decoder's frozen weights are held
-    num_frames: int = 0  # K: frames of a clip; 0: as many as the policy's config says, of LLaVA 50
+    num_frames: int = 0  # K: frames of a clip; 0: as many as the policy's config says; pretrained 50
     data: str = ""  # JSONL of questions; empty: the embedded world
     videos: str = ""  # folder that the JSONL's video paths are relative to
     world_dir: str = "world/rl"  # folder of the embedded world's drawn clips
@@ -175,7 +178,7 @@ ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
 CHOICES = {
     "preset": ("tiny", "smoke", "7b"),
     "template": tuple(TEMPLATES),
-    "video_tokens": ("pooled", "patches"),
+    "video_tokens": ("auto", "pooled", "patches", "qformer"),
     "base": ("float32", "bfloat16", "nf4"),
     "objective": ("grpo_rank", "grpo"),
     "overlap": ("iou", "iop"),
@@ -238,7 +241,8 @@ def reduce_sum(*values: torch.Tensor | float, device) -> list[float]:
 def load_everything(cfg: Config, device: torch.device):
     """(policy with adapters, trainable parameters, training prompts, held-out prompts). Every video is
     decoded and embedded here, once, so a broken file ends the run before anything is written."""
-    sizes = policy_configs(cfg.policy, cfg.num_frames, cfg.video_tokens)
+    chosen = dict(clip=cfg.clip, num_frames=cfg.num_frames, video_tokens=cfg.video_tokens)
+    sizes = policy_configs(cfg.policy, **chosen)
     if process_info()[0] == 0 and not cfg.data:
         draw_world(cfg)
     if dist.is_initialized():
@@ -246,12 +250,14 @@ def load_everything(cfg: Config, device: torch.device):
     train_questions, eval_questions = load_sets(cfg)
     dtype = pick_dtype(device, cfg.dtype)
     if cfg.memory_plan and process_info()[0] == 0:
-        videos = {question.shown for question in train_questions + eval_questions}
-        print("memory plan, before anything is allocated:", flush=True)
-        print(memory.table(memory.plan(*sizes, cfg, dtype, len(videos))), flush=True)
-    chosen = ("num_frames", "template", "video_tokens", "adapter", "base", "think")
-    options = {k: getattr(cfg, k) for k in chosen}
-    policy, tokenizer = load_policy(cfg.policy, device, **options)
+        sets = (train_questions, eval_questions)
+        num_videos = sum(len({question.shown for question in questions}) for questions in sets)
+        tokenizer = load_tokenizer(cfg.policy, sizes[0].vocab_size, cfg.template, cfg.think)
+        text_tokens = max(longest_text(tokenizer, questions, sizes[0].num_frames) for questions in sets)
+        plan = memory.plan(*sizes, cfg, dtype, num_videos, text_tokens)
+        print(f"memory plan, before anything is allocated, for {text_tokens} tokens of text:", flush=True)
+        print(memory.table(plan), flush=True)
+    policy, tokenizer = load_policy(cfg.policy, device, **{k: getattr(cfg, k) for k in OPTIONS})
     policy.decoder.compute_dtype, policy.decoder.checkpointing = dtype, cfg.checkpointing
     if cfg.compile and cfg.base == "nf4":
         nf4.dequantise = compiled(nf4.dequantise, device.type)  # one pass instead of eight small ones
@@ -598,7 +604,8 @@ def main() -> int:
         peaks = rehearse(cfg, policy, trainable, train_set, limits)
         measured = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in peaks.items())
         print(f"measured in a rehearsal of the longest step: {measured or 'on a GPU alone'}", flush=True)
-    testing = {"samples": cfg.eval_samples, "seed": cfg.seed, "batch": cfg.sample_prompts or 128} | limits
+    batch = cfg.sample_prompts or memory.TESTED
+    testing = {"samples": cfg.eval_samples, "seed": cfg.seed, "batch": batch} | limits
     if "before" not in progress:
         start, values = evaluate(policy, eval_set, **testing)
         progress |= {"before": start, "before_values": values}

@@ -18,13 +18,14 @@ import lora
 import train
 import world
 from answers import Question, instruction
-from checkpoint import decoder_config, load_clip, load_decoder, load_llava, save_decoder, save_llava
+from checkpoint import decoder_config, load_clip, load_decoder, save_decoder
 from cli import BadInput
 from clip import Clip, ClipConfig, preprocess, resize_frames
 from data import ChatTokenizer, Prompts, PromptSet
-from eval import load_policy, load_run, merge_run, policy_configs
+from eval import load_run, merge_run
 from model import Decoder
 from nf4 import NF4Linear
+from policies import load_policy, load_pretrained, policy_configs, save_llava
 from rollout import generate
 
 transformers = pytest.importorskip("transformers")
@@ -51,12 +52,11 @@ FAMILIES = {
 }
 
 
-def theirs(family):
+def theirs(family, **more):
     torch.manual_seed(0)
     name, options = FAMILIES[family]
-    model = getattr(transformers, f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**SIZES | options)
-    ).eval()
+    config = getattr(transformers, f"{name}Config")(**SIZES | options | more)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     for parameter in (p for n, p in model.named_parameters() if p.dim() == 1):
         parameter.data += 0.3 * torch.randn_like(parameter)  # biases of 0 and gains of 1 would hide an error
     return model
@@ -288,8 +288,9 @@ def their_llava(image_token_index=59, **text):
 @torch.no_grad()
 def test_llava_gives_transformers_logits_on_two_frames(tmp_path):
     model = their_llava()
-    for pooled in (False, True):
-        ours = load_llava(saved(model, tmp_path), pooled=pooled, num_frames=2)
+    for tokens in ("patches", "pooled"):
+        pooled = tokens == "pooled"
+        ours = load_pretrained(saved(model, tmp_path), video_tokens=tokens, num_frames=2)
         generator = torch.Generator().manual_seed(1)
         frames = torch.randint(0, 256, (1, 2, 3, 28, 28), dtype=torch.uint8, generator=generator)
         words = torch.randint(2, 59, (1, 10), generator=generator)
@@ -315,7 +316,7 @@ def test_llava_gives_transformers_logits_on_two_frames(tmp_path):
 
 @torch.no_grad()
 def test_a_merged_llava_is_a_plain_checkpoint_that_transformers_loads(tmp_path):
-    model = load_llava(saved(their_llava(), tmp_path / "base"), num_frames=2)
+    model = load_pretrained(saved(their_llava(), tmp_path / "base"), num_frames=2)
     lora.add_adapters(model.decoder, 4, 8.0, generator=torch.Generator().manual_seed(2))
     for layer in lora.layers(model.decoder).values():
         layer.lora_B.normal_(generator=torch.Generator().manual_seed(3))
@@ -339,7 +340,7 @@ def test_published_llava_names_and_defaults_load_too(tmp_path):
     state = load_file(folder / "model.safetensors")
     state = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in state.items()}
     save_file(state, folder / "model.safetensors")
-    model = load_llava(str(folder), num_frames=2)
+    model = load_pretrained(str(folder), num_frames=2)
     wanted = state["vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"]
     assert torch.equal(model.clip.vision_model.layers[1].fc1.weight, wanted)
     # the published text_config names next to nothing: the rest are LLaMA-7B's own sizes
@@ -537,12 +538,15 @@ def test_a_4_bit_llava_is_read_one_full_precision_layer_at_a_time(llava_folder, 
 
     monkeypatch.setattr(checkpoint.Tensors, "__getitem__", read_watched)
     monkeypatch.setattr(checkpoint, "quantise_linear", quantise_watched)
-    model = load_llava(str(llava_folder), num_frames=2, base="nf4")
+    model = load_pretrained(str(llava_folder), num_frames=2, base="nf4")
     assert len(alive) == len(last) == 2 * 7 and len(most) == 2 * 2 * 7 and max(most) == 1
     assert not +alive and sum(isinstance(m, NF4Linear) for m in model.modules()) == 2 * 7
 
 
-PUBLISHED = {  # sizes from the models' own config.json, counts from their cards
+# Sizes from the models' own config.json. Counts from the model cards of Llama-3.1-8B and Qwen2.5-7B (what the
+# hub reads off their safetensors) and Keras' llama2_7b_en. Llama-2-7b-hf's shows 2,048 more, which are
+# constants: its files hold rotary_emb.inv_freq, 64 numbers in each of 32 layers.
+PUBLISHED = {
     "LLaMA-2-7B": (6_738_415_616, dict(
         model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
         num_attention_heads=32, num_key_value_heads=32, rms_norm_eps=1e-5)),
@@ -583,7 +587,7 @@ def test_full_size_clip_has_exactly_the_published_parameters():
             text_layers=12, text_heads=12, text_length=77, vocab_size=49408, embed_dim=768,
             activation="quick_gelu",
         ))  # fmt: skip
-    assert count(clip) == 427_944_193
+    assert count(clip) == 427_944_193  # Keras' card of clip-vit-large-patch14-336
 
 
 # -------------------------------------------------------------------------------------------------- bad input

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clip import Clip, ClipConfig, contrastive_loss, preprocess
+from clip import Clip, ClipConfig, Layer, contrastive_loss, preprocess
 
 SIZES = dict(image_size=16, patch_size=8, width=32, num_layers=2, text_width=32, text_layers=1)
 CFG = ClipConfig(**SIZES, text_length=6, vocab_size=40, embed_dim=16)
@@ -98,6 +98,24 @@ def test_a_tiny_clip_learns_16_pairs_by_heart():
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] > 2 and losses[-1] < 0.1  # chance is log 16 = 2.77
+
+
+def test_quick_gelu_and_its_gradient_are_those_of_the_formula():
+    torch.manual_seed(0)
+    layer = Layer(32, 4, False, "quick_gelu")
+    for p in layer.parameters():
+        p.data += 0.3 * torch.randn_like(p)  # gains of 1 and biases of 0 would hide an error
+    x = torch.randn(3, 5, 32)
+
+    def plain(x):
+        x = x + layer.self_attn(layer.layer_norm1(x))
+        y = layer.fc1(layer.layer_norm2(x))
+        return x + layer.fc2(y * torch.sigmoid(1.702 * y))
+
+    assert torch.equal(layer(x), plain(x))
+    weights = list(layer.parameters())
+    ours, theirs = (torch.autograd.grad(f(x).square().sum(), weights) for f in (layer, plain))
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
 
 
 def test_image_tower_is_transformers_clip():

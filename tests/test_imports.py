@@ -11,13 +11,15 @@ PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them wh
 BELOW = {
     "cli", "grpo_rank", "nf4", "lora", "clip", "model", "checkpoint", "answers", "world", "data", "oracle",
     "chat", "judge", "ranker", "rollout", "runs", "memory", "convert", "metrics", "video", "replay",
+    "policies",
 }  # fmt: skip
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"},
     "video": {"cli", "clip"}, "data": {"answers", "cli", "convert", "video"},
     "convert": {"cli"}, "metrics": {"answers"}, "runs": {"cli", "lora"},
-    "memory": {"clip", "grpo_rank", "lora", "model", "nf4"},
+    "memory": {"clip", "data", "grpo_rank", "lora", "model", "nf4"},
     "checkpoint": {"clip", "model", "cli", "lora", "nf4"},
+    "policies": {"checkpoint", "cli", "clip", "data", "lora", "model", "runs"},
     "rollout": {"grpo_rank", "model", "data", "lora"},
     "oracle": {"answers", "cli", "clip", "model", "grpo_rank"}, "chat": {"cli"},
     "replay": {"answers", "cli", "oracle"},

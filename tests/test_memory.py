@@ -28,6 +28,7 @@ CLIP = ClipConfig(image_size=16, width=32, num_layers=1, text_layers=1)
 LLAMA = ModelConfig(32000, 4096, 32, 32, 32, 11008, adapter="pooled", num_frames=50)
 CLIP_336 = ClipConfig(image_size=336, patch_size=14, width=32, num_layers=1, text_layers=1)
 N_VIDEO = 50 + 24 * 24  # 626
+TEXT = 128  # tokens of a prompt beside its video; VLM-RLAIF drops longer questions
 
 
 def run_config(**options):
@@ -78,13 +79,13 @@ def test_checkpointing_changes_no_gradient_and_no_sample(base):
 
 
 def test_the_plan_is_what_a_real_update_and_real_sampling_take():
-    run = run_config(base="nf4", checkpointing=True, max_new_tokens=30)
-    lines = memory.plan(CFG, CLIP, run, torch.float32, num_videos=2)
+    run = run_config(base="nf4", checkpointing=True, max_new_tokens=30, sample_prompts=3)
+    lines = memory.plan(CFG, CLIP, run, torch.float32, num_videos=2, text_tokens=TEXT)
     policy = VideoLM(CFG, CLIP)
     policy.decoder, trainable = adapted("nf4", checkpointing=True)
     for p in trainable:
         p.grad = torch.zeros_like(p)
-    S, T, G = policy.adapter.num_tokens + memory.TEXT_TOKENS, 30, 5
+    S, T, G = policy.adapter.num_tokens + TEXT, 30, 5
 
     def prompts(P):
         ids, mask = torch.ones(P, S, dtype=torch.int64), torch.ones(P, S, dtype=torch.bool)
@@ -111,17 +112,40 @@ def test_the_plan_is_what_a_real_update_and_real_sampling_take():
     assert of["peak"] > max(size for name, size in of.items() if name != "peak")
 
 
+@pytest.mark.parametrize("adapter", ["qformer", "llava"])
+def test_the_plan_knows_what_embedding_videos_takes_and_how_many_prompts_an_evaluation_samples(adapter):
+    cfg = replace(CFG, adapter=adapter, num_layers=3)
+    run = run_config(batch_prompts=1, group_size=2, eval_samples=4)
+    lines = memory.plan(cfg, CLIP, run, torch.float32, num_videos=2, text_tokens=9)
+    of = {name.split(" (")[0]: size for name, size in lines.items()}
+    policy = VideoLM(cfg, CLIP)
+    with memory.Live() as live:  # 64 clips of 4 frames, as PromptSet takes them
+        policy.embed_video(torch.zeros(64, 4, 3, 16, 16, dtype=torch.uint8), torch.zeros(64, 4))
+    assert 0.95 < live.peak / of["embedding videos"] <= 1.02
+    N_video = policy.adapter.num_tokens
+    ids = torch.ones(128, N_video + 9, dtype=torch.int64)
+    prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.zeros(128, N_video, 64))
+    no_end = torch.tensor([], dtype=torch.int64)
+    with memory.Live() as live:  # as `evaluate` samples, 128 prompts at once
+        generate(policy, prompts, 4, 7, end_ids=no_end, uniforms=torch.full((128, 4, 7), 0.5))
+    assert live.peak <= of["KV cache"] + of["sampling, beside the cache"] + of["logits"]
+    run = run_config(sample_prompts=1, micro_batch_prompts=1, group_size=2, max_new_tokens=1)
+    few = memory.plan(cfg, CLIP, run, torch.float32, num_videos=2, text_tokens=9)
+    stays = sum(list(few.values())[:4])  # weights, CLIP, adapters, video tokens
+    assert few["peak"] == stays + few["embedding videos"]  # where nothing later takes more
+
+
 def test_the_plan_of_llama_2_7b_in_4_bits_counts_what_is_published_and_stays_under_24_gb():
     run = replace(run_config(), base="nf4", lora_r=64, max_new_tokens=128, checkpointing=True)
     run = replace(run, sample_prompts=1, micro_batch_prompts=1)
-    lines = memory.plan(LLAMA, CLIP_336, run, torch.bfloat16, num_videos=1)
+    lines = memory.plan(LLAMA, CLIP_336, run, torch.bfloat16, num_videos=1, text_tokens=TEXT)
     of = {name.split(" (")[0]: size for name, size in lines.items()}
     linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     rest = 32000 * 4096 + 65 * 4096  # the head is the embedding, in 16 bits; norms
     assert of["decoder's weights"] == pytest.approx(0.515869 * linears + 2 * rest, rel=1e-5)
     assert 0.515869 * linears / linears < 0.56
     assert of["adapters, gradients, optimiser states, reference"] == 159_907_840 * 20
-    assert of["KV cache"] == 32 * 2 * 4096 * 2 * (N_VIDEO + memory.TEXT_TOKENS + 5 * 128)
+    assert of["KV cache"] == 32 * 2 * 4096 * 2 * (N_VIDEO + TEXT + 5 * 128)
     assert of["video tokens of 1 videos"] == N_VIDEO * 4096 * 4
     assert of["peak"] < 24e9
 
