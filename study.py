@@ -14,8 +14,8 @@ import sys
 from types import SimpleNamespace
 
 from cli import ArgumentParser, BadInput, run_script, write_json, write_whole
+from config import Config
 from eval import draw_world, world_folders
-from train import Config
 
 HOUSE = os.path.dirname(os.path.abspath(__file__))
 # What is wrong with the oracle, and what is done about it: options of train.py

@@ -11,7 +11,7 @@ PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them wh
 BELOW = {
     "cli", "grpo_rank", "nf4", "lora", "clip", "model", "checkpoint", "answers", "world", "data", "oracle",
     "chat", "judge", "ranker", "rollout", "runs", "memory", "convert", "metrics", "video", "replay",
-    "policies",
+    "policies", "config",
 }  # fmt: skip
 MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"},
@@ -20,13 +20,14 @@ MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
     "memory": {"clip", "data", "grpo_rank", "lora", "model", "nf4"},
     "checkpoint": {"clip", "model", "cli", "lora", "nf4"},
     "policies": {"checkpoint", "cli", "clip", "data", "lora", "model", "runs"},
+    "config": {"cli", "data", "judge"},
     "rollout": {"grpo_rank", "model", "data", "lora"},
     "oracle": {"answers", "cli", "clip", "model", "grpo_rank"}, "chat": {"cli"},
     "replay": {"answers", "cli", "oracle"},
     "judge": {"answers", "chat", "cli", "grpo_rank", "oracle", "replay", "video"},
     "ranker": {"answers", "cli", "data", "model", "oracle", "world"}, "pretrain": BELOW, "eval": BELOW,
     "train": BELOW | {"eval", "baselines"}, "baselines": BELOW, "selection": BELOW | {"eval"},
-    "bench": BELOW | {"eval", "train"}, "report": BELOW | {"eval"}, "study": BELOW | {"eval", "train"},
+    "bench": BELOW | {"eval", "train"}, "report": BELOW | {"eval"}, "study": BELOW | {"eval"},
 }  # fmt: skip
 ROOMS = sorted(path.stem for path in HOUSE.glob("*.py"))
 
