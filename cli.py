@@ -1,8 +1,10 @@
 """What every script shares: options from a dataclass, bad input as one line, files written whole."""
 
 import argparse
+import inspect
 import json
 import os
+import re
 import sys
 from dataclasses import fields
 
@@ -22,8 +24,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lambda given: {}):
-    """The script's dataclass from `--name value` options, one a field; a bool field
-    takes no value or true|false.
+    """The script's dataclass from `--name value` options, one a field; a bool field takes no value or
+    true|false. --help tells a field's comment and default.
 
     `presets` maps values of a field named preset to other defaults; `stored` makes yet others from what was
     given (a run's own options, when it is resumed). Unknown names, abbreviations and values of
@@ -33,13 +35,13 @@ def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lamb
     def boolean(text):
         return {"true": True, "false": False}[text.lower()]
 
-    parser = ArgumentParser(description=sys.modules[config_class.__module__].__doc__)
+    parser = ArgumentParser(description=sys.modules["__main__"].__doc__)
+    meaning = dict(re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(config_class), re.M))
     for field in fields(config_class):
         flag = {"nargs": "?", "const": True} if field.type is bool else {}
         kind = boolean if field.type is bool else field.type
-        parser.add_argument(
-            f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=f"({field.default})", **flag
-        )
+        told = f"{meaning.get(field.name, '')} ({field.default!r})".replace("%", "%%").strip()
+        parser.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=told, **flag)
     given = vars(parser.parse_args())
     preset = (presets or {}).get(given.get("preset"), {})
     return config_class(**{**preset, **stored(given), **given})

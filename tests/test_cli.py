@@ -64,3 +64,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         cli.write_json(str(path), {"new": 2})
     assert path.read_text() == '{\n "old": 1\n}' and list(tmp_path.iterdir()) == [path]
+
+
+def test_help_tells_what_each_option_means_and_its_default():
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
+    told = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "fine-tune a video-language policy" in told
+    assert (
+        "--clip_eps CLIP_EPS (0.2)" in told
+        and "G: completions a prompt, ranked against each other (5)" in told
+    )
