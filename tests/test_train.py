@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora
 import train
 import world
+from cli import run_script
 from data import Prompts
 from model import Decoder, load_model, save_model
 from rollout import generate
@@ -293,7 +294,9 @@ def write_lines(path, *lines):
         (["--resume"], ["config.json", "--resume"]),
     ],
 )
-def test_bad_input_is_one_line_that_names_it_status_2_and_nothing_written(home, options, words):
+def test_bad_input_is_one_line_that_names_it_status_2_and_nothing_written(
+    home, monkeypatch, capsys, options, words
+):
     write_lines(home / "bad.jsonl", '{"id": "a", "video": "a.mp4", "question": "q", "answer": "x"}',
                 '{"id": "b", "video": "a.mp4", "question": "q"}')  # fmt: skip
     rows = [
@@ -309,11 +312,13 @@ def test_bad_input_is_one_line_that_names_it_status_2_and_nothing_written(home, 
         sizes = json.loads((ROOT / "weights" / "config.json").read_text())
         sizes["model"]["ffn_dim"] = 64
         (home / "misfit" / "config.json").write_text(json.dumps(sizes))
-    done = run(home, "refused", *(o.format(home=home) for o in options))
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error:")]
-    assert len(lines) == 1 and all(word in lines[0] for word in words), done.stderr
-    assert "Traceback" not in done.stderr and not (home / "refused").exists()
+    monkeypatch.setattr(sys, "argv", command(home, "refused", *(o.format(home=home) for o in options)))
+    with pytest.raises(SystemExit) as ended:
+        run_script(train.main)
+    told = capsys.readouterr().err.replace("\r", "\n")
+    lines = [line for line in told.splitlines() if line.startswith("error:")]
+    assert ended.value.code == 2 and len(lines) == 1 and all(word in lines[0] for word in words), told
+    assert "Traceback" not in told and not (home / "refused").exists()
 
 
 def test_an_existing_run_folder_and_other_options_on_resume_are_refused(home, straight):
