@@ -23,6 +23,21 @@ class ArgumentParser(argparse.ArgumentParser):
         raise BadInput(f"{message}; {self.prog} --help lists the options")
 
 
+def add_options(parser: ArgumentParser, config_class, names) -> None:
+    """`--name value` for these fields of a dataclass. What is not given is not in the parser's result."""
+
+    def boolean(text):
+        return {"true": True, "false": False}[text.lower()]
+
+    meaning = dict(re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(config_class), re.M))
+    for field in fields(config_class):
+        if field.name in names:
+            flag = {"nargs": "?", "const": True} if field.type is bool else {}
+            kind = boolean if field.type is bool else field.type
+            told = f"{meaning.get(field.name, '')} ({field.default!r})".replace("%", "%%").strip()
+            parser.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=told, **flag)
+
+
 def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lambda given: {}):
     """The script's dataclass from `--name value` options, one a field; a bool field takes no value or
     true|false. --help tells a field's comment and default.
@@ -32,16 +47,8 @@ def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lamb
     another type end the script: one line on stderr, status 2.
     """
 
-    def boolean(text):
-        return {"true": True, "false": False}[text.lower()]
-
     parser = ArgumentParser(description=sys.modules["__main__"].__doc__)
-    meaning = dict(re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(config_class), re.M))
-    for field in fields(config_class):
-        flag = {"nargs": "?", "const": True} if field.type is bool else {}
-        kind = boolean if field.type is bool else field.type
-        told = f"{meaning.get(field.name, '')} ({field.default!r})".replace("%", "%%").strip()
-        parser.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=told, **flag)
+    add_options(parser, config_class, [field.name for field in fields(config_class)])
     given = vars(parser.parse_args())
     preset = (presets or {}).get(given.get("preset"), {})
     return config_class(**{**preset, **stored(given), **given})

@@ -2,11 +2,12 @@
 
     python selection.py DATA.jsonl --videos DIR --k 8 --out SELECTED.jsonl
 
-Each question is answered k times at temperature 1, in batches; only the raw reward of the task counts. The
-paper's rule and thresholds were never published, so ours are stated: a question is kept if 0 < right < k;
-one that asks for a span, if its IoUs differ; one that asks for both, if either holds. `--share X` keeps
-fewer: of each task X times as many as were asked of it, those whose answers disagree most. Line 1 of
-SELECTED.jsonl is the report, with settings; all readers pass over it.
+The policy is named as for train.py: --policy, --adapter, --base and the like. Each question is answered k
+times at temperature 1, in batches; only the raw reward of the task counts. The paper's rule and thresholds
+were never published, so ours are stated: a question is kept if 0 < right < k; one that asks for a span, if
+its IoUs differ; one that asks for both, if either holds. `--share X` keeps fewer: of each task X times as
+many as were asked of it, those whose answers disagree most. Line 1 of SELECTED.jsonl is the report, with
+settings; all readers pass over it.
 
 The answers lie in SELECTED.jsonl.samples, so that a killed selection goes on, and another share needs no new
 ones; the same settings give the same file, byte for byte, whether it was killed or not.
@@ -23,9 +24,10 @@ import torch
 from tqdm import tqdm
 
 from answers import Question, Reward, reward, task
-from cli import ArgumentParser, BadInput, run_script, write_whole
+from cli import ArgumentParser, BadInput, add_options, run_script, write_whole
+from config import Config
 from data import PromptSet, load_questions
-from policies import load_policy
+from policies import OPTIONS, load_policy
 from rollout import generate
 
 FLAT = 1e-6  # a std below this is rounding noise: all overlaps are the same
@@ -88,18 +90,30 @@ def sample(model, tokenizer, questions: list[Question], first: int, k: int, max_
         torch.rand(k, max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + first + i))
         for i in range(len(questions))
     ])  # fmt: skip
-    batch = prompts[torch.arange(len(questions))]
+    batch, device = prompts[torch.arange(len(questions))], prompts.video_embeds.device
     out = generate(
-        model, batch, k, max_new_tokens, end_ids=torch.tensor(tokenizer.end_ids),
-        banned=tokenizer.banned_ids(model.cfg.vocab_size), uniforms=uniforms,
+        model, batch, k, max_new_tokens, end_ids=torch.tensor(tokenizer.end_ids, device=device),
+        banned=tokenizer.banned_ids(model.cfg.vocab_size).to(device), uniforms=uniforms.to(device),
     )  # fmt: skip
     texts = prompts.texts(out)
     return [texts[i * k : (i + 1) * k] for i in range(len(questions))]
 
 
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(paths: list[str]) -> str:
+    whole = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def weight_files(*folders: str) -> list[str]:
+    """All safetensors files of these folders, or files; empty names are passed over."""
+    found = []
+    for path in filter(None, folders):
+        names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
+        found += [os.path.join(path, n) if n else path for n in names if n.endswith(".safetensors") or not n]
+    return found
 
 
 def _resume(path: str, settings: dict, batch: int) -> list[list[str]]:
@@ -137,37 +151,40 @@ def main() -> int:
     parser.add_argument("data", help="questions, one JSON object a line")
     parser.add_argument("--videos", required=True, help="the folder that video paths are relative to")
     parser.add_argument("--out", required=True, help="the JSONL file to write")
-    parser.add_argument("--policy", default="weights", help="folder that pretrain.py made")
     parser.add_argument("--k", type=int, default=8, help="answers a question")
     parser.add_argument("--share", type=float, default=1.0, help="of all questions, kept at most; 0 < X <= 1")
-    parser.add_argument("--think", action="store_true", help="a chat policy is asked to think first")
     parser.add_argument("--max_new_tokens", type=int, default=10)
     parser.add_argument("--batch", type=int, default=64, help="questions answered together")
-    parser.add_argument("--seed", type=int, default=0)
+    add_options(parser, Config, ("policy", "device", *OPTIONS))
     args = parser.parse_args()
+    policy = Config(**{k: v for k, v in vars(args).items() if k in ("policy", "device", *OPTIONS)})
     for name, good in (("k", args.k >= 2), ("share", 0 < args.share <= 1), ("batch", args.batch >= 1)):
         if not good:
             raise BadInput(f"--{name} {getattr(args, name)}: needs k >= 2, 0 < share <= 1, batch >= 1")
     questions = load_questions(args.data, args.videos)
-    model, tokenizer = load_policy(args.policy, think=args.think)
+    device = "cuda" if policy.device != "cpu" and torch.cuda.is_available() else "cpu"
+    chosen = {name: getattr(policy, name) for name in OPTIONS}
+    model, tokenizer = load_policy(policy.policy, device, **chosen)
+    model.decoder.compute_dtype = torch.float32 if device == "cpu" else torch.bfloat16
     settings = {
-        "data_sha256": _sha256(args.data),
-        "model": args.policy,
-        "model_sha256": _sha256(os.path.join(args.policy, "model.safetensors")),
+        "data_sha256": _sha256([args.data]),
+        "model": policy.policy,
+        "model_sha256": _sha256(weight_files(policy.policy, policy.clip, policy.adapter)),
         "questions": len(questions),
         "temperature": 1.0,
-        **{name: getattr(args, name) for name in ("k", "think", "max_new_tokens", "batch", "seed")},
+        **{name: getattr(args, name) for name in ("k", "max_new_tokens", "batch")},
+        **chosen,
     }
     done = _resume(f"{args.out}.samples", settings, args.batch)
     with open(f"{args.out}.samples", "a", encoding="utf-8") as file:
         for first in tqdm(range(len(done), len(questions), args.batch), "batches", leave=False):
             part = questions[first : first + args.batch]
-            texts = sample(model, tokenizer, part, first, args.k, args.max_new_tokens, args.seed)
+            texts = sample(model, tokenizer, part, first, args.k, args.max_new_tokens, policy.seed)
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts))
             file.flush()
             done += texts
     spreads = [spread([reward(text, q) for text in texts]) for q, texts in zip(questions, done, strict=True)]
-    reasons = select(spreads, [task(q) for q in questions], args.k, args.share, args.seed)
+    reasons = select(spreads, [task(q) for q in questions], args.k, args.share, policy.seed)
     counts = dict(sorted(Counter(reasons).items()))
     report = settings | {"share": args.share, "counts": counts, "histograms": histogram(spreads, args.k)}
     with open(args.data, encoding="utf-8") as file:

@@ -2,7 +2,8 @@
 was broken off goes on.
 
     python study.py oracle [--out DIR] [--seeds N] [-- OPTIONS OF train.py]    # faulty oracles
-    python study.py reward [--out DIR] [--seeds N] [-- OPTIONS OF train.py]    # Temporal-R1's rewards
+    python study.py reward [--out DIR] [--seeds N] [-- OPTIONS OF train.py]    # Temporal-R1's dual reward
+    python study.py selection [--out DIR] [--seeds N] [-- OPTIONS ..]          # and its selection of data
 """
 
 import json
@@ -11,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 from cli import ArgumentParser, BadInput, run_script, write_json, write_whole
@@ -32,12 +34,26 @@ def oracle_study(folder: str, seeds: int, options: list[str], page: str) -> str:
     return train_lines("oracle_study", STUDY, study_table, folder, seeds, options, page)
 
 
+def started(what: str, out: str, command: list[str]):
+    """Runs one of this folder's scripts; BadInput if it did not end well."""
+    if status := subprocess.run([sys.executable, os.path.join(HOUSE, command[0]), *command[1:]]).returncode:
+        raise BadInput(f"{out}: {what} ended with status {status}; mend that, run this again")
+
+
+def train_run(out: str, options: list[str]):
+    """Trains into `out`; goes on where it was broken off, and does nothing where it has ended."""
+    if os.path.exists(os.path.join(out, "results.json")):
+        return
+    if os.path.exists(os.path.join(out, "checkpoint.safetensors")):
+        options = ["--resume"]
+    else:
+        shutil.rmtree(out, ignore_errors=True)  # it was broken off before it had learned anything
+    started("training", out, ["train.py", "--out", out, *options])
+
+
 def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list[str], page: str, **blanks):
     """Trains each of `lines` (options of train.py) with each seed. After each run the `table` so far goes
-    into `page`, between its lines <!-- name -->. blanks: what `lines` leave open. Returns the table.
-
-    A run that has ended is not run again, one that was broken off goes on.
-    """
+    into `page`, between its lines <!-- name -->. blanks: what `lines` leave open. Returns the table."""
     between(page, name)  # before hours of training
     os.makedirs(folder, exist_ok=True)
     stored = os.path.join(folder, "options.json")
@@ -48,62 +64,74 @@ def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list
             raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
     for seed in range(seeds):
         for line, special in lines.items():
-            out = study_run(folder, line, seed)
-            if not os.path.exists(os.path.join(out, "results.json")):
-                command = [sys.executable, os.path.join(HOUSE, "train.py"), "--out", out]
-                if os.path.exists(os.path.join(out, "checkpoint.safetensors")):
-                    command.append("--resume")
-                else:
-                    shutil.rmtree(out, ignore_errors=True)  # it was broken off before it had learned anything
-                    special = special.format(folder=folder, seed=seed, **blanks).split()
-                    command += ["--seed", str(seed), *options, *special]
-                if status := subprocess.run(command).returncode:
-                    raise BadInput(f"{out}: training ended with status {status}; mend that, run this again")
+            special = special.format(folder=folder, seed=seed, **blanks).split()
+            train_run(study_run(folder, line, seed), ["--seed", str(seed), *options, *special])
             write_whole(page, between(page, name, table(folder, seeds)).encode())
     return table(folder, seeds)
 
 
-# What is rewarded, and what is learned from: the whole data, the third of it that selection.py keeps, or as
-# many questions drawn blindly.
 REWARDS = {"the right answer alone": "--objective grpo --continuous_coef 0"}
 REWARDS |= {"dual reward": "--objective grpo", "dual reward, ranked": "--oracle sum"}
-REWARDS |= {"dual reward, half the steps": "--objective grpo --num_steps {half}"}
-for line, part in (("selected", "selected"), ("a random third", "random")):
-    REWARDS[f"dual reward, half the steps, {line}"] = REWARDS["dual reward, half the steps"] + (
-        f" --data {{folder}}/{part}_{{seed}}.jsonl --videos {{train}}"
+# What is learned from: the whole data, the third of it that selection.py keeps, or as many questions drawn
+# blindly.
+SELECTED = {"whole data": "--objective grpo"}
+SELECTED["whole data, half the steps"] = "--objective grpo --num_steps {half}"
+for part in ("selected", "random"):
+    SELECTED[f"{part} third, half the steps"] = (
+        f"--objective grpo --num_steps {{half}} --data {{folder}}/{part}_{{seed}}.jsonl --videos {{train}}"
         " --eval_data {held}/questions.jsonl --eval_videos {held}"
     )
 
 
-def reward_study(folder: str, seeds: int, options: list[str], page: str, clips=(500, 250)) -> str:
-    """Temporal-R1 on the embedded world: selects the data, trains every line of REWARDS with every seed.
-    clips: how many to learn from, how many held out."""
+def world_options(folder: str, clips: tuple[int, int]) -> tuple[list[str], str, str]:
+    """Options of train.py for an embedded world in `folder`, and the folders of its two sets. clips: how many
+    to learn from, how many held out."""
     sizes = dict(zip(("num_train_clips", "num_eval_clips"), clips, strict=True))
     drawn = SimpleNamespace(world_dir=os.path.join(folder, "world"), **sizes)
     draw_world(drawn)
-    train, held = (path for path, _ in world_folders(drawn).values())
-    data = os.path.join(train, "questions.jsonl")
-    selection = [sys.executable, os.path.join(HOUSE, "selection.py"), data, "--videos", train]
-    selection += ["--k", "8", "--share", "0.3333"]
+    numbers = [word for name, n in sizes.items() for word in (f"--{name}", str(n))]
+    return ["--world_dir", drawn.world_dir, *numbers], *(path for path, _ in world_folders(drawn).values())
+
+
+def reward_study(folder: str, seeds: int, options: list[str], page: str, clips=(500, 250)) -> str:
+    """Temporal-R1's dual reward on the embedded world: trains every line of REWARDS with every seed."""
+    options = [*world_options(folder, clips)[0], *options]
+    table = partial(answers_table, REWARDS)
+    return train_lines("reward_study", REWARDS, table, folder, seeds, options, page)
+
+
+def selection_study(folder: str, seeds: int, options: list[str], page: str, clips=(500, 250), warm_up=10):
+    """Temporal-R1's selection on the embedded world: trains every line of SELECTED with every seed.
+
+    The supervised start disagrees with itself nearly everywhere; so all lines start after `warm_up` steps on
+    the whole data, when about a third of it is left to disagree on. 0: from the supervised start.
+    """
+    common, train, held = world_options(folder, clips)
+    options = [*common, *options]
+    data, lines = os.path.join(train, "questions.jsonl"), SELECTED
+    if warm_up:
+        lines = {name: f"{line} --adapter {{folder}}/start_{{seed}}/adapter" for name, line in lines.items()}
     for seed in range(seeds):
-        out, blind = (os.path.join(folder, f"{part}_{seed}.jsonl") for part in ("selected", "random"))
-        command = [*selection, "--seed", str(seed), "--out", out]
-        if not os.path.exists(out) and (status := subprocess.run(command).returncode):
-            raise BadInput(f"{out}: selection ended with status {status}; mend that, run this again")
-        with open(data, "rb") as every, open(out, "rb") as chosen:
+        start, out, blind = (os.path.join(folder, f"{x}_{seed}") for x in ("start", "selected", "random"))
+        command = ["selection.py", data, "--videos", train, "--out", f"{out}.jsonl", "--seed", str(seed)]
+        command += ["--k", "8", "--share", "0.3333"]
+        if warm_up:
+            steps = ["--objective", "grpo", "--num_steps", str(warm_up)]
+            train_run(start, ["--seed", str(seed), *options, *steps])
+            command += ["--adapter", os.path.join(start, "adapter")]
+        if not os.path.exists(f"{out}.jsonl"):
+            started("selection", out, command)
+        with open(data, "rb") as every, open(f"{out}.jsonl", "rb") as chosen:
             count = len(chosen.readlines()) - 1  # less the report
             rows = random.Random(seed).sample(every.readlines(), count)
-        write_whole(blind, b"".join(rows))
-    common = ["--world_dir", drawn.world_dir]
-    common += [word for name, n in sizes.items() for word in (f"--{name}", str(n))]
-    study = folder, seeds, [*common, *options], page
+        write_whole(f"{blind}.jsonl", b"".join(rows))
     steps = options[options.index("--num_steps") + 1] if "--num_steps" in options else Config.num_steps
-    blanks = dict(train=train, held=held, half=int(steps) // 2)
-    return train_lines("reward_study", REWARDS, reward_table, *study, **blanks)
+    study = partial(answers_table, lines), folder, seeds, options, page
+    return train_lines("selection_study", lines, *study, train=train, held=held, half=int(steps) // 2)
 
 
-def reward_table(folder: str, seeds: int) -> str:
-    """A row a line of REWARDS: held-out greedy numbers in percent, mean and range over the seeds."""
+def answers_table(names, folder: str, seeds: int) -> str:
+    """A row a line of a study: held-out greedy numbers in percent, mean and range over the seeds."""
     lines = ["| learned from | seeds | answers right | mean IoU of spans | R@1, IoU 0.7 |", "|---" * 5 + "|"]
 
     def row(name, results):
@@ -116,14 +144,14 @@ def reward_table(folder: str, seeds: int) -> str:
             columns.append(f"{sum(values) / len(values):.1f} [{min(values):.1f}, {max(values):.1f}]")
         lines.append("| " + " | ".join([name, str(len(results)), *columns]) + " |")
 
-    for name in REWARDS:
+    for name in names:
         paths = [os.path.join(study_run(folder, name, seed), "results.json") for seed in range(seeds)]
         found = []
         for path in filter(os.path.exists, paths):
             with open(path) as file:
                 found.append(json.load(file))
         if found and len(lines) == 2:
-            row("nothing yet: the supervised start", [r["before"] for r in found])
+            row("nothing yet: the start", [r["before"] for r in found])
         if found:
             row(name, [r["after"] for r in found])
     return "\n".join(lines)
@@ -175,15 +203,19 @@ def main() -> int:
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     studies = {"oracle": (oracle_study, "what faults of the oracle cost, and what helps")}
-    studies["reward"] = reward_study, "what the dual reward and the selection of data bring"
+    studies["reward"] = reward_study, "what the dual reward brings"
+    studies["selection"] = selection_study, "what the selection of data brings"
     for name, (_, words) in studies.items():
         study = commands.add_parser(name, help=words)
         study.add_argument("--out", default=f"runs/{name}_study")
         study.add_argument("--seeds", type=int, default=3)
         study.add_argument("--page", default=os.path.join(HOUSE, "RESULTS.md"), help="has the table's place")
         study.add_argument("options", nargs="*", help="options of train.py for every run")
+        if name == "selection":
+            study.add_argument("--warm_up", type=int, default=10, help="steps before anything is selected")
     args = parser.parse_args()
-    print(studies[args.command][0](args.out, args.seeds, args.options, args.page))
+    more = {"warm_up": args.warm_up} if args.command == "selection" else {}
+    print(studies[args.command][0](args.out, args.seeds, args.options, args.page, **more))
     return 0
 
 

@@ -109,13 +109,13 @@ def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clip
 
 @pytest.mark.parametrize("think", [False, True])
 def test_the_policy_is_told_to_think_or_not(clips, monkeypatch, think):
-    def load_policy(folder, **options):
-        raise BadInput(f"{folder}: {options}")
+    def load_policy(folder, device, **options):
+        raise BadInput(f"{folder}: {options['think']}, {options['adapter']}")
 
     command = ["selection.py", str(clips / "questions.jsonl"), "--videos", str(clips), "--out", "none.jsonl"]
-    monkeypatch.setattr(sys, "argv", command + ["--think"] * think)
+    monkeypatch.setattr(sys, "argv", [*command, "--adapter", "mine", *["--think"] * think])
     monkeypatch.setattr(selection, "load_policy", load_policy)
-    with pytest.raises(BadInput, match=f"weights: {{'think': {think}}}"):
+    with pytest.raises(BadInput, match=f"weights: {think}, mine"):
         selection.main()
 
 

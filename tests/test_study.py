@@ -75,9 +75,9 @@ def test_the_study_trains_each_line_once_goes_on_where_it_was_and_writes_its_tab
         study.oracle_study(*where)
 
 
-def test_the_reward_study_learns_from_selected_questions_and_is_measured_on_the_held_out_ones(
-    tmp_path, monkeypatch
-):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs the scripts that a study starts in this process."""
     rooms = {"train.py": train.main, "selection.py": selection.main}
 
     def run(command):
@@ -87,30 +87,51 @@ def test_the_reward_study_learns_from_selected_questions_and_is_measured_on_the_
 
     monkeypatch.setattr(study.subprocess, "run", run)
     monkeypatch.chdir(ROOT)  # of the default --policy
-    page, folder = tmp_path / "page.md", tmp_path / "study"
-    page.write_text("<!-- reward_study -->\n<!-- /reward_study -->\n")
-    options = "--eval_samples 1 --batch_prompts 8 --lora_r 4 --dtype float32 --num_steps 2".split()
     handler = signal.getsignal(signal.SIGINT)
-    names = list(study.REWARDS)
-    monkeypatch.setattr(study, "REWARDS", {
-        names[0]: study.REWARDS[names[0]],
-        **{name: study.REWARDS[name] for name in names[-2:]},
-    })  # fmt: skip
-    try:
-        found = study.reward_study(str(folder), 1, options, str(page), clips=(6, 3))
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    rows = [row.split(" | ") for row in found.splitlines()[2:]]
-    assert [row[0][2:] for row in rows] == ["nothing yet: the supervised start", names[0], *names[-2:]]
-    assert found in page.read_text()
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*_0/results.json"))]
-    assert len(runs) == 3 and runs[0]["before"] == runs[1]["before"] == runs[2]["before"]  # the same held out
-    assert sorted(result["steps"] for result in runs) == [1, 1, 2]  # of the halves
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+TINY = "--eval_samples 1 --batch_prompts 8 --lora_r 4 --dtype float32 --num_steps 2".split()
+
+
+def first_cells(table):
+    return [row.split(" | ")[0][2:] for row in table.splitlines()[2:]]
+
+
+def test_the_reward_study_trains_with_the_dual_reward_and_with_a_part_of_it(
+    tmp_path, monkeypatch, in_this_process
+):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- reward_study -->\n<!-- /reward_study -->\n")
+    found = study.reward_study(str(tmp_path / "study"), 1, TINY, str(page), clips=(6, 3))
+    assert first_cells(found) == ["nothing yet: the start", *study.REWARDS] and found in page.read_text()
+    configs = [json.loads(path.read_text()) for path in (tmp_path / "study").glob("*_0/config.json")]
+    assert sorted((c["objective"], c["oracle"], c["continuous_coef"]) for c in configs) == [
+        ("grpo", "rule", 0.0), ("grpo", "rule", 1.0), ("grpo_rank", "sum", 1.0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("warm_up", [0, 1])
+def test_the_selection_study_learns_from_selected_questions_and_is_measured_on_the_held_out_ones(
+    tmp_path, in_this_process, warm_up
+):
+    page, folder = tmp_path / "page.md", tmp_path / "study"
+    page.write_text("<!-- selection_study -->\n<!-- /selection_study -->\n")
+    found = study.selection_study(str(folder), 1, TINY, str(page), clips=(6, 3), warm_up=warm_up)
+    assert first_cells(found) == ["nothing yet: the start", *study.SELECTED] and found in page.read_text()
+    paths = [path for path in sorted(folder.glob("*_0/results.json")) if "start" not in str(path)]
+    runs = [json.loads(path.read_text()) for path in paths]
+    assert len(runs) == 4 and all(run["before"] == runs[0]["before"] for run in runs)  # the same held out
+    assert sorted(run["steps"] for run in runs) == [1, 1, 1, 2]  # of the halves
+    starts = {json.loads((path.parent / "config.json").read_text())["adapter"] for path in paths}
+    assert starts == ({f"{folder}/start_0/adapter"} if warm_up else {""})
     report, *kept = map(json.loads, (folder / "selected_0.jsonl").read_text().splitlines())
+    assert report["selection"]["adapter"] == starts.pop()  # selected by the policy that goes on
     drawn = [json.loads(line) for line in (folder / "random_0.jsonl").read_text().splitlines()]
     assert report["selection"]["share"] == 0.3333 and len(kept) <= report["selection"]["questions"] / 3 + 1
     assert len(drawn) == len(kept) > 0 and drawn != kept
-    for name, rows in (("selected", kept), ("random_third", drawn)):
-        path = next(folder.glob(f"*{name}_0/rollouts.jsonl"))
+    for name, rows in (("selected", kept), ("random", drawn)):
+        path = next(folder.glob(f"{name}_third*_0/rollouts.jsonl"))
         asked = {json.loads(line)["id"] for line in path.read_text().splitlines()}
         assert asked <= {row["id"] for row in rows}
