@@ -32,6 +32,7 @@ from data import PromptSet, load_questions
 from judge import TOP_SCORE, VERDICT_SHA256, LLMOracle
 from policies import OPTIONS, load_policy, save_policy
 from rollout import generate
+from runs import pick_device
 
 
 def by_video(questions, values) -> list[list[float]]:
@@ -209,14 +210,14 @@ def score(data: str, predictions: str, judge: LLMOracle | None = None) -> dict:
     return summarize(questions, right, grades) | {"missing": len(questions) - len(said), "metrics": published}
 
 
-def load_run(folder: str):
+def load_run(folder: str, device="cpu"):
     """(policy with the run's adapter, tokenizer, config) of a run folder."""
     path = os.path.join(folder, "config.json")
     if not os.path.exists(path):
         raise BadInput(f"{path}: no such file; name a folder that train.py made")
     with open(path) as file:
         config = json.load(file)
-    model, tokenizer = load_policy(config["policy"], **{k: config[k] for k in OPTIONS if k in config})
+    model, tokenizer = load_policy(config["policy"], device, **{k: config[k] for k in OPTIONS if k in config})
     lora.add_adapters(model.decoder, config["lora_r"], config["lora_alpha"])
     lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
     return model, tokenizer, config
@@ -258,12 +259,13 @@ def load_sets(cfg):
 def evaluate_run(folder: str, data: str, videos: str) -> str:
     """The table of a run's policy, supervised start beside it, on the run's held-out
     questions or on `data`."""
-    model, tokenizer, config = load_run(folder)
+    device = pick_device()
+    model, tokenizer, config = load_run(folder, device)
     questions = load_questions(data, videos) if data else load_sets(SimpleNamespace(**config))[1]
     prompts = PromptSet(model, tokenizer, questions)
     options = {
-        "end_ids": torch.tensor(tokenizer.end_ids),
-        "banned": tokenizer.banned_ids(model.cfg.vocab_size),
+        "end_ids": torch.tensor(tokenizer.end_ids, device=device),
+        "banned": tokenizer.banned_ids(model.cfg.vocab_size).to(device),
     }
     options |= {"max_new_tokens": config["max_new_tokens"], "samples": config["eval_samples"]}
     options["seed"] = config["seed"]

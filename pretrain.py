@@ -36,6 +36,7 @@ from clip import Clip, ClipConfig, contrastive_loss, preprocess
 from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips, load_questions
 from model import ModelConfig, VideoAdapter, VideoLM, load_model, save_model
 from policies import load_policy, save_video_adapter
+from runs import pick_device
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Config:
     out: str = "weights"  # folder of the result
     world_dir: str = "world/pretrain"  # folder of the drawn clips
     seed: int = 0
+    device: str = "auto"  # auto | cpu | cuda
     stage: str = "all"  # all | clip | align | sft | ranker; all but clip go on from what is in --out; adapter
     num_clips: int = 10000  # clips of the fine-tuning corpus
     clip_steps: int = 1300  # optimiser steps of CLIP
@@ -115,21 +117,22 @@ def train_clip(cfg: Config, clip: Clip, tokenizer: Tokenizer, frames, times, gen
     def encode(texts):
         ids, mask = collate_completions([tokenizer.encode(text) + [EOS_ID] for text in texts])
         assert ids.shape[1] <= clip.cfg.text_length, f"captions of {ids.shape[1]} tokens: raise text_length"
-        return ids, mask.sum(dim=1)
+        return ids.to(device), mask.sum(dim=1).to(device)
 
+    device = clip.logit_scale.device
     optimizer = optimizer_for(clip.parameters(), cfg.clip_lr)
     bar, hits, seen = tqdm(range(cfg.clip_steps), "clip"), 0.0, 0
     for step in bar:
         chosen = torch.randperm(len(frames), generator=generator)[: cfg.clip_batch // 4]
         which = torch.rand(len(chosen), frames.shape[1], generator=generator).argsort(dim=1)[:, :4]
-        pixels = preprocess(frames[chosen[:, None], which].flatten(0, 1))
+        pixels = preprocess(frames[chosen[:, None], which].flatten(0, 1).to(device))
         pairs = [
             (scenes[c], times[c, k].item()) for c, ks in zip(chosen.tolist(), which, strict=True) for k in ks
         ]
         captions = [world.frame_caption(scene, t) for scene, t in pairs]
         wrong = [world.frame_caption(scene, t, rng) for scene, t in pairs]
         similarity = clip.similarity(pixels, *encode(captions + wrong))
-        same = torch.tensor([[a == b for b in captions + wrong] for a in captions])
+        same = torch.tensor([[a == b for b in captions + wrong] for a in captions], device=device)
         loss = contrastive_loss(similarity, same)
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, cfg.clip_steps, cfg.clip_lr)
@@ -138,7 +141,7 @@ def train_clip(cfg: Config, clip: Clip, tokenizer: Tokenizer, frames, times, gen
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         best = similarity.argmax(dim=1)
-        hits, seen = hits + same[torch.arange(len(same)), best].float().mean().item(), seen + 1
+        hits, seen = hits + same.gather(1, best[:, None]).float().mean().item(), seen + 1
         if (step + 1) % 100 == 0:
             found = f"retrieval among {same.shape[1]}: {hits / seen:.1%}"
             bar.write(f"clip step {step + 1}  loss {loss.item():.3f}  {found}")
@@ -248,8 +251,8 @@ def train_decoder(model: VideoLM, batch, trainable, steps: int, peak: float, nam
 @torch.no_grad()
 def all_patch_tokens(model: VideoLM, frames, chunk: int = 128):
     """(C, K, N, clip width) float16 patch tokens of every clip: CLIP is frozen, so once is enough."""
-    parts = [model.patch_tokens(frames[i : i + chunk]).half() for i in range(0, len(frames), chunk)]
-    return torch.cat(parts)
+    device, starts = model.decoder.head.device, range(0, len(frames), chunk)
+    return torch.cat([model.patch_tokens(frames[i : i + chunk].to(device)).half() for i in starts])
 
 
 @torch.no_grad()
@@ -263,14 +266,14 @@ def video_tokens(model: VideoLM, patches, times, chunk: int = 128):
 def run_stage(stage: str, cfg: Config, tokenizer: Tokenizer, frames, times) -> VideoLM:
     """The model after one stage; all but the first start from the model in --out."""
     torch.manual_seed(cfg.seed)
-    generator = torch.Generator().manual_seed(cfg.seed)
+    generator, device = torch.Generator().manual_seed(cfg.seed), pick_device(cfg.device)
     if stage == "clip":
         vocab_size = -(-tokenizer.vocab_size // 8) * 8
-        model = VideoLM(ModelConfig(vocab_size=vocab_size), ClipConfig(vocab_size=vocab_size))
+        model = VideoLM(ModelConfig(vocab_size=vocab_size), ClipConfig(vocab_size=vocab_size)).to(device)
         model.clip.requires_grad_(True)
         train_clip(cfg, model.clip, tokenizer, frames, times, generator)
         return model
-    model = load_model(cfg.out)
+    model, times = load_model(cfg.out, device), times.to(device)
     patches = all_patch_tokens(model, frames)
     if stage == "align":
         train_align(cfg, model, patches, times, tokenizer, generator)
@@ -290,7 +293,8 @@ def train_ranker(cfg: Config) -> dict:
     """
     began, rng, generator = time.time(), random.Random(cfg.seed), torch.Generator().manual_seed(cfg.seed)
     torch.manual_seed(cfg.seed)
-    model, tokenizer = load_model(cfg.out), Tokenizer.load(os.path.join(cfg.out, "tokenizer.json"))
+    device = pick_device(cfg.device)
+    model, tokenizer = load_model(cfg.out, device), Tokenizer.load(os.path.join(cfg.out, "tokenizer.json"))
     if cfg.pairs:
         pairs = ranker.load_pairs(cfg.pairs, cfg.videos)
     else:
@@ -308,7 +312,7 @@ def train_ranker(cfg: Config) -> dict:
     for pair in pairs:
         of_video[video_of[pair.video]].append(pair)
     R = min(cfg.pairs_per_video, max(len(of_video[i]) for i in learned))
-    scorer = ranker.Ranker(model, tokenizer)
+    scorer = ranker.Ranker(model, tokenizer).to(device)
     trainable = [*model.decoder.parameters(), *scorer.head.parameters()]
     for p in trainable:
         p.requires_grad_(True)
@@ -333,7 +337,7 @@ def train_ranker(cfg: Config) -> dict:
             total = 0.0
     ranker.save_ranker(scorer, cfg.out)
     tested = [pair for pair in pairs if pair.video in held]
-    scorer = ranker.load_ranker(os.path.join(cfg.out, "ranker"))
+    scorer = ranker.load_ranker(os.path.join(cfg.out, "ranker"), device)
     difference = ranker.score_pairs(scorer, tested, embeds, video_of)
     report = ranker.pair_report(difference, [pair.truth for pair in tested])
     report |= {"trained_on": len(pairs) - len(tested), "error_rate": None if cfg.pairs else cfg.error_rate}
@@ -346,7 +350,7 @@ def train_adapter(cfg: Config):
     """The VideoAdapter of a pretrained policy, from scratch or from where its file stands, on questions with
     answers, or captions; CLIP and decoder stay as they are. Writes ADAPTER_FILE into the policy's folder."""
     torch.manual_seed(cfg.seed)
-    rng, device = random.Random(cfg.seed), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rng, device = random.Random(cfg.seed), pick_device(cfg.device)
     options = {k: getattr(cfg, k) for k in ("clip", "template", "video_tokens", "num_frames", "base", "seed")}
     model, tokenizer = load_policy(cfg.policy, device, **options)
     if not isinstance(model.adapter, VideoAdapter):

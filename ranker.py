@@ -168,7 +168,7 @@ def score_pairs(ranker: Ranker, pairs: list[Pair], embeds: Tensor, video_of: dic
         rows = [[(pair.question, pair.chosen), (pair.question, pair.rejected)] for pair in part]
         scores = ranker(embeds[[video_of[pair.video] for pair in part]], rows)
         parts.append(scores[:, 0] - scores[:, 1])
-    return torch.cat(parts)
+    return torch.cat(parts).cpu()
 
 
 def _digest(base: str) -> str:
@@ -180,7 +180,10 @@ def save_ranker(ranker: Ranker, base: str):
     """Writes base/ranker/ranker.safetensors: decoder and head in bfloat16, and which base they belong to."""
     os.makedirs(os.path.join(base, "ranker"), exist_ok=True)
     tensors = {f"decoder.{name}": x for name, x in ranker.model.decoder.state_dict().items()}
-    tensors = {k: x.bfloat16().contiguous() for k, x in (tensors | {"head": ranker.head.weight.data}).items()}
+    tensors = {
+        k: x.to("cpu", torch.bfloat16).contiguous()
+        for k, x in (tensors | {"head": ranker.head.weight.data}).items()
+    }
     path = os.path.join(base, "ranker", "ranker.safetensors")
     write_whole(path, save(tensors, metadata={"base": _digest(base)}))
 

@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict
 
+import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save
@@ -22,6 +23,13 @@ from cli import BadInput, write_json, write_whole
 # On --resume: what says nothing about the update, such as where the judge is found
 MAY_CHANGE = ["resume", "out", "num_steps", "oracle_url", "oracle_concurrency", "oracle_timeout"]
 MAY_CHANGE += ["oracle_patience", "oracle_max_calls", "oracle_max_tokens"]
+
+
+def pick_device(wanted: str = "auto") -> str:
+    """cuda where there is one, unless `wanted` (auto | cpu | cuda) says cpu. BadInput: no GPU to be had."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch finds no GPU; take --device cpu or a torch built for it")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def process_info() -> tuple[int, int]:

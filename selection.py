@@ -29,6 +29,7 @@ from config import Config
 from data import PromptSet, load_questions
 from policies import OPTIONS, load_policy
 from rollout import generate
+from runs import pick_device
 
 FLAT = 1e-6  # a std below this is rounding noise: all overlaps are the same
 STD_BINS = 10  # of width 0.05: the std of values in [0, 1] is at most 0.5
@@ -162,7 +163,7 @@ def main() -> int:
         if not good:
             raise BadInput(f"--{name} {getattr(args, name)}: needs k >= 2, 0 < share <= 1, batch >= 1")
     questions = load_questions(args.data, args.videos)
-    device = "cuda" if policy.device != "cpu" and torch.cuda.is_available() else "cpu"
+    device = pick_device(policy.device)
     chosen = {name: getattr(policy, name) for name in OPTIONS}
     model, tokenizer = load_policy(policy.policy, device, **chosen)
     model.decoder.compute_dtype = torch.float32 if device == "cpu" else torch.bfloat16

@@ -56,6 +56,7 @@ from runs import (
     checkpoint_path,
     open_run,
     oracle_summary,
+    pick_device,
     process_info,
     report,
     save_bad_batch,
@@ -425,7 +426,7 @@ def catch_interrupt():
 
 def start_processes(cfg: Config) -> torch.device:
     """The device of this process; under torchrun also joins the group (NCCL on GPUs, gloo on CPU)."""
-    cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    cuda = pick_device(cfg.device) == "cuda"
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     index = int(os.environ.get("LOCAL_RANK", 0))

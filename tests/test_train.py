@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lora
 import train
@@ -228,14 +229,20 @@ class MetaDevice(TorchDispatchMode):
     """Lets the meta device stand for a GPU: what mixes it with the CPU raises as it would there."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        first, kwargs = args[0] if args else None, kwargs or {}
+        aten, first, kwargs = torch.ops.aten, args[0] if args else None, kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
+        across = (aten.copy_, aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+        if len({x.device for x in tensors}) > 1 and op.overloadpacket not in across:
+            raise RuntimeError(f"{op} is given tensors of two devices")
         if isinstance(first, torch.Tensor) and first.is_meta:
-            if op is torch.ops.aten._local_scalar_dense.default:
+            if op is aten._local_scalar_dense.default:
                 return made_up(first).item()
-            if op is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
+            if op is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
                 return made_up(first).to(kwargs.get("dtype") or first.dtype)
-            if op is torch.ops.aten.nonzero.default:
+            if op is aten.nonzero.default:
                 return torch.zeros(1, first.dim(), dtype=torch.int64, device="meta")
+            if op is aten.index.Tensor and args[1][0].dtype == torch.bool:  # as if one were true
+                args = first, list(torch.zeros(args[1][0].dim(), 1, dtype=torch.int64, device="meta"))
         return op(*args, **kwargs)
 
 
