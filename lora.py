@@ -151,7 +151,7 @@ def folded(model: nn.Module):
                 continue
             A, B = layer.pair()
             W = layer.base.weight.detach()  # a Parameter would become one of this layer
-            layer.folded = W if A is None else W + layer.scale * (B @ A)
+            layer.folded = W if A is None else torch.addmm(W, B, A, alpha=layer.scale)
         try:
             yield
         finally:

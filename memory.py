@@ -116,7 +116,7 @@ def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int) -> tuple[i
         prompt = decoder.embed_tokens(torch.zeros(P, S, dtype=torch.int64))
         decoder(prompt, cache.prompt_mask, cache=cache)
         prefill, live.peak = live.peak, live.live
-        decoder.step(torch.zeros(P, G, dtype=torch.int64), torch.tensor(0), cache)
+        decoder.step(torch.zeros(P, G, dtype=torch.int64), T - 1, cache)
         kept = num_bytes(x for pair in cache.prompt + cache.own for x in pair)
     with Live() as update:
         P, G = run.micro_batch_prompts, run.group_size

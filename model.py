@@ -135,13 +135,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prefix=None) -> Tensor
 
 
 class KVCache:
-    """Static cache of sampling: per layer the prompt's keys and values once, (P, kv, S, h), and
-    room for T own tokens of each completion, (P, kv, G, T, h). Slots are written in place, so every
-    step has the same shapes."""
+    """Static cache of sampling: per layer the prompt's keys and values once, (P, kv, S, h), and room for T own
+    tokens of each completion, (P, kv, G, T, h). A step writes its slot in place and reads those until then."""
 
     def __init__(self, prompt_mask: Tensor, G: int, T: int):
         self.prompt_mask, self.G, self.T = prompt_mask, G, T
-        self.prompt, self.own = [], []  # a (k, v) pair a layer
+        self.prompt, self.own = [], []  # a layer's (k, v); both of them in one tensor, (2, P, kv, G, T, h)
 
 
 class SelfAttention(nn.Module):
@@ -279,29 +278,24 @@ class Decoder(nn.Module):
             return last
         return torch.cat([last.expand(P, G, 1, D), x[:, 1:].view(P, G, T, D)[:, :, :-1]], dim=2)
 
-    def step(self, tokens: Tensor, t: Tensor, cache: KVCache) -> Tensor:
-        """Token t of every completion in (P, G), the state that predicts token t + 1 out (P, G, D).
-
-        t is a 0-dim int64 tensor, not a Python number: a compiled step is then one graph for all t.
-        """
+    def step(self, tokens: Tensor, t: int, cache: KVCache) -> Tensor:
+        """Token t of every completion in (P, G), the state that predicts token t + 1 out (P, G, D)."""
         x = self.embed_tokens(tokens)  # (P, G, D)
         P, G = tokens.shape
         positions = (cache.prompt_mask.sum(dim=1, keepdim=True) + t).expand(P, G)
         cos, sin = self.rotary(positions)
-        slots = torch.arange(cache.T, device=x.device)
-        own_bias = bias_of((slots <= t) & self.near(t.view(1), slots)).view(1, 1, 1, 1, 1, -1)
+        slots = torch.arange(t + 1, device=x.device)
+        own_bias = bias_of(self.near(slots[-1:], slots)).view(1, 1, 1, 1, 1, -1)
         near = self.near(positions[:, :1], cache.prompt_mask.cumsum(dim=1) - 1)  # (P, 1, S)
         prefix_bias = bias_of(cache.prompt_mask[:, None] & near)[:, None, None, None]  # (P, 1, 1, 1, 1, S)
         for i, layer in enumerate(self.layers):
             if len(cache.own) == i:
                 k0 = cache.prompt[i][0]
-                room = k0.new_zeros(2, P, k0.shape[1], G, cache.T, k0.shape[3])
-                cache.own.append((room[0], room[1]))
-            own_k, own_v = cache.own[i]
+                cache.own.append(k0.new_zeros(2, P, k0.shape[1], G, cache.T, k0.shape[3]))
 
-            def attention(q, k, v, own_k=own_k, own_v=own_v, prompt=cache.prompt[i]):
-                own_k.index_copy_(3, t.view(1), k.unsqueeze(3))
-                own_v.index_copy_(3, t.view(1), v.unsqueeze(3))
+            def attention(q, k, v, own=cache.own[i], prompt=cache.prompt[i]):
+                own[0, :, :, :, t], own[1, :, :, :, t] = k, v
+                own_k, own_v = own[..., : t + 1, :]
                 q = q.transpose(2, 3).unsqueeze(4)  # (P, kv, G, rep, 1, h)
                 y = attend(q, own_k, own_v, own_bias, prefix=(*prompt, prefix_bias))
                 return y[..., 0, :].transpose(2, 3)

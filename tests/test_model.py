@@ -76,7 +76,7 @@ def test_cached_steps_give_the_full_forward():
     tokens = torch.randint(0, 40, (P, G, T), generator=torch.Generator().manual_seed(3))
     full, cache = decoder(prompt, MASK, decoder.embed_tokens(tokens)), KVCache(MASK, G, T)
     states = [decoder(prompt, MASK, cache=cache).expand(P, G, 1, -1)[:, :, 0]]
-    states += [decoder.step(tokens[:, :, t], torch.tensor(t), cache) for t in range(T - 1)]
+    states += [decoder.step(tokens[:, :, t], t, cache) for t in range(T - 1)]
     torch.testing.assert_close(torch.stack(states, dim=2), full, atol=1e-5, rtol=0)
 
 
