@@ -135,8 +135,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prefix=None) -> Tensor
 
 
 class KVCache:
-    """Static cache of sampling: per layer the prompt's keys and values once, (P, kv, S, h), and room for T own
-    tokens of each completion, (P, kv, G, T, h). A step writes its slot in place and reads those until then."""
+    """Static cache of sampling: per layer the prompt's keys and values once, (P, kv, S, h), and room for T
+    own tokens of each completion, (P, kv, G, T, h). A step writes its slot in place, reads all until it."""
 
     def __init__(self, prompt_mask: Tensor, G: int, T: int):
         self.prompt_mask, self.G, self.T = prompt_mask, G, T
