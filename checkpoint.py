@@ -136,7 +136,8 @@ class Tensors:
 def fill(model, tensors, sources: dict[str, Source], device, dtype, spare=(), base="", seed=0):
     """Reads the parameters named in `sources` of a model on the meta device, floating to `dtype`; without
     `tensors` (None) draws them (`drawn`). base: in what a VideoLM's decoder is held instead, float32 |
-    bfloat16 | nf4; a layer is quantised as soon as it is there.
+    bfloat16 | nf4; a layer is quantised as soon as it is there. A projector is held in 16 bits beside the
+    last two.
 
     BadInput names the file and the tensor that is missing, extra (but CONSTANTS, and what begins as one of
     `spare` does) or misshapen; all of this before the first tensor is read.
@@ -147,7 +148,8 @@ def fill(model, tensors, sources: dict[str, Source], device, dtype, spare=(), ba
     generator = torch.Generator(device).manual_seed(seed)
     for path, names in itertools.groupby(shapes, key=lambda name: name.rpartition(".")[0]):
         module, decoder = model.get_submodule(path), bool(base) and path.startswith("decoder.")
-        kind = torch.bfloat16 if decoder and base != "float32" else dtype
+        few = bool(base) and base != "float32" and path.startswith(("decoder.", "adapter."))
+        kind = torch.bfloat16 if few else dtype
         for name in names:
             if tensors is None:
                 read = drawn(name, shapes[name], generator, kind)

@@ -18,7 +18,7 @@ import nf4
 from clip import ClipConfig
 from data import clips_at_once
 from grpo_rank import sampling_logprobs, token_stats
-from model import Decoder, KVCache, ModelConfig, VideoLM
+from model import Decoder, KVCache, ModelConfig, Projector, VideoLM
 
 TESTED = 128  # prompts that an evaluation samples at once, where no option says fewer
 CHUNK = 1024  # rows that completion_logprobs takes through the head at once
@@ -67,6 +67,8 @@ def plan(
     """
     with torch.device("meta"):
         whole = VideoLM(cfg, clip)
+        if isinstance(whole.adapter, Projector) and run.base != "float32":
+            whole.adapter.bfloat16()  # as checkpoint.fill holds it
     names = [name for name in lora.linears(whole.decoder) if name.split(".")[-1] in lora.DECODER_LINEARS]
     linears = [whole.decoder.get_submodule(name) for name in names]
     quantised = sum(x.weight.numel() for x in linears) if run.base == "nf4" else 0
@@ -82,7 +84,7 @@ def plan(
     codes = quantised // 2 + quantised // nf4.BLOCK + 4 * quantised // (nf4.BLOCK * nf4.GROUP)
     stays = {
         f"decoder's weights ({run.base})": codes + rest * (4 if run.base == "float32" else 2),
-        "CLIP and video adapter": num_bytes([*whole.clip.parameters(), *whole.adapter.parameters()]),
+        "CLIP and video adapter": num_bytes(whole.clip.parameters()) + num_bytes(whole.adapter.parameters()),
         "adapters, gradients, optimiser states, reference": 4 * 5 * num_adapters,  # float32; two moments
         f"video tokens of {num_videos} videos": 4 * num_videos * N_video * cfg.dim,
     }

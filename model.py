@@ -278,16 +278,24 @@ class Decoder(nn.Module):
             return last
         return torch.cat([last.expand(P, G, 1, D), x[:, 1:].view(P, G, T, D)[:, :, :-1]], dim=2)
 
+    def prepare(self, cache: KVCache):
+        """What the steps need beside their tokens, for all T of them at once."""
+        slots = torch.arange(cache.T, device=cache.prompt_mask.device)
+        own = cache.prompt_mask.sum(dim=1, keepdim=True) + slots  # (P, T) positions
+        cache.rotary = self.rotary(own)
+        cache.own_bias = bias_of(self.near(slots, slots))  # (T, T); later slots are never read
+        near = self.near(own, cache.prompt_mask.cumsum(dim=1) - 1)
+        cache.prefix_bias = bias_of(cache.prompt_mask[:, None] & near)  # (P, T, S)
+
     def step(self, tokens: Tensor, t: int, cache: KVCache) -> Tensor:
         """Token t of every completion in (P, G), the state that predicts token t + 1 out (P, G, D)."""
         x = self.embed_tokens(tokens)  # (P, G, D)
         P, G = tokens.shape
-        positions = (cache.prompt_mask.sum(dim=1, keepdim=True) + t).expand(P, G)
-        cos, sin = self.rotary(positions)
-        slots = torch.arange(t + 1, device=x.device)
-        own_bias = bias_of(self.near(slots[-1:], slots)).view(1, 1, 1, 1, 1, -1)
-        near = self.near(positions[:, :1], cache.prompt_mask.cumsum(dim=1) - 1)  # (P, 1, S)
-        prefix_bias = bias_of(cache.prompt_mask[:, None] & near)[:, None, None, None]  # (P, 1, 1, 1, 1, S)
+        if not cache.own:
+            self.prepare(cache)
+        cos, sin = (table[:, t, None].expand(P, G, -1) for table in cache.rotary)
+        own_bias = cache.own_bias[t, : t + 1].view(1, 1, 1, 1, 1, -1)
+        prefix_bias = cache.prefix_bias[:, t].view(P, 1, 1, 1, 1, -1)
         for i, layer in enumerate(self.layers):
             if len(cache.own) == i:
                 k0 = cache.prompt[i][0]
@@ -435,7 +443,8 @@ class Projector(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(clip.width, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
 
     def forward(self, patches: Tensor, frame_times: Tensor) -> Tensor:
-        x = self.linear_2(F.gelu(self.linear_1(patches)))  # (P, K, N, D)
+        x = self.linear_1(patches.to(self.linear_1.weight.dtype))
+        x = self.linear_2(F.gelu(x)).float()  # (P, K, N, D)
         return pool(x) if self.pooled else x.flatten(1, 2)
 
 
