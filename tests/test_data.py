@@ -1,6 +1,5 @@
 import json
 import os
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -87,17 +86,16 @@ def test_file_without_questions_or_in_another_encoding_is_told(tmp_path):
 # ---- the command ----
 
 
-def run_check(*arguments):
-    command = [sys.executable, os.path.join(ROOT, "data.py"), "check", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+def run_check(script, *arguments):
+    return script(data.main, "data.py", "check", *arguments)
 
 
-def test_check_lists_every_video_once_and_exits_2(tmp_path):
+def test_check_lists_every_video_once_and_exits_2(script, tmp_path):
     write_video(tmp_path / "good.mp4", range(20))
     make_broken(tmp_path / "empty.mp4", "empty")
     videos = ["missing.mp4", "good.mp4", "empty.mp4", "good.mp4"]
     rows = [GOOD | {"id": str(i), "video": video} for i, video in enumerate(videos)]
-    done = run_check(write_lines(tmp_path / "q.jsonl", *rows), "--videos", tmp_path)
+    done = run_check(script, write_lines(tmp_path / "q.jsonl", *rows), "--videos", tmp_path)
     missing, good, empty, summary = done.stdout.splitlines()
     assert done.returncode == 2 and done.stderr == ""
     assert missing.startswith("FAIL") and missing.endswith("missing.mp4  no such file")
@@ -106,13 +104,13 @@ def test_check_lists_every_video_once_and_exits_2(tmp_path):
     assert summary == "3 videos: 1 ok, 2 failed"
 
 
-def test_check_fails_a_video_that_ends_before_a_part_that_is_asked_about(tmp_path):
+def test_check_fails_a_video_that_ends_before_a_part_that_is_asked_about(script, tmp_path):
     write_video(tmp_path / "good.mp4", range(20))
     rows = [GOOD | {"id": str(end), "video": "good.mp4", "clip": [1, end]} for end in (2, 3.5, 1.5)]
-    done = run_check(write_lines(tmp_path / "q.jsonl", *rows), "--videos", tmp_path)
+    done = run_check(script, write_lines(tmp_path / "q.jsonl", *rows), "--videos", tmp_path)
     assert done.returncode == 2 and "good.mp4  it is 2.0 s long, but a part" in done.stdout
     assert "ends at 3.5 s" in done.stdout
-    done = run_check(write_lines(tmp_path / "q.jsonl", *rows[::2]), "--videos", tmp_path)
+    done = run_check(script, write_lines(tmp_path / "q.jsonl", *rows[::2]), "--videos", tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("ok")
 
 
@@ -212,8 +210,8 @@ def test_prompts_are_padded_left_and_completions_right():
 
 
 @needs_real_clips
-def test_check_names_the_broken_files():
-    done = run_check(os.path.join(REAL_CLIPS, "real_clips_with_broken.jsonl"), "--videos", REAL_CLIPS)
+def test_check_names_the_broken_files(script):
+    done = run_check(script, os.path.join(REAL_CLIPS, "real_clips_with_broken.jsonl"), "--videos", REAL_CLIPS)
     failed = {
         os.path.basename(line.split("  ")[1]) for line in done.stdout.splitlines() if line[:4] == "FAIL"
     }

@@ -1,12 +1,10 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from answers import Question
-from eval import compare, gains, summarize, table
+from eval import compare, gains, main, summarize, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -68,17 +66,17 @@ def test_compare_names_the_category_that_lost_most(tmp_path):
     assert compare([str(tmp_path)]).splitlines()[2].endswith("| +25.0 [+20.0, +30.0] | When -10.0 | 61 |")
 
 
-def score(tmp_path, predictions):
+def score(script, tmp_path, predictions):
     rows = [{"id": f"q{i}", "video": "a.mp4", "question": "color?", "answer": "red"} for i in range(3)]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "pred.jsonl").write_text(predictions)
-    command = [sys.executable, ROOT / "eval.py", "score", "--data", tmp_path / "data.jsonl"]
+    command = ["eval.py", "score", "--data", tmp_path / "data.jsonl"]
     command += ["--predictions", tmp_path / "pred.jsonl", "--json", tmp_path / "out.json"]
-    return subprocess.run(command, capture_output=True, text=True)
+    return script(main, *command)
 
 
-def test_scoring_counts_a_question_without_prediction_as_wrong(tmp_path):
-    done = score(tmp_path, '{"id": "q0", "prediction": "red"}\n{"id": "q1", "prediction": "blue"}\n')
+def test_scoring_counts_a_question_without_prediction_as_wrong(script, tmp_path):
+    done = score(script, tmp_path, '{"id": "q0", "prediction": "red"}\n{"id": "q1", "prediction": "blue"}\n')
     assert done.returncode == 0, done.stderr
     out = json.loads((tmp_path / "out.json").read_text())
     assert out["accuracy"] == pytest.approx(1 / 3) and out["n"] == 3 and out["missing"] == 1
@@ -91,7 +89,7 @@ def test_scoring_counts_a_question_without_prediction_as_wrong(tmp_path):
         ('{"id": "zz", "prediction": "x"}', ["zz", "data.jsonl"]),
     ],
 )
-def test_bad_predictions_are_one_line_and_status_2(tmp_path, predictions, words):
-    done = score(tmp_path, predictions)
+def test_bad_predictions_are_one_line_and_status_2(script, tmp_path, predictions, words):
+    done = score(script, tmp_path, predictions)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert all(word in done.stderr for word in words) and not (tmp_path / "out.json").exists()
