@@ -267,10 +267,10 @@ def iop(predicted: Interval, gold: Interval) -> float:
     """Intersection over the prediction's length (NExT-GQA), in [0, 1].
 
     A prediction of no length is 1 inside the gold span (bounds included) and 0 outside, as in the published
-    evaluation; reversed, NaN or inf: 0.
+    evaluation; reversed, NaN, inf or of infinite length: 0.
     """
     start, end = predicted
-    if not all(map(math.isfinite, (*predicted, *gold))) or start > end:
+    if not all(map(math.isfinite, (*predicted, *gold, end - start))) or start > end:
         return 0.0
     if start == end:
         return float(gold[0] <= start <= gold[1])

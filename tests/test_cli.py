@@ -10,6 +10,7 @@ import cli
 
 ROOT = Path(__file__).parent.parent
 WAITING = """
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from cli import run_script
@@ -20,6 +21,7 @@ def main():
     print("waiting", flush=True)
     time.sleep(60)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it from birth
 run_script(main)
 """
 
