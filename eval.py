@@ -310,6 +310,17 @@ def compare(folders: list[str]) -> str:
     return "\n".join(lines)
 
 
+def judge_of(args) -> LLMOracle | None:
+    """The judge that the options of `score` name, None without any."""
+    if not (args.judge_url or args.judge_model):
+        return None
+    if not (args.judge_url and args.judge_model):
+        raise BadInput("--judge_url and --judge_model: one without the other; give both")
+    options = {k: getattr(args, f"judge_{k}") for k in ("url", "model", "body")}
+    options["cache"] = args.judge_cache or f"{args.predictions}.judge.sqlite"
+    return LLMOracle(**options, key=os.environ.get("ORACLE_API_KEY", ""), option="judge")
+
+
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -338,14 +349,7 @@ def main() -> int:
     elif args.command == "compare":
         print(compare(args.runs))
     else:
-        judge = None
-        if args.judge_url or args.judge_model:
-            if not (args.judge_url and args.judge_model):
-                raise BadInput("--judge_url and --judge_model: one without the other; give both")
-            options = {k: getattr(args, f"judge_{k}") for k in ("url", "model", "body")}
-            options["cache"] = args.judge_cache or f"{args.predictions}.judge.sqlite"
-            judge = LLMOracle(**options, key=os.environ.get("ORACLE_API_KEY", ""), option="judge")
-        result = score(args.data, args.predictions, judge)
+        result = score(args.data, args.predictions, judge_of(args))
         print(json.dumps(result, indent=1))
         if args.json:
             write_json(args.json, result)
