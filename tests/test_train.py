@@ -187,7 +187,8 @@ def test_gradient_accumulation_cannot_change_the_update(small_step, norm):
         update(cfg, policy, trainable, *batch, lr=1.0)
         after.append(torch.cat([(p - s).detach().flatten() for p, s in zip(trainable, start, strict=True)]))
     assert after[0].abs().max() > 1e-4
-    torch.testing.assert_close(after[0], after[1], atol=1e-7, rtol=1e-4)
+    # float32 rounds differently on every CPU (1.2e-7 with AVX-512); dividing by a micro-batch's counts: > 0.5
+    torch.testing.assert_close(after[0], after[1], atol=1e-6, rtol=1e-4)
 
 
 def test_the_first_update_has_ratio_one_and_no_kl(small_step):
