@@ -3,9 +3,9 @@
 import os
 from dataclasses import dataclass
 
-from cli import BadInput
 from data import TEMPLATES
-from judge import LETTERS
+from oracles.judge import LETTERS
+from plumbing.options import BadInput
 
 
 @dataclass

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from answers import Question, instruction, prompt_text
-from cli import ArgumentParser, run_script, write_json
-from convert import NAMES, convert
-from video import DataError, check_video, read_frames
+from plumbing.options import ArgumentParser, run_script, write_json
+from videoqa.answers import Question, instruction, prompt_text
+from videoqa.datasets import NAMES, convert
+from videoqa.video import DataError, check_video, read_frames
 
 PAD_ID, BOS_ID, EOS_ID, VIDEO_ID = 0, 1, 2, 3  # VIDEO_ID: placeholder for one visual token, never sampled
 FIRST_BYTE = 4  # ids 4..259 are the bytes, then come the words

@@ -23,16 +23,15 @@ from types import SimpleNamespace
 import torch
 
 import lora
-import metrics
-import world
-from answers import bootstrap_ci, grade, is_correct, read, task
-from chat import Failed
-from cli import ArgumentParser, BadInput, run_script, write_json
+from checkpoints.policies import OPTIONS, load_policy, save_policy
 from data import PromptSet, load_questions
-from judge import TOP_SCORE, VERDICT_SHA256, LLMOracle
-from policies import OPTIONS, load_policy, save_policy
+from oracles.chat import Failed
+from oracles.judge import TOP_SCORE, VERDICT_SHA256, LLMOracle
+from plumbing.options import ArgumentParser, BadInput, run_script, write_json
+from plumbing.run_folder import pick_device
 from rollout import generate
-from runs import pick_device
+from videoqa import scores, world
+from videoqa.answers import bootstrap_ci, grade, is_correct, read, task
 
 
 def by_video(questions, values) -> list[list[float]]:
@@ -154,10 +153,10 @@ def judged(questions, texts, judge: LLMOracle) -> dict:
     for i, verdict in zip(asked, verdicts, strict=True):
         if not isinstance(verdict, Failed):
             right[i], scores[i] = verdict["correct"], verdict["score"]
-    table = metrics.accuracy_table(questions, right, scores)
+    table = scores.accuracy_table(questions, right, scores)
     if questions[0].spans:
         overlaps = [reading.overlaps(q) for q, reading in zip(questions, readings, strict=True)]
-        table |= metrics.grounded_qa(right, overlaps)
+        table |= scores.grounded_qa(right, overlaps)
     return table | {
         "matched": matched,
         "asked": len(asked),
@@ -198,11 +197,11 @@ def score(data: str, predictions: str, judge: LLMOracle | None = None) -> dict:
                 raise BadInput(f"{where}: id {name!r} is not in {data}; give predictions of that file")
             if name in said:
                 raise BadInput(f"{where}: id {name!r} was predicted before; keep one line a question")
-            said[name] = metrics.prediction_text(row["prediction"], of[name])
+            said[name] = scores.prediction_text(row["prediction"], of[name])
     texts = [said.get(q.id, "") for q in questions]
     grades = [grade(t, q) for t, q in zip(texts, questions, strict=True)]
     right = [float(is_correct(t, q)) for t, q in zip(texts, questions, strict=True)]
-    published = metrics.score(questions, texts)
+    published = scores.score(questions, texts)
     for name, kind in (("open_ended", "qa"), ("grounded_qa", "grounded")):
         chosen = [(q, t) for q, t in zip(questions, texts, strict=True) if is_open(q) and task(q) == kind]
         if judge and chosen:

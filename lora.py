@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from cli import BadInput, write_json, write_whole
-from nf4 import NF4Linear, frozen_linear, quantise_linears
+from checkpoints.nf4 import NF4Linear, frozen_linear, quantise_linears
+from plumbing.options import BadInput, write_json, write_whole
 
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # PEFT's prefix; without it PEFT loads nothing and warns once

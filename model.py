@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cli import BadInput, write_json, write_whole
 from clip import Clip, ClipConfig, preprocess
+from plumbing.options import BadInput, write_json, write_whole
 
 # The score of what may not be seen. Finite, so that a row of padding, which sees nothing, has no NaN.
 HIDDEN = -1e30

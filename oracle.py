@@ -25,9 +25,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from answers import Question, Reward, grade, kendall_tau, prompt_text, reward
-from cli import BadInput
 from grpo_rank import ranks_from_scores
+from plumbing.options import BadInput
+from videoqa.answers import Question, Reward, grade, kendall_tau, prompt_text, reward
 
 # Why a ranking failed: the first word of its note. From the wire, of the reply, of the rest.
 CAUSES = "connection timeout busy server refused bad_reply dead budget".split()

@@ -28,15 +28,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import ranker
-import world
-from answers import prompt_text
-from cli import BadInput, parse_args, run_script, write_json
+from checkpoints.policies import load_policy, save_video_adapter
 from clip import Clip, ClipConfig, contrastive_loss, preprocess
 from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips, load_questions
 from model import ModelConfig, VideoAdapter, VideoLM, load_model, save_model
-from policies import load_policy, save_video_adapter
-from runs import pick_device
+from oracles import ranker
+from plumbing.options import BadInput, parse_args, run_script, write_json
+from plumbing.run_folder import pick_device
+from videoqa import world
+from videoqa.answers import prompt_text
 
 
 @dataclass

@@ -23,13 +23,13 @@ from statistics import pstdev
 import torch
 from tqdm import tqdm
 
-from answers import Question, Reward, reward, task
-from cli import ArgumentParser, BadInput, add_options, run_script, write_whole
+from checkpoints.policies import OPTIONS, load_policy
 from config import Config
 from data import PromptSet, load_questions
-from policies import OPTIONS, load_policy
+from plumbing.options import ArgumentParser, BadInput, add_options, run_script, write_whole
+from plumbing.run_folder import pick_device
 from rollout import generate
-from runs import pick_device
+from videoqa.answers import Question, Reward, reward, task
 
 FLAT = 1e-6  # a std below this is rounding noise: all overlaps are the same
 STD_BINS = 10  # of width 0.05: the std of values in [0, 1] is at most 0.5

@@ -20,10 +20,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import lora
-import memory
-import nf4
-from answers import is_correct, kendall_tau, ndcg_agreement
-from cli import BadInput, parse_args, run_script, write_json
+from checkpoints import memory, nf4
+from checkpoints.policies import OPTIONS, load_policy, load_tokenizer, policy_configs
 from config import PRESETS, Config
 from data import PromptSet, longest_text
 from eval import draw_world, evaluate, gains, load_sets, table
@@ -35,7 +33,6 @@ from grpo_rank import (
     rank_advantages,
     ranks_from_scores,
 )
-from judge import LLMOracle, rank_patiently
 from oracle import (
     AnchoredOracle,
     FunctionOracle,
@@ -48,11 +45,11 @@ from oracle import (
     load_function,
     weighed,
 )
-from policies import OPTIONS, load_policy, load_tokenizer, policy_configs
-from ranker import TrainedOracle, load_ranker
-from replay import ReplayOracle, check_replay, is_cache
-from rollout import completion_states, generate_in_parts
-from runs import (
+from oracles.cache import ReplayOracle, check_replay, is_cache
+from oracles.judge import LLMOracle, rank_patiently
+from oracles.ranker import TrainedOracle, load_ranker
+from plumbing.options import BadInput, parse_args, run_script, write_json
+from plumbing.run_folder import (
     checkpoint_path,
     open_run,
     oracle_summary,
@@ -63,6 +60,8 @@ from runs import (
     save_checkpoint,
     stored_options,
 )
+from rollout import completion_states, generate_in_parts
+from videoqa.answers import is_correct, kendall_tau, ndcg_agreement
 
 # ----------------------------------------------------------------------------------------- machine, processes
 

@@ -1,0 +1,157 @@
+"""What a run will need of the device's memory, before anything of it is allocated.
+
+Weights, adapters and the cache are counted. What a step needs beside them is measured, on tensors that have
+shapes but no memory (FakeTensorMode): three decoder layers and two of the true width run the code that the
+run itself will run, forward and backward, and their difference is what each further layer adds.
+"""
+
+import weakref
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lora
+from checkpoints import nf4
+from clip import ClipConfig
+from data import clips_at_once
+from grpo_rank import sampling_logprobs, token_stats
+from model import Decoder, KVCache, ModelConfig, Projector, VideoLM
+
+TESTED = 128  # prompts that an evaluation samples at once, where no option says fewer
+CHUNK = 1024  # rows that completion_logprobs takes through the head at once
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of tensors made within it that are still alive: `live` now, `peak` at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.see((args, kwargs), counted=False)  # made before: a view of it is no new memory either
+        out = func(*args, **(kwargs or {}))
+        self.see(out, counted=True)
+        return out
+
+    def see(self, values, counted: bool):
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":  # which holds nothing
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.seen:
+                    self.seen[storage._cdata] = storage.nbytes() * counted
+                    self.live += storage.nbytes() * counted
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.drop, storage._cdata)
+
+    def drop(self, key: int):
+        self.live -= self.seen.pop(key)
+
+
+def num_bytes(tensors) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def plan(
+    cfg: ModelConfig, clip: ClipConfig, run, dtype: torch.dtype, num_videos: int, text_tokens: int
+) -> dict[str, int]:
+    """Bytes by purpose. `run`: train.py's Config; dtype: of the matrix products; text_tokens: of the longest
+    prompt beside its video.
+
+    The peak is what stays and the largest of what does not coincide: embedding videos, sampling, update, the
+    last two with their logits. An allocator keeps some more for itself, about a tenth on a GPU.
+    """
+    with torch.device("meta"):
+        whole = VideoLM(cfg, clip)
+        if isinstance(whole.adapter, Projector) and run.base != "float32":
+            whole.adapter.bfloat16()  # as checkpoint.fill holds it
+    names = [name for name in lora.linears(whole.decoder) if name.split(".")[-1] in lora.DECODER_LINEARS]
+    linears = [whole.decoder.get_submodule(name) for name in names]
+    quantised = sum(x.weight.numel() for x in linears) if run.base == "nf4" else 0
+    rest = sum(p.numel() for p in whole.decoder.parameters()) - quantised
+    num_adapters = sum(run.lora_r * (x.in_features + x.out_features) for x in linears)
+    N_video = whole.adapter.num_tokens
+    P, G, T = (
+        run.sample_prompts or max(run.batch_prompts, TESTED),
+        max(run.group_size, run.eval_samples),
+        run.max_new_tokens,
+    )
+    S = N_video + text_tokens
+    codes = quantised // 2 + quantised // nf4.BLOCK + 4 * quantised // (nf4.BLOCK * nf4.GROUP)
+    stays = {
+        f"decoder's weights ({run.base})": codes + rest * (4 if run.base == "float32" else 2),
+        "CLIP and video adapter": num_bytes(whole.clip.parameters()) + num_bytes(whole.adapter.parameters()),
+        "adapters, gradients, optimiser states, reference": 4 * 5 * num_adapters,  # float32; two moments
+        f"video tokens of {num_videos} videos": 4 * num_videos * N_video * cfg.dim,
+    }
+    with FakeTensorMode():
+        decoder = Decoder(replace(cfg, num_layers=3))
+        lora.freeze_base(decoder, run.base)
+        for parameter in lora.add_adapters(decoder, run.lora_r, run.lora_alpha):
+            parameter.grad = torch.zeros_like(parameter)
+        decoder.compute_dtype, decoder.checkpointing = dtype, run.checkpointing
+        more = step_peaks(decoder, run, P, G, S, T)
+        del decoder.layers[1]
+        few = step_peaks(decoder, run, P, G, S, T)
+    each = (b + (cfg.num_layers - 3) * (b - a) for a, b in zip(few, more, strict=True))
+    cache, prefill, step, update = each
+    logits, embedding = logits_peak(cfg, run), embedding_peak(cfg, clip)
+    return stays | {
+        "embedding videos": embedding,
+        f"KV cache ({P} prompts, {G} completions each)": cache,
+        "sampling, beside the cache": max(prefill, step) - cache,
+        f"activations of the update ({run.micro_batch_prompts} prompts)": update,
+        "logits": logits,
+        "peak": sum(stays.values()) + max(embedding, max(prefill, step, update) + logits),
+    }
+
+
+def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int) -> tuple[int, int, int, int]:
+    """Bytes of the KV cache, and the peaks of prefill, of a sampling step and of a micro-batch's forward and
+    backward, without weights and gradients."""
+    with Live() as live, lora.folded(decoder):  # as in generate
+        cache = KVCache(torch.ones(P, S, dtype=torch.bool), G, T)
+        prompt = decoder.embed_tokens(torch.zeros(P, S, dtype=torch.int64))
+        decoder(prompt, cache.prompt_mask, cache=cache)
+        prefill, live.peak = live.peak, live.live
+        decoder.step(torch.zeros(P, G, dtype=torch.int64), T - 1, cache)
+        kept = num_bytes(x for pair in cache.prompt + cache.own for x in pair)
+    with Live() as update:
+        P, G = run.micro_batch_prompts, run.group_size
+        prompt = decoder.embed_tokens(torch.zeros(P, S, dtype=torch.int64))
+        completions = decoder.embed_tokens(torch.zeros(P, G, T, dtype=torch.int64))
+        decoder(prompt, torch.ones(P, S, dtype=torch.bool), completions).sum().backward()
+    return kept, prefill, live.peak, update.peak
+
+
+def embedding_peak(cfg: ModelConfig, clip: ClipConfig) -> int:
+    """Peak bytes of videos on their way through CLIP and the adapter."""
+    with FakeTensorMode():
+        model = VideoLM(replace(cfg, num_layers=1), clip)
+        clips = clips_at_once(cfg.num_frames, model.clip.vision_model.num_patches)
+        with Live() as live:
+            size = (clips, cfg.num_frames, 3, clip.image_size, clip.image_size)
+            model.embed_video(torch.zeros(size, dtype=torch.uint8), torch.zeros(size[:2]))
+    return live.peak
+
+
+def logits_peak(cfg: ModelConfig, run) -> int:
+    """Peak bytes of a chunk of rows on its way through the head and back, the reference's beside it; and of
+    a float32 copy of the head, where it is of 16 bits."""
+    with FakeTensorMode(), Live() as live:
+        rows = min(CHUNK, run.micro_batch_prompts * run.group_size * run.max_new_tokens)
+        hidden = torch.zeros(rows, cfg.dim, requires_grad=True)
+        head, ids = torch.zeros(cfg.vocab_size, cfg.dim), torch.zeros(rows, dtype=torch.int64)
+        policy, reference = (
+            sampling_logprobs(x @ head.T, 1.0, None, None) for x in (hidden, hidden.detach())
+        )
+        sum(x.sum() for x in token_stats(policy, reference, ids)).backward()
+    return live.peak - (num_bytes([head]) if run.base == "float32" else 0)
+
+
+def table(lines: dict[str, int]) -> str:
+    return "\n".join(f"{size / 1e9:8.2f} GB  {name}" for name, size in lines.items())

@@ -1,0 +1,263 @@
+"""A run's policy from folders on disk: what pretrain.py wrote, LLaVA-1.5, or a text decoder behind a CLIP.
+
+The last two are in the Hugging Face layout. A text decoder has never been shown anything: between it and
+CLIP stands this repository's own VideoAdapter, read from ADAPTER_FILE in the decoder's folder where that
+exists, from scratch otherwise. LLaVA brings a projector, and can have a Q-Former in its place.
+"""
+
+import os
+from dataclasses import replace
+
+import torch
+from safetensors.torch import save
+
+import lora
+from checkpoints.huggingface import (
+    DECODERS,
+    Source,
+    Tensors,
+    clip_config,
+    clip_source,
+    decoder_config,
+    decoder_source,
+    fill,
+    hf_clip_source,
+    hf_config,
+    read_clip_config,
+    read_json,
+    save_decoder,
+    save_tensors,
+    weight_files,
+)
+from clip import ClipConfig
+from data import ChatTokenizer, Tokenizer
+from model import POLICIES, ModelConfig, VideoAdapter, VideoLM, load_model, read_configs, save_model
+from plumbing.options import BadInput, write_json, write_whole
+from plumbing.run_folder import process_info
+
+FRAMES = 50  # K of a pretrained policy, as VLM-RLAIF was tuned
+ADAPTER_FILE = "video_adapter.safetensors"  # a VideoAdapter beside a pretrained decoder's weights
+# train.py's options that make a policy what it is; a run is read again with them
+OPTIONS = ("clip", "num_frames", "template", "video_tokens", "adapter", "base", "think")
+OPTIONS += ("random_weights", "seed")
+CLIP_TEXT = (  # what of a CLIP checkpoint is not its image tower, in either layout
+    "text_model.", "text_projection", "visual_projection", "logit_scale", "transformer.", "token_embedding.",
+    "positional_embedding", "ln_final.", "visual.proj",
+)  # fmt: skip
+
+
+def kind_of(folder: str) -> str:
+    """config.json's model_type; empty for a folder that pretrain.py wrote, or that is none at all."""
+    path = os.path.join(folder, "config.json")
+    return (read_json(path).get("model_type") or "") if os.path.exists(path) else ""
+
+
+def policy_configs(folder: str, *, clip="", num_frames=0, video_tokens="auto"):
+    """(ModelConfig, ClipConfig) of what `load_policy` would load, from the config files alone. BadInput: not
+    supported."""
+    kind, where = kind_of(folder), os.path.join(folder, "config.json")
+    if kind in DECODERS and not clip:
+        raise BadInput(f"{where}: model_type {kind} is a text decoder: name its CLIP with --clip; {POLICIES}")
+    if clip and kind not in DECODERS:
+        raise BadInput(f"--clip {clip}: {folder} is no text decoder and has its own; leave --clip out")
+    if not kind:
+        return read_configs(folder, num_frames)
+    config = read_json(where)
+    if kind == "llava":
+        return llava_configs(config, folder, num_frames or FRAMES, video_tokens)
+    if kind not in DECODERS:
+        raise BadInput(f"{where}: model_type {kind} is no policy; {POLICIES} ({', '.join(DECODERS)})")
+    adapter = "qformer" if video_tokens == "auto" else video_tokens
+    ours = dict(adapter=adapter, num_frames=num_frames or FRAMES, framing=framing(clip))
+    return decoder_config(config, where, **ours), replace(read_clip_config(clip), embed_dim=0)
+
+
+def framing(folder: str) -> str:
+    """How a CLIP was shown its pictures. do_pad is LlavaImageProcessor's name for it."""
+    path = os.path.join(folder, "preprocessor_config.json")
+    return "pad" if os.path.exists(path) and read_json(path).get("do_pad") else "crop"
+
+
+def load_tokenizer(folder: str, V: int, template="vicuna_v1", think=False):
+    """The tokenizer of a policy folder. V: rows of its embedding."""
+    kind = kind_of(folder)
+    if not kind:
+        return Tokenizer.load(os.path.join(folder, "tokenizer.json"))
+    config = read_json(os.path.join(folder, "config.json"))
+    image_id = config.get("image_token_index", config.get("image_token_id", 32000))
+    return ChatTokenizer(folder, template, image_id if kind == "llava" else None, V, think)
+
+
+def load_policy(
+    folder: str, device="cpu", *, clip="", num_frames=0, template="vicuna_v1", video_tokens="auto",
+    adapter="", base="float32", think=False, random_weights=False, seed=0,
+):  # fmt: skip
+    """(model, tokenizer) of a folder that pretrain.py made or, in the Hugging Face layout, of LLaVA-1.5 or a
+    text decoder with its `clip`. These two alone can choose their template, their video tokens (auto | pooled
+    | patches | qformer) and whether they are asked to think first.
+
+    num_frames: K, 0 the folder's own. An `adapter` folder is merged into the decoder, then its weights are
+    held in `base` (lora.freeze_base); pretrained ones are from the start, tensor by tensor, where nothing is
+    merged. random_weights: a folder in the Hugging Face layout without any weights has them drawn.
+    """
+    if kind_of(folder):
+        chosen = dict(clip=clip, num_frames=num_frames, video_tokens=video_tokens, seed=seed)
+        chosen |= dict(base="bfloat16" if adapter else base, random_weights=random_weights)
+        model = load_pretrained(folder, device, **chosen)
+        tokenizer = load_tokenizer(folder, model.cfg.vocab_size, template, think)
+        model.cfg = replace(model.cfg, video_start=tokenizer.video_start)
+    else:
+        policy_configs(folder, clip=clip)  # which refuses a clip
+        model, tokenizer = load_model(folder, device, num_frames), load_tokenizer(folder, 0)
+    if adapter:
+        lora.load_adapter(model.decoder, adapter)
+        lora.merge(model.decoder)
+    lora.freeze_base(model.decoder, base)
+    return model, tokenizer
+
+
+def load_pretrained(
+    folder: str, device="cpu", *, clip="", base="", random_weights=False, seed=0, **chosen
+) -> VideoLM:
+    """LLaVA-1.5, or a text decoder with the image tower of `clip`, as a frozen float32 VideoLM. base: how the
+    decoder is held (`fill`); chosen: num_frames, video_tokens."""
+    cfg, clip_cfg = policy_configs(folder, clip=clip, **chosen)
+    with torch.device("meta"):
+        model = VideoLM(cfg, clip_cfg)
+    names, own = list(model.state_dict()), not cfg.adapter.startswith("llava")  # own: a VideoAdapter
+
+    def weights(path):
+        if not random_weights or os.path.isfile(path) or weight_files(path):
+            return Tensors(path)
+        say(f"{path} holds no weights: --random_weights draws them, seed {seed}; answers will mean nothing")
+
+    where = (device, torch.float32)
+    if clip:
+        tower = {n: clip_source(n.removeprefix("clip."), clip) for n in names if n.startswith("clip.")}
+        fill(model, weights(clip), tower, *where, CLIP_TEXT, seed=seed)
+        sources = {n: decoder_source(n.removeprefix("decoder.")) for n in names if n.startswith("decoder.")}
+        spare = ("lm_head.weight",) if cfg.tied else ()
+        fill(model, weights(folder), sources, *where, spare, base, seed)
+    else:
+        tensors = weights(folder)
+        old = bool(tensors) and any(n.startswith("vision_tower.vision_model.") for n in tensors.file_of)
+        sources = {n: llava_source(n, old) for n in names if not (own and n.startswith("adapter."))}
+        spare = ("language_model.lm_head.weight",) if cfg.tied else ()
+        fill(model, tensors, sources, *where, spare + ("multi_modal_projector.",) * own, base, seed)
+    if own:
+        model.adapter = load_video_adapter(os.path.join(folder, ADAPTER_FILE), cfg, clip_cfg, seed).to(device)
+    return model.eval()
+
+
+def load_video_adapter(path: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int) -> VideoAdapter:
+    """The adapter in that file; without it a new one, the same for the same seed, and a note. Frozen."""
+    with torch.random.fork_rng(devices=[]):  # the layers' own initialisation draws from the global generator
+        torch.manual_seed(seed)
+        adapter = VideoAdapter(cfg, clip_cfg).requires_grad_(False)
+    if os.path.exists(path):
+        sources = {name: Source(name) for name in adapter.state_dict()}
+        fill(adapter, Tensors(path), sources, "cpu", torch.float32)
+        return adapter
+    name = "Q-Former" if cfg.adapter == "qformer" else f"projector ({cfg.adapter} video tokens)"
+    size = sum(p.numel() for p in adapter.parameters())
+    say(
+        f"note: the {name} between CLIP and decoder, {size:,} parameters, starts from scratch (seed {seed})"
+        " and train.py updates the decoder's LoRA alone: until python pretrain.py --stage adapter has aligned"
+        f" it with this decoder, into {path}, noise stands in the video's place"
+    )
+    return adapter
+
+
+def say(line: str):
+    if process_info()[0] == 0:
+        print(line, flush=True)
+
+
+def save_policy(model: VideoLM, folder: str, source: str, tokenizer):
+    """Writes a policy, its LoRA merged, in the layout of the folder that it was read from."""
+    kind = kind_of(source)
+    if not kind:
+        return save_model(model, folder, torch.float32)
+    own = isinstance(model.adapter, VideoAdapter)
+    if kind == "llava":
+        save_llava(model, folder, tokenizer.placeholder_id, projector=projector_of(source) if own else {})
+    else:
+        save_decoder(model.decoder, folder)
+    if own:
+        save_video_adapter(model.adapter, folder)
+
+
+def save_video_adapter(adapter: VideoAdapter, folder: str):
+    tensors = {name: x.detach().cpu().contiguous() for name, x in adapter.state_dict().items()}
+    write_whole(os.path.join(folder, ADAPTER_FILE), save(tensors))
+
+
+# ------------------------------------------------------------------------------------------------- LLaVA-1.5
+
+
+def llava_configs(config: dict, folder: str, num_frames=FRAMES, video_tokens="auto"):
+    """(ModelConfig, ClipConfig). pooled, auto: VLM-RLAIF's K + N video tokens; patches: all K * N."""
+    where = os.path.join(folder, "config.json")
+    for key, value in {"projector_hidden_act": "gelu", "vision_feature_select_strategy": "default"}.items():
+        if config.get(key, value) != value:
+            raise BadInput(f"{where}: {key} {config.get(key)} is not supported; {key} must be {value}")
+    layer = config.get("vision_feature_layer", -2)
+    if not isinstance(layer, int):
+        raise BadInput(f"{where}: vision_feature_layer {layer} is not supported; one layer, a whole number")
+    adapter = {"qformer": "qformer", "patches": "llava"}.get(video_tokens, "llava_pooled")
+    ours = dict(adapter=adapter, framing=framing(folder), clip_layer=layer, num_frames=num_frames)
+    cfg = decoder_config(config.get("text_config", {}), where, **ours)
+    return cfg, clip_config(config.get("vision_config", {}), where)
+
+
+def llava_source(name: str, old: bool) -> Source:
+    """old: vision_tower.vision_model. as in the published files; newer ones leave the second word out."""
+    part, _, rest = name.partition(".")
+    if part == "decoder":
+        return decoder_source(rest, "language_model.")
+    if part == "adapter":
+        return Source(f"multi_modal_projector.{rest}")
+    name = hf_clip_source(rest).name
+    return Source("vision_tower." + (name if old else name.removeprefix("vision_model.")))
+
+
+def projector_of(folder: str) -> dict[str, torch.Tensor]:
+    stored = Tensors(folder)
+    return {name: stored[name] for name in stored.file_of if name.startswith("multi_modal_projector.")}
+
+
+def hf_llava_config(model: VideoLM, placeholder_id: int, dtype=torch.float32) -> dict:
+    clip = model.clip_cfg
+    vision = {
+        "model_type": "clip_vision_model",
+        "image_size": clip.image_size,
+        "patch_size": clip.patch_size,
+        "hidden_size": clip.width,
+        "intermediate_size": 4 * clip.width,
+        "num_hidden_layers": clip.num_layers,
+        "num_attention_heads": clip.num_heads,
+        "hidden_act": clip.activation,
+    }
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "dtype": str(dtype).removeprefix("torch."),
+        "image_token_index": placeholder_id,
+        "image_seq_length": (clip.image_size // clip.patch_size) ** 2,
+        "projector_hidden_act": "gelu",
+        "tie_word_embeddings": model.cfg.tied,
+        "vision_feature_layer": model.cfg.clip_layer,
+        "vision_feature_select_strategy": "default",
+        "vision_config": vision,
+        "text_config": hf_config(model.cfg, dtype),
+    }
+
+
+def save_llava(model: VideoLM, folder: str, placeholder_id: int, dtype=torch.float32, projector=None):
+    """Writes a LLaVA, its LoRA merged, in the layout of LLaVA-1.5. projector: its tensors by their names in
+    the files, where the model has a VideoAdapter in its place."""
+    own = isinstance(model.adapter, VideoAdapter)
+    state = {n: x for n, x in model.state_dict().items() if not (own and n.startswith("adapter."))}
+    tensors = {llava_source(name, old=True).name: x for name, x in state.items()} | (projector or {})
+    save_tensors(tensors, folder, dtype)
+    write_json(os.path.join(folder, "config.json"), hf_llava_config(model, placeholder_id, dtype))

@@ -1,0 +1,346 @@
+"""Seconds of one whole step (sample, rank, update) here and in TRL's GRPOTrainer, same sizes, same prompts;
+and of its parts, loading, CLIP and sampling, beside the libraries that they would come from.
+
+    pip install -r requirements-dev.txt
+    python -m experiments.bench                                  # float32, then bfloat16, against TRL
+    python -m experiments.bench --dtype float32 --peer none      # this code alone
+    python -m experiments.bench --what load                      # a checkpoint, against load_file and a plain read
+    python -m experiments.bench --what clip --size full          # image tower, against CLIPVisionModel with sdpa
+    python -m experiments.bench --what decoder --size 125m --device cuda     # prefill and decode, against generate
+
+A step, both sides: 8 prompts of 96 tokens, 5 completions of exactly 32 tokens, a decoder of random weights
+with LoRA on all seven linear layers, one AdamW update with KL to the start, no gradient checkpointing. Both
+take turns in one process, with the same number of threads; the median counts. The last line is JSON.
+"""
+
+import json
+import platform
+import re
+import statistics
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+import lora
+import train
+from checkpoints.huggingface import hf_config, load_decoder, save_decoder
+from clip import ClipConfig, ImageTower
+from data import Prompts
+from grpo_rank import rank_advantages, ranks_from_scores
+from model import Decoder, ModelConfig, VideoLM
+from plumbing.options import BadInput, parse_args, run_script, write_json
+from rollout import generate
+
+MODEL = ModelConfig(dim=256, num_layers=6, num_heads=8, num_kv_heads=8, ffn_dim=688, vocab_size=512)
+P, G, S, T = 8, 5, 96, 32
+SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1}  # TRL wants them; prompts are drawn from the other ids
+STEP = train.Config(group_size=G, max_new_tokens=T, updates_per_rollout=1, kl_coef=0.04, lora_r=16, lr=1e-4)
+DTYPES = {"float32": ("float32",), "bfloat16": ("bfloat16",), "both": ("float32", "bfloat16")}
+PACKAGES = {"trl": ("torch", "trl", "transformers", "peft"), "none": ("torch",)}
+PACKAGES |= {"load": ("torch", "safetensors"), "clip": ("torch", "transformers")}
+PACKAGES["decoder"] = PACKAGES["clip"]
+SIZES = {  # by --what and --size
+    "step": {"small": MODEL},
+    "load": {  # 67 MB and 1.1 GB in float32
+        "small": ModelConfig(8192, 512, 4, 8, 8, 1376), "full": ModelConfig(32000, 2048, 4, 32, 32, 5632),
+    },
+    "clip": {  # full: CLIP ViT-L/14-336
+        "small": ClipConfig(112, 14, 256, 4, 4, embed_dim=0, activation="quick_gelu"),
+        "full": ClipConfig(336, 14, 1024, 24, 16, embed_dim=0, activation="quick_gelu"),
+    },
+    "decoder": {  # 4.9 M, 124 M, 1.1 G parameters
+        "small": MODEL, "125m": ModelConfig(32000, 768, 12, 12, 12, 2560),
+        "1b": ModelConfig(32000, 2048, 22, 32, 4, 5632, tied=False),
+    },
+}  # fmt: skip
+FRAMES = 8
+
+
+@dataclass
+class Config:
+    what: str = "step"  # step | load | clip | decoder
+    size: str = "small"  # small | full (load, clip) | 125m | 1b (decoder)
+    device: str = "cpu"  # cpu | cuda; a step is measured on the CPU alone
+    dtype: str = "both"  # float32 | bfloat16 | both; in a step bfloat16 is autocast on both sides
+    repeats: int = 10  # timed steps a side
+    warmup: int = 2  # steps a side before them
+    peer: str = "trl"  # trl | none
+    json: str = ""  # file that also gets the result
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES or self.peer not in PACKAGES or min(self.repeats, self.warmup) < 1:
+            raise BadInput("--dtype float32|bfloat16|both, --peer trl|none, --repeats and --warmup >= 1")
+        if self.what not in SIZES or self.size not in SIZES[self.what]:
+            of = "; ".join(f"--what {what} --size {'|'.join(sizes)}" for what, sizes in SIZES.items())
+            raise BadInput(f"--what {self.what} --size {self.size}: choose one of {of}")
+        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and self.what in ("step", "load")):
+            raise BadInput(f"--device {self.device}: cpu, or for --what clip|decoder cuda")
+
+
+class Stopwatch:
+    """Seconds of each part, one entry a step."""
+
+    def __init__(self):
+        self.seconds: dict[str, list[float]] = {}
+
+    @contextmanager
+    def __call__(self, part: str):
+        began = time.perf_counter()
+        yield
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self.seconds.setdefault(part, []).append(time.perf_counter() - began)
+
+    def medians(self, warmup: int) -> dict[str, float]:
+        return {part: round(statistics.median(s[warmup:]), 6) for part, s in self.seconds.items()}
+
+
+def score(completion_ids: list[int]) -> float:
+    """Both sides' feedback, from the ids alone: the share of even ones."""
+    return sum(i % 2 == 0 for i in completion_ids) / len(completion_ids)
+
+
+def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
+    """prompt_ids (P, S) int64 -> a function that takes one step of train.py with them."""
+    policy = SimpleNamespace(cfg=MODEL, decoder=Decoder(MODEL))  # a VideoLM without eyes: text alone
+    policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
+    policy.decoder.compute_dtype = getattr(torch, dtype)
+    trainable = lora.add_adapters(policy.decoder, STEP.lora_r, STEP.lora_alpha)
+    lora.freeze_reference(policy.decoder)
+    optimizer = torch.optim.AdamW(trainable, lr=STEP.lr, weight_decay=0.0)
+    prompts = Prompts(prompt_ids, torch.ones_like(prompt_ids).bool(), torch.zeros(P, 0, MODEL.dim))
+    no_end = torch.empty(0, dtype=torch.int64)
+
+    def step():
+        with watch("step"):
+            with watch("sample"):
+                rollout = generate(policy, prompts, G, T, end_ids=no_end, uniforms=torch.rand(P, G, T))
+            with watch("rank"):
+                scores = torch.tensor([score(ids) for ids in rollout.completion_ids.tolist()]).view(P, G)
+                ranks = ranks_from_scores(scores)
+                live = (ranks != ranks[:, :1]).any(dim=1).repeat_interleave(G)
+                signal = rank_advantages(ranks).flatten(), live, None
+            with watch("update"):
+                with watch("reference, part of update"):
+                    ref_states = train.reference_states(STEP, policy, prompts, rollout)
+                args = prompts, rollout, ref_states, *signal
+                numbers = train.update(STEP, policy, trainable, optimizer, *args)
+        assert rollout.completion_mask.sum() == P * G * T and not numbers["bad"], numbers
+        # A part of the step once more, by itself
+        with watch("prefill, part of sample"):
+            generate(policy, prompts, G, 1, end_ids=no_end)
+
+    return step
+
+
+def run_trl(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch, num_steps: int, between, folder: str):
+    """prompt_ids (P, S): GRPOTrainer takes num_steps steps with them and calls between() after each."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+    from transformers.trainer_callback import PrinterCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(MODEL.vocab_size)}, unk_token="0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1")
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=MODEL.vocab_size, hidden_size=MODEL.dim, num_hidden_layers=MODEL.num_layers,
+        num_attention_heads=MODEL.num_heads, num_key_value_heads=MODEL.num_kv_heads,
+        intermediate_size=MODEL.ffn_dim, tie_word_embeddings=True, bos_token_id=None, **SPECIAL_IDS,
+    ))  # fmt: skip
+    model.generate = watch("sample")(model.generate)
+
+    def reward(completion_ids, **kwargs):
+        assert [len(ids) for ids in completion_ids] == [T] * P * G, list(map(len, completion_ids))
+        return [score(ids) for ids in completion_ids]
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.timer = watch("step")
+            self.timer.__enter__()
+
+        def on_step_end(self, *args, **kwargs):
+            self.timer.__exit__(None, None, None)
+            between()
+
+    options = GRPOConfig(
+        output_dir=folder, max_steps=num_steps, per_device_train_batch_size=P * G, num_generations=G, top_k=0,
+        max_completion_length=T, generation_kwargs={"min_new_tokens": T}, temperature=STEP.temperature,
+        beta=STEP.kl_coef, epsilon=STEP.clip_eps, loss_type="grpo", num_iterations=1, learning_rate=STEP.lr,
+        weight_decay=0.0, max_grad_norm=STEP.max_grad_norm, bf16=dtype == "bfloat16", use_cpu=True,
+        gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    adapters = LoraConfig(r=STEP.lora_r, lora_alpha=STEP.lora_alpha, target_modules=[*lora.DECODER_LINEARS])
+    texts = Dataset.from_dict({"prompt": [" ".join(map(str, ids)) for ids in prompt_ids.tolist()]})
+    kit = dict(processing_class=tokenizer, callbacks=[Turns()], peft_config=adapters)
+    trainer = GRPOTrainer(model, reward, options, texts, **kit)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def compare(cfg: Config, dtype: str) -> dict:
+    """Lets the two sides take steps in turn and prints the medians."""
+    torch.manual_seed(0)
+    prompt_ids = torch.randint(len(SPECIAL_IDS), MODEL.vocab_size, (P, S))
+    ours, theirs, num_steps = Stopwatch(), Stopwatch(), cfg.warmup + cfg.repeats
+    step = our_step(prompt_ids, dtype, ours)
+    if cfg.peer == "trl":
+        with tempfile.TemporaryDirectory() as folder:
+            run_trl(prompt_ids, dtype, theirs, num_steps, step, folder)
+    else:
+        for _ in range(num_steps):
+            step()
+    result = {"dtype": dtype, "ours": ours.medians(cfg.warmup), "trl": theirs.medians(cfg.warmup)}
+    print(f"\n{dtype}, medians of {cfg.repeats}")
+    for side in ("ours", "trl"):
+        for part, s in result[side].items():
+            print(f"  {side:4} {part:26} {s:9.4f} s {P * G * T / s:10.0f} tokens/s")
+    if cfg.peer == "trl":
+        result["ratio"] = round(result["ours"]["step"] / result["trl"]["step"], 4)
+        print(f"  ours / trl {result['ratio']:.3f}")
+    return result
+
+
+# ------------------------------------------------------------------------------------------ parts of a step
+
+
+def take_turns(cfg: Config, dtype: str, parts: dict) -> dict:
+    """parts: a name's pair of functions, ours and theirs. They run in turn; prints and returns medians."""
+    ours, theirs = Stopwatch(), Stopwatch()
+    for _ in range(cfg.warmup + cfg.repeats):
+        for part, pair in parts.items():
+            for watch, function in zip((ours, theirs), pair, strict=True):
+                with watch(part):
+                    function()
+    result = {"dtype": dtype, "ours": ours.medians(cfg.warmup), "theirs": theirs.medians(cfg.warmup)}
+    result["ratio"] = {part: round(s / result["theirs"][part], 4) for part, s in result["ours"].items()}
+    print(f"\n{cfg.what} {cfg.size}, {dtype}, medians of {cfg.repeats}")
+    for part, ratio in result["ratio"].items():
+        s = result["ours"][part], result["theirs"][part]
+        print(f"  {part:8} ours {s[0]:9.4f} s   theirs {s[1]:9.4f} s   ours / theirs {ratio:.3f}")
+    return result
+
+
+def host_bytes(line: str) -> int:
+    """This process's VmRSS (resident now) or VmHWM (at most, since it was reset), in bytes. Linux."""
+    return 1024 * int(re.search(rf"{line}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def compare_load(cfg: Config, dtype: str) -> dict:
+    """A checkpoint in the page cache: into our decoder; as load_file's bare tensors (map); as bytes (read).
+    The first two map the file, so every page is touched."""
+    from safetensors.torch import load_file
+
+    def touch(tensors):
+        return sum(float(x.flatten()[:: 4096 // x.element_size()].sum()) for x in tensors)
+
+    kind = getattr(torch, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        save_decoder(Decoder(SIZES["load"][cfg.size]), folder, kind)
+        file = Path(folder) / "model.safetensors"
+
+        def ours():
+            touch(load_decoder(folder, dtype=kind).parameters())
+
+        peers = {"map": lambda: touch(load_file(file).values()), "read": file.read_bytes}
+        result = take_turns(cfg, dtype, {part: (ours, peer) for part, peer in peers.items()})
+        result["bytes"] = file.stat().st_size
+        if platform.system() == "Linux":
+            before = host_bytes("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+            ours()
+            result["peak"] = round((host_bytes("VmHWM") - before) / result["bytes"], 4)
+            print(f"  file {result['bytes'] / 1e6:.1f} MB; peak of host memory over it {result['peak']:.3f}")
+    return result
+
+
+@torch.no_grad()
+def compare_clip(cfg: Config, dtype: str) -> dict:
+    """All hidden layers of FRAMES frames, random weights."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    clip, kind = SIZES["clip"][cfg.size], getattr(torch, dtype)
+    torch.manual_seed(0)
+    tower = ImageTower(clip).to(cfg.device, kind).eval()
+    config = CLIPVisionConfig(
+        image_size=clip.image_size, patch_size=clip.patch_size, hidden_size=clip.width,
+        intermediate_size=4 * clip.width, num_hidden_layers=clip.num_layers,
+        num_attention_heads=clip.num_heads, hidden_act=clip.activation, attn_implementation="sdpa",
+    )  # fmt: skip
+    peer = CLIPVisionModel(config).to(cfg.device, kind).eval()
+    pixels = torch.randn(FRAMES, 3, clip.image_size, clip.image_size, device=cfg.device, dtype=kind)
+    return take_turns(cfg, dtype, {"encode": (lambda: tower.hidden(pixels, -1), lambda: peer(pixels))})
+
+
+@torch.no_grad()
+def compare_decoder(cfg: Config, dtype: str) -> dict:
+    """P prompts of S tokens, G drawn completions each: one token (prefill) and T tokens (whole)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, device = getattr(torch, dtype), cfg.device
+    torch.manual_seed(0)
+    policy = SimpleNamespace(decoder=Decoder(SIZES["decoder"][cfg.size]).to(device))
+    policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
+    policy.cfg = policy.decoder.cfg
+    lora.freeze_base(policy.decoder, dtype)
+    policy.decoder.compute_dtype = kind
+    config = hf_config(policy.decoder.cfg)
+    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
+    peer = peer.to(device, kind).eval()
+    ids = torch.randint(2, policy.decoder.cfg.vocab_size, (P, S), device=device)
+    mask, uniforms = torch.ones_like(ids).bool(), torch.rand(P, G, T, device=device)
+    prompts = Prompts(ids, mask, torch.zeros(P, 0, policy.decoder.cfg.dim, device=device))
+    no_end = torch.empty(0, dtype=torch.int64, device=device)
+    options = dict(attention_mask=mask.long(), do_sample=True, top_k=0, num_return_sequences=G)
+    options |= dict(pad_token_id=0, eos_token_id=None)
+
+    def ours(T):
+        out = generate(policy, prompts, G, T, end_ids=no_end, uniforms=uniforms[..., :T])
+        assert out.completion_ids.shape == (P * G, T)
+
+    def theirs(T):
+        assert peer.generate(ids, max_new_tokens=T, **options).shape == (P * G, S + T)
+
+    return take_turns(cfg, dtype, {
+        "prefill": (partial(ours, 1), partial(theirs, 1)), "whole": (partial(ours, T), partial(theirs, T)),
+    })  # fmt: skip
+
+
+COMPARE = {"step": compare, "load": compare_load, "clip": compare_clip, "decoder": compare_decoder}
+
+
+def describe(peer: str) -> dict:
+    """The machine and the versions that a time belongs to."""
+    info = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    cpu = (re.findall(r"model name\s*: (.*)", info) or [platform.machine()])[0]
+    versions = {name: version(name) for name in PACKAGES[peer]}
+    return {"cpu": cpu, "threads": torch.get_num_threads(), **versions}
+
+
+def main() -> int:
+    cfg = parse_args(Config)
+    result = describe(cfg.peer if cfg.what == "step" else cfg.what)
+    if cfg.device == "cuda":
+        result["gpu"] = torch.cuda.get_device_name()
+    print(", ".join(f"{key} {value}" for key, value in result.items()))
+    result |= {"what": cfg.what, "size": cfg.size, "repeats": cfg.repeats}
+    result |= {"P": P, "G": G, "S": S, "T": T, "frames": FRAMES, "model": asdict(SIZES[cfg.what][cfg.size])}
+    result["runs"] = [COMPARE[cfg.what](cfg, dtype) for dtype in DTYPES[cfg.dtype]]
+    if cfg.json:
+        write_json(cfg.json, result)
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

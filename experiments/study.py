@@ -1,0 +1,223 @@
+"""Studies of many training runs, a table in RESULTS.md each. A run that has ended is not run again; one that
+was broken off goes on.
+
+    python -m experiments.study oracle [--out DIR] [--seeds N] [-- OPTIONS OF train.py]    # faulty oracles
+    python -m experiments.study reward [--out DIR] [--seeds N] [-- OPTIONS OF train.py]    # Temporal-R1's dual reward
+    python -m experiments.study selection [--out DIR] [--seeds N] [-- OPTIONS ..]          # and its selection of data
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+from config import Config
+from eval import draw_world, world_folders
+from plumbing.options import ArgumentParser, BadInput, run_script, write_json, write_whole
+
+HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# What is wrong with the oracle, and what is done about it: options of train.py
+STUDY = {"no noise": ""} | {f"swap {x}": f"--swap_prob {x}" for x in (0.1, 0.2, 0.3, 0.4, 0.5)}
+STUDY |= {f"bias {x}": f"--position_bias {x}" for x in (0.3, 0.6)}
+for fault in ("swap 0.3", "bias 0.6"):
+    STUDY |= {f"{fault}, k = {k}": f"{STUDY[fault]} --oracle_permutations {k}" for k in (3, 5)}
+    STUDY[f"{fault}, k = 5, W"] = f"{STUDY[fault]} --oracle_permutations 5 --oracle_agreement scale"
+    STUDY[f"{fault}, anchor"] = f"{STUDY[fault]} --anchor"
+
+
+def oracle_study(folder: str, seeds: int, options: list[str], page: str) -> str:
+    """Trains with every faulty oracle of STUDY and every seed; see `train_lines`."""
+    return train_lines("oracle_study", STUDY, study_table, folder, seeds, options, page)
+
+
+def started(what: str, out: str, command: list[str]):
+    """Runs one of this folder's scripts; BadInput if it did not end well."""
+    if status := subprocess.run([sys.executable, os.path.join(HOUSE, command[0]), *command[1:]]).returncode:
+        raise BadInput(f"{out}: {what} ended with status {status}; mend that, run this again")
+
+
+def train_run(out: str, options: list[str]):
+    """Trains into `out`; goes on where it was broken off, and does nothing where it has ended."""
+    if os.path.exists(os.path.join(out, "results.json")):
+        return
+    if os.path.exists(os.path.join(out, "checkpoint.safetensors")):
+        options = ["--resume"]
+    else:
+        shutil.rmtree(out, ignore_errors=True)  # it was broken off before it had learned anything
+    started("training", out, ["train.py", "--out", out, *options])
+
+
+def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list[str], page: str, **blanks):
+    """Trains each of `lines` (options of train.py) with each seed. After each run the `table` so far goes
+    into `page`, between its lines <!-- name -->. blanks: what `lines` leave open. Returns the table."""
+    between(page, name)  # before hours of training
+    os.makedirs(folder, exist_ok=True)
+    stored = os.path.join(folder, "options.json")
+    if not os.path.exists(stored):
+        write_json(stored, options)
+    with open(stored) as file:
+        if (old := json.load(file)) != options:
+            raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
+    for seed in range(seeds):
+        for line, special in lines.items():
+            special = special.format(folder=folder, seed=seed, **blanks).split()
+            train_run(study_run(folder, line, seed), ["--seed", str(seed), *options, *special])
+            write_whole(page, between(page, name, table(folder, seeds)).encode())
+    return table(folder, seeds)
+
+
+REWARDS = {"the right answer alone": "--objective grpo --continuous_coef 0"}
+REWARDS |= {"dual reward": "--objective grpo", "dual reward, ranked": "--oracle sum"}
+# What is learned from: the whole data, the third of it that selection.py keeps, or as many questions drawn
+# blindly.
+SELECTED = {"whole data": "--objective grpo"}
+SELECTED["whole data, half the steps"] = "--objective grpo --num_steps {half}"
+for part in ("selected", "random"):
+    SELECTED[f"{part} third, half the steps"] = (
+        f"--objective grpo --num_steps {{half}} --data {{folder}}/{part}_{{seed}}.jsonl --videos {{train}}"
+        " --eval_data {held}/questions.jsonl --eval_videos {held}"
+    )
+
+
+def world_options(folder: str, clips: tuple[int, int]) -> tuple[list[str], str, str]:
+    """Options of train.py for an embedded world in `folder`, and the folders of its two sets. clips: how many
+    to learn from, how many held out."""
+    sizes = dict(zip(("num_train_clips", "num_eval_clips"), clips, strict=True))
+    drawn = SimpleNamespace(world_dir=os.path.join(folder, "world"), **sizes)
+    draw_world(drawn)
+    numbers = [word for name, n in sizes.items() for word in (f"--{name}", str(n))]
+    return ["--world_dir", drawn.world_dir, *numbers], *(path for path, _ in world_folders(drawn).values())
+
+
+def reward_study(folder: str, seeds: int, options: list[str], page: str, clips=(500, 250)) -> str:
+    """Temporal-R1's dual reward on the embedded world: trains every line of REWARDS with every seed."""
+    options = [*world_options(folder, clips)[0], *options]
+    table = partial(answers_table, REWARDS)
+    return train_lines("reward_study", REWARDS, table, folder, seeds, options, page)
+
+
+def selection_study(folder: str, seeds: int, options: list[str], page: str, clips=(500, 250), warm_up=10):
+    """Temporal-R1's selection on the embedded world: trains every line of SELECTED with every seed.
+
+    The supervised start disagrees with itself nearly everywhere; so all lines start after `warm_up` steps on
+    the whole data, when about a third of it is left to disagree on. 0: from the supervised start.
+    """
+    common, train, held = world_options(folder, clips)
+    options = [*common, *options]
+    data, lines = os.path.join(train, "questions.jsonl"), SELECTED
+    if warm_up:
+        lines = {name: f"{line} --adapter {{folder}}/start_{{seed}}/adapter" for name, line in lines.items()}
+    for seed in range(seeds):
+        start, out, blind = (os.path.join(folder, f"{x}_{seed}") for x in ("start", "selected", "random"))
+        command = ["selection.py", data, "--videos", train, "--out", f"{out}.jsonl", "--seed", str(seed)]
+        command += ["--k", "8", "--share", "0.3333"]
+        if warm_up:
+            steps = ["--objective", "grpo", "--num_steps", str(warm_up)]
+            train_run(start, ["--seed", str(seed), *options, *steps])
+            command += ["--adapter", os.path.join(start, "adapter")]
+        if not os.path.exists(f"{out}.jsonl"):
+            started("selection", out, command)
+        with open(data, "rb") as every, open(f"{out}.jsonl", "rb") as chosen:
+            count = len(chosen.readlines()) - 1  # less the report
+            rows = random.Random(seed).sample(every.readlines(), count)
+        write_whole(f"{blind}.jsonl", b"".join(rows))
+    steps = options[options.index("--num_steps") + 1] if "--num_steps" in options else Config.num_steps
+    study = partial(answers_table, lines), folder, seeds, options, page
+    return train_lines("selection_study", lines, *study, train=train, held=held, half=int(steps) // 2)
+
+
+def answers_table(names, folder: str, seeds: int) -> str:
+    """A row a line of a study: held-out greedy numbers in percent, mean and range over the seeds."""
+    lines = ["| learned from | seeds | answers right | mean IoU of spans | R@1, IoU 0.7 |", "|---" * 5 + "|"]
+
+    def row(name, results):
+        greedy, columns = [r["greedy"] for r in results], []
+        spans = [r["by_category"]["Temporal Grounding"] for r in greedy]
+        right = [(r["accuracy"] * r["n"] - s["accuracy"] * s["n"]) / (r["n"] - s["n"])
+                 for r, s in zip(greedy, spans, strict=True)]  # fmt: skip
+        for values in (right, [r["mean_iou"] for r in greedy], [s["accuracy"] for s in spans]):
+            values = [100 * x for x in values]
+            columns.append(f"{sum(values) / len(values):.1f} [{min(values):.1f}, {max(values):.1f}]")
+        lines.append("| " + " | ".join([name, str(len(results)), *columns]) + " |")
+
+    for name in names:
+        paths = [os.path.join(study_run(folder, name, seed), "results.json") for seed in range(seeds)]
+        found = []
+        for path in filter(os.path.exists, paths):
+            with open(path) as file:
+                found.append(json.load(file))
+        if found and len(lines) == 2:
+            row("nothing yet: the start", [r["before"] for r in found])
+        if found:
+            row(name, [r["after"] for r in found])
+    return "\n".join(lines)
+
+
+def study_run(folder: str, name: str, seed: int) -> str:
+    return os.path.join(folder, f"{name.replace(',', '').replace(' ', '_')}_{seed}")
+
+
+def study_table(folder: str, seeds: int) -> str:
+    """A row a kind of oracle: gains in points, mean and range over the seeds; W: mean over all steps."""
+    lines = ["| oracle | seeds | greedy gain | sampled gain | of the gain without noise | Kendall's W |"]
+    lines.append("|---" * 6 + "|")
+    clean = None
+    for name in STUDY:
+        runs = [study_run(folder, name, seed) for seed in range(seeds)]
+        runs = [run for run in runs if os.path.exists(os.path.join(run, "results.json"))]
+        if not runs:
+            continue
+        gained, agreed = {"greedy": [], "sampled": []}, []
+        for run in runs:
+            with open(os.path.join(run, "results.json")) as file:
+                gain = json.load(file)["gain"]
+            for mode, found in gained.items():
+                found.append(100 * gain[mode]["accuracy"])
+            with open(os.path.join(run, "metrics.jsonl")) as file:
+                agreed += [row["kendall_w"] for row in map(json.loads, file) if "kendall_w" in row]
+        cells = [name, str(len(runs))]
+        cells += [f"{sum(g) / len(g):+.1f} [{min(g):+.1f}, {max(g):+.1f}]" for g in gained.values()]
+        mean = sum(gained["sampled"]) / len(runs)
+        clean = mean if name == "no noise" else clean
+        cells.append(f"{mean / clean:.0%}" if clean else "")
+        cells.append(f"{sum(agreed) / len(agreed):.2f}" if agreed else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def between(path: str, name: str, text: str = "") -> str:
+    """The file's text with `text` put between the lines <!-- name --> and <!-- /name -->."""
+    with open(path, encoding="utf-8") as file:
+        page = file.read()
+    first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if first not in page or last not in page:
+        raise BadInput(f"{path}: has no lines {first.strip()} and {last}; put them where the table belongs")
+    return page[: page.index(first) + len(first)] + text + "\n" + page[page.index(last) :]
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    studies = {"oracle": (oracle_study, "what faults of the oracle cost, and what helps")}
+    studies["reward"] = reward_study, "what the dual reward brings"
+    studies["selection"] = selection_study, "what the selection of data brings"
+    for name, (_, words) in studies.items():
+        study = commands.add_parser(name, help=words)
+        study.add_argument("--out", default=f"runs/{name}_study")
+        study.add_argument("--seeds", type=int, default=3)
+        study.add_argument("--page", default=os.path.join(HOUSE, "RESULTS.md"), help="has the table's place")
+        study.add_argument("options", nargs="*", help="options of train.py for every run")
+        if name == "selection":
+            study.add_argument("--warm_up", type=int, default=10, help="steps before anything is selected")
+    args = parser.parse_args()
+    more = {"warm_up": args.warm_up} if args.command == "selection" else {}
+    print(studies[args.command][0](args.out, args.seeds, args.options, args.page, **more))
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

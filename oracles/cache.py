@@ -1,0 +1,142 @@
+"""What a judge was asked before: its cache, and rankings from a file in place of any judge."""
+
+import json
+import os
+import sqlite3
+import threading
+import time
+
+import torch
+
+from oracle import Ranking, competition_ranks, group_size_of
+from plumbing.options import BadInput
+from videoqa.answers import Question
+
+CACHE_VERSION = 1  # of the file's layout and of the wording of judge.py's prompts
+
+
+class Cache:
+    """An sqlite file of rankings (and verdicts), and of failed replies as they came. For any number of
+    processes at once.
+
+    In WAL mode a commit is one append, so kill -9 loses at most the ranking being written. The file is made
+    with the first ranking. BadInput: not such a file, or of another version.
+    """
+
+    TABLES = (
+        "CREATE TABLE IF NOT EXISTS rankings"
+        " (key TEXT PRIMARY KEY, judge TEXT, question TEXT, ranks TEXT, reply TEXT)",
+        "CREATE TABLE IF NOT EXISTS failures"
+        " (time REAL, judge TEXT, question TEXT, cause TEXT, replies TEXT)",
+        f"PRAGMA user_version = {CACHE_VERSION}",
+    )
+
+    def __init__(self, path: str, option: str = "oracle"):
+        self.path, self.option, self.lock, self.db = path, f"--{option}_cache", threading.Lock(), None
+        if path and os.path.exists(path):
+            self._open()
+
+    def _open(self):
+        try:
+            db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            db.execute("BEGIN IMMEDIATE")  # one process at a time makes or checks the tables
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if not version and not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                version = CACHE_VERSION
+                for line in self.TABLES:
+                    db.execute(line)
+            db.execute("COMMIT")
+            if version == CACHE_VERSION:
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = NORMAL")
+        except sqlite3.Error as error:
+            raise BadInput(f"{self.option} {self.path}: {error}; name another file") from error
+        if version != CACHE_VERSION:
+            wanted = f"is of version {version}, this code reads version {CACHE_VERSION}"
+            raise BadInput(f"{self.option} {self.path}: {wanted}; name another file")
+        self.db = db
+
+    def _run(self, line: str, values: tuple = (), make: bool = False) -> list:
+        with self.lock:
+            if self.db is None and make:
+                self._open()
+            if self.db is None:
+                return []
+            try:
+                return self.db.execute(line, values).fetchall()
+            except sqlite3.Error as error:  # a full disk
+                raise OSError(f"{self.path}: {error}") from error
+
+    def get(self, key: str) -> list[int] | dict | None:
+        found = self._run("SELECT ranks FROM rankings WHERE key = ?", (key,))
+        return json.loads(found[0][0]) if found else None
+
+    def put(self, key: str, judge: str, question: str, value: list[int] | dict, reply: str):
+        """Stores a ranking or a verdict, unless another process did: returns what the file now has."""
+        row = (key, judge, question, json.dumps(value), reply)
+        self._run("INSERT OR IGNORE INTO rankings VALUES (?, ?, ?, ?, ?)", row, make=True)
+        return self.get(key)
+
+    def put_failure(self, judge: str, question: str, cause: str, replies: list[str]):
+        row = (time.time(), judge, question, cause, json.dumps(replies, ensure_ascii=False))
+        self._run("INSERT INTO failures VALUES (?, ?, ?, ?, ?)", row, make=True)
+
+    def judges(self) -> list[str]:
+        return [row[0] for row in self._run("SELECT DISTINCT judge FROM rankings")]
+
+
+def lacks(path: str, question: Question, texts: list[str]) -> str:
+    group = " | ".join(" ".join(text.split())[:40] for text in texts)[:200]
+    return f"{path}: lacks the group of question {question.id} with answers {group}; replay the run it is of"
+
+
+def is_cache(path: str) -> bool:
+    """Whether a file is an sqlite one; else it is read as JSONL."""
+    with open(path, "rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
+
+
+class ReplayOracle:
+    """Ranks from a JSONL file, lines {"id", "candidates", "oracle_ranks"} as in a run's rollouts.jsonl."""
+
+    def __init__(self, path: str):
+        self.path, self.groups = path, {}
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    row = json.loads(line)
+                    texts = [text.strip() for text in row["candidates"]]
+                    places = dict(zip(texts, row["oracle_ranks"], strict=True))
+                    if competition_ranks(row["oracle_ranks"]) != row["oracle_ranks"]:
+                        raise ValueError("no competition ranks")
+                    if [places[text] for text in texts] != row["oracle_ranks"]:
+                        raise ValueError("identical texts do not tie")
+                    if row.get("oracle_ok", True):
+                        self.groups[row["id"], tuple(sorted(places))] = places
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    wanted = 'write {"id", "candidates", "oracle_ranks"}'
+                    raise BadInput(
+                        f"{path}, line {number}: {type(error).__name__} {error}; {wanted}"
+                    ) from error
+
+    def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
+        """texts (P * G), prompt-major -> ranks (P, G). BadInput names a group that the file lacks."""
+        G, ranks = group_size_of(batch, texts), []
+        for p, question in enumerate(batch):
+            group = [text.strip() for text in texts[p * G : (p + 1) * G]]
+            distinct = sorted(set(group))
+            alone = {group[0]: 0} if len(distinct) == 1 else None  # nothing to order
+            places = self.groups.get((question.id, tuple(distinct)), alone)
+            if not places:
+                raise BadInput(lacks(self.path, question, distinct))
+            ranks.append(competition_ranks([places[text] for text in group]))
+        return Ranking(torch.tensor(ranks), torch.ones(len(batch), dtype=torch.bool), [""] * len(batch))
+
+
+def check_replay(path: str, questions: list[Question]):
+    """BadInput names the first question of which a JSONL has no group. Which answers will be given is known
+    only in training, and an sqlite file holds no group whose answers are all one: neither is checked here."""
+    known = set() if is_cache(path) else {id for id, _ in ReplayOracle(path).groups}
+    for question in questions if known else ():
+        if question.id not in known:
+            raise BadInput(f"{path}: lacks any group of question {question.id}; replay the run it is of")

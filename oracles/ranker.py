@@ -1,0 +1,246 @@
+"""The trained ranker, the paper's own oracle: the video-language model with a scalar head, taught by pairs.
+
+It reads video, question and one answer and gives a score; only differences of scores mean anything:
+P(a is preferred to b) = sigmoid(score_a - score_b) (Bradley and Terry, 1952). It is given no caption and no
+known answer. CLIP and the adapter stay those of the folder that it started from; the decoder is its own.
+
+    python pretrain.py --stage ranker      # makes weights/ranker, from weights/
+    python train.py --oracle trained       # ranks with it
+"""
+
+import hashlib
+import json
+import os
+import random
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips
+from model import VideoLM, load_model
+from oracle import Ranking, competition_ranks, group_size_of
+from plumbing.options import BadInput, write_whole
+from videoqa import world
+from videoqa.answers import Question, grade, prompt_text
+
+# ------------------------------------------------------------------------------------------------------ pairs
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one question, of which somebody preferred one."""
+
+    video: str  # path of the file
+    question: str
+    chosen: str
+    rejected: str
+    truth: int | None = None  # 1: the choice is right, -1: wrong, 0: both are equally good, None: not known
+
+
+def load_pairs(path: str, videos_dir: str) -> list[Pair]:
+    """From lines {"video", "question", "chosen", "rejected"}. BadInput names file and line."""
+    pairs = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                said = [row[name].strip() for name in ("video", "question", "chosen", "rejected")]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                wanted = 'each line is {"video", "question", "chosen", "rejected"}, all of them texts'
+                raise BadInput(f"{path}, line {number}: {error!r}; {wanted}") from error
+            if said[2] == said[3]:
+                raise BadInput(f"{path}, line {number}: chosen and rejected are the same; leave it out")
+            pairs.append(Pair(os.path.join(videos_dir, said[0]), *said[1:]))
+    if len({pair.video for pair in pairs}) < 2:
+        raise BadInput(f"{path}: pairs of at least 2 videos are needed, one of them to be held out; add some")
+    return pairs
+
+
+def draw_pairs(questions: list[Question], per_question: int, error_rate: float, seed: int) -> list[Pair]:
+    """Pairs from the embedded world, where `answers.grade` knows which answer is better.
+
+    The choice is wrong with probability error_rate. Of two equally good answers either is chosen, as by
+    people who must choose: this teaches equal scores for equally wrong answers. Some answers are true of the
+    video but not what was asked: a ranker that never saw such is soon led to prefer them.
+    """
+    rng, said, true, pairs = random.Random(seed), defaultdict(list), defaultdict(list), []
+    for question in questions:
+        said[question.category].append(question.answer)
+        true[question.video].append(question.answer)
+
+    def other(question):
+        vague = [*world.LOOSE_ANSWERS[question.category], world.USUAL_ANSWER.get(question.category, "")]
+        draw, text = rng.random(), rng.choice(said[question.category])
+        if draw < 0.45:
+            return rng.choice(vague if draw < 0.2 else true[question.video])
+        return f"{text} {rng.choice(said[question.category])}" if draw < 0.55 else text  # says two things
+
+    for question in questions:
+        for _ in range(per_question):
+            one = question.answer if rng.random() < 0.8 else other(question)
+            two = other(question)
+            if one == two:
+                continue
+            better = grade(one, question) - grade(two, question)
+            wrong = rng.random() < (error_rate if better else 0.5)
+            chosen, rejected = (one, two) if (better >= 0) != wrong else (two, one)
+            truth = 0 if not better else -1 if wrong else 1
+            pairs.append(Pair(question.video, prompt_text(question), chosen, rejected, truth))
+    return pairs
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log P(chosen is preferred) of scores of any one shape, elementwise."""
+    return -F.logsigmoid(chosen - rejected)
+
+
+def pair_report(difference: Tensor, truth: list[int | None]) -> dict:
+    """How good the scores are on held-out pairs. difference (n,): score of the chosen less the rejected.
+
+    accuracy: share of pairs whose chosen answer scores higher (a tie is half). true_accuracy: the same
+    against the truth where it is known and not a tie. calibration_error: of P(more likely one is preferred),
+    in ten bins from 0.5 to 1, the mean distance to the share that was, weighted by the bins' sizes.
+    """
+    right = (difference > 0).double() + 0.5 * (difference == 0)
+    report = {"pairs": len(truth), "accuracy": right.mean().item()}
+    signs = torch.tensor([t or 0 for t in truth])
+    if (signs != 0).any():
+        truly = (difference * signs)[signs != 0]
+        report["true_accuracy"] = ((truly > 0).double() + 0.5 * (truly == 0)).mean().item()
+    sure = torch.sigmoid(difference.double().abs())
+    place = ((sure - 0.5) * 20).long().clamp(max=9)
+    bins = [(sure[place == i], right[place == i]) for i in range(10) if (place == i).any()]
+    report["nll"] = bradley_terry(difference, torch.zeros_like(difference)).mean().item()
+    report["calibration_error"] = sum(abs(s.sum() - r.sum()).item() for s, r in bins) / len(truth)
+    # Each bin: what was predicted, what came, of how many pairs
+    report["bins"] = [[round(s.mean().item(), 3), round(r.mean().item(), 3), len(s)] for s, r in bins]
+    return report
+
+
+# ------------------------------------------------------------------------------------------------- the ranker
+
+
+class Ranker(nn.Module):
+    """A VideoLM and one linear layer, no bias, on the state of the end token."""
+
+    def __init__(self, model: VideoLM, tokenizer: Tokenizer):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.head = nn.Linear(model.cfg.dim, 1, bias=False)
+        nn.init.normal_(self.head.weight, std=0.1 * model.cfg.dim**-0.5)
+
+    def forward(self, video_embeds: Tensor, rows: list[list[tuple[str, str]]]) -> Tensor:
+        """video_embeds (P, N_video, D), for each video the same number R of (question, answer) -> scores
+        (P, R) float32. One pass: the R rows share the video's keys and values."""
+        (P, N, _), device = video_embeds.shape, video_embeds.device
+        encode = self.tokenizer.encode
+        # The second end token is never read: a decoder gives the states that predict the tokens it is given
+        flat = [encode(question) + encode(answer) + 2 * [EOS_ID] for row in rows for question, answer in row]
+        ids, mask = (x.unflatten(0, (P, -1)).to(device) for x in collate_completions(flat))
+        prompt_ids = torch.tensor([BOS_ID] + [VIDEO_ID] * N, device=device).expand(P, -1)
+        prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
+        decoder = self.model.decoder
+        prompt = self.model.embed_prompt(prompt_ids, prompt_mask, video_embeds)
+        states = decoder(prompt, prompt_mask, decoder.embed_tokens(ids))  # (P, R, T, D)
+        last = (mask.sum(dim=2) - 1)[..., None, None].expand(-1, -1, 1, states.shape[3])
+        return self.head(states.gather(2, last)).flatten(1).float()
+
+
+def embed_videos(model: VideoLM, shown: list[tuple], chunk: int = 64) -> Tensor:
+    """(number of videos, N_video, D): CLIP and adapter are frozen, so once a video (or part of one, see
+    `Question.shown`) is enough."""
+    sizes = model.cfg.num_frames, model.clip_cfg.image_size
+    parts = [shown[i : i + chunk] for i in range(0, len(shown), chunk)]
+    return torch.cat([model.embed_video(*load_clips(part, *sizes)) for part in parts])
+
+
+@torch.no_grad()
+def score_pairs(ranker: Ranker, pairs: list[Pair], embeds: Tensor, video_of: dict[str, int]) -> Tensor:
+    """(n,): score of each pair's chosen answer less that of its rejected one."""
+    parts = []
+    for i in range(0, len(pairs), 256):
+        part = pairs[i : i + 256]
+        rows = [[(pair.question, pair.chosen), (pair.question, pair.rejected)] for pair in part]
+        scores = ranker(embeds[[video_of[pair.video] for pair in part]], rows)
+        parts.append(scores[:, 0] - scores[:, 1])
+    return torch.cat(parts).cpu()
+
+
+def _digest(base: str) -> str:
+    with open(os.path.join(base, "model.safetensors"), "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def save_ranker(ranker: Ranker, base: str):
+    """Writes base/ranker/ranker.safetensors: decoder and head in bfloat16, and which base they belong to."""
+    os.makedirs(os.path.join(base, "ranker"), exist_ok=True)
+    tensors = {f"decoder.{name}": x for name, x in ranker.model.decoder.state_dict().items()}
+    tensors = {
+        k: x.to("cpu", torch.bfloat16).contiguous()
+        for k, x in (tensors | {"head": ranker.head.weight.data}).items()
+    }
+    path = os.path.join(base, "ranker", "ranker.safetensors")
+    write_whole(path, save(tensors, metadata={"base": _digest(base)}))
+
+
+def load_ranker(folder: str, device="cpu") -> Ranker:
+    """What save_ranker wrote, float32, frozen; its base is the folder above. BadInput: none, or another's."""
+    path, base = os.path.join(folder, "ranker.safetensors"), os.path.dirname(os.path.abspath(folder))
+    remedy = "make it with python pretrain.py --stage ranker"
+    if not os.path.exists(path):
+        raise BadInput(f"{path}: no such file; {remedy}")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            made_for = (file.metadata() or {}).get("base")
+        if os.path.exists(os.path.join(base, "model.safetensors")) and made_for != _digest(base):
+            raise BadInput(f"{path}: was trained from another {base}/model.safetensors; {remedy}")
+        ranker = Ranker(load_model(base), Tokenizer.load(os.path.join(base, "tokenizer.json")))
+        ranker.head.weight.data.copy_(tensors.pop("head"))
+        ranker.model.decoder.load_state_dict({k.removeprefix("decoder."): x for k, x in tensors.items()})
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        words = " ".join(str(error).split())[:200]
+        raise BadInput(f"{path}: not what save_ranker wrote ({words}); {remedy}") from error
+    return ranker.to(device).float().eval().requires_grad_(False)
+
+
+class TrainedOracle:
+    """Ranks by the trained ranker's scores, all candidates of all groups in one batch.
+
+    margin: log-odds. Answers that score less than this below the best of their level tie with it: what the
+    ranker hardly tells apart is no signal (oracle.py). A video is decoded when it is first asked about.
+    """
+
+    def __init__(self, ranker: Ranker, margin: float):
+        self.ranker, self.margin, self.embeds = ranker, margin, {}
+
+    @torch.no_grad()
+    def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
+        """texts (P * G), prompt-major -> ranks (P, G). Never fails; identical texts tie."""
+        G = group_size_of(batch, texts)
+        new = sorted({question.shown for question in batch} - self.embeds.keys())
+        if new:
+            self.embeds |= dict(zip(new, embed_videos(self.ranker.model, new), strict=True))
+        asked = [prompt_text(question) for question in batch]
+        groups = [[text.strip() for text in texts[p * G : (p + 1) * G]] for p in range(len(batch))]
+        rows = [[(question, text) for text in group] for question, group in zip(asked, groups, strict=True)]
+        scores = self.ranker(torch.stack([self.embeds[question.shown] for question in batch]), rows)
+        ranks = []
+        for group, values in zip(groups, scores.tolist(), strict=True):
+            score_of = dict(zip(group, values, strict=True))  # one score a text, so identical ones tie
+            ranks.append(tied_ranks([score_of[text] for text in group], self.margin))
+        return Ranking(torch.tensor(ranks), torch.ones(len(batch), dtype=torch.bool), [""] * len(batch))
+
+
+def tied_ranks(scores: list[float], margin: float) -> list[int]:
+    """Competition ranks, 0 = highest; a score at most `margin` below the first of a level belongs to it."""
+    level_of, first = {}, float("inf")
+    for score in sorted(set(scores), reverse=True):
+        first = score if first - score > margin else first
+        level_of[score] = -first
+    return competition_ranks([level_of[score] for score in scores])

@@ -1,0 +1,238 @@
+"""The memory plan, gradient checkpointing and the preset that needs both."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora
+import train
+from checkpoints import memory
+from checkpoints.nf4 import NF4Linear
+from clip import ClipConfig
+from data import Prompts
+from eval import load_run
+from grpo_rank import completion_logprobs
+from model import Decoder, KVCache, ModelConfig, VideoLM
+from rollout import completion_states, generate, generate_in_parts
+from videoqa import world
+
+ROOT = Path(__file__).parents[2]
+CFG = ModelConfig(vocab_size=64, dim=64, num_layers=6, ffn_dim=176, adapter="pooled", num_frames=4)
+CLIP = ClipConfig(image_size=16, width=32, num_layers=1, text_layers=1)
+# LLaMA-2-7B's published sizes
+LLAMA = ModelConfig(32000, 4096, 32, 32, 32, 11008, adapter="pooled", num_frames=50)
+CLIP_336 = ClipConfig(image_size=336, patch_size=14, width=32, num_layers=1, text_layers=1)
+N_VIDEO = 50 + 24 * 24  # 626
+TEXT = 128  # tokens of a prompt beside its video; VLM-RLAIF drops longer questions
+
+
+def run_config(**options):
+    small = dict(lora_r=4, batch_prompts=3, micro_batch_prompts=2, group_size=5, eval_samples=1)
+    return train.Config(**(small | dict(max_new_tokens=7) | options))
+
+
+def adapted(base="float32", checkpointing=False):
+    torch.manual_seed(0)
+    decoder = Decoder(CFG)
+    lora.freeze_base(decoder, base)
+    trainable = lora.add_adapters(decoder, 4, 8.0)
+    for p in trainable:
+        p.data += 0.02
+    decoder.checkpointing = checkpointing
+    return decoder, trainable
+
+
+def test_live_counts_what_is_made_and_not_yet_dropped():
+    old = torch.ones(1000)
+    with memory.Live() as live:
+        view, a = old.view(10, 100), old + 1
+        assert live.live == 4000  # a view of what was there before is no memory
+        b = a.view(-1) * 2
+        assert live.live == live.peak == 8000
+        del a, b, view
+        assert (live.live, live.peak) == (0, 8000)
+
+
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_checkpointing_changes_no_gradient_and_no_sample(base):
+    x, mask = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)), torch.ones(2, 5).bool()
+    gradients, peaks = [], []
+    for checkpointing in (False, True):
+        decoder, trainable = adapted(base, checkpointing)
+        with memory.Live() as live:
+            states = decoder(x[:, :3], mask[:, :3], x[:, None, 3:])
+            states.square().sum().backward()
+        gradients.append([p.grad for p in trainable])
+        peaks.append(live.peak)
+        cache = KVCache(mask, 2, 1)
+        with torch.no_grad():
+            decoder(x, mask, cache=cache)
+        assert len(cache.prompt) == CFG.num_layers
+    assert all(g.abs().max() > 0 for g in gradients[0])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_the_plan_is_what_a_real_update_and_real_sampling_take():
+    run = run_config(base="nf4", checkpointing=True, max_new_tokens=30, sample_prompts=3)
+    lines = memory.plan(CFG, CLIP, run, torch.float32, num_videos=2, text_tokens=TEXT)
+    policy = VideoLM(CFG, CLIP)
+    policy.decoder, trainable = adapted("nf4", checkpointing=True)
+    for p in trainable:
+        p.grad = torch.zeros_like(p)
+    S, T, G = policy.adapter.num_tokens + TEXT, 30, 5
+
+    def prompts(P):
+        ids, mask = torch.ones(P, S, dtype=torch.int64), torch.ones(P, S, dtype=torch.bool)
+        return Prompts(ids, mask, torch.zeros(P, policy.adapter.num_tokens, 64))
+
+    options = dict(end_ids=torch.tensor([], dtype=torch.int64), uniforms=torch.full((3, G, T), 0.5))
+    with memory.Live() as live:
+        rollout = generate(policy, prompts(3), G, T, **options)
+    of = {name.split(" (")[0]: size for name, size in lines.items()}
+    assert live.peak == pytest.approx(of["KV cache"] + of["sampling, beside the cache"], rel=0.15)
+    two = rollout[: 2 * G]
+    with memory.Live() as live:
+        states, head = completion_states(policy, prompts(2), two), policy.decoder.head.float()
+        out = completion_logprobs(
+            states, head, two.completion_ids, two.completion_mask, ref_hidden=states.detach()
+        )
+        sum(x.sum() for x in out).backward()
+    assert 0.75 < live.peak / (of["activations of the update"] + of["logits"]) <= 1  # they do not quite meet
+    decoder = policy.decoder
+    held = [x for x in decoder.parameters() if not x.requires_grad]
+    held += [x for name, x in decoder.named_buffers() if name.split(".")[-1] in ("codes", "absmax_codes")]
+    # layers this small fill no whole group of absmax
+    assert 1 <= memory.num_bytes(held) / of["decoder's weights"] < 1.1
+    assert of["peak"] > max(size for name, size in of.items() if name != "peak")
+
+
+@pytest.mark.parametrize("adapter", ["qformer", "llava"])
+def test_the_plan_knows_what_embedding_videos_takes_and_how_many_prompts_an_evaluation_samples(adapter):
+    cfg = replace(CFG, adapter=adapter, num_layers=3)
+    run = run_config(batch_prompts=1, group_size=2, eval_samples=4)
+    lines = memory.plan(cfg, CLIP, run, torch.float32, num_videos=2, text_tokens=9)
+    of = {name.split(" (")[0]: size for name, size in lines.items()}
+    policy = VideoLM(cfg, CLIP)
+    with memory.Live() as live:  # 64 clips of 4 frames, as PromptSet takes them
+        policy.embed_video(torch.zeros(64, 4, 3, 16, 16, dtype=torch.uint8), torch.zeros(64, 4))
+    assert 0.95 < live.peak / of["embedding videos"] <= 1.02
+    N_video = policy.adapter.num_tokens
+    ids = torch.ones(128, N_video + 9, dtype=torch.int64)
+    prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.zeros(128, N_video, 64))
+    no_end = torch.tensor([], dtype=torch.int64)
+    with memory.Live() as live:  # as `evaluate` samples, 128 prompts at once
+        generate(policy, prompts, 4, 7, end_ids=no_end, uniforms=torch.full((128, 4, 7), 0.5))
+    assert live.peak <= of["KV cache"] + of["sampling, beside the cache"] + of["logits"]
+    run = run_config(sample_prompts=1, micro_batch_prompts=1, group_size=2, max_new_tokens=1)
+    few = memory.plan(cfg, CLIP, run, torch.float32, num_videos=2, text_tokens=9)
+    stays = sum(list(few.values())[:4])  # weights, CLIP, adapters, video tokens
+    assert few["peak"] == stays + few["embedding videos"]  # where nothing later takes more
+
+
+def test_the_plan_of_llama_2_7b_in_4_bits_counts_what_is_published_and_stays_under_24_gb():
+    run = replace(run_config(), base="nf4", lora_r=64, max_new_tokens=128, checkpointing=True)
+    run = replace(run, sample_prompts=1, micro_batch_prompts=1)
+    lines = memory.plan(LLAMA, CLIP_336, run, torch.bfloat16, num_videos=1, text_tokens=TEXT)
+    of = {name.split(" (")[0]: size for name, size in lines.items()}
+    linears = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    rest = 32000 * 4096 + 65 * 4096  # the head is the embedding, in 16 bits; norms
+    assert of["decoder's weights"] == pytest.approx(0.515869 * linears + 2 * rest, rel=1e-5)
+    assert 0.515869 * linears / linears < 0.56
+    assert of["adapters, gradients, optimiser states, reference"] == 159_907_840 * 20
+    assert of["KV cache"] == 32 * 2 * 4096 * 2 * (N_VIDEO + TEXT + 5 * 128)
+    assert of["video tokens of 1 videos"] == N_VIDEO * 4096 * 4
+    assert of["peak"] < 24e9
+
+
+def test_sampling_in_parts_is_sampling_at_once():
+    torch.manual_seed(0)
+    policy = VideoLM(CFG, CLIP)
+    ids = torch.randint(5, 60, (5, 30), generator=torch.Generator().manual_seed(2))
+    prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.randn(5, policy.adapter.num_tokens, 64))
+    uniforms = torch.rand(5, 3, 9, generator=torch.Generator().manual_seed(3))
+    options = dict(max_new_tokens=9, end_ids=torch.arange(20), top_p=0.9)
+    whole = generate(policy, prompts, 3, uniforms=uniforms, **options)
+    parts = generate_in_parts(policy, prompts, 3, 2, uniforms, **options)
+    assert whole.completion_mask.sum(dim=1).unique().numel() > 1  # the parts end at different lengths
+    for name in ("completion_ids", "completion_mask", "ended"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name)), name
+    mask = whole.completion_mask  # behind an end there is no nucleus
+    assert torch.equal(parts.support[mask], whole.support[mask])
+    torch.testing.assert_close(parts.logprobs, whole.logprobs, atol=1e-5, rtol=0)
+
+
+# ---- the preset, on the repository's own small weights ----
+
+
+def test_the_7b_preset_has_the_papers_settings_and_asks_for_weights():
+    settings = train.Config(**train.PRESETS["7b"] | {"policy": "some/folder"})
+    wanted = dict(group_size=5, lora_r=64, lora_alpha=16.0, num_frames=50, num_epochs=4, num_steps=0)
+    wanted |= dict(batch_prompts=64, max_new_tokens=896, base="nf4", checkpointing=True)
+    assert {name: getattr(settings, name) for name in wanted} == wanted
+    with pytest.raises(train.BadInput, match="--policy"):
+        train.Config(**train.PRESETS["7b"])
+
+
+def test_the_7b_preset_plans_then_rehearses_then_learns_from_a_merged_adapter(tmp_path, monkeypatch, capsys):
+    world.make_world(tmp_path / "world" / "train2", range(1_000_000, 1_000_002))
+    world.make_world(tmp_path / "world" / "eval1", range(2_000_000, 2_000_001))
+    policy, _ = train.load_policy(ROOT / "weights")
+    for p in lora.add_adapters(policy.decoder, 2, 4.0, generator=torch.Generator().manual_seed(1)):
+        p.data += 0.01
+    lora.save_adapter(policy.decoder, tmp_path / "lora")
+    lora.merge(policy.decoder)
+    start, _ = train.load_policy(ROOT / "weights", adapter=tmp_path / "lora")
+    wanted = policy.state_dict()
+    assert all(torch.equal(x, wanted[name]) for name, x in start.state_dict().items())
+    options = ["--preset", "7b", "--policy", ROOT / "weights", "--adapter", tmp_path / "lora"]
+    options += ["--num_train_clips", 2, "--num_eval_clips", 1, "--world_dir", tmp_path / "world"]
+    options += ["--num_frames", 9, "--num_epochs", 2, "--batch_prompts", 6, "--sample_prompts", 4]
+    options += ["--max_new_tokens", 4, "--micro_batch_prompts", 3, "--lora_r", 4, "--out", tmp_path / "run"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    monkeypatch.setattr(memory, "plan", lambda *a: {"peak": 10**9})  # tested above
+    monkeypatch.setattr(train, "catch_interrupt", lambda: lambda: False)  # pytest keeps its Ctrl-C
+    assert train.main() == 0
+    said = capsys.readouterr().out
+    assert said.index("GB  peak") < said.index("rehearsal") < said.index("held out")
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    questions = int(said.split(" questions to learn")[0].split()[-1])
+    assert len(rows) == settings["num_steps"] == 2 * (questions // 6) > 0
+    stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert any(x.abs().max() > 0 for name, x in stored.items() if "lora_B" in name)
+    again, _, _ = load_run(tmp_path / "run")  # as eval.py reads it: the same base, the same frames
+    assert again.cfg.num_frames == 9
+    assert all(isinstance(x.base, NF4Linear) for x in lora.layers(again.decoder).values())
+
+
+def test_a_rehearsal_changes_nothing(monkeypatch):
+    torch.manual_seed(0)
+    policy = VideoLM(CFG, CLIP)
+    policy.decoder, trainable = adapted()
+    lora.freeze_reference(policy.decoder)
+
+    class Set:
+        prompts = [[5] * n for n in (30, 34, 32)]
+        video_embeds = torch.zeros(3, policy.adapter.num_tokens, 64)
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, rows):
+            assert rows[0] == 1  # the longest first
+            ids = torch.full((len(rows), 34), 5)
+            return Prompts(ids, torch.ones_like(ids).bool(), self.video_embeds[rows])
+
+    lengths, real = [], train.update
+    monkeypatch.setattr(train, "update", lambda *a: (lengths.append(a[5].completion_mask.sum()), real(*a))[1])
+    before = [p.clone() for p in trainable]
+    limits = dict(max_new_tokens=7, end_ids=torch.arange(64), banned=torch.zeros(64, dtype=torch.bool))
+    assert train.rehearse(run_config(), policy, trainable, Set(), limits) == {}
+    assert lengths == [2 * 5 * 7]  # a micro-batch of answers that nothing ends
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(trainable, before, strict=True))

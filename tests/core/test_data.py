@@ -1,0 +1,219 @@
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_video import REAL_CLIPS, index_of, make_broken, needs_real_clips, write_video
+
+import data
+from videoqa.answers import Question, prompt_text
+
+ROOT = os.path.dirname(os.path.abspath(data.__file__))
+
+GOOD = {"id": "a", "video": "v/a.mp4", "question": "What?", "answer": "red"}
+
+
+def write_lines(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def test_questions_are_read_with_every_field(tmp_path):
+    rows = [
+        GOOD | {"options": ["red", "blue"], "answer_index": 0, "category": "Attribute Perception"},
+        GOOD | {"id": "b", "span": [1, 2.5], "duration": 9},
+        GOOD | {"id": "c", "spans": [[0, 1], [2, 3]], "anything": "else", "clip": [0, 3.5]},
+    ]
+    a, b, c = data.load_questions(write_lines(tmp_path / "q.jsonl", *rows), "videos")
+    video = os.path.join("videos", "v/a.mp4")
+    assert a == Question("a", video, "What?", "red", "Attribute Perception", ("red", "blue"), 0)
+    assert b == Question("b", video, "What?", "red", spans=((1, 2.5),), duration=9)
+    assert c.spans == ((0, 1), (2, 3)) and hash(c) == hash(c)
+    assert (a.shown, c.shown) == ((video,), (video, 0, 3.5))
+
+
+@pytest.mark.parametrize(
+    "row, told",
+    [
+        ("{not json", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ({k: v for k, v in GOOD.items() if k != "video"}, "field 'video' is missing"),
+        (GOOD | {"question": 7}, "field 'question' is 7"),
+        (GOOD | {"answer": " "}, "field 'answer'"),
+        (GOOD | {"category": 3}, "field 'category'"),
+        (GOOD | {"options": ["a", "b"], "answer_index": 2}, "field 'answer_index' is 2; .* 0 to 1"),
+        (GOOD | {"options": ["a", "b"], "answer_index": True}, "field 'answer_index'"),
+        (GOOD | {"options": ["a", "b"]}, "field 'answer_index' is missing"),
+        (GOOD | {"answer_index": 0}, "field 'options' is missing"),
+        (GOOD | {"options": "ab", "answer_index": 0}, "field 'options'"),
+        (GOOD | {"span": [1]}, "field 'span' .* two numbers"),
+        (GOOD | {"span": ["1", 2]}, "field 'span' .* two numbers"),
+        (GOOD | {"span": [3, 2]}, "field 'span' .* after the end"),
+        ('{"id": "b", "video": "v", "question": "q", "answer": "a", "span": [NaN, 2]}', "field 'span'"),
+        (GOOD | {"spans": []}, "field 'spans'"),
+        (GOOD | {"spans": [1, 2]}, "field 'spans' .* list of such pairs"),
+        (GOOD | {"span": [1, 2], "spans": [[1, 2]]}, "field 'spans' .* not both"),
+        (GOOD | {"duration": 0}, "field 'duration'"),
+        (GOOD | {"clip": 3}, "field 'clip' .* two numbers"),
+        (GOOD | {"clip": [3, 2]}, "field 'clip' is .3, 2.; the start must be before the end"),
+        (GOOD | {"clip": [-1, 2]}, "field 'clip'"),
+        (GOOD | {"clip": [1, 9], "duration": 8}, "field 'clip' .* within the video"),
+        (GOOD | {"clip": [1, 2], "span": [1, 3]}, "field 'span' .* is not within 'clip'"),
+        (GOOD | {"id": "first"}, "field 'id' repeats that of line 1"),
+    ],
+)
+def test_malformed_line_is_told_with_file_line_and_field(tmp_path, row, told):
+    path = write_lines(tmp_path / "q.jsonl", GOOD | {"id": "first"}, "", row)
+    with pytest.raises(data.DataError, match=told) as caught:
+        data.load_questions(path, "videos")
+    assert str(caught.value).startswith(f"{path}, line 3: ") and "\n" not in str(caught.value)
+
+
+def test_file_without_questions_or_in_another_encoding_is_told(tmp_path):
+    with pytest.raises(data.DataError, match="no such file"):
+        data.load_questions(str(tmp_path / "none.jsonl"), "videos")
+    with pytest.raises(data.DataError, match="holds no question"):
+        data.load_questions(write_lines(tmp_path / "empty.jsonl", "", " "), "videos")
+    (tmp_path / "latin.jsonl").write_bytes('{"id": "é"}\n'.encode("latin-1"))
+    with pytest.raises(data.DataError, match="line 1: not JSON"):
+        data.load_questions(str(tmp_path / "latin.jsonl"), "videos")
+
+
+# ---- the command ----
+
+
+def run_check(script, *arguments):
+    return script(data.main, "data.py", "check", *arguments)
+
+
+def test_check_lists_every_video_once_and_exits_2(script, tmp_path):
+    write_video(tmp_path / "good.mp4", range(20))
+    make_broken(tmp_path / "empty.mp4", "empty")
+    videos = ["missing.mp4", "good.mp4", "empty.mp4", "good.mp4"]
+    rows = [GOOD | {"id": str(i), "video": video} for i, video in enumerate(videos)]
+    done = run_check(script, write_lines(tmp_path / "q.jsonl", *rows), "--videos", tmp_path)
+    missing, good, empty, summary = done.stdout.splitlines()
+    assert done.returncode == 2 and done.stderr == ""
+    assert missing.startswith("FAIL") and missing.endswith("missing.mp4  no such file")
+    assert good.startswith("ok") and good.endswith("20 frames, 10.000 fps, 2.00 s, h264 64x64")
+    assert empty.startswith("FAIL") and "empty.mp4  file is empty" in empty
+    assert summary == "3 videos: 1 ok, 2 failed"
+
+
+def test_check_fails_a_video_that_ends_before_a_part_that_is_asked_about(script, tmp_path):
+    write_video(tmp_path / "good.mp4", range(20))
+    rows = [GOOD | {"id": str(end), "video": "good.mp4", "clip": [1, end]} for end in (2, 3.5, 1.5)]
+    done = run_check(script, write_lines(tmp_path / "q.jsonl", *rows), "--videos", tmp_path)
+    assert done.returncode == 2 and "good.mp4  it is 2.0 s long, but a part" in done.stdout
+    assert "ends at 3.5 s" in done.stdout
+    done = run_check(script, write_lines(tmp_path / "q.jsonl", *rows[::2]), "--videos", tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("ok")
+
+
+def test_check_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
+    path = write_lines(tmp_path / "q.jsonl", "{")
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", path, "--videos", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        data.run_script(data.main)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}, line 1: not JSON") and error.count("\n") == 1
+    write_video(tmp_path / "good.mp4", range(2))
+    write_lines(tmp_path / "q.jsonl", GOOD | {"video": "good.mp4"})
+    with pytest.raises(SystemExit, match="0"):
+        data.run_script(data.main)
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", path, "--vid", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):  # no abbreviations
+        data.run_script(data.main)
+
+
+# ---- tokens and batches ----
+
+WORDS = ["the", "cat", "sat", "1.5", "answer", "7", "ü", "("]
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]))
+    | st.lists(st.sampled_from([*WORDS, " ", "\n"])).map("".join)
+)
+def test_decoding_an_encoding_gives_the_text_back(text):
+    tokenizer = data.Tokenizer(WORDS)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(4 <= i < tokenizer.vocab_size for i in ids)  # no text can spell a special token
+
+
+def test_words_are_one_id_and_the_rest_is_bytes():
+    tokenizer = data.Tokenizer(WORDS)
+    assert tokenizer.vocab_size == 260 + len(WORDS)
+    assert tokenizer.encode("the cat, 1.5") == [260, 261, 4 + ord(","), 263]
+    assert tokenizer.encode("cats") == [4 + byte for byte in b" cats"]
+    ids = [data.BOS_ID, data.VIDEO_ID, 260, 261, data.EOS_ID, data.PAD_ID]
+    assert tokenizer.decode(ids) == "the cat"
+    assert tokenizer.decode([4 + 0xC3]) == "\ufffd"  # half a character
+
+
+def test_saved_tokenizer_is_loaded_as_it_was(tmp_path):
+    path = str(tmp_path / "tokenizer.json")
+    data.Tokenizer(WORDS).save(path)
+    assert data.Tokenizer.load(path).words == WORDS and os.listdir(tmp_path) == ["tokenizer.json"]
+    assert json.load(open(path, encoding="utf-8")) == {"type": "words+bytes", "words": WORDS}
+    (tmp_path / "tokenizer.json").write_text('{"type": "bpe"}')
+    with pytest.raises(data.DataError, match="field 'type'"):
+        data.Tokenizer.load(path)
+
+
+def test_prompt_is_begin_video_question_answer():
+    tokenizer = data.Tokenizer(WORDS)
+    question = Question("a", "v", "the cat?", "red", options=("the", "cat"), answer_index=0)
+    prompt = data.build_prompt(tokenizer, question, 5, [0.5])
+    assert prompt[:6] == [data.BOS_ID] + [data.VIDEO_ID] * 5
+    assert tokenizer.decode(prompt) == prompt_text(question)
+
+
+def test_a_question_about_a_part_sees_no_more_and_each_part_is_embedded_once(tmp_path):
+    class Model:
+        cfg = SimpleNamespace(num_frames=4, framing="ffmpeg")
+        clip_cfg = SimpleNamespace(image_size=32, patch_size=16)
+        calls = []
+
+        def embed_video(self, frames, times):
+            self.calls.append(times.tolist())
+            return torch.tensor([[[index_of(frame) / 10] for frame in clip] for clip in frames])
+
+    video = write_video(tmp_path / "a.mp4", range(40))
+    parts = [None, (1.0, 2.0), None, (1.0, 2.0), (3.0, 4.0)]
+    questions = [Question(str(i), video, "the cat?", "red", clip=part) for i, part in enumerate(parts)]
+    prompts = data.PromptSet(Model(), data.Tokenizer(WORDS), questions)
+    embeds = prompts[torch.arange(5)].video_embeds[..., 0]
+    (times,) = Model.calls
+    assert len(times) == 3 and torch.equal(embeds[0], embeds[2]) and torch.equal(embeds[1], embeds[3])
+    # frame i is at i / 10 s
+    torch.testing.assert_close(embeds[[0, 1, 4]], torch.tensor(times), atol=1e-4, rtol=0)
+    for row, (start, end) in ((0, (0, 4)), (1, (1, 2)), (4, (3, 4))):
+        assert start <= embeds[row].min() < start + 0.51 and end - 0.51 < embeds[row].max() < end
+
+
+def test_prompts_are_padded_left_and_completions_right():
+    prompt_ids, prompt_mask = data.collate_prompts([[1, 7], [1, 8, 9]])
+    assert prompt_ids.tolist() == [[0, 1, 7], [1, 8, 9]] and prompt_ids.dtype == torch.int64
+    assert prompt_mask.tolist() == [[False, True, True], [True, True, True]]
+    completion_ids, completion_mask = data.collate_completions([[7, data.EOS_ID], [7, 8, 9], []])
+    assert completion_ids.tolist() == [[7, data.EOS_ID, 0], [7, 8, 9], [0, 0, 0]]
+    assert completion_mask.tolist() == [[True, True, False], [True, True, True], [False, False, False]]
+
+
+# ---- real clips ----
+
+
+@needs_real_clips
+def test_check_names_the_broken_files(script):
+    done = run_check(script, os.path.join(REAL_CLIPS, "real_clips_with_broken.jsonl"), "--videos", REAL_CLIPS)
+    failed = {
+        os.path.basename(line.split("  ")[1]) for line in done.stdout.splitlines() if line[:4] == "FAIL"
+    }
+    names = {"empty.mp4", "text.mp4", "truncated.mp4", "damaged.avi", "audio_only.mp4", "missing.mp4"}
+    assert failed == names and done.returncode == 2

@@ -1,0 +1,95 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from eval import compare, gains, main, summarize, table
+from videoqa.answers import Question
+
+ROOT = Path(__file__).parents[2]
+
+
+def question(i, video, category, spans=()):
+    return Question(f"q{i}", video, "what?", "" if spans else "red", category, spans=spans)
+
+
+QUESTIONS = [
+    question(0, "a.mp4", "Color"),
+    question(1, "a.mp4", "Color"),
+    question(2, "b.mp4", "When", ((0.0, 1.0),)),
+    question(3, "c.mp4", "When", ((0.0, 1.0),)),
+]
+
+
+def test_accuracy_is_over_questions_and_mean_iou_over_span_questions_alone():
+    result = summarize(QUESTIONS, [1.0, 0.0, 0.5, 1.0], [1.0, 0.0, 0.4, 0.8])
+    assert result["accuracy"] == pytest.approx(2.5 / 4) and result["n"] == 4
+    assert result["by_category"] == {"Color": {"accuracy": 0.5, "n": 2}, "When": {"accuracy": 0.75, "n": 2}}
+    assert result["mean_iou"] == pytest.approx(0.6)
+    assert summarize(QUESTIONS[:2], [1.0, 0.0], [1.0, 0.0])["mean_iou"] is None
+
+
+def test_intervals_resample_videos_not_questions():
+    """Forty questions of two videos, one all right, one all wrong: resampled by video the interval is 0 to 1;
+    resampled by question it would be about 0.35 to 0.65."""
+    questions = [question(i, f"{i % 2}.mp4", "Color") for i in range(40)]
+    low, high = summarize(questions, [float(i % 2) for i in range(40)], [0.0] * 40)["ci95"]
+    assert (low, high) == (0.0, 1.0)
+
+
+def test_gain_is_paired_question_by_question():
+    before = {"greedy": [0.0, 1.0, 0.0, 0.0], "sampled": [0.5] * 4}
+    after = {"greedy": [1.0, 1.0, 1.0, 0.0], "sampled": [0.75] * 4}
+    gain = gains(QUESTIONS, before, after)
+    assert gain["greedy"]["accuracy"] == pytest.approx(0.5)
+    assert gain["sampled"] == {"accuracy": 0.25, "ci95": [0.25, 0.25]}  # the same for all: no spread
+
+
+def result(share):
+    part = summarize(QUESTIONS, [share] * 4, [share] * 4)
+    return {"greedy": part, "sampled": part}
+
+
+def test_the_table_has_a_row_a_category_before_and_after_side_by_side():
+    rows = table(result(0.25), result(0.75)).splitlines()
+    assert [len(row.split("|")) for row in rows] == [8] * 6
+    assert rows[2] == "| Color | 2 | 25.0 | 75.0 | 25.0 | 75.0 |"
+    assert rows[4].startswith("| **all** | 4 | 25.0 [25.0, 25.0] | 75.0 [75.0, 75.0]")
+
+
+def test_compare_names_the_category_that_lost_most(tmp_path):
+    before, after = result(0.5), result(0.75)
+    after["greedy"]["by_category"]["When"]["accuracy"] = 0.4
+    gain = {mode: {"accuracy": 0.25, "ci95": [0.2, 0.3]} for mode in ("greedy", "sampled")}
+    row = {"seed": 3, "wall_s": 61.2, "before": before, "after": after, "gain": gain}
+    (tmp_path / "results.json").write_text(json.dumps(row))
+    assert compare([str(tmp_path)]).splitlines()[2].endswith("| +25.0 [+20.0, +30.0] | When -10.0 | 61 |")
+
+
+def score(script, tmp_path, predictions):
+    rows = [{"id": f"q{i}", "video": "a.mp4", "question": "color?", "answer": "red"} for i in range(3)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "pred.jsonl").write_text(predictions)
+    command = ["eval.py", "score", "--data", tmp_path / "data.jsonl"]
+    command += ["--predictions", tmp_path / "pred.jsonl", "--json", tmp_path / "out.json"]
+    return script(main, *command)
+
+
+def test_scoring_counts_a_question_without_prediction_as_wrong(script, tmp_path):
+    done = score(script, tmp_path, '{"id": "q0", "prediction": "red"}\n{"id": "q1", "prediction": "blue"}\n')
+    assert done.returncode == 0, done.stderr
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert out["accuracy"] == pytest.approx(1 / 3) and out["n"] == 3 and out["missing"] == 1
+
+
+@pytest.mark.parametrize(
+    ("predictions", "words"),
+    [
+        ('{"id": "q0"}', ["pred.jsonl:1", "prediction"]),
+        ('{"id": "zz", "prediction": "x"}', ["zz", "data.jsonl"]),
+    ],
+)
+def test_bad_predictions_are_one_line_and_status_2(script, tmp_path, predictions, words):
+    done = score(script, tmp_path, predictions)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert all(word in done.stderr for word in words) and not (tmp_path / "out.json").exists()

@@ -1,0 +1,373 @@
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracle as oracle_room
+from oracle import (
+    AnchoredOracle,
+    FunctionOracle,
+    NoisyOracle,
+    PermutedOracle,
+    Ranking,
+    RewardOracle,
+    RuleOracle,
+    competition_ranks,
+    consensus,
+    feedback_means,
+    feedback_sums,
+    kemeny,
+    kendall_w,
+    load_function,
+    tie_disputed,
+    weighed,
+)
+from plumbing.options import BadInput
+from videoqa.answers import Question
+
+COLOR = Question("0", "a.mp4", "What color is the circle?", "red")
+PLACE = Question("1", "a.mp4", "Where is it?", "top left")
+
+unhurried = settings(deadline=None, max_examples=50)  # a busy machine is no failure
+texts = st.sampled_from(
+    ["red", "red ", "blue", "a red circle", "red or blue", "", "not red", "top left", "top"]
+)
+groups = st.lists(texts, min_size=2, max_size=6)
+
+
+class FixedOracle:
+    """Says what it is told; for the noise."""
+
+    def __init__(self, ranks, ok=None):
+        self.ranks = torch.tensor(ranks)
+        self.ok = torch.tensor(ok if ok is not None else [True] * len(ranks))
+
+    def rank(self, batch, texts):
+        return Ranking(self.ranks, self.ok, ["" if ok else "judge down" for ok in self.ok])
+
+
+def noisy(oracle, seed=0, **noise):
+    return NoisyOracle(oracle, torch.Generator().manual_seed(seed), **noise)
+
+
+def test_the_rule_oracle_ranks_by_grade_prompt_major():
+    batch = [COLOR, PLACE]
+    ranking = RuleOracle().rank(batch, ["blue", "red", "green", "top", "top left", "bottom left"])
+    # PLACE grades: "top" 2 / 3, "top left" 1, "bottom left" 1 / 2
+    assert ranking.ranks.tolist() == [[1, 0, 1], [1, 0, 2]]
+    assert ranking.ranks.dtype == torch.int64
+    assert ranking.ok.tolist() == [True, True] and ranking.ok.dtype == torch.bool
+    assert len(ranking.notes) == 2
+
+
+def test_equally_wrong_answers_tie_whatever_their_length_or_place():
+    wrong = ["blue", "a very long wrong answer", "", "circle", "red or blue"]
+    assert RuleOracle().rank([COLOR], wrong).ranks.tolist() == [[0] * 5]
+
+
+def test_spans_with_the_same_iou_on_paper_tie():
+    event = Question("0", "a.mp4", "When?", "", spans=((0.0, 1.0),))
+    # 0.1, 0.2 and 0.7 to 0.8: IoU 0.1 each, though 0.8 - 0.7 is 0.10000000000000009 in floats
+    ranking = RuleOracle().rank([event], ["0.1 to 0.2", "0.7 to 0.8", "0.3 to 0.4", "2 to 3"])
+    assert ranking.ranks.tolist() == [[0, 0, 0, 3]]
+
+
+@unhurried
+@given(groups, st.floats(0, 1), st.floats(0, 1), st.integers(0, 9))
+def test_identical_texts_tie_under_any_noise(group, swap_prob, position_bias, seed):
+    noise = {"swap_prob": swap_prob, "position_bias": position_bias, "seed": seed}
+    for oracle in (RuleOracle(), noisy(RuleOracle(), **noise)):
+        ranks = oracle.rank([COLOR], group).ranks[0].tolist()
+        by_text = {}
+        for text, place in zip(group, ranks, strict=True):
+            assert by_text.setdefault(text.strip(), place) == place
+        assert ranks == [sum(other < place for other in ranks) for place in ranks]  # competition ranks
+
+
+@unhurried
+@given(groups, st.randoms())
+def test_permuting_candidates_permutes_ranks(group, random):
+    order = random.sample(range(len(group)), len(group))
+    ranks = RuleOracle().rank([COLOR], group).ranks[0]
+    permuted = RuleOracle().rank([COLOR], [group[i] for i in order]).ranks[0]
+    assert permuted.tolist() == ranks[order].tolist()
+
+
+@unhurried
+@given(groups)
+def test_no_noise_changes_nothing(group):
+    expected = RuleOracle().rank([COLOR, PLACE], group * 2)
+    ranking = noisy(RuleOracle()).rank([COLOR, PLACE], group * 2)
+    assert ranking.ranks.tolist() == expected.ranks.tolist()
+    assert ranking.ok.tolist() == expected.ok.tolist()
+
+
+def test_certain_swap_of_two_distinct_texts_reverses_them():
+    ranking = noisy(RuleOracle(), swap_prob=1.0).rank([COLOR], ["red", "blue"])
+    assert ranking.ranks.tolist() == [[1, 0]]
+    # the three copies of the right answer go behind the one wrong answer together
+    ranking = noisy(RuleOracle(), swap_prob=1.0).rank([COLOR], ["red", "blue", "red", " red"])
+    assert ranking.ranks.tolist() == [[1, 0, 1, 1]]
+
+
+def test_tied_texts_never_swap():
+    ranking = noisy(FixedOracle([[0, 0, 0]]), swap_prob=1.0).rank([COLOR], ["a", "b", "c"])
+    assert ranking.ranks.tolist() == [[0, 0, 0]]
+    # a falls into the tie of b and c and no farther; one of those two rises, the other falls behind d
+    ranks = noisy(FixedOracle([[0, 1, 1, 3]]), swap_prob=1.0).rank([COLOR], list("abcd")).ranks[0].tolist()
+    assert ranks[0] == ranks[3] == 1 and sorted(ranks[1:3]) == [0, 3]
+
+
+def test_swaps_come_as_often_as_asked():
+    oracle = noisy(FixedOracle([[0, 1]] * 4000), swap_prob=0.3)
+    swapped = oracle.rank([COLOR] * 4000, ["a", "b"] * 4000).ranks[:, 0].float().mean().item()
+    assert swapped == pytest.approx(0.3, abs=0.03)  # 4 standard errors of sqrt(.3 * .7 / 4000)
+
+
+def test_which_of_two_tied_texts_swaps_does_not_depend_on_their_place():
+    oracle = noisy(FixedOracle([[0, 1, 1]] * 4000), swap_prob=1.0)
+    ranks = oracle.rank([COLOR] * 4000, ["a", "b", "c"] * 4000).ranks
+    assert (ranks[:, 1] == 0).float().mean().item() == pytest.approx(0.5, abs=0.04)
+
+
+def test_position_bias_puts_the_first_text_and_its_copies_on_top():
+    oracle = noisy(FixedOracle([[3, 0, 1, 3, 1]]), position_bias=1.0)
+    assert oracle.rank([COLOR], ["a", "b", "c", "a", "d"]).ranks.tolist() == [[0, 2, 3, 0, 3]]
+
+
+def test_position_bias_breaks_ties_as_such_a_judge_does():
+    assert noisy(FixedOracle([[0, 0]]), position_bias=1.0).rank([COLOR], ["a", "b"]).ranks.tolist() == [
+        [0, 1]
+    ]
+
+
+def test_failed_rankings_pass_through_untouched():
+    oracle = noisy(FixedOracle([[1, 0], [1, 0]], ok=[False, True]), swap_prob=1.0)
+    ranking = oracle.rank([COLOR, COLOR], ["a", "b", "a", "b"])
+    assert ranking.ranks.tolist() == [[1, 0], [0, 1]]
+    assert ranking.ok.tolist() == [False, True]
+    assert ranking.notes == ["judge down", ""]
+
+
+def test_restoring_the_generator_restores_the_noise():
+    oracle = noisy(RuleOracle(), swap_prob=0.5, position_bias=0.5)
+    group = ["red", "blue", "top", "red circle"] * 8
+    state = oracle.generator.get_state()
+    first, second = (oracle.rank([COLOR] * 8, group).ranks.tolist() for _ in range(2))
+    oracle.generator.set_state(state)
+    assert oracle.rank([COLOR] * 8, group).ranks.tolist() == first
+    assert first != second
+
+
+@pytest.mark.parametrize(("num_questions", "num_texts"), [(0, 0), (0, 4), (2, 0), (2, 2), (2, 3), (2, 5)])
+def test_groups_that_are_too_small_or_uneven_are_refused(num_questions, num_texts):
+    for oracle in (RuleOracle(), noisy(RuleOracle())):
+        with pytest.raises(ValueError, match="G >= 2") as error:
+            oracle.rank([COLOR] * num_questions, ["red"] * num_texts)
+        assert "\n" not in str(error.value)
+
+
+def test_the_dual_reward_ranks_by_its_sum_or_the_right_answer_first():
+    question = Question("0", "a.mp4", "Which color?", "red", spans=((2.0, 8.0),))
+    texts = ["red", "blue, 2 to 8 s", "red, 2 to 5 s", "blue", "red, from 2 to 5 seconds"]
+    # sums 1, 1 + .1, 1 + .5 + .1, 0, 1.6; (right, overlap, form) puts a bare "red" above blue's span
+    for by, ranks in (("sum", [3, 2, 0, 4, 0]), ("lexicographic", [2, 3, 0, 4, 0])):
+        oracle = RewardOracle(by, (1.0, 1.0, 0.1))
+        assert oracle.rank([question], texts).ranks.tolist() == [ranks]
+        assert oracle.totals([question], texts).tolist() == [[1.0, 1.1, 1.6, 0.0, 1.6]]
+
+
+# ---- a user's own function
+
+
+def test_a_function_in_a_file_outside_the_repository_is_an_oracle(tmp_path, monkeypatch):
+    (tmp_path / "my_judge.py").write_text(
+        "def shortest(question, texts, *, video, reference):\n"
+        "    assert (question, video, reference) == ('What color is the circle?', 'a.mp4', 'red')\n"
+        "    return [sum(len(other) < len(text) for other in texts) for text in texts]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    ranking = FunctionOracle(load_function("my_judge:shortest")).rank(
+        [COLOR], ["bb", "a", "ccc", " a ", "dd"]
+    )
+    assert ranking.ranks.tolist() == [[2, 0, 4, 0, 2]] and ranking.ok.tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("returns", "words"),
+    [([0], "1 ranks for 2 texts"), ([1, 2], "no competition ranks"), ([0.0, 1.0], "TypeError"),
+     (None, "TypeError")],
+)  # fmt: skip
+def test_what_a_function_gets_wrong_fails_its_group_alone_with_the_cause(returns, words):
+    oracle = FunctionOracle(lambda question, texts, **_: returns if "bad" in texts else [0, 1])
+    ranking = oracle.rank([COLOR, PLACE], ["bad", "x", "good", "x"])
+    assert ranking.ok.tolist() == [False, True] and ranking.ranks[1].tolist() == [0, 1]
+    assert ranking.notes[0].startswith("function: ") and words in ranking.notes[0]
+    numbers = feedback_means(feedback_sums(["bad", "x", "good", "x"], ranking))
+    assert numbers["failed_by_cause"] == {"function": 1}
+
+
+@pytest.mark.parametrize("spec", ["no_such_module:f", "json:no_such_function", "json:decoder"])
+def test_a_function_that_is_not_there_is_one_line(spec):
+    with pytest.raises(BadInput, match=f"--oracle {spec}: ") as error:
+        load_function(spec)
+    assert "\n" not in str(error.value)
+
+
+# ---- anchor and canary
+
+
+def test_behind_the_anchor_no_advantage_is_positive_and_before_it_nothing_changes():
+    batch, group = [COLOR, PLACE], ["blue", "green", "green", "top left", "nowhere", "top"]
+    ranking = AnchoredOracle(FixedOracle([[1, 2, 2, 0], [0, 2, 2, 0]]), True, False).rank(batch, group)
+    assert ranking.ranks.tolist() == [[0, 1, 1], [0, 1, 1]]
+    assert ranking.below_anchor.tolist() == [[True] * 3, [False, True, True]]
+    advantages = torch.tensor([[0.6, -0.3, -0.3], [0.6, -0.3, -0.3]])
+    assert weighed(advantages, ranking).tolist() == torch.tensor(
+        [[0, -0.3, -0.3], [0.6, -0.3, -0.3]]
+    ).tolist()  # fmt: skip
+
+
+def test_the_anchored_rule_oracle_needs_no_anchor():
+    batch, group = [COLOR, PLACE], ["blue", "red", "green", "top", "top left", "bottom left"]
+    plain = RuleOracle().rank(batch, group)
+    ranking = AnchoredOracle(RuleOracle(), True, True).rank(batch, group)
+    assert ranking.ranks.tolist() == plain.ranks.tolist()
+    assert ranking.below_anchor.tolist() == (plain.ranks > 0).tolist()
+    assert feedback_means(feedback_sums(group, ranking))["canary_error"] == 0
+
+
+def test_the_canary_measures_a_judges_error_rate():
+    oracle = AnchoredOracle(
+        FixedOracle([[0, 1, 3, 2], [0, 1, 2, 3], [0, 1, 2, 2], [3, 2, 0, 1]]), False, True
+    )
+    ranking = oracle.rank([COLOR, PLACE, COLOR, PLACE], ["a", "b"] * 4)
+    assert feedback_means(feedback_sums(["a", "b"] * 4, ranking))["canary_error"] == 0.5
+    assert ranking.below_anchor is None
+
+
+def test_a_known_bad_answer_is_really_bad():
+    quiz = Question("2", "a.mp4", "Which?", "red", options=("red", "blue"), answer_index=0)
+    assert oracle_room.wrong_answer([quiz, COLOR], 0) == "blue"
+    assert oracle_room.wrong_answer([COLOR, COLOR, PLACE], 0) == "top left"
+    assert oracle_room.wrong_answer([COLOR, COLOR], 0) == "I do not know."
+
+
+def test_agreement_scales_a_groups_advantages():
+    ranking = Ranking(None, None, [], agreement=torch.tensor([1.0, 0.25]))
+    assert weighed(torch.tensor([[0.5, -0.5], [0.5, -0.5]]), ranking).tolist() == [
+        [0.5, -0.5],
+        [0.125, -0.125],
+    ]
+
+
+# ---- one order out of several
+
+
+weak_orders = st.integers(2, 4).flatmap(
+    lambda n: st.lists(
+        st.lists(st.integers(0, n - 1), min_size=n, max_size=n).map(competition_ranks), min_size=1, max_size=5
+    )
+)
+
+
+def distance(order, vote):
+    pairs = itertools.combinations(range(len(vote)), 2)
+    sign = lambda v, i, j: (v[i] > v[j]) - (v[i] < v[j])  # noqa: E731
+    return sum(abs(sign(order, i, j) - sign(vote, i, j)) for i, j in pairs)
+
+
+@unhurried
+@given(weak_orders)
+def test_kemeny_is_the_mean_of_all_orders_at_the_least_distance(votes):
+    n = len(votes[0])
+    orders = {tuple(competition_ranks(list(x))) for x in itertools.product(range(n), repeat=n)}
+    costs = {order: sum(distance(order, vote) for vote in votes) for order in orders}
+    best = [order for order in orders if costs[order] == min(costs.values())]
+    assert kemeny(votes) == competition_ranks([sum(column) for column in zip(*best, strict=True)])
+    if len(best) == 1:
+        assert kemeny(votes) == list(best[0])
+
+
+@unhurried
+@given(weak_orders, st.randoms())
+def test_consensus_is_neutral_and_keeps_what_all_agree_on(votes, random):
+    n = len(votes[0])
+    order = random.sample(range(n), n)
+    place, moved = consensus(votes), consensus([[vote[i] for i in order] for vote in votes])
+    assert moved == [place[i] for i in order]
+    assert consensus([votes[0]] * 3) == votes[0]
+    tied = tie_disputed(place, votes)
+    for i, j in itertools.combinations(range(n), 2):
+        if len({(v[i] > v[j]) - (v[i] < v[j]) for v in votes}) > 1:
+            assert tied[i] == tied[j]
+
+
+def test_a_majority_beats_a_biased_vote_a_cycle_ties_and_above_seven_it_is_borda():
+    assert kemeny([[0, 1, 2], [0, 1, 2], [2, 0, 1]]) == [0, 1, 2]
+    assert kemeny([[0, 1, 2], [2, 0, 1], [1, 2, 0]]) == [0, 0, 0]
+    assert kemeny([[0, 1], [1, 0]]) == [0, 0]
+    up = list(range(8))
+    assert consensus([up, up, up[::-1]]) == up
+    assert consensus([up, up[::-1]]) == [0] * 8
+
+
+def test_kendalls_w_by_hand():
+    assert kendall_w([[0, 1, 2], [0, 1, 2]]) == 1.0
+    assert kendall_w([[0, 1, 2], [2, 1, 0]]) == 0.0
+    # sums of ranks 3, 3, 6 + ... : ranks 012, 012, 102: sums 1, 2, 6, mean 3, S = 14, W = 12 * 14 / (9 * 24)
+    assert kendall_w([[0, 1, 2], [0, 1, 2], [1, 0, 2]]) == pytest.approx(12 * 14 / 216)
+    # ties: mid-ranks .5 .5 2 twice: S = 2 * ... = (1 - 2)^2 * 2 + (4 - 2)^2 = 6; 72 / (4 * 24 - 2 * 12)
+    assert kendall_w([[0, 0, 2], [0, 0, 2]]) == pytest.approx(1.0)
+    assert kendall_w([[0, 0, 0], [0, 0, 0]]) == 1.0
+
+
+# ---- permutations of any oracle
+
+
+def test_permutations_take_a_position_bias_out_of_any_oracle_and_measure_it():
+    """The bias puts the first of five on top in 3 of 10 cases; pairs that come out wrong, at k = 1 and 5."""
+    chance, words = random.Random(0), ["red", "blue", "green", "not red", "circle"]
+    asked = [COLOR] * 200, sum((chance.sample(words, 5) for _ in range(200)), [])
+    truth, wrong = RuleOracle().rank(*asked).ranks, {}
+    for k in (1, 5):
+        ranking = PermutedOracle(noisy(RuleOracle(), position_bias=0.3), k, "scale", 0).rank(*asked)
+        signs = [(r[:, :, None] - r[:, None, :]).sign() for r in (ranking.ranks, truth)]
+        wrong[k] = (signs[0] - signs[1]).abs().sum().item()
+        numbers = feedback_means(feedback_sums(asked[1], ranking))
+        assert numbers["position_bias"] > 0.1 and 0 < numbers["kendall_w"] <= 1 and ranking.ok.all()
+    assert wrong[5] <= 0.2 * wrong[1]
+    assert ranking.agreement.min() < 1  # and it says how much they disagree
+    fair = PermutedOracle(RuleOracle(), 5, "scale", 0).rank(*asked)
+    assert torch.equal(fair.ranks, truth) and (fair.agreement == 1).all()
+
+
+@unhurried
+@given(groups, st.integers(0, 9), st.sampled_from(["off", "tie"]))
+def test_permuted_rankings_tie_identical_texts_and_fail_where_one_fails(group, seed, agreement):
+    oracle = PermutedOracle(noisy(RuleOracle(), seed, swap_prob=0.5, position_bias=0.3), 3, agreement, seed)
+    ranks = oracle.rank([COLOR], group).ranks[0].tolist()
+    by_text = {}
+    for text, place in zip(group, ranks, strict=True):
+        assert by_text.setdefault(text.strip(), place) == place
+    assert ranks == competition_ranks(ranks)
+    down = PermutedOracle(FixedOracle([[0, 0], [0, 1]], [True, False]), 2, "off", 0)
+    failed = down.rank([COLOR, PLACE], ["a", "b"] * 2)
+    assert failed.ok.tolist() == [True, False] and failed.notes == ["", "judge down"]
+
+
+# ---- tripwires
+
+
+def test_tripwires_see_length_openings_and_refusals():
+    said = ["I cannot tell from the video", "it is red", "it is red and very large", "it is red"]
+    longer_is_better = Ranking(torch.tensor([[0, 1], [0, 1]]), torch.tensor([True, True]), ["", ""])
+    numbers = feedback_means(feedback_sums(said, longer_is_better))
+    assert numbers["length_tau"] == 1.0 and numbers["refusals"] == 0.25
+    assert numbers["repeated_openings"] == 0.75 and numbers["failed_by_cause"] == {}
+    shorter = Ranking(torch.tensor([[1, 0], [1, 0]]), torch.tensor([True, False]), ["", "cut: words"])
+    numbers = feedback_means(feedback_sums(said, shorter))
+    assert numbers["length_tau"] == -1.0 and numbers["failed_by_cause"] == {"cut": 1}

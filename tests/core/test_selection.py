@@ -1,0 +1,128 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import selection
+from data import load_questions
+from plumbing.options import BadInput
+from selection import select, spread
+from videoqa import world
+from videoqa.answers import Reward, task
+
+ROOT = Path(__file__).parents[2]
+
+
+def discrete(*values):
+    return [Reward(float(v), None, 1.0) for v in values]
+
+
+def continuous(*values):
+    return [Reward(None, v, 1.0) for v in values]
+
+
+def test_the_spread_of_worked_cases():  # math.md 4
+    assert spread(discrete(1, 1, 1, 0, 0, 0, 0, 0)) == {"right": 3, "variance": 0.234375, "iou_std": None}
+    ious = spread(continuous(0.1, 0.8, 0.4, 0.6, 0.2, 0.7, 0.5, 0.3))
+    assert ious["right"] is None and ious["iou_std"] == pytest.approx(0.229129, abs=1e-6)
+    assert spread(continuous(*[0.3] * 8))["iou_std"] == 0
+
+
+def test_questions_whose_answers_or_overlaps_disagree_are_kept():
+    rows = [discrete(1, 0), discrete(1, 1), discrete(0, 0)]
+    rows += [continuous(0.0, 1.0), continuous(0.4, 0.5), continuous(0.5, 0.5)]
+    rows += [[Reward(1.0, x, 1.0) for x in (0.0, 0.8)], [Reward(0.0, 0.2, 1.0)] * 2]
+    tasks = ["qa"] * 3 + ["grounding"] * 3 + ["grounded"] * 2
+    assert select([spread(row) for row in rows], tasks, k=2) == [
+        "kept: answers disagree", "dropped: all right", "dropped: all wrong",
+        "kept: overlaps disagree", "kept: overlaps disagree", "dropped: all overlaps equal",
+        "kept: overlaps disagree", "dropped: all wrong",
+    ]  # fmt: skip
+
+
+def test_a_share_of_all_that_was_asked_is_kept_task_by_task_those_that_disagree_most_first():
+    rows = [discrete(1, 1, 1, c, 0, 0, 0, 0) for c in (0, 1)]  # 3 and 4 of 8 right
+    rows += [discrete(1, *[0] * 7), discrete(*[1] * 7, 0), discrete(*[0] * 8), discrete(*[1] * 8)]
+    rows += [continuous(*pair * 4) for pair in ((0.4, 0.5), (0.0, 1.0), (0.3, 0.5))]
+    grounded = [(1, 1, 0.5, 0.5), (1, 0, 0.5, 0.5), (1, 0, 0.4, 0.5), (1, 1, 0.1, 0.9)]
+    rows += [[Reward(float(a), x, 1.0), Reward(float(b), y, 1.0)] * 4 for a, b, x, y in grounded]
+    tasks = ["qa"] * 6 + ["grounding"] * 3 + ["grounded"] * 4
+    spreads = [spread(row) for row in rows]
+
+    def kept(share, seed=0):
+        return {i for i, why in enumerate(select(spreads, tasks, 8, share, seed)) if why.startswith("kept")}
+
+    for seed in range(9):  # 2 of 6, 1 of 3, 1 of 4: .5 + .05 is more than .5 + 0 and 0 + .4
+        assert kept(1 / 3, seed) == {0, 1, 7, 11}
+    reasons = select(spreads, tasks, 8, 1 / 3)
+    assert [reasons[i] for i in (2, 6, 10)] == ["dropped: beyond the share, others disagree more"] * 3
+    assert [reasons[i] for i in (4, 5, 9)] == ["dropped: all wrong", *["dropped: all right"] * 2]
+    assert {frozenset(kept(1 / 2, seed) & {2, 3}) for seed in range(9)} == {frozenset({2}), frozenset({3})}
+    assert kept(1 / 2, 4) == kept(1 / 2, 4)
+    assert kept(1.0) == kept(0.9) == {0, 1, 2, 3, 6, 7, 8, 10, 11, 12}  # nothing that agrees fills a share up
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("selection")
+    world.make_world(folder, range(1_000_000, 1_000_002))
+    return folder
+
+
+def run(clips, out, *options):
+    command = [ROOT / "selection.py", clips / "questions.jsonl", "--videos", clips, "--out", out]
+    command += ["--policy", ROOT / "weights", "--batch", 8, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = [sys.executable, *map(str, command)]
+    return subprocess.run(done, capture_output=True, text=True, env=environment)
+
+
+def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clips):
+    out, samples = clips / "selected.jsonl", clips / "selected.jsonl.samples"
+    done = run(clips, out)
+    assert done.returncode == 0, done.stderr
+    whole, lines = out.read_bytes(), samples.read_text().splitlines(keepends=True)
+    out.unlink()
+    samples.write_text("".join(lines[:12]) + lines[12][:5])  # killed in a write: header, 11 rows, a torn one
+    assert run(clips, out).returncode == 0
+    assert out.read_bytes() == whole and samples.read_text() == "".join(lines)
+    questions = load_questions(str(clips / "questions.jsonl"), "")
+    report, kept = json.loads(whole.split(b"\n")[0])["selection"], load_questions(str(out), "")
+    assert sum(report["counts"].values()) == len(questions) == report["questions"]
+    assert len(kept) == sum(n for why, n in report["counts"].items() if why.startswith("kept"))
+    assert set(kept) <= set(questions) and report["k"] == 8 and report["seed"] == 0
+    assert sum(report["histograms"]["right"]) + sum(report["histograms"]["iou_std"]) == len(questions)
+    third = run(clips, out, "--share", 0.3333)  # of the answers that are there: none is drawn again
+    assert third.returncode == 0 and samples.read_text() == "".join(lines)
+    report, fewer = json.loads(out.read_text().split("\n")[0])["selection"], load_questions(str(out), "")
+    assert report["share"] == 0.3333 and report["counts"]["dropped: beyond the share, others disagree more"]
+    assert set(fewer) < set(kept)
+    for name in {task(q) for q in questions}:
+        asked = sum(task(q) == name for q in questions)
+        assert sum(task(q) == name for q in fewer) == round(0.3333 * asked) > 0
+    other = run(clips, out, "--seed", 1)
+    assert other.returncode == 2 and "begun with other settings" in other.stderr
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_the_policy_is_told_to_think_or_not(clips, monkeypatch, think):
+    def load_policy(folder, device, **options):
+        raise BadInput(f"{folder}: {options['think']}, {options['adapter']}")
+
+    command = ["selection.py", str(clips / "questions.jsonl"), "--videos", str(clips), "--out", "none.jsonl"]
+    monkeypatch.setattr(sys, "argv", [*command, "--adapter", "mine", *["--think"] * think])
+    monkeypatch.setattr(selection, "load_policy", load_policy)
+    with pytest.raises(BadInput, match=f"weights: {think}, mine"):
+        selection.main()
+
+
+@pytest.mark.parametrize("option", ["--k 1", "--share 0", "--share 1.1", "--share nan"])
+def test_bad_options_are_one_line_and_nothing_is_written(clips, monkeypatch, option):
+    command = ["selection.py", "q.jsonl", "--videos", "v", "--out", str(clips / "none.jsonl")]
+    monkeypatch.setattr(sys, "argv", [*command, *option.split()])
+    with pytest.raises(BadInput, match=f"^{option}.*: needs .*$"):
+        selection.main()
+    assert not list(clips.glob("none*"))

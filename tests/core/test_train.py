@@ -1,0 +1,349 @@
+"""The loop as its users meet it: whole runs of train.py in processes of their own, on tiny models and
+clips."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lora
+import train
+from data import Prompts
+from model import Decoder, load_model, save_model
+from rollout import generate
+from videoqa import world
+
+ROOT = Path(__file__).parents[2]
+SMALL = "--num_train_clips 6 --num_eval_clips 3 --batch_prompts 8".split()
+SMALL += "--eval_samples 1 --save_every 2 --lora_r 4".split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with the drawn clips; the policy is the repository's own supervised start."""
+    folder = tmp_path_factory.mktemp("train")
+    world.make_world(folder / "world" / "train6", range(1_000_000, 1_000_006))
+    world.make_world(folder / "world" / "eval3", range(2_000_000, 2_000_003))
+    return folder
+
+
+def command(home, out, *options):
+    where = [
+        "--policy",
+        ROOT / "weights",
+        "--world_dir",
+        home / "world",
+        "--out",
+        home / out,
+        "--dtype",
+        "float32",
+    ]
+    return [str(x) for x in (ROOT / "train.py", *where, *SMALL, *options)]
+
+
+def run(home, out, *options, launcher=(sys.executable,)):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*launcher, *command(home, out, *options)], capture_output=True, text=True, env=environment
+    )
+
+
+def adapter(home, out):
+    return load_file(home / out / "adapter" / "adapter_model.safetensors")
+
+
+def metrics(home, out):
+    """Rows of metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (home / out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith(("_s", "oracle_share"))} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def straight(home):
+    """Four steps without a break."""
+    done = run(home, "straight", "--num_steps", "4")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def wait_for_rows(path, count, process):
+    for _ in range(600):
+        if path.exists() and len(path.read_text().splitlines()) >= count:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never had {count} rows")
+
+
+def test_a_run_writes_what_the_design_promises(home, straight):
+    folder = home / "straight"
+    results = json.loads((folder / "results.json").read_text())
+    assert {"seed", "steps", "wall_s", "device", "before", "after"} <= results.keys()
+    for when in ("before", "after"):
+        for mode in ("greedy", "sampled"):
+            part = results[when][mode]
+            assert 0 <= part["ci95"][0] <= part["accuracy"] <= part["ci95"][1] <= 1
+            assert sum(c["n"] for c in part["by_category"].values()) == part["n"]
+    assert len(metrics(home, "straight")) == 4
+    row = json.loads((folder / "rollouts.jsonl").read_text().splitlines()[0])
+    assert len(row["candidates"]) == len(row["oracle_ranks"]) == len(row["advantages"]) == 5
+    assert any(t.abs().max() > 0 for key, t in adapter(home, "straight").items() if "lora_B" in key)
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_rollout_and_training_logprobs_agree_in_every_step(home, straight):
+    assert max(row["logprob_gap"] for row in metrics(home, "straight")) < 1e-4
+
+
+def test_killed_after_two_steps_and_resumed_is_bit_for_bit_the_straight_run(home, straight):
+    process = subprocess.Popen(
+        [sys.executable, *command(home, "killed", "--num_steps", "4")], stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for_rows(home / "killed" / "metrics.jsonl", 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = run(home, "killed", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert metrics(home, "killed") == metrics(home, "straight")
+    for key, tensor in adapter(home, "straight").items():
+        assert torch.equal(tensor, adapter(home, "killed")[key]), key
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_the_run_can_go_on(home):
+    process = subprocess.Popen(
+        [sys.executable, *command(home, "stopped", "--num_steps", "500")], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    wait_for_rows(home / "stopped" / "metrics.jsonl", 1, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    steps = len(metrics(home, "stopped"))
+    assert process.returncode == 1 and "--resume" in output
+    done = run(home, "stopped", "--resume", "--num_steps", str(steps + 1))
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(home, "stopped")) == steps + 1
+
+
+def test_two_processes_make_the_update_of_one(home, straight):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    done = run(home, "two", "--num_steps", "4", launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(metrics(home, "straight"), metrics(home, "two"), strict=True):
+        assert one.keys() == two.keys()
+        assert one["tokens"] == two["tokens"] and one["dead_groups"] == two["dead_groups"]
+        for key in ("accuracy", "kl", "entropy", "loss", "grad_norm", "ndcg"):
+            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-6), key
+    for key, tensor in adapter(home, "straight").items():
+        torch.testing.assert_close(adapter(home, "two")[key], tensor, atol=2e-5, rtol=0, msg=key)
+
+
+# ------------------------------------------------------------------------------------------------- one update
+
+
+@pytest.fixture
+def small_step(home):
+    """An update's arguments: 4 prompts of 5 sampled completions, one group dead."""
+    policy = load_model(ROOT / "weights")
+    trainable = lora.add_adapters(policy.decoder, 4, 8.0, generator=torch.Generator().manual_seed(1))
+    for p in trainable:  # B = 0 would hide half of the gradients
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
+    g = torch.Generator().manual_seed(3)
+    prompts = Prompts(torch.randint(4, 200, (4, 40), generator=g), torch.ones(4, 40, dtype=torch.bool),
+                      torch.randn(4, 32, 128, generator=g))  # fmt: skip
+    rollout = generate(
+        policy, prompts, 5, 6, end_ids=torch.arange(150, 300), uniforms=torch.rand(4, 5, 6, generator=g)
+    )
+    live = torch.tensor([True, True, False, True]).repeat_interleave(5)
+    advantages = torch.randn(20, generator=g) * live
+    cfg = train.Config(updates_per_rollout=1, entropy_coef=0.01, micro_batch_prompts=4, max_grad_norm=1e9)
+    return cfg, policy, trainable, prompts, rollout, advantages, live
+
+
+def update(cfg, policy, trainable, prompts, rollout, *signal, lr):
+    states = train.reference_states(cfg, policy, prompts, rollout)
+    optimizer = torch.optim.SGD(trainable, lr=lr)
+    return train.update(cfg, policy, trainable, optimizer, prompts, rollout, states, *signal, banned=None)
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+def test_gradient_accumulation_cannot_change_the_update(small_step, norm):
+    cfg, policy, trainable, *batch = small_step
+    cfg.norm, start, after = norm, [p.detach().clone() for p in trainable], []
+    for size in (4, 1):
+        for p, value in zip(trainable, start, strict=True):
+            p.data.copy_(value)
+        cfg.micro_batch_prompts = size
+        update(cfg, policy, trainable, *batch, lr=1.0)
+        after.append(torch.cat([(p - s).detach().flatten() for p, s in zip(trainable, start, strict=True)]))
+    assert after[0].abs().max() > 1e-4
+    # float32 rounds differently on every CPU (1.2e-7 with AVX-512); dividing by a micro-batch's counts: > 0.5
+    torch.testing.assert_close(after[0], after[1], atol=1e-6, rtol=1e-4)
+
+
+def test_the_first_update_has_ratio_one_and_no_kl(small_step):
+    cfg, policy, trainable, *batch = small_step
+    lora.freeze_reference(policy.decoder)
+    numbers = update(cfg, policy, trainable, *batch, lr=0.0)
+    assert numbers["ratio"] == pytest.approx(1, abs=1e-5) and numbers["kl"] == pytest.approx(0, abs=1e-6)
+    assert numbers["clip_frac"] == 0 and numbers["logprob_gap"] < 1e-4 and numbers["grad_norm"] > 1e-4
+
+
+def test_a_non_finite_loss_changes_nothing_and_says_so(small_step, monkeypatch):
+    cfg, policy, trainable, *batch = small_step
+    start = [p.detach().clone() for p in trainable]
+    real = train.completion_logprobs
+    monkeypatch.setattr(
+        train, "completion_logprobs", lambda *a, **k: [x * float("nan") for x in real(*a, **k)]
+    )
+    numbers = update(cfg, policy, trainable, *batch, lr=1.0)
+    assert numbers["bad"]
+    assert all(torch.equal(p, s) for p, s in zip(trainable, start, strict=True))
+
+
+def test_a_run_of_non_finite_losses_skips_saves_counts_and_stops(home):
+    done = run(home, "nan", "--num_steps", "20", "--kl_coef", "nan")
+    assert done.returncode == 1 and "3 non-finite losses in a row" in done.stderr
+    assert [row["bad"] for row in metrics(home, "nan")] == [True] * 3
+    batches = sorted((home / "nan" / "bad_batches").iterdir())
+    assert len(batches) == 3 and "completion_ids" in load_file(batches[0])
+    assert all(t.abs().max() == 0 for key, t in adapter(home, "nan").items() if "lora_B" in key)
+
+
+def made_up(x):
+    """What the host reads of a tensor on the meta device, which holds nothing: True, 1 or 0.5."""
+    return torch.full(x.shape, {torch.bool: True, torch.int64: 1}.get(x.dtype, 0.5), dtype=x.dtype)
+
+
+class MetaDevice(TorchDispatchMode):
+    """Lets the meta device stand for a GPU: what mixes it with the CPU raises as it would there."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        aten, first, kwargs = torch.ops.aten, args[0] if args else None, kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
+        across = (aten.copy_, aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+        if len({x.device for x in tensors}) > 1 and op.overloadpacket not in across:
+            raise RuntimeError(f"{op} is given tensors of two devices")
+        if isinstance(first, torch.Tensor) and first.is_meta:
+            if op is aten._local_scalar_dense.default:
+                return made_up(first).item()
+            if op is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
+                return made_up(first).to(kwargs.get("dtype") or first.dtype)
+            if op is aten.nonzero.default:
+                return torch.zeros(1, first.dim(), dtype=torch.int64, device="meta")
+            if op is aten.index.Tensor and args[1][0].dtype == torch.bool:  # as if one were true
+                args = first, list(torch.zeros(args[1][0].dim(), 1, dtype=torch.int64, device="meta"))
+        return op(*args, **kwargs)
+
+
+@pytest.mark.parametrize("options", ["--oracle trained", "--base nf4 --top_p 0.9 --checkpointing true"])
+def test_no_step_on_another_device_mixes_it_with_the_cpu(home, monkeypatch, options):
+    read_back = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read_back(made_up(x) if x.is_meta else x))
+    monkeypatch.setattr(train, "start_processes", lambda cfg: torch.device("meta"))
+    monkeypatch.setattr(train, "describe", str)
+    monkeypatch.setattr(train, "save_checkpoint", lambda *args: None)
+    monkeypatch.setattr(train, "reduce_sum", lambda *values, device: [*map(float, values)])
+    monkeypatch.setattr(Decoder, "autocast", lambda self: nullcontext())  # there is none for meta
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # in it, reading back passes the mode by
+    argv = command(home, "meta" + options[:8], "--num_steps", "2", *options.split())
+    monkeypatch.setattr(sys, "argv", argv)
+    handler = signal.getsignal(signal.SIGINT)
+    with MetaDevice():
+        assert train.main() == 0
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_held_out_questions_on_videos_of_the_training_are_told(home, straight, script):
+    clips = str(home / "world" / "train6")
+    options = ["--data", f"{clips}/questions.jsonl", "--videos", clips, "--num_steps", "1"]
+    options += ["--eval_data", f"{clips}/questions.jsonl"]
+    done = script(train.main, *command(home, "leaky", *options))
+    assert done.returncode == 0 and "held out; 6 videos are in both:" in done.stdout
+    assert "are in both" not in straight.stdout
+
+
+# -------------------------------------------------------------------------------------------------- bad input
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--learning_rate", "1"], ["--learning_rate", "--help"]),
+        (["--num_step", "1"], ["--num_step"]),  # no abbreviations
+        (["--num_steps", "many"], ["--num_steps", "many"]),
+        (["--group_size", "1"], ["--group_size 1", "at least 2"]),
+        (["--advantage_form", "best"], ["--advantage_form best", "ideal"]),
+        (["--data", "x.jsonl"], ["--videos"]),
+        (["--data", "{home}/none.jsonl", "--videos", "{home}"], ["none.jsonl"]),
+        (["--data", "{home}/bad.jsonl", "--videos", "{home}"], ["bad.jsonl", "2", "answer"]),
+        (["--data", "{home}/novideo.jsonl", "--videos", "{home}"], ["missing.mp4", "no such file"]),
+        (["--policy", "{home}/pickled"], ["model.safetensors", "pytorch_model.bin", "safetensors"]),
+        (["--policy", "{home}/misfit"], ["misfit", "config.json"]),
+        (["--objective", "grpo", "--canary"], ["--objective grpo", "--oracle sum", "grpo_rank"]),
+        (["--resume"], ["config.json", "--resume"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it_status_2_and_nothing_written(home, script, options, words):
+    write_lines(home / "bad.jsonl", '{"id": "a", "video": "a.mp4", "question": "q", "answer": "x"}',
+                '{"id": "b", "video": "a.mp4", "question": "q"}')  # fmt: skip
+    rows = [
+        json.dumps({"id": str(i), "video": f"{i}missing.mp4", "question": "q", "answer": "x"})
+        for i in range(2)
+    ]
+    write_lines(home / "novideo.jsonl", *rows)
+    (home / "pickled").mkdir(exist_ok=True)
+    (home / "pickled" / "config.json").write_text((ROOT / "weights" / "config.json").read_text())
+    (home / "pickled" / "pytorch_model.bin").write_bytes(b"\x80")
+    if not (home / "misfit").exists():
+        save_model(load_model(ROOT / "weights"), home / "misfit")
+        sizes = json.loads((ROOT / "weights" / "config.json").read_text())
+        sizes["model"]["ffn_dim"] = 64
+        (home / "misfit" / "config.json").write_text(json.dumps(sizes))
+    ended = script(train.main, *command(home, "refused", *(o.format(home=home) for o in options)))
+    told = ended.stderr.replace("\r", "\n")
+    lines = [line for line in told.splitlines() if line.startswith("error:")]
+    assert ended.returncode == 2 and len(lines) == 1 and all(word in lines[0] for word in words), told
+    assert "Traceback" not in told and not (home / "refused").exists()
+
+
+def test_an_existing_run_folder_and_other_options_on_resume_are_refused(home, straight):
+    again = run(home, "straight")
+    assert again.returncode == 2 and "exists already" in again.stderr and "--resume" in again.stderr
+    changed = run(home, "straight", "--resume", "--lr", "0.5")
+    assert changed.returncode == 2 and "--lr 0.5" in changed.stderr
+
+
+def test_a_short_run_on_ranks_alone_learns(home):
+    """Sampled accuracy on held-out clips rises: the interval of the paired gain is above 3 points."""
+    done = run(home, "learns", "--num_steps", "16", "--num_train_clips", "60", "--num_eval_clips", "40",
+               "--batch_prompts", "32", "--save_every", "100", "--lora_r", "16")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    gain = json.loads((home / "learns" / "results.json").read_text())["gain"]
+    assert gain["sampled"]["ci95"][0] > 0.03, gain
+
+
+@pytest.mark.parametrize("options", [["--objective", "grpo"], ["--oracle", "lexicographic"]])
+def test_both_objectives_train_on_the_dual_reward_and_log_its_parts_apart(home, script, options):
+    out = "dual" + options[1]
+    done = script(train.main, *command(home, out, "--num_steps", "1", *options))
+    assert done.returncode == 0, done.stderr
+    row = metrics(home, out)[0]
+    assert all(0 <= row[f"reward_{part}"] <= 1 for part in ("discrete", "continuous", "format"))
+    assert row["loss"] is not None and row["grad_norm"] > 0

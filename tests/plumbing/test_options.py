@@ -1,0 +1,78 @@
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from plumbing import options
+
+ROOT = Path(__file__).parents[2]
+WAITING = """
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from plumbing.options import run_script
+
+def main():
+    pool = ThreadPoolExecutor(1)
+    pool.submit(time.sleep, 60)
+    print("waiting", flush=True)
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it from birth
+run_script(main)
+"""
+
+
+def test_ctrl_c_ends_at_once_in_one_line_even_if_a_thread_still_waits():
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == "waiting\n"
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - began < 10  # s, of the thread's 60
+    assert process.returncode == 130 and said == "stopped by Ctrl-C\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (options.BadInput("--lr x: no number"), 2, "error: --lr x: no number\n"),
+        (OSError(28, "No space left on device", "a.json"), 2, "make room or choose another folder"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_status_2(capsys, error, status, said):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        options.run_script(main)
+    told = capsys.readouterr().err
+    assert ended.value.code == status and said in told and told.count("\n") == 1
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    options.write_json(str(path), {"old": 1})
+
+    def full(*names):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(options.os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        options.write_json(str(path), {"new": 2})
+    assert path.read_text() == '{\n "old": 1\n}' and list(tmp_path.iterdir()) == [path]
+
+
+def test_help_tells_what_each_option_means_and_its_default():
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
+    told = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "fine-tune a video-language policy" in told
+    assert (
+        "--clip_eps CLIP_EPS (0.2)" in told
+        and "G: completions a prompt, ranked against each other (5)" in told
+    )

@@ -1,0 +1,174 @@
+import json
+import os
+import sys
+
+import pytest
+
+from data import load_questions
+from plumbing.options import BadInput
+from videoqa.answers import task
+from videoqa.datasets import NAMES, convert
+
+REAL_CLIPS = os.environ.get("REAL_CLIPS", "")
+ANNOTATIONS = os.path.join(REAL_CLIPS, "annotations")
+needs_excerpts = pytest.mark.skipif(not os.path.isdir(ANNOTATIONS), reason="REAL_CLIPS names no folder")
+
+
+def converted(tmp_path, name, *paths, bad_spans="error"):
+    out = str(tmp_path / "out.jsonl")
+    videos = os.path.join(REAL_CLIPS, "clips") if REAL_CLIPS else str(tmp_path)
+    report = convert(name, [os.path.join(ANNOTATIONS, path) for path in paths], videos, out, bad_spans)
+    return {q.id: q for q in load_questions(out, "")}, report
+
+
+@needs_excerpts
+@pytest.mark.parametrize(
+    ("name", "path", "rows", "first", "answer"),
+    [
+        ("MSVD-QA", "msvd_qa/test_qa.json", 26, "44642", "woman"),
+        ("MSVD-QA", "msvd_qa/MSVD_QA.csv", 300, "30933", "someone"),
+        ("MSRVTT-QA", "msrvtt_qa/MSRVTT_QA.csv", 300, "158581", "couch"),
+        ("ActivityNet-QA", "activitynet_qa", 500, "v_1QIUV7WYKXg_3", "no"),
+        ("NExT-QA", "next_qa/test.csv", 500, "2574374895_8", "lay on floor"),
+        ("NExT-GQA", "next_gqa", 300, "4882821564_1", "unwrap it"),
+        ("Charades-STA", "charades_sta/charades_sta_test.txt", 306, "0", "from 24.3 to 30.4 seconds"),
+        ("activitynet_captions", "activitynet_captions", 361, "v_QOlSCBRmfWY_1", None),
+        ("Video-MME", "video_mme", 300, "001-1", None),
+        ("MVBench", "mvbench/json", 500, "action_antonym_0", "Piling something up"),
+        ("TempCompass", "tempcompass", 1415, "1034419625_multi-choice_action_0", "dunking a basketball"),
+        ("Video-ChatGPT", "video_chatgpt", 480, "generic_0", None),
+    ],
+)  # fmt: skip
+def test_every_row_of_a_data_set_becomes_a_question_with_its_own_key(
+    tmp_path, name, path, rows, first, answer
+):
+    questions, report = converted(tmp_path, name, path)
+    assert len(questions) == rows and f"{rows} read = {rows} written + 0 repeats" in report
+    assert answer is None or questions[first].answer == answer
+    assert first in questions
+
+
+@needs_excerpts
+def test_what_the_tables_are_broken_down_by_survives(tmp_path):
+    videos = converted(tmp_path, "video_mme", "video_mme/test-excerpt.jsonl")[0]
+    assert {q.duration_class for q in videos.values()} == {"short", "medium", "long"}
+    assert videos["001-1"].category == "Counting Problem" and not videos["001-1"].options[0].startswith("A.")
+    grounded = converted(tmp_path, "next_gqa", "next_gqa/val.csv")[0]["4882821564_1"]
+    assert grounded.spans == ((13.8, 29.8),) and grounded.duration == 90 and task(grounded) == "grounded"
+    bounds, report = converted(tmp_path, "mvbench", "mvbench/json/action_sequence.json")
+    assert bounds["action_sequence_0"].clip == (1.5, 17.1)
+    assert "25 questions are about a part of their video" in report
+    charades = converted(tmp_path, "charades_sta", "charades_sta/charades_sta_test.txt")[0]
+    assert task(charades["0"]) == "grounding"
+
+
+@needs_excerpts
+def test_a_missing_video_is_listed_once_with_the_total_and_a_present_one_is_found(tmp_path):
+    questions, report = converted(tmp_path, "charades_sta", "charades_sta/charades_sta_test.txt")
+    assert questions["305"].video == "OHOFG.mp4" and "missing video: OHOFG" not in report
+    assert report.count("missing video: 3MSZA.mp4") == 1
+    assert report.splitlines()[-1].startswith(f"{len({q.video for q in questions.values()})} videos: 1 found")
+    clip = converted(tmp_path, "msvd_qa", "msvd_qa/test_qa.json")[0]["44642"].video
+    assert clip == "rlQ2kW-FvMk_66_79.mp4"  # vid1730 of the annotations
+
+
+@needs_excerpts
+def test_the_four_reversed_moments_of_charades_are_an_error_with_their_row(tmp_path):
+    path = "charades_sta/charades_sta_train.txt"
+    with pytest.raises(BadInput, match=r"line 501: span \[8.0, 7.0\] is reversed.*3 more.*--bad_spans"):
+        converted(tmp_path, "charades_sta", path)
+    assert not os.path.exists(tmp_path / "out.jsonl")
+    questions, report = converted(tmp_path, "charades_sta", path, bad_spans="drop")
+    assert len(questions) == 500 and "504 read = 500 written + 0 repeats + 4 with bad spans" in report
+
+
+def test_reversed_bounds_of_an_mvbench_row_are_an_error_with_the_row(tmp_path):
+    source, bounds = tmp_path / "action_sequence.json", {"start": 7.0, "end": 3.5}
+    row = {"video": "a.mp4", "question": "q", "candidates": ["a", "b"], "answer": "a"} | bounds
+    source.write_text(json.dumps([row]))
+    with pytest.raises(BadInput, match=r"action_sequence.json, row 0: span \[7.0, 3.5\] is reversed"):
+        convert("mvbench", [str(source)], str(tmp_path), str(tmp_path / "out.jsonl"))
+
+
+def test_a_span_beyond_the_video_is_an_error_dropped_or_cut(tmp_path):
+    source, out = tmp_path / "train.json", str(tmp_path / "out.jsonl")
+    times = [[1, 5], [2, 9.5], [-0.1, 4], [9.5, 10]]
+    moments = {"duration": 9.0, "timestamps": times, "sentences": [" One.", "Two.", "Three.", "Four."]}
+    source.write_text(json.dumps({"v_a": moments}))
+    give = "activitynet_captions", [str(source)], str(tmp_path), out
+    with pytest.raises(
+        BadInput,
+        match=r"video v_a, moment 1: span \[2, 9.5\] is partly outside the video, 0 to 9.0 s \(and 2",
+    ):
+        convert(*give)
+    convert(*give, "drop")
+    assert [q.id for q in load_questions(out, "")] == ["v_a_0"]
+    convert(*give, "clip")
+    assert [q.spans for q in load_questions(out, "")] == [((1, 5),), ((2, 9.0),), ((0, 4),)]
+    assert load_questions(out, "")[1].answer == "from 2 to 9.0 seconds"
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "column"),
+    [
+        ("msvd_qa", "val_qa.json", '[{"answer": "a", "question": "q", "video_id": 1}]', "id"),
+        ("msrvtt_qa", "a.jsonl", '{"answer": "a", "question": "q", "video_id": "video1"}', "id"),
+        ("next_qa", "val.csv", "video,question,answer,type,a0\n1,q,0,CW,x\n", "qid"),
+        ("charades_sta", "a.txt", "AAAAA 1.0 2.0 somebody sits\n", "sentence"),
+        ("activitynet_captions", "a.json", '{"v": {"duration": 3, "timestamps": []}}', "sentences"),
+        ("video_mme", "a.jsonl", '{"question_id": "1"}', "videoID"),
+        ("mvbench", "a.json", '[{"video": "a", "question": "q"}]', "candidates"),
+        ("tempcompass", "yes_no.json", '{"1": {"action": [{"question": "q"}]}}', "answer"),
+        ("video_chatgpt", "consistency_qa.json", '[{"Q": "q", "A": "a", "video_name": "v"}]', "Q1"),
+    ],
+)
+def test_a_file_of_another_version_is_refused_by_the_missing_column(tmp_path, name, file, content, column):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(BadInput, match=f"{file}.*column '{column}' is missing"):
+        convert(name, [str(tmp_path / file)], str(tmp_path), str(tmp_path / "out.jsonl"))
+
+
+@needs_excerpts
+def test_video_mme_is_read_from_its_own_parquet_file(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with open(os.path.join(ANNOTATIONS, "video_mme", "test-excerpt.jsonl"), encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    (tmp_path / "mme").mkdir()
+    path = str(tmp_path / "mme" / "test-00000-of-00001.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    expected = converted(tmp_path, "video_mme", "video_mme/test-excerpt.jsonl")[0]
+    for source in (path, os.path.dirname(path), "video_mme/test-excerpt.parquet"):
+        assert converted(tmp_path, "video_mme", source)[0] == expected
+    parquet.write_table(pyarrow.Table.from_pylist([{"question_id": "1", "question": "q"}]), path)
+    with pytest.raises(BadInput, match="parquet, row 0: column 'videoID' is missing"):
+        converted(tmp_path, "video_mme", path)
+    (tmp_path / "mme" / "test-00000-of-00001.parquet").write_bytes(b"no parquet")
+    with pytest.raises(BadInput, match="parquet: .*; give the original file$"):
+        converted(tmp_path, "video_mme", path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as if it were not installed
+    with pytest.raises(BadInput, match="parquet: parquet needs the package pyarrow: pip install pyarrow$"):
+        converted(tmp_path, "video_mme", path)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"1": [2]}', '{"1": {"action": {}}}'])
+def test_a_file_of_another_shape_is_one_line(tmp_path, content):
+    (tmp_path / "yes_no.json").write_text(content)
+    with pytest.raises(BadInput, match=r"^\S+yes_no.json.*: no.*give the (file of the )?named version$"):
+        convert("tempcompass", [str(tmp_path / "yes_no.json")], str(tmp_path), str(tmp_path / "out.jsonl"))
+
+
+def test_repeats_are_counted_and_two_questions_of_one_id_refused(tmp_path):
+    source, out = tmp_path / "train_qa.json", str(tmp_path / "out.jsonl")
+    row = {"answer": "a", "question": "q", "id": 7, "video_id": 1}
+    source.write_text(json.dumps([row, row]))
+    assert "2 read = 1 written + 1 repeats" in convert("MSVD-QA", [str(source)], str(tmp_path), out)
+    source.write_text(json.dumps([row, row | {"answer": "b"}]))
+    with pytest.raises(BadInput, match="row 0 and .*row 1: two questions of id '7'"):
+        convert("MSVD-QA", [str(source)], str(tmp_path), out)
+
+
+def test_an_unknown_data_set_names_the_known_ones(tmp_path):
+    with pytest.raises(BadInput, match="'imagenet' is not known.*video_mme") as error:
+        convert("imagenet", [], str(tmp_path), "out")
+    assert all(name in str(error.value) for name in NAMES)

@@ -1,0 +1,436 @@
+"""Public data sets, from their own annotation files to this repository's questions: data.py convert.
+
+Every row is accounted for: written, an exact repeat of another (dropped, counted), or refused with its place.
+Ids are the data set's own keys, so that other people's predictions can be joined. Rows whose video the folder
+lacks are written too (predictions are scored without videos); the videos are listed once, with the total.
+"""
+
+import csv
+import fnmatch
+import io
+import json
+import math
+import os
+import re
+from collections import defaultdict
+
+from plumbing.options import BadInput, write_whole
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
+ACTIVITYNET_TYPES = "motion spatial temporal yes/no color object location number other".split()
+# MVBench's own video folders: tell apart files of one name
+MVBENCH_FOLDERS = {
+    "star": ("action_sequence", "action_prediction", "object_interaction"),
+    "clevrer": ("object_existence", "moving_direction", "moving_count", "moving_attribute"),
+    "perception": ("object_shuffle", "action_count", "state_change", "character_order"),
+    "clevrer/video_validation": ("counterfactual_inference",),
+    "sta": ("action_localization",),
+}  # fmt: skip
+MVBENCH_FOLDER_OF = {task: folder for folder, tasks in MVBENCH_FOLDERS.items() for task in tasks}
+
+
+def _need(row, where: str, *columns: str) -> list:
+    """The values of these columns; BadInput names the first that is not there."""
+    for column in columns:
+        if not isinstance(row, dict) or row.get(column) is None:
+            has = ", ".join(map(str, row)) if isinstance(row, dict) else "no columns"
+            raise BadInput(
+                f"{where}: column '{column}' is missing (there: {has[:200]}); give the data set's own file"
+            )
+    return [row[column] for column in columns]
+
+
+def _text(path: str) -> str:
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: no such file; give it beside the other annotations")
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            return file.read()
+        except UnicodeDecodeError as error:
+            raise BadInput(
+                f"{path}: not a UTF-8 text ({error.reason}); give CSV, JSON or JSON lines"
+            ) from error
+
+
+def _json(where: str, text: str):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadInput(f"{where}: not JSON ({error}); give the original file") from error
+
+
+def _videos(path: str) -> dict:
+    """A JSON object by video."""
+    videos = _json(path, _text(path))
+    if not isinstance(videos, dict):
+        raise BadInput(f"{path}: not an object of videos; give the file of the named version")
+    return videos
+
+
+def _parquet(path: str) -> list[dict]:
+    try:
+        import pyarrow.parquet  # Video-MME's own file; a format of its own, and no other data set here has it
+    except ImportError as error:
+        raise BadInput(f"{path}: parquet needs the package pyarrow: pip install pyarrow") from error
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise BadInput(f"{path}: {str(error).splitlines()[0]}; give the original file") from error
+
+
+def _rows(path: str) -> list[tuple[str, dict]]:
+    """(place, row) of a CSV, JSON list, JSON lines or parquet file."""
+    if path.endswith(".csv"):
+        table = csv.DictReader(io.StringIO(_text(path), newline=""))
+        return [(f"{path}, line {table.line_num}", row) for row in table]
+    if path.endswith(".jsonl"):
+        lines = [(f"{path}, line {i}", line) for i, line in enumerate(_text(path).split("\n"), 1)]
+        return [(where, _json(where, line)) for where, line in lines if line.strip()]
+    rows = _parquet(path) if path.endswith(".parquet") else _json(path, _text(path))
+    if not isinstance(rows, list):
+        raise BadInput(f"{path}: not a list of rows; give the file of the named version")
+    return [(f"{path}, row {i}", row) for i, row in enumerate(rows)]
+
+
+def _choice(where: str, options: list[str], answer: str) -> dict:
+    if answer not in options:
+        raise BadInput(f"{where}: answer {answer!r} is none of the options {options}; correct the row")
+    return {"answer": answer, "options": options, "answer_index": options.index(answer)}
+
+
+def _index(where: str, value, options: list[str]) -> str:
+    if not str(value).isdigit() or int(value) >= len(options):
+        raise BadInput(
+            f"{where}: column 'answer' is {value!r}, no index of an option; give the named version"
+        )
+    return options[int(value)]
+
+
+# Each reader yields (place, row): an output row with "videos", the names its file may have, for "video".
+
+
+def msvd_qa(path):
+    mapping = os.path.join(os.path.dirname(path), "youtube_mapping.txt")
+    pairs = [line.split() for line in _text(mapping).splitlines()] if os.path.exists(mapping) else []
+    clip_of = {name: clip for clip, name in pairs}
+    for where, row in _rows(path):
+        if path.endswith(".csv"):  # a re-export: question_id is <video>_<id>
+            question, answer, key, clip = _need(row, where, "question", "answer", "question_id", "video_name")
+            names, key = (clip, f"vid{row['video_id']}"), key.rpartition("_")[2]
+        else:
+            question, answer, key, video = _need(row, where, "question", "answer", "id", "video_id")
+            names = (clip_of.get(f"vid{video}", f"vid{video}"), f"vid{video}")
+        yield where, {"id": str(key), "videos": names, "question": question, "answer": answer}
+
+
+def msrvtt_qa(path):
+    for where, row in _rows(path):
+        key = "question_id" if path.endswith(".csv") else "id"
+        question, answer, key, video = _need(row, where, "question", "answer", key, "video_id")
+        video = f"video{str(video).removeprefix('video')}"
+        yield where, {"id": str(key), "videos": (video,), "question": question, "answer": answer}
+
+
+def activitynet_qa(path):
+    if path.endswith(".csv"):
+        rows, answers = _rows(path), {}
+    else:
+        rows, beside = _rows(path), re.sub(r"_q(?=\.json$)", "_a", path)
+        answers = {_need(row, where, "question_id")[0]: (where, row) for where, row in _rows(beside)}
+    for where, row in rows:
+        question, key, video = _need(row, where, "question", "question_id", "video_name")
+        if answers and key not in answers:
+            raise BadInput(
+                f"{where}: question_id {key!r} has no answer in {beside}; give both files of one split"
+            )
+        place, other = answers[key] if answers else (where, row)
+        answer, kind = _need(other, place, "answer", "question_type" if not answers else "type")
+        video = video.removeprefix("v_")
+        names, kind = (f"v_{video}", video), ACTIVITYNET_TYPES[int(kind)]
+        yield where, {"id": key, "videos": names, "question": question, "answer": answer, "category": kind}
+
+
+def next_qa(path):
+    for where, row in _rows(path):
+        video, question, answer, key, kind, *options = _need(
+            row, where, *"video question answer qid type a0 a1 a2 a3 a4".split()
+        )
+        choice = _choice(where, options, _index(where, answer, options))
+        names = (video,)
+        yield (
+            where,
+            {"id": f"{video}_{key}", "videos": names, "question": question, "category": kind} | choice,
+        )
+
+
+def next_gqa(path):
+    folder, name = os.path.split(path)
+    spans_path = os.path.join(folder, f"gsub_{name.removesuffix('.csv')}.json")
+    located = _videos(spans_path)
+    for where, row in _rows(path):
+        video, question, answer, key, kind, *options = _need(
+            row, where, *"video_id question answer qid type a0 a1 a2 a3 a4".split()
+        )
+        place = f"{spans_path}, video {video}"
+        duration, location = _need(located.get(video), place, "duration", "location")
+        (spans,) = _need(location, place, key)
+        out = {"id": f"{video}_{key}", "videos": (video,), "question": question, "category": kind}
+        yield where, out | _choice(where, options, answer) | {"spans": spans, "duration": duration}
+
+
+def charades_sta(path):
+    for i, line in enumerate(_text(path).split("\n")):
+        if not line.strip():
+            continue
+        where = f"{path}, line {i + 1}"
+        head, mark, sentence = line.partition("##")
+        parts = head.split()
+        if not mark or len(parts) != 3:
+            column = "start, end" if mark else "sentence"
+            raise BadInput(
+                f"{where}: column '{column}' is missing; a line is <video> <start> <end>##<sentence>"
+            )
+        try:
+            span = [float(parts[1]), float(parts[2])]
+        except ValueError:
+            raise BadInput(
+                f"{where}: start and end must be seconds, got {parts[1:]}; correct the line"
+            ) from None
+        yield where, {"id": str(i), "videos": (parts[0],), **_moment(sentence, span)}
+
+
+def _moment(sentence: str, span: list[float]) -> dict:
+    sentence = sentence.strip()
+    return {
+        "question": f'When does this happen: "{sentence}"?',
+        "answer": f"from {span[0]} to {span[1]} seconds",
+        "spans": [span],
+        "category": "Temporal Grounding",
+    }
+
+
+def activitynet_captions(path):
+    for video, row in _videos(path).items():
+        place = f"{path}, video {video}"
+        duration, spans, sentences = _need(row, place, "duration", "timestamps", "sentences")
+        if len(spans) != len(sentences):
+            raise BadInput(f"{place}: {len(spans)} timestamps, {len(sentences)} sentences; correct the video")
+        for i, (span, sentence) in enumerate(zip(spans, sentences, strict=True)):
+            names = (video, video.removeprefix("v_"))
+            out = {"id": f"{video}_{i}", "videos": names, "duration": duration, **_moment(sentence, span)}
+            yield f"{place}, moment {i}", out
+
+
+def video_mme(path):
+    for where, row in _rows(path):
+        key, video, length, kind, question, lettered, answer = _need(
+            row, where, *"question_id videoID duration task_type question options answer".split()
+        )
+        options = [re.sub(r"^[A-Z]\.\s*", "", option) for option in lettered]
+        choice = _choice(where, options, _index(where, ord(answer[0]) - ord("A"), options))
+        out = {"id": key, "videos": (video,), "question": question, "category": kind} | choice
+        yield where, out | {"duration_class": length}
+
+
+def mvbench(path):
+    task = os.path.basename(path).removesuffix(".json")
+    for i, (where, row) in enumerate(_rows(path)):
+        video, question, options, answer = _need(row, where, "video", "question", "candidates", "answer")
+        out = {"id": f"{task}_{i}", "videos": (video,), "question": question, "category": task}
+        # five rows of the data set offer a single candidate: no choice, so they are asked openly
+        out |= _choice(where, options, answer) if len(options) > 1 else {"answer": answer}
+        cut = {"clip": [row["start"], row["end"]]} if "start" in row else {}
+        yield where, out | cut | {"folder": MVBENCH_FOLDER_OF.get(task, "")}
+
+
+def _tempcompass_rows(path):
+    """(place, video, aspect, number, row) of {video: {aspect: [row, ..]}}."""
+    for video, aspects in _videos(path).items():
+        place = f"{path}, video {video}"
+        if not isinstance(aspects, dict) or not all(isinstance(rows, list) for rows in aspects.values()):
+            raise BadInput(f"{place}: no lists of questions by aspect; give the named version")
+        for aspect, rows in aspects.items():
+            yield from ((f"{place}, {aspect} {i}", video, aspect, i, row) for i, row in enumerate(rows))
+
+
+def tempcompass(path):
+    task = os.path.basename(path).removesuffix(".json")
+    mark_and_text = r"^(?:(?:Option|Sentence|Caption|Information) )?([A-Z1-9])[.:]\s*(.*)"
+    for where, video, aspect, i, row in _tempcompass_rows(path):
+        question, answer = _need(row, where, "question", "answer")
+        out = {"id": f"{video}_{task}_{aspect}_{i}", "videos": (video,), "question": question}
+        out |= {"answer": answer, "category": f"{task}, {aspect}"}
+        if task == "yes_no":
+            yield where, out
+            continue
+        pairs = re.findall(mark_and_text, question, flags=re.MULTILINE)
+        marks, options = [mark for mark, _ in pairs], [text.strip() for _, text in pairs]
+        chosen = re.match(mark_and_text, answer)
+        if not chosen or chosen[1] not in marks:
+            raise BadInput(f"{where}: answer {answer!r} names no option; correct the row")
+        if task == "captioning":  # to be written, not an option to be named: judged against the right option
+            yield where, out | {"answer": chosen[2]}
+            continue
+        out["question"] = question.split("\n")[0]
+        yield where, out | _choice(where, options, options[marks.index(chosen[1])])
+
+
+def video_chatgpt(path):
+    part = os.path.basename(path).removesuffix(".json").removesuffix("_qa")
+    for i, (where, row) in enumerate(_rows(path)):
+        wordings = ("Q1", "Q2") if part == "consistency" else ("Q",)
+        *questions, answer, video = _need(row, where, *wordings, "A", "video_name")
+        for wording, question in zip(wordings, questions, strict=True):
+            key = f"{part}_{i}{wording[1:] and '_' + wording[1:]}"
+            names = (video, video.removeprefix("v_"))
+            yield (
+                where,
+                {"id": key, "videos": names, "question": question, "answer": answer, "category": part},
+            )
+
+
+# reader and, for a folder, which of its files to read: those of the first pattern that any has (companions
+# such as test_a.json are found beside them)
+NAMES = {
+    "msvd_qa": (msvd_qa, "*_qa.json"),
+    "msrvtt_qa": (msrvtt_qa, "*.json"),
+    "activitynet_qa": (activitynet_qa, "*_q.json"),
+    "next_qa": (next_qa, "*.csv"),
+    "next_gqa": (next_gqa, "*.csv"),
+    "charades_sta": (charades_sta, "charades_sta_*.txt"),
+    "activitynet_captions": (activitynet_captions, "*.json"),
+    "video_mme": (video_mme, "*.jsonl *.parquet"),
+    "mvbench": (mvbench, "*.json"),
+    "tempcompass": (tempcompass, "*.json"),
+    "video_chatgpt": (video_chatgpt, "*_qa.json"),
+}
+ALIASES = {"msvd": "msvd_qa", "msrvtt": "msrvtt_qa", "nextqa": "next_qa", "nextgqa": "next_gqa"}
+ALIASES |= {"charades": "charades_sta", "videomme": "video_mme", "videochatgpt": "video_chatgpt"}
+
+
+# found beside the file that they belong to, also when they are named
+COMPANIONS = re.compile(
+    r"(?:_a|(?:gsub|upbd|frame2time)_\w+|meta_info|map_vid_vidorID)\.json$|youtube_mapping\.txt$"
+)
+
+
+def _files(annotations: list[str], patterns: str) -> list[str]:
+    files = []
+    for path in annotations:
+        if not os.path.exists(path):
+            raise BadInput(f"{path}: no such file or folder; give the annotations")
+        names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+        matching = next(filter(None, (fnmatch.filter(names, p) for p in patterns.split())), [])
+        if os.path.isdir(path) and not matching:
+            raise BadInput(f"{path}: no file in it is named like {patterns}; name the annotation files")
+        files += [os.path.join(path, name) for name in matching] or [path]
+    return [path for path in files if not COMPANIONS.search(path)]
+
+
+def _index_videos(folder: str) -> dict[str, list[str]]:
+    """Relative paths of the folder's files by path, name and name without its ending."""
+    if not os.path.isdir(folder):
+        raise BadInput(f"{folder}: no such folder; name the one that holds the videos")
+    found = defaultdict(list)
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            stem, suffix = os.path.splitext(name)
+            path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/")
+            for key in {path, name, stem} if suffix.lower() in VIDEO_SUFFIXES else ():
+                found[key].append(path)
+    return found
+
+
+def _place_video(names: tuple[str, ...], folder: str, found: dict, where: str) -> tuple[str, bool]:
+    """(relative path, whether it is there) of the first name that the folder has."""
+    for name in names:
+        paths = found.get(name) or found.get(os.path.basename(name), [])
+        stem, suffix = os.path.splitext(os.path.basename(name))
+        paths = paths or (found.get(stem, []) if suffix.lower() in VIDEO_SUFFIXES else [])
+        if len(paths) > 1 and folder:
+            paths = [path for path in paths if f"/{folder}/" in f"/{path}"] or paths
+        if len(paths) > 1:
+            raise BadInput(f"{where}: video {name!r} is there twice, {paths[0]} and {paths[1]}; keep one")
+        if paths:
+            return paths[0], True
+    has_suffix = names[0].lower().endswith(VIDEO_SUFFIXES)
+    return names[0] if has_suffix else f"{names[0]}.mp4", False
+
+
+OUTSIDE = "outside the video"
+
+
+def _span_fault(row: dict) -> str:
+    spans, duration = (*row.get("spans", ()), *([row["clip"]] if "clip" in row else ())), row.get("duration")
+    for span in spans:
+        numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
+        if not numbers or not all(map(math.isfinite, span)):
+            return f"span {span} is not two numbers"
+    for start, end in spans:
+        if not start < end:
+            return f"span {[start, end]} is reversed or empty"
+    for start, end in spans:
+        if start < 0 or (duration is not None and end > duration):
+            return f"span {[start, end]} is partly {OUTSIDE}, 0 to {duration} s"
+    return ""
+
+
+def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans: str = "error") -> str:
+    """Writes the questions of a public data set as JSON lines and returns the report.
+
+    bad_spans: "error" stops at rows whose span is reversed, empty or beyond the video; "drop" leaves
+    such rows out; "clip" cuts spans at the video's bounds and drops what is still bad. Either is reported.
+    """
+    key = re.sub(r"[-. ]", "_", name.lower())
+    key = ALIASES.get(key.replace("_", ""), key)
+    if key not in NAMES:
+        raise BadInput(f"data set {name!r} is not known; give one of {', '.join(NAMES)}")
+    reader, patterns = NAMES[key]
+    found, rows, place_of = _index_videos(videos), {}, {}
+    num_read = num_repeats = num_clipped = num_cuts = 0
+    missing, faults, used = {}, [], set()
+    for where, row in (pair for path in _files(annotations, patterns) for pair in reader(path)):
+        num_read += 1
+        names, folder = row.pop("videos"), row.pop("folder", "")
+        video, there = _place_video(names, folder, found, where)
+        (used.add if there else missing.setdefault)(video)
+        row = {"id": row.pop("id"), "video": video, **row}
+        for field in ("question", "answer"):
+            if not isinstance(row[field], str) or not row[field].strip():
+                raise BadInput(f"{where}: column '{field}' is empty; correct the row")
+        fault = _span_fault(row)
+        if bad_spans == "clip" and OUTSIDE in fault:
+            row["spans"] = [
+                [max(start, 0), min(end, row.get("duration", end))] for start, end in row["spans"]
+            ]
+            if row["category"] == "Temporal Grounding":
+                row["answer"] = "from {} to {} seconds".format(*row["spans"][0])
+            fault, num_clipped = _span_fault(row), num_clipped + 1
+        if fault:
+            faults.append(f"{where}: {fault}")
+        elif row["id"] not in rows:
+            rows[row["id"]], place_of[row["id"]] = row, where
+            num_cuts += "clip" in row
+        elif rows[row["id"]] == row:
+            num_repeats += 1
+        else:
+            places = f"{place_of[row['id']]} and {where}"
+            raise BadInput(f"{places}: two questions of id {row['id']!r}; convert one split at a time")
+    if faults and bad_spans == "error":
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise BadInput(f"{faults[0]}{more}; correct it, or --bad_spans drop|clip")
+    if not rows:
+        raise BadInput(f"{annotations[0]}: holds no usable question; give the annotations of {key}")
+    write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()).encode())
+    report = [f"bad span, dropped: {fault}" for fault in faults]
+    report += [f"missing video: {video}" for video in missing]
+    report.append(
+        f"{num_read} read = {len(rows)} written + {num_repeats} repeats + {len(faults)} with bad spans"
+    )
+    report.append(f"{len(used) + len(missing)} videos: {len(used)} found, {len(missing)} missing in {videos}")
+    if num_clipped:
+        report.append(f"{num_clipped} questions with a span cut at the video's bounds")
+    if num_cuts:
+        report.append(f"{num_cuts} questions are about a part of their video: field 'clip', in seconds")
+    return "\n".join(report)
