@@ -51,7 +51,7 @@ class Config:
     oracle_model: str = ""
     oracle_body: str = ""  # JSON merged into every request; null takes a field out
     oracle_frames: int = 0  # llm: pictures of the video that the judge is shown
-    oracle_reference: bool = False  # show the judge the gold answer
+    oracle_gold: bool = False  # show the judge the gold answer
     oracle_permutations: int = 1  # rankings asked for a group, each with the answers in another order
     oracle_agreement: str = "off"  # off | scale (advantages by Kendall's W) | tie (what they disagree on)
     oracle_concurrency: int = 64  # calls in flight: the default step in one wave

@@ -335,7 +335,7 @@ def clips_at_once(num_frames: int, num_patches: int) -> int:
 
 class PromptSet:
     """Questions with their videos embedded: each video, or part of one, is decoded and sent through the
-    frozen CLIP and adapter once.
+    frozen CLIP and bridge once.
 
     model: a VideoLM (embed_video, cfg, clip_cfg). Holds (number of videos, N_video, D) on the model's device.
     """

@@ -1,4 +1,4 @@
-"""The video-language model: frozen CLIP patch tokens -> adapter (Q-Former) -> a small LLaMA-style decoder.
+"""The video-language model: frozen CLIP patch tokens -> bridge (Q-Former) -> a small LLaMA-style decoder.
 
 One attention function serves everything. A prompt's keys and values are computed once; its G
 completions attend to that one copy, when sampling (`KVCache`, one token at a time) and when updating
@@ -51,8 +51,8 @@ class ModelConfig:
     rope_low: float = 1.0  # llama3: wavelengths above rope_length / rope_low are stretched by rope_factor ...
     rope_high: float = 4.0  # ... and those below rope_length / rope_high stay as they are
     rope_length: int = 8192  # tokens of the first training
-    adapter: str = "qformer"  # qformer | patches | pooled (VideoAdapter) | llava | llava_pooled (Projector)
-    clip_layer: int = -2  # the hidden layer whose patch tokens the adapter reads
+    bridge: str = "qformer"  # qformer | patches | pooled (Bridge) | llava | llava_pooled (Projector)
+    clip_layer: int = -2  # the hidden layer whose patch tokens the bridge reads
     video_start: int = 1  # tokens of a prompt before its video: BOS, or a chat template's opening
     num_queries: int = 32  # Q-Former tokens a video
     qformer_layers: int = 2
@@ -356,7 +356,7 @@ class QFormerLayer(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm_mlp(x))))
 
 
-class VideoAdapter(nn.Module):
+class Bridge(nn.Module):
     """CLIP patch tokens of K frames -> video tokens of the decoder's width, by one of three ways:
 
     qformer  num_queries tokens. The queries stand on a grid: 8 even times of the clip, num_queries / 8 places
@@ -373,7 +373,7 @@ class VideoAdapter(nn.Module):
 
     def __init__(self, cfg: ModelConfig, clip: ClipConfig):
         super().__init__()
-        self.kind, self.num_frames, self.num_queries = cfg.adapter, cfg.num_frames, cfg.num_queries
+        self.kind, self.num_frames, self.num_queries = cfg.bridge, cfg.num_frames, cfg.num_queries
         self.num_patches = (clip.image_size // clip.patch_size) ** 2
         self.norm, self.proj = nn.LayerNorm(clip.width), nn.Linear(clip.width, cfg.dim)
         self.time_proj = nn.Linear(64, cfg.dim)
@@ -438,7 +438,7 @@ class Projector(nn.Module):
 
     def __init__(self, cfg: ModelConfig, clip: ClipConfig):
         super().__init__()
-        self.pooled, num_patches = cfg.adapter == "llava_pooled", (clip.image_size // clip.patch_size) ** 2
+        self.pooled, num_patches = cfg.bridge == "llava_pooled", (clip.image_size // clip.patch_size) ** 2
         self.num_tokens = cfg.num_frames + num_patches if self.pooled else cfg.num_frames * num_patches
         self.linear_1, self.linear_2 = nn.Linear(clip.width, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
 
@@ -464,14 +464,14 @@ def pool(x: Tensor) -> Tensor:
 
 
 class VideoLM(nn.Module):
-    """CLIP (frozen), adapter and decoder. A prompt is [opening] [video tokens] [question]; the opening,
+    """CLIP (frozen), bridge and decoder. A prompt is [opening] [video tokens] [question]; the opening,
     cfg.video_start tokens, is BOS alone in the small default."""
 
     def __init__(self, cfg: ModelConfig, clip_cfg: ClipConfig):
         super().__init__()
         self.cfg, self.clip_cfg = cfg, clip_cfg
         self.clip = Clip(clip_cfg).requires_grad_(False)
-        self.adapter = (Projector if cfg.adapter.startswith("llava") else VideoAdapter)(cfg, clip_cfg)
+        self.bridge = (Projector if cfg.bridge.startswith("llava") else Bridge)(cfg, clip_cfg)
         self.decoder = Decoder(cfg)
 
     @torch.no_grad()
@@ -484,7 +484,7 @@ class VideoLM(nn.Module):
     def embed_video(self, frames: Tensor, frame_times: Tensor) -> Tensor:
         """uint8 frames (P, K, 3, H, W), frame_times (P, K) seconds -> frozen video_embeds (P, N_video, D)."""
         device = self.decoder.head.device
-        return self.adapter(self.patch_tokens(frames.to(device)), frame_times.to(device))
+        return self.bridge(self.patch_tokens(frames.to(device)), frame_times.to(device))
 
     def embed_prompt(self, prompt_ids: Tensor, prompt_mask: Tensor, video_embeds: Tensor) -> Tensor:
         """(P, S) ids with placeholders -> (P, S, D): the video tokens stand where the prompt's layout says,

@@ -3,14 +3,14 @@ fine-tune on a faulty corpus.
 
     python pretrain.py [--out weights] [--seed N] [--stage all|clip|align|sft]
     python pretrain.py --stage ranker [--pairs FILE.jsonl --videos DIR]     # an oracle, from the weights
-    python pretrain.py --stage adapter --policy LLAMA_DIR --clip CLIP_DIR [--data FILE.jsonl --videos DIR]
+    python pretrain.py --stage bridge --policy LLAMA_DIR --clip CLIP_DIR [--data FILE.jsonl --videos DIR]
 
 1. clip    contrastive on (frame, caption) pairs; frozen afterwards, patch tokens computed once a clip
-2. align   adapter and decoder: first captions of every frame from that frame's video tokens alone, then
-           annotations of the whole clip, an attribute each; the adapter is frozen afterwards
+2. align   bridge and decoder: first captions of every frame from that frame's video tokens alone, then
+           annotations of the whole clip, an attribute each; the bridge is frozen afterwards
 3. sft     the decoder on questions and answers, with the paper's curriculum: short answers first, then long
    ranker  the trained oracle (ranker.py), on preference pairs: the decoder again, and a scalar head
-   adapter what stands between a pretrained decoder and CLIP (policies.py), alone, on questions and answers
+   bridge what stands between a pretrained decoder and CLIP (policies.py), alone, on questions and answers
 
 A stage starts from the files that the one before left in --out and from a seed of its own, so the stages one
 by one give what `all` gives. The clips are those of scene seeds 0 .. num_clips - 1, real mp4 files.
@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoints.policies import load_policy, save_video_adapter
+from checkpoints.policies import load_policy, save_bridge
 from clip import Clip, ClipConfig, contrastive_loss, preprocess
 from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips, load_questions
-from model import ModelConfig, VideoAdapter, VideoLM, load_model, save_model
+from model import Bridge, ModelConfig, VideoLM, load_model, save_model
 from oracles import ranker
 from plumbing.options import BadInput, parse_args, run_script, write_json
 from plumbing.run_folder import pick_device
@@ -45,7 +45,7 @@ class Config:
     world_dir: str = "world/pretrain"  # folder of the drawn clips
     seed: int = 0
     device: str = "auto"  # auto | cpu | cuda
-    stage: str = "all"  # all | clip | align | sft | ranker; all but clip go on from what is in --out; adapter
+    stage: str = "all"  # all | clip | align | sft | ranker; all but clip go on from what is in --out; bridge
     num_clips: int = 10000  # clips of the fine-tuning corpus
     clip_steps: int = 1300  # optimiser steps of CLIP
     clip_batch: int = 128  # (frame, caption) pairs a step: 4 frames from each of clip_batch / 4 clips
@@ -71,26 +71,26 @@ class Config:
     ranker_batch: int = 32  # videos a step, each with up to pairs_per_video pairs
     pairs_per_video: int = 8
     ranker_lr: float = 1e-3
-    policy: str = ""  # adapter: folder of a text decoder or LLaVA-1.5, which also gets the result
-    clip: str = ""  # adapter: folder or file of the text decoder's CLIP
-    template: str = "vicuna_v1"  # adapter: conversation
-    video_tokens: str = "qformer"  # adapter: qformer, or a text decoder's pooled | patches
-    num_frames: int = 50  # adapter: K
-    base: str = "bfloat16"  # adapter: how the frozen decoder is held, float32 | bfloat16 | nf4
-    data: str = ""  # adapter: JSONL of questions and answers; empty: the embedded world's
-    adapter_steps: int = 1000  # optimiser steps
-    adapter_batch: int = 8  # videos a step, each with up to questions_per_clip questions
-    adapter_lr: float = 1e-4
+    policy: str = ""  # bridge: folder of a text decoder or LLaVA-1.5, which also gets the result
+    clip: str = ""  # bridge: folder or file of the text decoder's CLIP
+    template: str = "vicuna_v1"  # bridge: conversation
+    video_tokens: str = "qformer"  # bridge: qformer, or a text decoder's pooled | patches
+    num_frames: int = 50  # bridge: K
+    base: str = "bfloat16"  # bridge: how the frozen decoder is held, float32 | bfloat16 | nf4
+    data: str = ""  # bridge: JSONL of questions and answers; empty: the embedded world's
+    bridge_steps: int = 1000  # optimiser steps
+    bridge_batch: int = 8  # videos a step, each with up to questions_per_clip questions
+    bridge_lr: float = 1e-4
     faults: bool = True  # False: the corpus without faults, to see what the model can perceive at best
 
     def __post_init__(self):
-        if self.stage not in ("all", *STAGES, "ranker", "adapter"):
-            raise BadInput(f"--stage {self.stage}: choose one of all, {', '.join(STAGES)}, ranker, adapter")
-        file = "data" if self.stage == "adapter" else "pairs"
+        if self.stage not in ("all", *STAGES, "ranker", "bridge"):
+            raise BadInput(f"--stage {self.stage}: choose one of all, {', '.join(STAGES)}, ranker, bridge")
+        file = "data" if self.stage == "bridge" else "pairs"
         if bool(getattr(self, file)) != bool(self.videos):
             raise BadInput(f"--{file} and --videos go together: a JSONL and its videos' folder; give both")
-        if (self.stage == "adapter") != bool(self.policy):
-            raise BadInput("--stage adapter and --policy go together: name the decoder's folder")
+        if (self.stage == "bridge") != bool(self.policy):
+            raise BadInput("--stage bridge and --policy go together: name the decoder's folder")
 
 
 STAGES = ("clip", "align", "sft")
@@ -151,14 +151,14 @@ def train_clip(cfg: Config, clip: Clip, tokenizer: Tokenizer, frames, times, gen
 def train_align(cfg: Config, model: VideoLM, patches, times, tokenizer: Tokenizer, generator):
     """Alignment before any question (LLaVA and BLIP-2 begin so too). Captions come first: from a frame's own
     few video tokens they teach which colour, kind, place and movement belong together, long before the
-    sparser annotations of whole clips could. Without faults. Adapter and decoder learn."""
+    sparser annotations of whole clips could. Without faults. Bridge and decoder learn."""
     scenes = [world.make_scene(c) for c in range(len(patches))]
     rows = [[_row(tokenizer, *pair, False) for pair in world.annotations(scene)] for scene in scenes]
     rng = random.Random(cfg.seed)
 
     def captions():
         chosen = torch.randperm(len(patches), generator=generator)[: cfg.caption_batch]
-        video = model.adapter(patches[chosen].float(), times[chosen])  # (P, Q, D)
+        video = model.bridge(patches[chosen].float(), times[chosen])  # (P, Q, D)
         K, (P, Q, D) = times.shape[1], video.shape
         texts = [world.frame_caption(scenes[c], t, actions=True) for c in chosen for t in times[c].tolist()]
         ids, mask = collate_completions([tokenizer.encode(text) + [EOS_ID] for text in texts])
@@ -166,10 +166,10 @@ def train_align(cfg: Config, model: VideoLM, patches, times, tokenizer: Tokenize
 
     def annotations():
         chosen = torch.randperm(len(patches), generator=generator)[: cfg.annotation_batch]
-        video = model.adapter(patches[chosen].float(), times[chosen])
+        video = model.bridge(patches[chosen].float(), times[chosen])
         return video, *sft_batch([rows[c] for c in chosen], cfg.annotations_per_clip, rng)
 
-    trainable = [*model.adapter.parameters(), *model.decoder.parameters()]
+    trainable = [*model.bridge.parameters(), *model.decoder.parameters()]
     train_decoder(model, captions, trainable, cfg.caption_steps, cfg.align_lr, "captions")
     train_decoder(model, annotations, trainable, cfg.annotation_steps, cfg.align_lr, "annotations")
 
@@ -257,10 +257,10 @@ def all_patch_tokens(model: VideoLM, frames, chunk: int = 128):
 
 @torch.no_grad()
 def video_tokens(model: VideoLM, patches, times, chunk: int = 128):
-    """(C, N_video, D) video tokens of every clip: after the alignment the adapter is frozen too, so that
+    """(C, N_video, D) video tokens of every clip: after the alignment the bridge is frozen too, so that
     answers that ignore the video cannot teach it to."""
     starts = range(0, len(patches), chunk)
-    return torch.cat([model.adapter(patches[i : i + chunk].float(), times[i : i + chunk]) for i in starts])
+    return torch.cat([model.bridge(patches[i : i + chunk].float(), times[i : i + chunk]) for i in starts])
 
 
 def run_stage(stage: str, cfg: Config, tokenizer: Tokenizer, frames, times) -> VideoLM:
@@ -287,7 +287,7 @@ def run_stage(stage: str, cfg: Config, tokenizer: Tokenizer, frames, times) -> V
 
 
 def train_ranker(cfg: Config) -> dict:
-    """Bradley-Terry on preference pairs, from the supervised start in --out; CLIP and adapter stay frozen.
+    """Bradley-Terry on preference pairs, from the supervised start in --out; CLIP and bridge stay frozen.
 
     Writes ranker/ into --out. Returns the report on held-out pairs, of the file as it is read again.
     """
@@ -346,26 +346,26 @@ def train_ranker(cfg: Config) -> dict:
     return report
 
 
-def train_adapter(cfg: Config):
-    """The VideoAdapter of a pretrained policy, from scratch or from where its file stands, on questions with
-    answers, or captions; CLIP and decoder stay as they are. Writes ADAPTER_FILE into the policy's folder."""
+def train_bridge(cfg: Config):
+    """The Bridge of a pretrained policy, from scratch or from where its file stands, on questions with
+    answers, or captions; CLIP and decoder stay as they are. Writes BRIDGE_FILE into the policy's folder."""
     torch.manual_seed(cfg.seed)
     rng, device = random.Random(cfg.seed), pick_device(cfg.device)
     options = {k: getattr(cfg, k) for k in ("clip", "template", "video_tokens", "num_frames", "base", "seed")}
     model, tokenizer = load_policy(cfg.policy, device, **options)
-    if not isinstance(model.adapter, VideoAdapter):
+    if not isinstance(model.bridge, Bridge):
         what = f"--video_tokens {cfg.video_tokens}: {cfg.policy} has a projector for these"
         raise BadInput(f"{what}; choose qformer")
     model.decoder.compute_dtype = getattr(torch, "float32" if cfg.base == "float32" else "bfloat16")
     model.decoder.checkpointing = True
     folder, data = cfg.videos, cfg.data
     if not data:
-        folder = f"{cfg.world_dir}_adapter"
+        folder = f"{cfg.world_dir}_bridge"
         data = world.make_world(folder, range(RANKER_SEED, RANKER_SEED + cfg.num_clips))
     of_video = {}
     for question in load_questions(data, folder):
         of_video.setdefault(question.shown, []).append(question)
-    start, N = model.cfg.video_start, model.adapter.num_tokens
+    start, N = model.cfg.video_start, model.bridge.num_tokens
     sizes = model.cfg.num_frames, model.clip_cfg.image_size, model.cfg.framing
 
     def row(question):
@@ -373,21 +373,21 @@ def train_adapter(cfg: Config):
         return prompt[start + N :], [*tokenizer.encode(question.answer), tokenizer.end_ids[0]], False
 
     def batch():
-        shown = rng.sample(list(of_video), min(cfg.adapter_batch, len(of_video)))
+        shown = rng.sample(list(of_video), min(cfg.bridge_batch, len(of_video)))
         frames, times = load_clips(shown, *sizes)
-        video = model.adapter(model.patch_tokens(frames.to(device)), times.to(device))
+        video = model.bridge(model.patch_tokens(frames.to(device)), times.to(device))
         return video, *sft_batch([[*map(row, of_video[part])] for part in shown], cfg.questions_per_clip, rng)
 
     opening = tokenizer.prompt("", 1)[:start]
-    trainable = [*model.adapter.parameters()]
-    train_decoder(model, batch, trainable, cfg.adapter_steps, cfg.adapter_lr, "adapter", opening)
-    save_video_adapter(model.adapter, cfg.policy)
+    trainable = [*model.bridge.parameters()]
+    train_decoder(model, batch, trainable, cfg.bridge_steps, cfg.bridge_lr, "bridge", opening)
+    save_bridge(model.bridge, cfg.policy)
 
 
 def main():
     cfg = parse_args(Config)
-    if cfg.stage == "adapter":
-        return train_adapter(cfg)
+    if cfg.stage == "bridge":
+        return train_bridge(cfg)
     if cfg.stage == "ranker":
         print(json.dumps(train_ranker(cfg)))
         return

@@ -148,7 +148,7 @@ def fill(model, tensors, sources: dict[str, Source], device, dtype, spare=(), ba
     generator = torch.Generator(device).manual_seed(seed)
     for path, names in itertools.groupby(shapes, key=lambda name: name.rpartition(".")[0]):
         module, decoder = model.get_submodule(path), bool(base) and path.startswith("decoder.")
-        few = bool(base) and base != "float32" and path.startswith(("decoder.", "adapter."))
+        few = bool(base) and base != "float32" and path.startswith(("decoder.", "bridge."))
         kind = torch.bfloat16 if few else dtype
         for name in names:
             if tensors is None:

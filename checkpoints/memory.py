@@ -67,14 +67,14 @@ def plan(
     """
     with torch.device("meta"):
         whole = VideoLM(cfg, clip)
-        if isinstance(whole.adapter, Projector) and run.base != "float32":
-            whole.adapter.bfloat16()  # as checkpoint.fill holds it
+        if isinstance(whole.bridge, Projector) and run.base != "float32":
+            whole.bridge.bfloat16()  # as checkpoint.fill holds it
     names = [name for name in lora.linears(whole.decoder) if name.split(".")[-1] in lora.DECODER_LINEARS]
     linears = [whole.decoder.get_submodule(name) for name in names]
     quantised = sum(x.weight.numel() for x in linears) if run.base == "nf4" else 0
     rest = sum(p.numel() for p in whole.decoder.parameters()) - quantised
     num_adapters = sum(run.lora_r * (x.in_features + x.out_features) for x in linears)
-    N_video = whole.adapter.num_tokens
+    N_video = whole.bridge.num_tokens
     P, G, T = (
         run.sample_prompts or max(run.batch_prompts, TESTED),
         max(run.group_size, run.eval_samples),
@@ -84,7 +84,7 @@ def plan(
     codes = quantised // 2 + quantised // nf4.BLOCK + 4 * quantised // (nf4.BLOCK * nf4.GROUP)
     stays = {
         f"decoder's weights ({run.base})": codes + rest * (4 if run.base == "float32" else 2),
-        "CLIP and video adapter": num_bytes(whole.clip.parameters()) + num_bytes(whole.adapter.parameters()),
+        "CLIP and bridge": num_bytes(whole.clip.parameters()) + num_bytes(whole.bridge.parameters()),
         "adapters, gradients, optimiser states, reference": 4 * 5 * num_adapters,  # float32; two moments
         f"video tokens of {num_videos} videos": 4 * num_videos * N_video * cfg.dim,
     }
@@ -129,7 +129,7 @@ def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int) -> tuple[i
 
 
 def embedding_peak(cfg: ModelConfig, clip: ClipConfig) -> int:
-    """Peak bytes of videos on their way through CLIP and the adapter."""
+    """Peak bytes of videos on their way through CLIP and the bridge."""
     with FakeTensorMode():
         model = VideoLM(replace(cfg, num_layers=1), clip)
         clips = clips_at_once(cfg.num_frames, model.clip.vision_model.num_patches)

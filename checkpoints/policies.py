@@ -1,7 +1,7 @@
 """A run's policy from folders on disk: what pretrain.py wrote, LLaVA-1.5, or a text decoder behind a CLIP.
 
 The last two are in the Hugging Face layout. A text decoder has never been shown anything: between it and
-CLIP stands this repository's own VideoAdapter, read from ADAPTER_FILE in the decoder's folder where that
+CLIP stands this repository's own Bridge, read from BRIDGE_FILE in the decoder's folder where that
 exists, from scratch otherwise. LLaVA brings a projector, and can have a Q-Former in its place.
 """
 
@@ -31,12 +31,12 @@ from checkpoints.huggingface import (
 )
 from clip import ClipConfig
 from data import ChatTokenizer, Tokenizer
-from model import POLICIES, ModelConfig, VideoAdapter, VideoLM, load_model, read_configs, save_model
+from model import POLICIES, Bridge, ModelConfig, VideoLM, load_model, read_configs, save_model
 from plumbing.options import BadInput, write_json, write_whole
 from plumbing.run_folder import process_info
 
 FRAMES = 50  # K of a pretrained policy, as VLM-RLAIF was tuned
-ADAPTER_FILE = "video_adapter.safetensors"  # a VideoAdapter beside a pretrained decoder's weights
+BRIDGE_FILE = "bridge.safetensors"  # a Bridge beside a pretrained decoder's weights
 # train.py's options that make a policy what it is; a run is read again with them
 OPTIONS = ("clip", "num_frames", "template", "video_tokens", "adapter", "base", "think")
 OPTIONS += ("random_weights", "seed")
@@ -67,8 +67,8 @@ def policy_configs(folder: str, *, clip="", num_frames=0, video_tokens="auto"):
         return llava_configs(config, folder, num_frames or FRAMES, video_tokens)
     if kind not in DECODERS:
         raise BadInput(f"{where}: model_type {kind} is no policy; {POLICIES} ({', '.join(DECODERS)})")
-    adapter = "qformer" if video_tokens == "auto" else video_tokens
-    ours = dict(adapter=adapter, num_frames=num_frames or FRAMES, framing=framing(clip))
+    bridge = "qformer" if video_tokens == "auto" else video_tokens
+    ours = dict(bridge=bridge, num_frames=num_frames or FRAMES, framing=framing(clip))
     return decoder_config(config, where, **ours), replace(read_clip_config(clip), embed_dim=0)
 
 
@@ -124,7 +124,7 @@ def load_pretrained(
     cfg, clip_cfg = policy_configs(folder, clip=clip, **chosen)
     with torch.device("meta"):
         model = VideoLM(cfg, clip_cfg)
-    names, own = list(model.state_dict()), not cfg.adapter.startswith("llava")  # own: a VideoAdapter
+    names, own = list(model.state_dict()), not cfg.bridge.startswith("llava")  # own: a Bridge
 
     def weights(path):
         if not random_weights or os.path.isfile(path) or weight_files(path):
@@ -141,31 +141,31 @@ def load_pretrained(
     else:
         tensors = weights(folder)
         old = bool(tensors) and any(n.startswith("vision_tower.vision_model.") for n in tensors.file_of)
-        sources = {n: llava_source(n, old) for n in names if not (own and n.startswith("adapter."))}
+        sources = {n: llava_source(n, old) for n in names if not (own and n.startswith("bridge."))}
         spare = ("language_model.lm_head.weight",) if cfg.tied else ()
         fill(model, tensors, sources, *where, spare + ("multi_modal_projector.",) * own, base, seed)
     if own:
-        model.adapter = load_video_adapter(os.path.join(folder, ADAPTER_FILE), cfg, clip_cfg, seed).to(device)
+        model.bridge = load_bridge(os.path.join(folder, BRIDGE_FILE), cfg, clip_cfg, seed).to(device)
     return model.eval()
 
 
-def load_video_adapter(path: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int) -> VideoAdapter:
-    """The adapter in that file; without it a new one, the same for the same seed, and a note. Frozen."""
+def load_bridge(path: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int) -> Bridge:
+    """The bridge in that file; without it a new one, the same for the same seed, and a note. Frozen."""
     with torch.random.fork_rng(devices=[]):  # the layers' own initialisation draws from the global generator
         torch.manual_seed(seed)
-        adapter = VideoAdapter(cfg, clip_cfg).requires_grad_(False)
+        bridge = Bridge(cfg, clip_cfg).requires_grad_(False)
     if os.path.exists(path):
-        sources = {name: Source(name) for name in adapter.state_dict()}
-        fill(adapter, Tensors(path), sources, "cpu", torch.float32)
-        return adapter
-    name = "Q-Former" if cfg.adapter == "qformer" else f"projector ({cfg.adapter} video tokens)"
-    size = sum(p.numel() for p in adapter.parameters())
+        sources = {name: Source(name) for name in bridge.state_dict()}
+        fill(bridge, Tensors(path), sources, "cpu", torch.float32)
+        return bridge
+    name = "Q-Former" if cfg.bridge == "qformer" else f"projector ({cfg.bridge} video tokens)"
+    size = sum(p.numel() for p in bridge.parameters())
     say(
         f"note: the {name} between CLIP and decoder, {size:,} parameters, starts from scratch (seed {seed})"
-        " and train.py updates the decoder's LoRA alone: until python pretrain.py --stage adapter has aligned"
+        " and train.py updates the decoder's LoRA alone: until python pretrain.py --stage bridge has aligned"
         f" it with this decoder, into {path}, noise stands in the video's place"
     )
-    return adapter
+    return bridge
 
 
 def say(line: str):
@@ -178,18 +178,18 @@ def save_policy(model: VideoLM, folder: str, source: str, tokenizer):
     kind = kind_of(source)
     if not kind:
         return save_model(model, folder, torch.float32)
-    own = isinstance(model.adapter, VideoAdapter)
+    own = isinstance(model.bridge, Bridge)
     if kind == "llava":
         save_llava(model, folder, tokenizer.placeholder_id, projector=projector_of(source) if own else {})
     else:
         save_decoder(model.decoder, folder)
     if own:
-        save_video_adapter(model.adapter, folder)
+        save_bridge(model.bridge, folder)
 
 
-def save_video_adapter(adapter: VideoAdapter, folder: str):
-    tensors = {name: x.detach().cpu().contiguous() for name, x in adapter.state_dict().items()}
-    write_whole(os.path.join(folder, ADAPTER_FILE), save(tensors))
+def save_bridge(bridge: Bridge, folder: str):
+    tensors = {name: x.detach().cpu().contiguous() for name, x in bridge.state_dict().items()}
+    write_whole(os.path.join(folder, BRIDGE_FILE), save(tensors))
 
 
 # ------------------------------------------------------------------------------------------------- LLaVA-1.5
@@ -204,8 +204,8 @@ def llava_configs(config: dict, folder: str, num_frames=FRAMES, video_tokens="au
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
         raise BadInput(f"{where}: vision_feature_layer {layer} is not supported; one layer, a whole number")
-    adapter = {"qformer": "qformer", "patches": "llava"}.get(video_tokens, "llava_pooled")
-    ours = dict(adapter=adapter, framing=framing(folder), clip_layer=layer, num_frames=num_frames)
+    bridge = {"qformer": "qformer", "patches": "llava"}.get(video_tokens, "llava_pooled")
+    ours = dict(bridge=bridge, framing=framing(folder), clip_layer=layer, num_frames=num_frames)
     cfg = decoder_config(config.get("text_config", {}), where, **ours)
     return cfg, clip_config(config.get("vision_config", {}), where)
 
@@ -215,7 +215,7 @@ def llava_source(name: str, old: bool) -> Source:
     part, _, rest = name.partition(".")
     if part == "decoder":
         return decoder_source(rest, "language_model.")
-    if part == "adapter":
+    if part == "bridge":
         return Source(f"multi_modal_projector.{rest}")
     name = hf_clip_source(rest).name
     return Source("vision_tower." + (name if old else name.removeprefix("vision_model.")))
@@ -255,9 +255,9 @@ def hf_llava_config(model: VideoLM, placeholder_id: int, dtype=torch.float32) ->
 
 def save_llava(model: VideoLM, folder: str, placeholder_id: int, dtype=torch.float32, projector=None):
     """Writes a LLaVA, its LoRA merged, in the layout of LLaVA-1.5. projector: its tensors by their names in
-    the files, where the model has a VideoAdapter in its place."""
-    own = isinstance(model.adapter, VideoAdapter)
-    state = {n: x for n, x in model.state_dict().items() if not (own and n.startswith("adapter."))}
+    the files, where the model has a Bridge in its place."""
+    own = isinstance(model.bridge, Bridge)
+    state = {n: x for n, x in model.state_dict().items() if not (own and n.startswith("bridge."))}
     tensors = {llava_source(name, old=True).name: x for name, x in state.items()} | (projector or {})
     save_tensors(tensors, folder, dtype)
     write_json(os.path.join(folder, "config.json"), hf_llava_config(model, placeholder_id, dtype))

@@ -2,11 +2,11 @@
 and of its parts, loading, CLIP and sampling, beside the libraries that they would come from.
 
     pip install -r requirements-dev.txt
-    python -m experiments.bench                                  # float32, then bfloat16, against TRL
-    python -m experiments.bench --dtype float32 --peer none      # this code alone
-    python -m experiments.bench --what load                      # a checkpoint, against load_file and a plain read
-    python -m experiments.bench --what clip --size full          # image tower, against CLIPVisionModel with sdpa
-    python -m experiments.bench --what decoder --size 125m --device cuda     # prefill and decode, against generate
+    python -m experiments.bench  # float32, then bfloat16, against TRL
+    python -m experiments.bench --dtype float32 --peer none  # this code alone
+    python -m experiments.bench --what load  # a checkpoint, against load_file and a plain read
+    python -m experiments.bench --what clip --size full  # image tower, against CLIPVisionModel with sdpa
+    python -m experiments.bench --what decoder --size 125m --device cuda  # prefill and decode, against generate
 
 A step, both sides: 8 prompts of 96 tokens, 5 completions of exactly 32 tokens, a decoder of random weights
 with LoRA on all seven linear layers, one AdamW update with KL to the start, no gradient checkpointing. Both

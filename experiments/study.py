@@ -1,9 +1,9 @@
 """Studies of many training runs, a table in RESULTS.md each. A run that has ended is not run again; one that
 was broken off goes on.
 
-    python -m experiments.study oracle [--out DIR] [--seeds N] [-- OPTIONS OF train.py]    # faulty oracles
-    python -m experiments.study reward [--out DIR] [--seeds N] [-- OPTIONS OF train.py]    # Temporal-R1's dual reward
-    python -m experiments.study selection [--out DIR] [--seeds N] [-- OPTIONS ..]          # and its selection of data
+    python -m experiments.study oracle [--out DIR] [--seeds N] [-- OPTIONS OF train.py]  # faulty oracles
+    python -m experiments.study reward [--out DIR] [--seeds N] [-- OPTIONS OF train.py]  # Temporal-R1's dual reward
+    python -m experiments.study selection [--out DIR] [--seeds N] [-- OPTIONS ..]  # and its selection of data
 """
 
 import json

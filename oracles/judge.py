@@ -84,10 +84,10 @@ def _visible(c: str) -> str:
     return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
 
 
-def build_messages(question: str, reference: str, media: list[tuple[float, str]], shown: list[str]) -> list:
+def build_messages(question: str, gold: str, media: list[tuple[float, str]], shown: list[str]) -> list:
     """The constant rubric first, then question, frames, and last what changes from call to call."""
     letters = LETTERS[: len(shown)]
-    head = f"Question: {fence(question)}\n" + (f"Reference answer: {fence(reference)}\n" if reference else "")
+    head = f"Question: {fence(question)}\n" + (f"Reference answer: {fence(gold)}\n" if gold else "")
     rows = "".join(f"{letter}: {text}\n" for letter, text in zip(letters, shown, strict=True))
     tail = f"Answers:\n{rows}Rank these letters: {', '.join(letters)}"
     content = head + tail
@@ -100,8 +100,8 @@ def build_messages(question: str, reference: str, media: list[tuple[float, str]]
     return [{"role": "system", "content": RUBRIC}, {"role": "user", "content": content}]
 
 
-def verdict_messages(question: str, reference: str, text: str) -> list:
-    content = f"Question: {fence(question)}\nReference answer: {fence(reference)}\nAnswer: {fence(text)}"
+def verdict_messages(question: str, gold: str, text: str) -> list:
+    content = f"Question: {fence(question)}\nReference answer: {fence(gold)}\nAnswer: {fence(text)}"
     return [{"role": "system", "content": VERDICT}, {"role": "user", "content": content}]
 
 
@@ -109,7 +109,7 @@ def _sha256(parts: list) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-# What a verdict depends on beside judge, question, reference and answer: published beside every score
+# What a verdict depends on beside judge, question, gold and answer: published beside every score
 VERDICT_SHA256 = _sha256([verdict_messages("", "", ""), VERDICT_REPAIR])
 
 
@@ -210,7 +210,7 @@ class LLMOracle:
     key: str = field(default="", repr=False)
     body: str = ""  # JSON merged into every request; null takes a field out
     frames: int = 0  # pictures of the video that the judge is shown
-    reference: bool = False  # show the judge the gold answer
+    gold: bool = False  # show the judge the gold answer
     permutations: int = 1
     agreement: str = "off"  # off | scale | tie
     concurrency: int = 64  # calls in flight
@@ -326,23 +326,23 @@ class LLMOracle:
         calls, tokens = (self.chat.calls, self.chat.tokens) if self.chat else (0, 0)
         return {"calls": calls, "cache_hits": self.hits, "tokens": tokens, "repairs": self.repairs}
 
-    def _key(self, question: str, reference: str, media, shown: list[str]) -> str:
-        parts = [self.judge, CACHE_VERSION, RUBRIC, question, reference, list(media), shown]
+    def _key(self, question: str, gold: str, media, shown: list[str]) -> str:
+        parts = [self.judge, CACHE_VERSION, RUBRIC, question, gold, list(media), shown]
         return _sha256(parts)
 
     def _ask(self, question: Question, shown: list[str]) -> list[int]:
         """Competition ranks of the texts as they are shown, from the cache or the judge. Raises Failed."""
         media = video_media(question.shown, self.frames) if self.frames else ()
-        asked, reference = prompt_text(question), question.answer if self.reference else ""
-        key, letters = self._key(asked, reference, media, shown), LETTERS[: len(shown)]
+        asked, gold = prompt_text(question), question.answer if self.gold else ""
+        key, letters = self._key(asked, gold, media, shown), LETTERS[: len(shown)]
         if self.replay and self.rankings.get(key) is None:
             raise BadInput(lacks(self.cache, question, shown))
-        messages = build_messages(asked, reference, media, shown)
+        messages = build_messages(asked, gold, media, shown)
         read = functools.partial(read_ranking, letters=letters)
         return self._settle(key, asked, messages, read, REPAIR.format("{}", ", ".join(letters)))
 
     def verdicts(self, rows: list[tuple[Question, str]]) -> list[dict | Failed]:
-        """Whether each answer says what the reference says, and its score (`read_verdict`); a Failed where
+        """Whether each answer says what the gold answer says, and its score (`read_verdict`); a Failed where
         the judge's reply came to nothing. Equal rows are asked once."""
         asked = {}
         for question, text in rows:
@@ -361,9 +361,9 @@ class LLMOracle:
         bar.close()
         return [said[prompt_text(question), question.answer, text] for question, text in rows]
 
-    def _verdict(self, question: str, reference: str, text: str) -> dict:
-        key = _sha256([self.judge, VERDICT_SHA256, question, reference, text])
-        messages = verdict_messages(question, reference, text)
+    def _verdict(self, question: str, gold: str, text: str) -> dict:
+        key = _sha256([self.judge, VERDICT_SHA256, question, gold, text])
+        messages = verdict_messages(question, gold, text)
         return self._settle(key, question, messages, read_verdict, VERDICT_REPAIR)
 
     def _settle(self, key: str, asked: str, messages: list, read, repair: str):

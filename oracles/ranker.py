@@ -2,7 +2,7 @@
 
 It reads video, question and one answer and gives a score; only differences of scores mean anything:
 P(a is preferred to b) = sigmoid(score_a - score_b) (Bradley and Terry, 1952). It is given no caption and no
-known answer. CLIP and the adapter stay those of the folder that it started from; the decoder is its own.
+known answer. CLIP and the bridge stay those of the folder that it started from; the decoder is its own.
 
     python pretrain.py --stage ranker      # makes weights/ranker, from weights/
     python train.py --oracle trained       # ranks with it
@@ -152,7 +152,7 @@ class Ranker(nn.Module):
 
 
 def embed_videos(model: VideoLM, shown: list[tuple], chunk: int = 64) -> Tensor:
-    """(number of videos, N_video, D): CLIP and adapter are frozen, so once a video (or part of one, see
+    """(number of videos, N_video, D): CLIP and bridge are frozen, so once a video (or part of one, see
     `Question.shown`) is enough."""
     sizes = model.cfg.num_frames, model.clip_cfg.image_size
     parts = [shown[i : i + chunk] for i in range(0, len(shown), chunk)]

@@ -92,7 +92,7 @@ def save_checkpoint(cfg, policy, trainable, optimizer, progress: dict):
     path = checkpoint_path(cfg)
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     write_whole(path, save(tensors, metadata={"progress": json.dumps(progress)}))
-    llava = policy.cfg.adapter.startswith("llava")  # PEFT's names for what it would wrap
+    llava = policy.cfg.bridge.startswith("llava")  # PEFT's names for what it would wrap
     path = "model.language_model." if llava else "model."
     lora.save_adapter(policy.decoder, os.path.join(cfg.out, "adapter"), path)
 

@@ -5,8 +5,8 @@ encodes a real H.264 mp4 file; nothing downstream knows that the pixels were dra
 Video-MME's task names plus "Temporal Grounding" (time spans). The fine-tuning corpus (`corpus_answer`) has
 faults on purpose, of the kind that web captions have; evaluation and the oracle never see those.
 
-    python -m videoqa.world --out DIR --num_clips 8      # a few clips, their questions, and a picture of them all
-    python -m videoqa.world --out DIR --num_clips 8 --grounded      # grounded questions instead, in grounded.jsonl
+    python -m videoqa.world --out DIR --num_clips 8  # a few clips, their questions, and a picture of them all
+    python -m videoqa.world --out DIR --num_clips 8 --grounded  # grounded questions instead, in grounded.jsonl
 """
 
 import itertools

@@ -296,7 +296,7 @@ def test_llava_gives_transformers_logits_on_two_frames(tmp_path):
         words = torch.randint(2, 59, (1, 10), generator=generator)
         N_video = 2 + 4 if pooled else 2 * 4
         video = ours.embed_video(frames, torch.tensor([[0.0, 1.0]]))
-        assert video.shape[1] == N_video == ours.adapter.num_tokens
+        assert video.shape[1] == N_video == ours.bridge.num_tokens
         ids = torch.cat([words[:, :1], torch.full((1, N_video), 59), words[:, 1:]], dim=1)
         S = 4 + N_video
         prompt = ours.embed_prompt(ids[:, :S], torch.ones(1, S, dtype=torch.bool), video)
@@ -330,7 +330,7 @@ def test_a_merged_llava_is_a_plain_checkpoint_that_transformers_loads(tmp_path):
     assert (merged(ids).logits[:, 7:-1] - adapted).abs().max() <= 1e-4
     pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(4))
     features = torch.stack(list(merged.get_image_features(pixels).pooler_output))
-    ours = model.adapter(model.clip.patch_tokens(pixels)[:, None], None)[:, 1:]  # pooled over one frame
+    ours = model.bridge(model.clip.patch_tokens(pixels)[:, None], None)[:, 1:]  # pooled over one frame
     assert (ours - features).abs().max() <= 1e-4
 
 
@@ -418,7 +418,7 @@ def test_a_chat_model_is_told_the_answer_format_and_the_times_behind_its_questio
     (prompt,) = PromptSet(policy, tokenizer, [asked]).prompts
     wanted = f"when does it move?\n{instruction(asked, think, [2 / 3, 2, 10 / 3])}"  # a third of 4 s each
     assert "from 0.7 to 3.3 seconds" in wanted and ("<think>" in wanted) == think
-    assert prompt == tokenizer.prompt(wanted, policy.adapter.num_tokens)
+    assert prompt == tokenizer.prompt(wanted, policy.bridge.num_tokens)
 
 
 def test_a_runs_policy_merges_into_a_checkpoint_of_its_kind(tokenizer_files, tmp_path):
@@ -461,7 +461,7 @@ def test_a_llava_folder_is_a_policy_that_answers_and_never_samples_the_placehold
     (video,) = (tmp_path / "videos").glob("*.mp4")
     question = Question("a", str(video), "what does the red block do?", "it moves")
     prompts = PromptSet(policy, tokenizer, [question])
-    assert prompts.prompts[0].count(3) == count == policy.adapter.num_tokens
+    assert prompts.prompts[0].count(3) == count == policy.bridge.num_tokens
     batch = prompts[torch.tensor([0])]
     x = policy.embed_prompt(batch.prompt_ids, batch.prompt_mask, batch.video_embeds)
     assert torch.equal(x[0, batch.prompt_ids[0] == 3], batch.video_embeds[0])  # exactly where they stand

@@ -22,10 +22,10 @@ from rollout import completion_states, generate, generate_in_parts
 from videoqa import world
 
 ROOT = Path(__file__).parents[2]
-CFG = ModelConfig(vocab_size=64, dim=64, num_layers=6, ffn_dim=176, adapter="pooled", num_frames=4)
+CFG = ModelConfig(vocab_size=64, dim=64, num_layers=6, ffn_dim=176, bridge="pooled", num_frames=4)
 CLIP = ClipConfig(image_size=16, width=32, num_layers=1, text_layers=1)
 # LLaMA-2-7B's published sizes
-LLAMA = ModelConfig(32000, 4096, 32, 32, 32, 11008, adapter="pooled", num_frames=50)
+LLAMA = ModelConfig(32000, 4096, 32, 32, 32, 11008, bridge="pooled", num_frames=50)
 CLIP_336 = ClipConfig(image_size=336, patch_size=14, width=32, num_layers=1, text_layers=1)
 N_VIDEO = 50 + 24 * 24  # 626
 TEXT = 128  # tokens of a prompt beside its video; VLM-RLAIF drops longer questions
@@ -85,11 +85,11 @@ def test_the_plan_is_what_a_real_update_and_real_sampling_take():
     policy.decoder, trainable = adapted("nf4", checkpointing=True)
     for p in trainable:
         p.grad = torch.zeros_like(p)
-    S, T, G = policy.adapter.num_tokens + TEXT, 30, 5
+    S, T, G = policy.bridge.num_tokens + TEXT, 30, 5
 
     def prompts(P):
         ids, mask = torch.ones(P, S, dtype=torch.int64), torch.ones(P, S, dtype=torch.bool)
-        return Prompts(ids, mask, torch.zeros(P, policy.adapter.num_tokens, 64))
+        return Prompts(ids, mask, torch.zeros(P, policy.bridge.num_tokens, 64))
 
     options = dict(end_ids=torch.tensor([], dtype=torch.int64), uniforms=torch.full((3, G, T), 0.5))
     with memory.Live() as live:
@@ -112,9 +112,9 @@ def test_the_plan_is_what_a_real_update_and_real_sampling_take():
     assert of["peak"] > max(size for name, size in of.items() if name != "peak")
 
 
-@pytest.mark.parametrize("adapter", ["qformer", "llava"])
-def test_the_plan_knows_what_embedding_videos_takes_and_how_many_prompts_an_evaluation_samples(adapter):
-    cfg = replace(CFG, adapter=adapter, num_layers=3)
+@pytest.mark.parametrize("bridge", ["qformer", "llava"])
+def test_the_plan_knows_what_embedding_videos_takes_and_how_many_prompts_an_evaluation_samples(bridge):
+    cfg = replace(CFG, bridge=bridge, num_layers=3)
     run = run_config(batch_prompts=1, group_size=2, eval_samples=4)
     lines = memory.plan(cfg, CLIP, run, torch.float32, num_videos=2, text_tokens=9)
     of = {name.split(" (")[0]: size for name, size in lines.items()}
@@ -122,7 +122,7 @@ def test_the_plan_knows_what_embedding_videos_takes_and_how_many_prompts_an_eval
     with memory.Live() as live:  # 64 clips of 4 frames, as PromptSet takes them
         policy.embed_video(torch.zeros(64, 4, 3, 16, 16, dtype=torch.uint8), torch.zeros(64, 4))
     assert 0.95 < live.peak / of["embedding videos"] <= 1.02
-    N_video = policy.adapter.num_tokens
+    N_video = policy.bridge.num_tokens
     ids = torch.ones(128, N_video + 9, dtype=torch.int64)
     prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.zeros(128, N_video, 64))
     no_end = torch.tensor([], dtype=torch.int64)
@@ -154,7 +154,7 @@ def test_sampling_in_parts_is_sampling_at_once():
     torch.manual_seed(0)
     policy = VideoLM(CFG, CLIP)
     ids = torch.randint(5, 60, (5, 30), generator=torch.Generator().manual_seed(2))
-    prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.randn(5, policy.adapter.num_tokens, 64))
+    prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.randn(5, policy.bridge.num_tokens, 64))
     uniforms = torch.rand(5, 3, 9, generator=torch.Generator().manual_seed(3))
     options = dict(max_new_tokens=9, end_ids=torch.arange(20), top_p=0.9)
     whole = generate(policy, prompts, 3, uniforms=uniforms, **options)
@@ -219,7 +219,7 @@ def test_a_rehearsal_changes_nothing(monkeypatch):
 
     class Set:
         prompts = [[5] * n for n in (30, 34, 32)]
-        video_embeds = torch.zeros(3, policy.adapter.num_tokens, 64)
+        video_embeds = torch.zeros(3, policy.bridge.num_tokens, 64)
 
         def __len__(self):
             return 3

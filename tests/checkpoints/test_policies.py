@@ -18,7 +18,7 @@ from checkpoints.nf4 import NF4Linear
 from checkpoints.policies import load_policy, load_pretrained, load_tokenizer, policy_configs
 from data import ChatTokenizer, PromptSet, longest_text
 from eval import load_run, merge_run
-from model import VideoAdapter
+from model import Bridge
 from plumbing.options import BadInput
 from rollout import generate
 from videoqa import world
@@ -125,16 +125,16 @@ def test_a_text_decoder_and_a_clip_become_a_policy_with_a_new_q_former(
     model = load_pretrained(folder, clip=clip, num_frames=2, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
     (note,) = capsys.readouterr().out.splitlines()
-    size = sum(p.numel() for p in model.adapter.parameters())
+    size = sum(p.numel() for p in model.bridge.parameters())
     assert f"the Q-Former between CLIP and decoder, {size:,} parameters, starts from scratch (seed 3)" in note
     assert "updates the decoder's LoRA alone" in note
     torch.testing.assert_close(model.decoder.state_dict(), load_decoder(folder).state_dict(), atol=0, rtol=0)
     pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     assert torch.equal(model.clip.patch_tokens(pixels), load_clip(clip).patch_tokens(pixels))
     assert not any(p.requires_grad for p in model.parameters())
-    same, other = (load_pretrained(folder, clip=clip, num_frames=2, seed=seed).adapter for seed in (3, 4))
-    assert all(map(torch.equal, model.adapter.parameters(), same.parameters()))
-    assert not torch.equal(model.adapter.queries, other.queries)
+    same, other = (load_pretrained(folder, clip=clip, num_frames=2, seed=seed).bridge for seed in (3, 4))
+    assert all(map(torch.equal, model.bridge.parameters(), same.parameters()))
+    assert not torch.equal(model.bridge.queries, other.queries)
 
 
 @pytest.mark.parametrize("tokens, count", [("auto", 32), ("pooled", 3 + 4), ("patches", 3 * 4)])
@@ -143,7 +143,7 @@ def test_a_decoder_without_an_image_token_gets_one_behind_its_vocabulary(tokens,
     assert tokenizer.placeholder_id == V == policy.cfg.vocab_size
     asked = Question("a", video, "what does the red block do?", "it moves")
     prompts = PromptSet(policy, tokenizer, [asked])
-    assert prompts.prompts[0].count(V) == count == policy.adapter.num_tokens
+    assert prompts.prompts[0].count(V) == count == policy.bridge.num_tokens
     batch = prompts[torch.tensor([0])]
     x = policy.embed_prompt(batch.prompt_ids, batch.prompt_mask, batch.video_embeds)
     places = batch.prompt_ids[0] == V
@@ -182,7 +182,7 @@ def test_train_takes_a_step_on_a_text_decoder_and_the_merged_run_is_a_policy_aga
     policy, tokenizer, _ = load_run(str(tmp_path / "run"))  # with the Q-Former of the run
     assert all(isinstance(x.base, NF4Linear) == (base == "nf4") for x in lora.layers(policy.decoder).values())
     fresh, _ = load_policy(folders[0], clip=folders[1], num_frames=2, seed=5)
-    assert torch.equal(policy.adapter.queries, fresh.adapter.queries)
+    assert torch.equal(policy.bridge.queries, fresh.bridge.queries)
     if base == "nf4":
         return
     merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
@@ -205,31 +205,31 @@ def test_a_q_former_in_place_of_llavas_projector_learns_and_merges(tmp_path, mon
     assert not row["bad"] and "the Q-Former between CLIP and decoder" in capsys.readouterr().out
     policy, _, _ = load_run(str(tmp_path / "run"))
     plain, merged = load_pretrained(base, num_frames=2), str(tmp_path / "merged")
-    assert isinstance(policy.adapter, VideoAdapter) and policy.adapter.num_tokens == 32
+    assert isinstance(policy.bridge, Bridge) and policy.bridge.num_tokens == 32
     assert all(map(torch.equal, policy.clip.parameters(), plain.clip.parameters()))
     merge_run(str(tmp_path / "run"), merged)
     lora.merge(policy.decoder)
     again = load_pretrained(merged, num_frames=2, video_tokens="qformer")
     torch.testing.assert_close(again.state_dict(), policy.state_dict(), atol=0, rtol=0)
-    projector = load_pretrained(merged, num_frames=2).adapter
-    assert all(map(torch.equal, projector.parameters(), plain.adapter.parameters()))
+    projector = load_pretrained(merged, num_frames=2).bridge
+    assert all(map(torch.equal, projector.parameters(), plain.bridge.parameters()))
 
 
 @pytest.mark.parametrize("base", ["float32", "nf4"])
 def test_pretrain_aligns_a_new_q_former_with_its_frozen_decoder(base, folders, tmp_path, monkeypatch, capsys):
     folder, clip, losses, loss = tmp_path / "llama", folders[1], [], pretrain.F.cross_entropy
     shutil.copytree(folders[0], folder)
-    options = ["--stage", "adapter", "--policy", folder, "--clip", clip, "--base", base, "--num_frames", 2]
+    options = ["--stage", "bridge", "--policy", folder, "--clip", clip, "--base", base, "--num_frames", 2]
     world.make_world(tmp_path / "world", range(2), workers=1)
     names = [f"clip{i:07d}.mp4" for i in range(2)]
     rows = [dict(id=name, video=name, question="what moves?", answer="it moves") for name in names]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options += ["--data", tmp_path / "data.jsonl", "--videos", tmp_path / "world"]
-    options += ["--adapter_steps", 60, "--adapter_lr", 0.03]
+    options += ["--bridge_steps", 60, "--bridge_lr", 0.03]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, options)])
     monkeypatch.setattr(pretrain.F, "cross_entropy", lambda *a: losses.append(loss(*a)) or losses[-1])
     pretrain.main()
-    assert "--stage adapter has aligned" in capsys.readouterr().out
+    assert "--stage bridge has aligned" in capsys.readouterr().out
     assert len(losses) == 60 and losses[-1] < 0.5 * losses[0]
     chosen = dict(clip=clip, num_frames=2)
     before, after = (load_policy(str(place), **chosen)[0] for place in (folders[0], folder))
@@ -237,7 +237,7 @@ def test_pretrain_aligns_a_new_q_former_with_its_frozen_decoder(base, folders, t
     for part in ("decoder", "clip"):
         same = (getattr(model, part).state_dict() for model in (before, after))
         torch.testing.assert_close(*same, atol=0, rtol=0)
-    adapters = zip(before.adapter.parameters(), after.adapter.parameters(), strict=True)
+    adapters = zip(before.bridge.parameters(), after.bridge.parameters(), strict=True)
     assert not any(torch.equal(*pair) for pair in adapters)
 
 
@@ -256,13 +256,13 @@ def test_parts_that_do_not_make_a_policy_are_refused_by_name(folders, tmp_path):
         refused("--clip", clip, "leave --clip out", load=load, folder=llava, clip=clip)
         refused("config.json", "llama is no clip", load=load, folder=llama, clip=llama)
     refused("--clip", "leave --clip out", load=load_policy, folder="weights", clip=clip)
-    refused("--stage adapter", "--policy", load=pretrain.Config, stage="adapter")
-    cfg = pretrain.Config(stage="adapter", policy=llava, video_tokens="pooled")
+    refused("--stage bridge", "--policy", load=pretrain.Config, stage="bridge")
+    cfg = pretrain.Config(stage="bridge", policy=llava, video_tokens="pooled")
     shutil.copy(f"{llama}/tokenizer.json", tmp_path / "llava")
-    refused("--video_tokens pooled", "qformer", load=pretrain.train_adapter, cfg=cfg)
+    refused("--video_tokens pooled", "qformer", load=pretrain.train_bridge, cfg=cfg)
     shutil.copytree(llama, tmp_path / "odd")
-    shutil.copy(f"{clip}/model.safetensors", tmp_path / "odd" / "video_adapter.safetensors")
-    refused("video_adapter.safetensors", "is missing", folder=str(tmp_path / "odd"), clip=clip)
+    shutil.copy(f"{clip}/model.safetensors", tmp_path / "odd" / "bridge.safetensors")
+    refused("bridge.safetensors", "is missing", folder=str(tmp_path / "odd"), clip=clip)
 
 
 # -------------------------------------------------------------------------------------------- random weights
@@ -325,7 +325,7 @@ def test_the_longest_prompt_is_known_before_any_video_and_weight_is_read(folders
     asked.append(Question("b", video, QUESTION, "", spans=((1.0, 2.0),)))
     asked.append(Question("c", video, "which one of all these?", "", options=("red", "blue"), answer_index=0))
     policy, tokenizer = load_policy(folders[0], clip=folders[1], num_frames=2)
-    texts = [len(ids) - policy.adapter.num_tokens for ids in PromptSet(policy, tokenizer, asked).prompts]
+    texts = [len(ids) - policy.bridge.num_tokens for ids in PromptSet(policy, tokenizer, asked).prompts]
     alone = load_tokenizer(folders[0], V)
     assert longest_text(alone, [asked[0]], 2) == texts[0] and longest_text(alone, [asked[2]], 2) == texts[2]
     # where the times of the frames are said, those of a long video: a few digits more

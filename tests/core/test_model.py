@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from clip import ClipConfig
-from model import Decoder, KVCache, ModelConfig, VideoAdapter, VideoLM, load_model, pool, save_model
+from model import Bridge, Decoder, KVCache, ModelConfig, VideoLM, load_model, pool, save_model
 
 CFG = ModelConfig(vocab_size=40, dim=32, num_layers=2, ffn_dim=48, num_queries=16, qformer_layers=1)
 CLIP = ClipConfig(image_size=16, patch_size=8, width=16, num_layers=2, text_layers=1, vocab_size=40)
@@ -115,7 +115,7 @@ def test_pooled_is_temporal_tokens_then_spatial_ones():
     wanted = torch.tensor([[[2.0, 3], [8, 9], [3, 4], [5, 6], [7, 8]]])
     assert torch.equal(pool(torch.arange(12.0).view(1, 2, 3, 2)), wanted)
     clip = ClipConfig(image_size=336, patch_size=14, width=8)
-    big = VideoAdapter(replace(CFG, adapter="pooled", num_frames=50, dim=8), clip)
+    big = Bridge(replace(CFG, bridge="pooled", num_frames=50, dim=8), clip)
     tokens = big(torch.zeros(1, 50, 576, 8), torch.arange(50.0)[None])
     assert tokens.shape[1] == big.num_tokens == 626
 
@@ -123,15 +123,15 @@ def test_pooled_is_temporal_tokens_then_spatial_ones():
 @pytest.mark.parametrize("K", [1, 4, 7])
 @pytest.mark.parametrize("kind", ["qformer", "patches", "pooled"])
 def test_adapters_give_the_stated_number_of_tokens_for_any_number_of_frames(kind, K):
-    adapter = build(VideoAdapter, replace(CFG, adapter=kind, num_frames=K), CLIP)
+    bridge = build(Bridge, replace(CFG, bridge=kind, num_frames=K), CLIP)
     patches = torch.randn(P, K, 4, CLIP.width, generator=torch.Generator().manual_seed(5))
     times = torch.arange(K).expand(P, K) * 0.5
-    tokens = adapter(patches, times)
+    tokens = bridge(patches, times)
     count = {"qformer": 16, "patches": K * 4, "pooled": K + 4}[kind]
-    assert tokens.shape == (P, count, CFG.dim) and adapter.num_tokens == count and tokens.isfinite().all()
-    assert (adapter(patches, times + 3) - tokens).abs().max() > 1e-3  # when a frame is shown matters ...
+    assert tokens.shape == (P, count, CFG.dim) and bridge.num_tokens == count and tokens.isfinite().all()
+    assert (bridge(patches, times + 3) - tokens).abs().max() > 1e-3  # when a frame is shown matters ...
     if K > 1:
-        assert (adapter(patches.flip(1), times) - tokens).abs().max() > 1e-3  # ... and so does their order
+        assert (bridge(patches.flip(1), times) - tokens).abs().max() > 1e-3  # ... and so does their order
 
 
 def test_video_tokens_stand_by_position_whatever_the_ids():

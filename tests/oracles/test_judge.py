@@ -205,7 +205,7 @@ def test_one_repair_quotes_the_fault_then_the_group_fails_and_its_raw_text_is_ke
 def test_frames_go_as_jpeg_with_their_times_and_the_reference_behind_the_constant_rubric(serve, home):
     server, clip = serve(perfect), home / "world" / "train6" / "clip1000000.mp4"
     asked = Question("0", str(clip), "what?", "9 reference"), ["1 a", "2 b"]
-    assert make(server, frames=2, reference=True).rank([asked[0]], asked[1]).ranks.tolist() == [[1, 0]]
+    assert make(server, frames=2, gold=True).rank([asked[0]], asked[1]).ranks.tolist() == [[1, 0]]
     system, user = server.requests[0]["messages"]
     assert system == {"role": "system", "content": judge.RUBRIC}
     head, time0, frame0, time1, frame1, tail = user["content"]
@@ -223,7 +223,7 @@ def test_frames_go_as_jpeg_with_their_times_and_the_reference_behind_the_constan
     assert [1.0 <= t < 2.0 for t, _ in judge.video_media(part.shown, 3)] == [True] * 3
     for frames, reference, calls in ((2, True, 2), (2, True, 2), (0, True, 3), (2, False, 4), (1, True, 5)):
         cache = str(home / "frames.sqlite")  # what else was shown is part of its key
-        make(server, frames=frames, reference=reference, cache=cache).rank([asked[0]], asked[1])
+        make(server, frames=frames, gold=reference, cache=cache).rank([asked[0]], asked[1])
         assert len(server.requests) == calls
 
 

@@ -175,7 +175,7 @@ def test_a_short_training_learns_from_pairs_and_its_file_gives_the_same_scores(m
     loaded = load_ranker(str(folder))
     assert not any(p.requires_grad for p in loaded.parameters())
     before, after = load_model(folder.parent), loaded.model
-    assert torch.equal(before.adapter.fc1.weight, after.adapter.fc1.weight)  # the frozen parts stayed
+    assert torch.equal(before.bridge.fc1.weight, after.bridge.fc1.weight)  # the frozen parts stayed
     assert not torch.equal(before.decoder.head, after.decoder.head)
 
 
