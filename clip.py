@@ -10,10 +10,8 @@ frames or captions in a batch.
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 # Mean and standard deviation of RGB in 0..1 that every public CLIP uses.
@@ -43,32 +41,6 @@ def preprocess(frames: Tensor) -> Tensor:
     mean = torch.tensor(PIXEL_MEAN, device=frames.device).view(3, 1, 1)
     std = torch.tensor(PIXEL_STD, device=frames.device).view(3, 1, 1)
     return (frames.float() / 255 - mean) / std
-
-
-def resize_frames(frames: Tensor, size: int, how: str) -> Tensor:
-    """uint8 (F_, 3, H, W) RGB -> uint8 (F_, 3, size, size), as CLIPImageProcessor does it.
-
-    how: crop, the shorter side becomes `size` (bicubic, antialiased) and the middle is cut out; pad, first
-    made square with CLIP's mean colour (LLaVA-1.5), so that nothing is lost.
-    """
-    H, W = frames.shape[-2:]
-    if how == "pad":
-        side = max(H, W)
-        square = torch.tensor([int(255 * m) for m in PIXEL_MEAN], dtype=torch.uint8, device=frames.device)
-        square = square.view(1, 3, 1, 1).repeat(len(frames), 1, side, side)
-        top, left = (side - H) // 2, (side - W) // 2
-        square[..., top : top + H, left : left + W] = frames
-        frames, H, W = square, side, side
-    short = min(H, W)
-    shape = (int(size * H / short), int(size * W / short))
-    # Pillow itself: its two passes round in fixed point, and torch's differ from them by up to 2 of 255.
-    images = [Image.fromarray(x.permute(1, 2, 0).contiguous().cpu().numpy()) for x in frames]
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    images = [
-        image.resize(shape[::-1], Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-        for image in images
-    ]
-    return torch.stack([torch.from_numpy(np.array(x)).permute(2, 0, 1) for x in images]).to(frames.device)
 
 
 class SelfAttention(nn.Module):

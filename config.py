@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from data import TEMPLATES
+from checkpoints.chat_tokenizer import TEMPLATES
 from oracles.judge import LETTERS
 from plumbing.options import BadInput
 

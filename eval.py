@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import torch
 
 import lora
+from checkpoints import peft_files
 from checkpoints.policies import OPTIONS, load_policy, save_policy
 from data import PromptSet, load_questions
 from oracles.chat import Failed
@@ -218,7 +219,7 @@ def load_run(folder: str, device="cpu"):
         config = json.load(file)
     model, tokenizer = load_policy(config["policy"], device, **{k: config[k] for k in OPTIONS if k in config})
     lora.add_adapters(model.decoder, config["lora_r"], config["lora_alpha"])
-    lora.load_adapter(model.decoder, os.path.join(folder, "adapter"))
+    peft_files.load_adapter(model.decoder, os.path.join(folder, "adapter"))
     return model, tokenizer, config
 
 

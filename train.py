@@ -33,21 +33,9 @@ from grpo_rank import (
     rank_advantages,
     ranks_from_scores,
 )
-from oracle import (
-    AnchoredOracle,
-    FunctionOracle,
-    NoisyOracle,
-    PermutedOracle,
-    RewardOracle,
-    RuleOracle,
-    feedback_means,
-    feedback_sums,
-    load_function,
-    weighed,
-)
-from oracles.cache import ReplayOracle, check_replay, is_cache
-from oracles.judge import LLMOracle, rank_patiently
-from oracles.ranker import TrainedOracle, load_ranker
+from oracle import feedback_means, feedback_sums, weighed
+from oracles.cache import check_replay
+from oracles.choose import by_reward, choose_oracle, rank_patiently, reward_oracle
 from plumbing.options import BadInput, parse_args, run_script, write_json
 from plumbing.run_folder import (
     checkpoint_path,
@@ -370,43 +358,6 @@ def reward_numbers(rewards, device) -> dict:
     return {f"reward_{name}": sums[i] / sums[i + 3] if sums[i + 3] else None for i, name in enumerate(names)}
 
 
-def by_reward(cfg: Config) -> bool:
-    return cfg.oracle in ("sum", "lexicographic") or cfg.objective == "grpo"
-
-
-def reward_oracle(cfg: Config) -> RewardOracle:
-    by = "lexicographic" if cfg.oracle == "lexicographic" else "sum"
-    weights = (cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef)
-    return RewardOracle(by, weights, cfg.overlap, cfg.think)
-
-
-def make_oracle(cfg: Config, generator: torch.Generator, device: torch.device):
-    """The oracle that the options name. A judge is asked something first, so that a wrong address, key or
-    model ends the run before anything is written."""
-    oracle = RuleOracle()
-    if by_reward(cfg):
-        oracle = reward_oracle(cfg)
-    elif cfg.oracle in ("llm", "replay"):
-        cache = cfg.oracle_cache or os.path.join(cfg.out, "judge.sqlite")
-        options = {k.removeprefix("oracle_"): v for k, v in vars(cfg).items() if k.startswith("oracle_")}
-        options |= {"cache": cache, "key": os.environ.get("ORACLE_API_KEY", ""), "seed": cfg.seed}
-        del options["patience"]
-        if cfg.oracle == "replay" and not is_cache(cache):
-            oracle = ReplayOracle(cache)
-        else:
-            oracle = LLMOracle(**options, replay=cfg.oracle == "replay")
-            oracle.check()
-    elif cfg.oracle == "trained":
-        oracle = TrainedOracle(load_ranker(cfg.ranker, device), cfg.ranker_margin)
-    elif cfg.oracle != "rule":
-        oracle = FunctionOracle(load_function(cfg.oracle))
-    if cfg.swap_prob or cfg.position_bias:
-        oracle = NoisyOracle(oracle, generator, cfg.swap_prob, cfg.position_bias)
-    if cfg.oracle_permutations > 1 and cfg.oracle not in ("llm", "replay"):  # the judge permutes by itself
-        oracle = PermutedOracle(oracle, cfg.oracle_permutations, cfg.oracle_agreement, cfg.seed)
-    return AnchoredOracle(oracle, cfg.anchor, cfg.canary) if cfg.anchor or cfg.canary else oracle
-
-
 def catch_interrupt():
     """After this Ctrl-C no longer kills: the returned function says whether it came. A
     second one kills as ever."""
@@ -444,7 +395,7 @@ def main() -> int:
         raise BadInput(f"{checkpoint_path(cfg)}: no such file; the run never saved anything, start it anew")
     began, device = time.time(), start_processes(cfg)
     noise = torch.Generator()
-    oracle = make_oracle(cfg, noise, device)
+    oracle = choose_oracle(cfg, noise, device)
     policy, trainable, train_set, eval_set = load_everything(cfg, device)
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.0)
     limits = {

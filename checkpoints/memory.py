@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora
 from checkpoints import nf4
+from checkpoints.policies import freeze_base
 from clip import ClipConfig
 from data import clips_at_once
 from grpo_rank import sampling_logprobs, token_stats
@@ -90,7 +91,7 @@ def plan(
     }
     with FakeTensorMode():
         decoder = Decoder(replace(cfg, num_layers=3))
-        lora.freeze_base(decoder, run.base)
+        freeze_base(decoder, run.base)
         for parameter in lora.add_adapters(decoder, run.lora_r, run.lora_alpha):
             parameter.grad = torch.zeros_like(parameter)
         decoder.compute_dtype, decoder.checkpointing = dtype, run.checkpointing

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora import frozen_linear
+
 # The levels that QLoRA's appendix E and the bitsandbytes library publish: code 0 is -1, code 15 is 1.
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -69,35 +71,6 @@ def dequantise(shape, dtype, codes, absmax_codes, absmax_scale, absmax_mean, pai
     absmax = dynamic[absmax_codes.int()].view(-1, GROUP) * absmax_scale[:, None] + absmax_mean
     values = values.mul_(absmax.flatten()[: len(values), None]).to(dtype)
     return values.flatten()[: shape.numel()].view(shape)
-
-
-class FrozenProduct(torch.autograd.Function):
-    """x W^T of a frozen weight that weight_of(dtype, *stored) makes: (..., in) -> (..., out). The backward
-    pass keeps what is stored, 4 bits for instance, where F.linear would keep the 16-bit weights of all
-    layers at once. W is frozen, so x is not kept at all."""
-
-    @staticmethod
-    def forward(ctx, x, weight_of, *stored):
-        ctx.save_for_backward(*stored)
-        ctx.weight_of = weight_of
-        return F.linear(x, weight_of(x.dtype, *stored))
-
-    @staticmethod
-    def backward(ctx, grad):
-        stored = ctx.saved_tensors  # asked for once: a checkpointed layer forgets them then
-        weight = ctx.weight_of(grad.dtype, *stored)
-        if grad.is_cpu and grad.dtype == torch.bfloat16:
-            # A CPU without bfloat16 instructions takes 3 to 6 times as long for grad W as for grad (W^T)^T.
-            weight = weight.T.contiguous().T
-        return grad @ weight, None, *[None] * len(stored)
-
-
-def frozen_linear(x: Tensor, weight_of, stored, bias: Tensor | None) -> Tensor:
-    """x W^T + b in x's dtype (autocast's, where it is on), with gradient to x alone."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    y = FrozenProduct.apply(x, weight_of, *stored)
-    return y if bias is None else y + bias.to(y.dtype)
 
 
 class NF4Linear(nn.Module):

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save
 
 import lora
+from checkpoints import peft_files
+from checkpoints.chat_tokenizer import ChatTokenizer
 from checkpoints.huggingface import (
     DECODERS,
     Source,
@@ -30,7 +32,7 @@ from checkpoints.huggingface import (
     weight_files,
 )
 from clip import ClipConfig
-from data import ChatTokenizer, Tokenizer
+from data import Tokenizer
 from model import POLICIES, Bridge, ModelConfig, VideoLM, load_model, read_configs, save_model
 from plumbing.options import BadInput, write_json, write_whole
 from plumbing.run_folder import process_info
@@ -97,7 +99,7 @@ def load_policy(
     | patches | qformer) and whether they are asked to think first.
 
     num_frames: K, 0 the folder's own. An `adapter` folder is merged into the decoder, then its weights are
-    held in `base` (lora.freeze_base); pretrained ones are from the start, tensor by tensor, where nothing is
+    held in `base` (freeze_base); pretrained ones are from the start, tensor by tensor, where nothing is
     merged. random_weights: a folder in the Hugging Face layout without any weights has them drawn.
     """
     if kind_of(folder):
@@ -110,10 +112,21 @@ def load_policy(
         policy_configs(folder, clip=clip)  # which refuses a clip
         model, tokenizer = load_model(folder, device, num_frames), load_tokenizer(folder, 0)
     if adapter:
-        lora.load_adapter(model.decoder, adapter)
+        peft_files.load_adapter(model.decoder, adapter)
         lora.merge(model.decoder)
-    lora.freeze_base(model.decoder, base)
+    freeze_base(model.decoder, base)
     return model, tokenizer
+
+
+def freeze_base(decoder: torch.nn.Module, base: str):
+    """Freezes a decoder and holds its weights in `base`: float32, bfloat16, or nf4, which is 4 bits for the
+    linear layers and bfloat16 for the rest (embedding, head, norms). Before adapters are added."""
+    if base == "nf4":
+        from checkpoints.nf4 import quantise_linears
+
+        quantise_linears(decoder, lora.DECODER_LINEARS)
+    for parameter in decoder.requires_grad_(False).parameters():
+        parameter.data = parameter.data.to(torch.float32 if base == "float32" else torch.bfloat16)
 
 
 def load_pretrained(

@@ -6,7 +6,7 @@ and of its parts, loading, CLIP and sampling, beside the libraries that they wou
     python -m experiments.bench --dtype float32 --peer none  # this code alone
     python -m experiments.bench --what load  # a checkpoint, against load_file and a plain read
     python -m experiments.bench --what clip --size full  # image tower, against CLIPVisionModel with sdpa
-    python -m experiments.bench --what decoder --size 125m --device cuda  # prefill and decode, against generate
+    python -m experiments.bench --what decoder --size 125m --device cuda  # against generate
 
 A step, both sides: 8 prompts of 96 tokens, 5 completions of exactly 32 tokens, a decoder of random weights
 with LoRA on all seven linear layers, one AdamW update with KL to the start, no gradient checkpointing. Both
@@ -31,6 +31,7 @@ import torch
 import lora
 import train
 from checkpoints.huggingface import hf_config, load_decoder, save_decoder
+from checkpoints.policies import freeze_base
 from clip import ClipConfig, ImageTower
 from data import Prompts
 from grpo_rank import rank_advantages, ranks_from_scores
@@ -292,7 +293,7 @@ def compare_decoder(cfg: Config, dtype: str) -> dict:
     policy = SimpleNamespace(decoder=Decoder(SIZES["decoder"][cfg.size]).to(device))
     policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
     policy.cfg = policy.decoder.cfg
-    lora.freeze_base(policy.decoder, dtype)
+    freeze_base(policy.decoder, dtype)
     policy.decoder.compute_dtype = kind
     config = hf_config(policy.decoder.cfg)
     peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")

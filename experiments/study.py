@@ -2,7 +2,7 @@
 was broken off goes on.
 
     python -m experiments.study oracle [--out DIR] [--seeds N] [-- OPTIONS OF train.py]  # faulty oracles
-    python -m experiments.study reward [--out DIR] [--seeds N] [-- OPTIONS OF train.py]  # Temporal-R1's dual reward
+    python -m experiments.study reward [--out DIR] [--seeds N] [-- OPTIONS OF train.py]  # the dual reward
     python -m experiments.study selection [--out DIR] [--seeds N] [-- OPTIONS ..]  # and its selection of data
 """
 

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import re
-import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,9 +22,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from grpo_rank import ranks_from_scores
-from oracle import COUNTS, Ranking, competition_ranks, group_size_of, settle, shown_orders
+from oracle import Ranking, competition_ranks, group_size_of
 from oracles.cache import CACHE_VERSION, Cache, lacks
 from oracles.chat import Chat, Failed
+from oracles.combine import COUNTS, settle, shown_orders
 from plumbing.options import BadInput
 from videoqa.answers import Question, prompt_text
 from videoqa.video import read_frames
@@ -394,21 +394,3 @@ class LLMOracle:
                 self.rankings.put_failure(self.judge, asked, failed.cause, replies)
             raise
         return self.rankings.put(key, self.judge, asked, value, reply) if self.cache else value
-
-
-def rank_patiently(oracle, batch, texts, patience: float, interrupted) -> Ranking:
-    """oracle.rank; while the judge is dead, again every few seconds, for `patience` seconds at most.
-
-    What was ranked before the judge died comes from its cache. interrupted(): gives up at once.
-    """
-    ranking, until, pause = oracle.rank(batch, texts), time.monotonic() + patience, 1.0
-    while ranking.dead and not ranking.dead.startswith("budget") and time.monotonic() < until:
-        left = until - time.monotonic()
-        tqdm.write(f"the judge is silent ({ranking.dead}); waiting {left:.0f} s at most (--oracle_patience)")
-        resume, pause = time.monotonic() + min(pause, left), min(2 * pause, 30.0)
-        while time.monotonic() < resume and not interrupted():
-            time.sleep(0.1)
-        if interrupted():
-            break
-        ranking = oracle.rank(batch, texts)
-    return ranking

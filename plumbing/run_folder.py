@@ -18,6 +18,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import lora
+from checkpoints import peft_files
 from plumbing.options import BadInput, write_json, write_whole
 
 # On --resume: what says nothing about the update, such as where the judge is found
@@ -94,7 +95,7 @@ def save_checkpoint(cfg, policy, trainable, optimizer, progress: dict):
     write_whole(path, save(tensors, metadata={"progress": json.dumps(progress)}))
     llava = policy.cfg.bridge.startswith("llava")  # PEFT's names for what it would wrap
     path = "model.language_model." if llava else "model."
-    lora.save_adapter(policy.decoder, os.path.join(cfg.out, "adapter"), path)
+    peft_files.save_adapter(policy.decoder, os.path.join(cfg.out, "adapter"), path)
 
 
 def load_checkpoint(cfg, policy, trainable, optimizer) -> dict:

@@ -13,10 +13,11 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
-from clip import resize_frames
 from plumbing.options import BadInput
 
+CLIP_MEAN_COLOR = (122, 116, 104)  # CLIP's mean of RGB, in 0..255: what LLaVA-1.5 pads with
 SEEK_SECONDS = 10.0  # jump to a target farther away than this, else read on: most key frames come more often
 SEEK_MARGIN = 1.0  # seconds; some containers index decoding times, which run ahead of presentation times
 LATE_SECONDS = 1.0  # a video may end this much before it is said or asked to
@@ -97,7 +98,7 @@ def _start_and_duration(path: str, container, stream) -> tuple[int, int]:
 def _to_square(frame, size: int, scaler: VideoReformatter, framing: str) -> np.ndarray:
     """(size, size, 3) uint8 RGB: shorter side to size (bicubic, in FFmpeg), centre crop, turned upright.
 
-    framing crop | pad: the whole frame to RGB, then `clip.resize_frames`. Pixels are taken as square: the
+    framing crop | pad: the whole frame to RGB, then `resize_frames`. Pixels are taken as square: the
     sample aspect ratio is not applied. Mirrorings are not undone.
     """
     turns = round(frame.rotation / 90)  # both count counter-clockwise
@@ -265,3 +266,29 @@ def check_video(path: str, needed: float = 0.0) -> dict:
     except VideoError as error:
         faults.append(error.cause)
     return {"ok": not faults, "reason": "; ".join(faults), **facts}
+
+
+def resize_frames(frames: torch.Tensor, size: int, how: str) -> torch.Tensor:
+    """uint8 (F_, 3, H, W) RGB -> uint8 (F_, 3, size, size), as CLIPImageProcessor does it.
+
+    how: crop, the shorter side becomes `size` (bicubic, antialiased) and the middle is cut out; pad, first
+    made square with CLIP's mean colour (LLaVA-1.5), so that nothing is lost.
+    """
+    H, W = frames.shape[-2:]
+    if how == "pad":
+        side = max(H, W)
+        square = torch.tensor(CLIP_MEAN_COLOR, dtype=torch.uint8, device=frames.device)
+        square = square.view(1, 3, 1, 1).repeat(len(frames), 1, side, side)
+        top, left = (side - H) // 2, (side - W) // 2
+        square[..., top : top + H, left : left + W] = frames
+        frames, H, W = square, side, side
+    short = min(H, W)
+    shape = (int(size * H / short), int(size * W / short))
+    # Pillow itself: its two passes round in fixed point, and torch's differ from them by up to 2 of 255.
+    images = [Image.fromarray(x.permute(1, 2, 0).contiguous().cpu().numpy()) for x in frames]
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    images = [
+        image.resize(shape[::-1], Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+        for image in images
+    ]
+    return torch.stack([torch.from_numpy(np.array(x)).permute(2, 0, 1) for x in images]).to(frames.device)

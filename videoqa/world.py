@@ -6,7 +6,7 @@ Video-MME's task names plus "Temporal Grounding" (time spans). The fine-tuning c
 faults on purpose, of the kind that web captions have; evaluation and the oracle never see those.
 
     python -m videoqa.world --out DIR --num_clips 8  # a few clips, their questions, and a picture of them all
-    python -m videoqa.world --out DIR --num_clips 8 --grounded  # grounded questions instead, in grounded.jsonl
+    python -m videoqa.world --out DIR --num_clips 8 --grounded  # grounded questions, in grounded.jsonl
 """
 
 import itertools

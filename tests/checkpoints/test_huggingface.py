@@ -15,18 +15,20 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import train
-from checkpoints import huggingface
+from checkpoints import huggingface, peft_files
+from checkpoints.chat_tokenizer import ChatTokenizer
 from checkpoints.huggingface import decoder_config, load_clip, load_decoder, save_decoder
 from checkpoints.nf4 import NF4Linear
 from checkpoints.policies import load_policy, load_pretrained, policy_configs, save_llava
-from clip import Clip, ClipConfig, preprocess, resize_frames
-from data import ChatTokenizer, Prompts, PromptSet
+from clip import Clip, ClipConfig, preprocess
+from data import Prompts, PromptSet
 from eval import load_run, merge_run
 from model import Decoder
 from plumbing.options import BadInput
 from rollout import generate
 from videoqa import world
 from videoqa.answers import Question, instruction
+from videoqa.video import resize_frames
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -429,7 +431,7 @@ def test_a_runs_policy_merges_into_a_checkpoint_of_its_kind(tokenizer_files, tmp
     for layer in lora.layers(policy.decoder).values():
         layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(3))
     run = {"policy": str(tmp_path / "base"), "lora_r": 4, "lora_alpha": 8.0, "num_frames": 2}
-    lora.save_adapter(policy.decoder, str(tmp_path / "run" / "adapter"))
+    peft_files.save_adapter(policy.decoder, str(tmp_path / "run" / "adapter"))
     (tmp_path / "run" / "config.json").write_text(json.dumps(run))
     merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
     lora.merge(policy.decoder)

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 import lora
 import train
-from checkpoints import memory
+from checkpoints import memory, peft_files
 from checkpoints.nf4 import NF4Linear
+from checkpoints.policies import freeze_base
 from clip import ClipConfig
 from data import Prompts
 from eval import load_run
@@ -39,7 +40,7 @@ def run_config(**options):
 def adapted(base="float32", checkpointing=False):
     torch.manual_seed(0)
     decoder = Decoder(CFG)
-    lora.freeze_base(decoder, base)
+    freeze_base(decoder, base)
     trainable = lora.add_adapters(decoder, 4, 8.0)
     for p in trainable:
         p.data += 0.02
@@ -185,7 +186,7 @@ def test_the_7b_preset_plans_then_rehearses_then_learns_from_a_merged_adapter(tm
     policy, _ = train.load_policy(ROOT / "weights")
     for p in lora.add_adapters(policy.decoder, 2, 4.0, generator=torch.Generator().manual_seed(1)):
         p.data += 0.01
-    lora.save_adapter(policy.decoder, tmp_path / "lora")
+    peft_files.save_adapter(policy.decoder, tmp_path / "lora")
     lora.merge(policy.decoder)
     start, _ = train.load_policy(ROOT / "weights", adapter=tmp_path / "lora")
     wanted = policy.state_dict()

@@ -208,7 +208,7 @@ def test_a_frozen_product_has_the_values_and_gradients_of_a_linear_layer(dtype):
     x, weight, bias, ahead = gaussian(5, 12), gaussian(7, 12), gaussian(7), gaussian(5, 7)
     found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        ours = nf4.frozen_linear(found, lambda dtype, w: w.to(dtype), (weight,), bias)
+        ours = lora.frozen_linear(found, lambda dtype, w: w.to(dtype), (weight,), bias)
         theirs = F.linear(wanted, weight, bias)
     assert ours.dtype == theirs.dtype == dtype
     ours.backward(ahead.to(dtype))

@@ -13,10 +13,11 @@ import lora
 import pretrain
 import train
 from checkpoints import memory
+from checkpoints.chat_tokenizer import ChatTokenizer
 from checkpoints.huggingface import load_clip, load_decoder
 from checkpoints.nf4 import NF4Linear
 from checkpoints.policies import load_policy, load_pretrained, load_tokenizer, policy_configs
-from data import ChatTokenizer, PromptSet, longest_text
+from data import PromptSet, longest_text
 from eval import load_run, merge_run
 from model import Bridge
 from plumbing.options import BadInput

@@ -6,6 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lora
+from checkpoints import peft_files
 from model import Decoder, ModelConfig
 
 CFG = ModelConfig(vocab_size=40, dim=32, num_layers=2, ffn_dim=48)
@@ -108,10 +109,10 @@ def test_the_reference_is_the_policy_when_frozen_and_then_stays():
 def test_a_saved_adapter_comes_back(tmp_path):
     decoder, trainable = build()
     learn(trainable)
-    lora.save_adapter(decoder, tmp_path)
+    peft_files.save_adapter(decoder, tmp_path)
     fresh, _ = build()
     assert not torch.equal(out(fresh), out(decoder))
-    lora.load_adapter(fresh, tmp_path)
+    peft_files.load_adapter(fresh, tmp_path)
     assert torch.equal(out(fresh), out(decoder))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8.0, "LORA")
@@ -122,12 +123,12 @@ def test_a_saved_adapter_comes_back(tmp_path):
 def test_an_adapter_that_does_not_fit_is_an_error_never_a_silent_zero(tmp_path, fault, adapted):
     decoder, trainable = build()
     learn(trainable)
-    lora.save_adapter(decoder, tmp_path)
+    peft_files.save_adapter(decoder, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
     key = next(iter(tensors))
     if fault == "prefix":
-        tensors = {k.removeprefix(lora.PREFIX): v for k, v in tensors.items()}
+        tensors = {k.removeprefix(peft_files.PREFIX): v for k, v in tensors.items()}
     elif fault == "extra":
         tensors["more"] = tensors[key].clone()
     elif fault == "nothing":
@@ -140,8 +141,8 @@ def test_an_adapter_that_does_not_fit_is_an_error_never_a_silent_zero(tmp_path, 
     save_file(tensors, path)
     fresh, parameters = build(adapters=adapted)
     before = [p.clone() for p in parameters]
-    with pytest.raises(lora.BadInput, match="has shape" if fault == "shape" else "names differ"):
-        lora.load_adapter(fresh, tmp_path)
+    with pytest.raises(peft_files.BadInput, match="has shape" if fault == "shape" else "names differ"):
+        peft_files.load_adapter(fresh, tmp_path)
     assert len(lora.layers(fresh)) == len(before) / 2
     assert all(torch.equal(p, q) for p, q in zip(parameters, before, strict=True))  # nothing half loaded
 
@@ -194,7 +195,7 @@ def test_peft_reads_our_adapter_and_gives_our_logits(tmp_path, rslora):
 
     decoder, _ = build(adapters=False)
     learn(lora.add_adapters(decoder, 4, 8.0, rslora=rslora))
-    lora.save_adapter(decoder, tmp_path)
+    peft_files.save_adapter(decoder, tmp_path)
     start = their_logits(theirs)
     torch.testing.assert_close(start, logits(build(adapters=False)[0]), atol=1e-5, rtol=0)
     theirs = PeftModel.from_pretrained(theirs, tmp_path)
@@ -218,7 +219,7 @@ def test_we_read_pefts_adapter_and_give_its_logits(tmp_path, rslora):
     theirs.save_pretrained(tmp_path)
     decoder, _ = build(adapters=False)
     start = logits(decoder)
-    trainable = lora.load_adapter(decoder, tmp_path)
+    trainable = peft_files.load_adapter(decoder, tmp_path)
     assert sorted({name.split(".")[-1] for name in lora.layers(decoder)}) == ["down_proj", "q_proj"]
     assert len(trainable) == 2 * 2 * CFG.num_layers and all(p.abs().max() > 0 for p in trainable)
     torch.testing.assert_close(logits(decoder), their_logits(theirs), atol=1e-5, rtol=0)
@@ -231,8 +232,8 @@ def test_our_files_are_the_files_that_peft_writes_of_the_same_adapter(tmp_path):
 
     options = dict(r=4, lora_alpha=8, target_modules=list(lora.DECODER_LINEARS), task_type="CAUSAL_LM")
     get_peft_model(theirs, LoraConfig(**options)).save_pretrained(tmp_path / "theirs")
-    lora.save_adapter(build()[0], tmp_path / "ours")
-    ours, wanted = (lora.read_adapter(tmp_path / name) for name in ("ours", "theirs"))
+    peft_files.save_adapter(build()[0], tmp_path / "ours")
+    ours, wanted = (peft_files.read_adapter(tmp_path / name) for name in ("ours", "theirs"))
     assert {k: v.shape for k, v in ours[1].items()} == {k: v.shape for k, v in wanted[1].items()}
     assert ours[0].items() <= (wanted[0] | {"target_modules": sorted(wanted[0]["target_modules"])}).items()
     for name in ("ours", "theirs"):
@@ -254,7 +255,7 @@ def test_an_adapter_of_a_llava_leaves_its_image_tower_alone(tmp_path):
     llava.lm_head.weight = theirs.lm_head.weight
     decoder, trainable = build()
     learn(trainable)
-    lora.save_adapter(decoder, tmp_path, path="model.language_model.")
+    peft_files.save_adapter(decoder, tmp_path, path="model.language_model.")
     llava = PeftModel.from_pretrained(llava, tmp_path)
     adapted = {name for name, _ in llava.named_parameters() if "lora_B" in name}
     assert len(adapted) == 7 * CFG.num_layers and not any("vision" in name for name in adapted)
@@ -264,7 +265,7 @@ def test_an_adapter_of_a_llava_leaves_its_image_tower_alone(tmp_path):
         ours = decoder(x[:, :3], MASK[:, :3], x[:, None, 3:])[:, 0] @ decoder.head.T
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=0)
     fresh, _ = build(adapters=False)
-    lora.load_adapter(fresh, tmp_path)
+    peft_files.load_adapter(fresh, tmp_path)
     assert torch.equal(out(fresh), out(decoder))
 
 
@@ -274,29 +275,29 @@ def test_an_adapter_of_a_llava_leaves_its_image_tower_alone(tmp_path):
      {"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}],
 )  # fmt: skip
 def test_what_is_not_plain_lora_is_refused_by_name(tmp_path, change):
-    lora.save_adapter(build()[0], tmp_path)
+    peft_files.save_adapter(build()[0], tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
-    with pytest.raises(lora.BadInput, match=next(iter(change))):
-        lora.load_adapter(build(adapters=False)[0], tmp_path)
+    with pytest.raises(peft_files.BadInput, match=next(iter(change))):
+        peft_files.load_adapter(build(adapters=False)[0], tmp_path)
 
 
 def test_files_that_are_missing_broken_or_pickled_are_named(tmp_path):
     decoder, _ = build(adapters=False)
-    with pytest.raises(lora.BadInput, match="adapter_config.json"):
-        lora.load_adapter(decoder, tmp_path)
-    lora.save_adapter(build()[0], tmp_path)
+    with pytest.raises(peft_files.BadInput, match="adapter_config.json"):
+        peft_files.load_adapter(decoder, tmp_path)
+    peft_files.save_adapter(build()[0], tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(lora.BadInput, match="adapter_model.safetensors"):
-        lora.load_adapter(decoder, tmp_path)
+    with pytest.raises(peft_files.BadInput, match="adapter_model.safetensors"):
+        peft_files.load_adapter(decoder, tmp_path)
     path.rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(lora.BadInput, match="pickle"):
-        lora.load_adapter(decoder, tmp_path)
+    with pytest.raises(peft_files.BadInput, match="pickle"):
+        peft_files.load_adapter(decoder, tmp_path)
     assert not lora.layers(decoder)
 
 
 def test_an_adapter_of_another_scale_is_refused_not_rescaled(tmp_path):
-    lora.save_adapter(build(alpha=16.0)[0], tmp_path)
-    with pytest.raises(lora.BadInput, match="alpha 16"):
-        lora.load_adapter(build(alpha=8.0)[0], tmp_path)
+    peft_files.save_adapter(build(alpha=16.0)[0], tmp_path)
+    with pytest.raises(peft_files.BadInput, match="alpha 16"):
+        peft_files.load_adapter(build(alpha=8.0)[0], tmp_path)

@@ -6,24 +6,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import oracle as oracle_room
 from oracle import (
-    AnchoredOracle,
     FunctionOracle,
-    NoisyOracle,
-    PermutedOracle,
     Ranking,
     RewardOracle,
     RuleOracle,
     competition_ranks,
-    consensus,
     feedback_means,
     feedback_sums,
+    load_function,
+    weighed,
+)
+from oracles import combine
+from oracles.combine import (
+    AnchoredOracle,
+    NoisyOracle,
+    PermutedOracle,
+    consensus,
     kemeny,
     kendall_w,
-    load_function,
     tie_disputed,
-    weighed,
 )
 from plumbing.options import BadInput
 from videoqa.answers import Question
@@ -251,9 +253,9 @@ def test_the_canary_measures_a_judges_error_rate():
 
 def test_a_known_bad_answer_is_really_bad():
     quiz = Question("2", "a.mp4", "Which?", "red", options=("red", "blue"), answer_index=0)
-    assert oracle_room.wrong_answer([quiz, COLOR], 0) == "blue"
-    assert oracle_room.wrong_answer([COLOR, COLOR, PLACE], 0) == "top left"
-    assert oracle_room.wrong_answer([COLOR, COLOR], 0) == "I do not know."
+    assert combine.wrong_answer([quiz, COLOR], 0) == "blue"
+    assert combine.wrong_answer([COLOR, COLOR, PLACE], 0) == "top left"
+    assert combine.wrong_answer([COLOR, COLOR], 0) == "I do not know."
 
 
 def test_agreement_scales_a_groups_advantages():

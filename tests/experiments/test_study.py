@@ -21,7 +21,7 @@ def test_every_line_of_the_study_is_a_configuration_of_train_py(monkeypatch):
     for faults in study.STUDY.values():
         monkeypatch.setattr(sys, "argv", ["train.py", *faults.split()])
         cfg = parse_args(train.Config, train.PRESETS)
-        make = train.make_oracle(cfg, torch.Generator(), torch.device("cpu"))
+        make = train.choose_oracle(cfg, torch.Generator(), torch.device("cpu"))
         assert isinstance(make, RuleOracle) == (faults == "")
     asked = " ".join(study.STUDY.values())
     for part in ("swap_prob 0.1", "swap_prob 0.5", "position_bias", "permutations 3", "permutations 5"):

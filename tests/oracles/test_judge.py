@@ -29,12 +29,12 @@ import train
 from oracle import competition_ranks
 from oracles import chat, judge
 from oracles.cache import Cache, ReplayOracle
+from oracles.choose import rank_patiently
 from oracles.judge import (
     LETTERS,
     LLMOracle,
     build_messages,
     fence,
-    rank_patiently,
     read_ranking,
     read_verdict,
 )

@@ -1,0 +1,131 @@
+"""Adapters in PEFT's files, both ways: adapter_config.json and adapter_model.safetensors."""
+
+import json
+import os
+import re
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+import lora
+from plumbing.options import BadInput, write_json, write_whole
+
+PREFIX = "base_model.model."  # PEFT's prefix; without it PEFT loads nothing and warns once
+# Where a decoder stands in the model that PEFT wrapped: a causal LM of transformers, a LLaVA of transformers
+# 5 and one of transformers 4, the decoder itself.
+PATHS = ("model.", "model.language_model.", "language_model.model.", "")
+# PEFT's settings that make of its tensors something else than (alpha / r) B A, with the values that do not
+PLAIN = {
+    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+} | dict.fromkeys(
+    ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern",
+     "alpha_pattern", "layer_replication", "target_parameters", "trainable_token_indices",
+     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config"),
+    (None, False, {}, []),
+)  # fmt: skip
+
+
+def save_adapter(model: nn.Module, folder: str, path: str = PATHS[0]):
+    """Writes adapter_model.safetensors and adapter_config.json as PEFT does. `path`: where `model` stands in
+    the model that is to read them, one of PATHS; the first is that of AutoModelForCausalLM."""
+    os.makedirs(folder, exist_ok=True)
+    adapted = lora.layers(model)
+    first = next(iter(adapted.values()))
+    # PEFT adapts every layer of a last name. A LLaVA's image tower has such layers too, so whole paths there.
+    whole = "language_model" in path
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "revision": None,
+        "inference_mode": True, "r": first.r, "lora_alpha": first.alpha, "use_rslora": first.rslora,
+        "lora_dropout": 0.0, "bias": "none", "init_lora_weights": True, "use_dora": False,
+        "fan_in_fan_out": False,
+        "target_modules": sorted({path + name if whole else name.split(".")[-1] for name in adapted}),
+        "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {},
+        "alpha_pattern": {},
+    }  # fmt: skip
+    tensors = {}
+    for name, layer in adapted.items():
+        for part in ("lora_A", "lora_B"):
+            tensor = getattr(layer, part).detach().cpu().contiguous()
+            tensors[f"{PREFIX}{path}{name}.{part}.weight"] = tensor
+    write_json(os.path.join(folder, "adapter_config.json"), config)
+    content = save(tensors, metadata={"format": "pt"})
+    write_whole(os.path.join(folder, "adapter_model.safetensors"), content)
+
+
+def read_adapter(folder: str) -> tuple[dict, dict[str, Tensor]]:
+    """(adapter_config.json, tensors) of an adapter that PEFT or `save_adapter` wrote. BadInput: files
+    that are missing or broken, settings that are not plain LoRA. A dropout is of PEFT's training alone
+    and is ignored."""
+    path = os.path.join(folder, "adapter_config.json")
+    pickle, weights = (os.path.join(folder, f"adapter_model.{kind}") for kind in ("bin", "safetensors"))
+    if os.path.exists(pickle) and not os.path.exists(weights):
+        raise BadInput(f"{pickle}: a pickle, which can run code; let PEFT write it anew as safetensors")
+    try:
+        with open(path) as file:
+            config = json.load(file)
+        r, alpha = config["r"], config["lora_alpha"]
+        if not (isinstance(r, int) and r > 0 and isinstance(alpha, int | float)):
+            raise ValueError(f"r {r}, lora_alpha {alpha}")
+        odd = [k for k, plain in PLAIN.items() if k in config and config[k] not in plain]
+        path = weights
+        tensors = load_file(path)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise BadInput(
+            f"{path}: {error}; name a folder with an adapter that train.py or PEFT saved"
+        ) from error
+    if odd:
+        raise BadInput(
+            f"{folder}: {odd[0]} {config[odd[0]]} is not supported; only plain LoRA and rsLoRA are"
+        )
+    return config, tensors
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: str) -> list[nn.Parameter]:
+    """Puts an adapter that `save_adapter` or PEFT wrote on a model without adapters, or into one that has the
+    same, and returns the trainable parameters. BadInput if any key, shape or setting differs: an adapter that
+    matches nothing must never pass for one that does. Nothing is changed then."""
+    path = os.path.join(folder, "adapter_model.safetensors")
+    config, stored = read_adapter(folder)
+    adapted = lora.layers(model)
+    bases = {name: layer.base for name, layer in adapted.items()}
+    bases = bases or {name: model.get_submodule(name) for name in lora.linears(model)}
+    sizes = {name: (base.out_features, base.in_features) for name, base in bases.items()}
+    r, alpha, rslora = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
+
+    def name_of(key):
+        """The model's layer that a tensor belongs to, "" for none."""
+        found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight", key)
+        names = (found[1].removeprefix(start) for start in PATHS if found and found[1].startswith(start))
+        return next((name for name in names if name in sizes), "")
+
+    names = {key: name_of(key) for key in stored}
+    wanted = {(name, part) for name in (adapted or names.values()) for part in "AB"}
+    have = {(name, key.removesuffix(".weight")[-1]): key for key, name in names.items()}
+    odd = [f"{k} fits no layer" for k, name in names.items() if not name]
+    odd += [f"lora_{part} of {name} is missing" for name, part in sorted(wanted - have.keys())]
+    if odd or not stored or len(have) < len(stored):
+        what = f"the first: {odd[0]}" if odd else "or it holds none"
+        raise BadInput(
+            f"{path}: its names differ from the model's layers, {what}; use the policy it was made for"
+        )
+    for (name, part), key in have.items():
+        shape = (r, sizes[name][1]) if part == "A" else (sizes[name][0], r)
+        if stored[key].shape != shape:
+            raise BadInput(
+                f"{path}: {key} has shape {tuple(stored[key].shape)}, not {shape}: use its own --policy"
+            )
+    for layer in adapted.values():
+        if (layer.r, layer.alpha, layer.rslora) != (r, alpha, rslora):
+            raise BadInput(
+                f"{folder}: r {r}, alpha {alpha}, rsLoRA {rslora}; the model has {layer.r}, {layer.alpha},"
+                f" {layer.rslora}: use the run's own --lora_r and --lora_alpha"
+            )
+    if not adapted:
+        lora.add_adapters(model, r, alpha, set(names.values()), torch.Generator(), rslora)
+    adapted = lora.layers(model)
+    for (name, part), key in have.items():
+        getattr(adapted[name], f"lora_{part}").copy_(stored[key])
+    return [p for layer in adapted.values() for p in (layer.lora_A, layer.lora_B)]
