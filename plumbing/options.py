@@ -1,16 +1,82 @@
-"""What every script shares: options from a dataclass, bad input as one line, files written whole."""
+"""What every script shares: options from dataclasses, bad input as one line, files read and written whole.
+
+A script's options are the fields of one dataclass. It inherits the records of options that stand beside what
+they configure (the policy's in checkpoints/policies.py, a run's in plumbing/run_folder.py), and every such
+record is a headed group of `--help`. A field's type says what the option may be:
+
+    group_size: Group = 5              # int, float, str or bool, or one of the bounded numbers below
+    gain: Literal["divided", "appendix"] = "divided"
+"""
 
 import argparse
+import difflib
 import inspect
 import json
+import math
 import os
 import re
 import sys
-from dataclasses import fields
+import unicodedata
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal, get_args, get_origin
 
 
 class BadInput(ValueError):
     """Something the user gave is wrong. One line: the file, row or option, what is wrong, the remedy."""
+
+
+# ---- options
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Numbers from low to high; with above, low itself is outside. NaN never lies within."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def hold(self, value) -> bool:
+        return (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self):
+        low = f"{'more than' if self.above else 'at least'} {self.low}"
+        return low if self.high == math.inf else f"{low} and at most {self.high}"
+
+
+Count = Annotated[int, Bounds(1)]
+CountOrNone = Annotated[int, Bounds(0)]  # 0 means none, or all, as the option's help says
+Positive = Annotated[float, Bounds(0, sys.float_info.max, above=True)]
+NotNegative = Annotated[float, Bounds(0, sys.float_info.max)]
+Share = Annotated[float, Bounds(0, 1)]
+PositiveShare = Annotated[float, Bounds(0, 1, above=True)]
+
+
+@dataclass
+class Options:
+    """What all records of options share: each value is checked against the type of its field."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            setattr(self, field.name, checked(field.name, field.type, getattr(self, field.name)))
+
+
+def checked(name: str, kind, value):
+    """The value, an int as a float where the field is one. BadInput: not of this kind, or out of bounds."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            choices = ", ".join(map(str, get_args(kind)))
+            raise BadInput(f"--{name} {value}: choose one of {choices}")
+        return value
+    kind, *bounds = get_args(kind) or (kind,)
+    if kind is float and type(value) is int:
+        value = float(value)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+    if type(value) is not kind or (bounds and not bounds[0].hold(value)):
+        raise BadInput(f"--{name} {value}: give {' '.join([words, *map(str, bounds)])}")
+    return value
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -19,39 +85,75 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
+    def parse_args(self, args=None):
+        """An unknown name is answered with the nearest known one."""
+        parsed, unknown = self.parse_known_args(args)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise BadInput(f"{unknown[0]}: no such option; {meant}{self.prog} --help lists all")
+        return parsed
+
     def error(self, message):
         raise BadInput(f"{message}; {self.prog} --help lists the options")
 
 
-def add_options(parser: ArgumentParser, config_class, names) -> None:
-    """`--name value` for these fields of a dataclass. What is not given is not in the parser's result."""
+def add_options(parser: ArgumentParser, config_class) -> None:
+    """`--name value` for every field of a dataclass, in a headed group for each record that it inherits.
+    What is not given on the command line is not in the parser's result."""
+    ours = {field.name: field for field in fields(config_class)}
+    for record in config_class.__mro__:
+        names = [name for name in vars(record).get("__annotations__", ()) if name in ours]
+        group = parser.add_argument_group((record.__doc__ or "").partition("\n")[0] or None)
+        meaning = (
+            dict(re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(record), re.M)) if names else {}
+        )
+        for field in (ours.pop(name) for name in names):
+            choices = "|".join(map(str, get_args(field.type))) if get_origin(field.type) is Literal else ""
+            words = filter(None, [choices, meaning.get(field.name, ""), f"({field.default!r})"])
+            flag = {"nargs": "?", "const": True} if field.type is bool else {}
+            kind = value_reader(field.type)
+            help = " ".join(words).replace("%", "%%")
+            group.add_argument(
+                f"--{field.name}", type=kind, default=argparse.SUPPRESS, metavar="X", help=help, **flag
+            )
+
+
+def value_reader(kind):
+    """What argparse turns a word of the command line into a value of this kind with."""
+    kind = str if get_origin(kind) is Literal else (get_args(kind) or (kind,))[0]
+    if kind is not bool:
+        return kind
 
     def boolean(text):
         return {"true": True, "false": False}[text.lower()]
 
-    meaning = dict(re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(config_class), re.M))
-    for field in fields(config_class):
-        if field.name in names:
-            flag = {"nargs": "?", "const": True} if field.type is bool else {}
-            kind = boolean if field.type is bool else field.type
-            told = f"{meaning.get(field.name, '')} ({field.default!r})".replace("%", "%%").strip()
-            parser.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, help=told, **flag)
+    return boolean
 
 
 def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lambda given: {}):
-    """The script's dataclass from `--name value` options, one a field; a bool field takes no value or
-    true|false. --help tells a field's comment and default.
+    """The script's dataclass from `--name value` options; a bool field takes no value or true|false.
 
     `presets` maps values of a field named preset to other defaults; `stored` makes yet others from what was
-    given (a run's own options, when it is resumed). Unknown names, abbreviations and values of
-    another type end the script: one line on stderr, status 2.
+    given (a run's own options, when it is resumed). Raises BadInput for an unknown name, an abbreviation, a
+    value of another type or out of its bounds.
     """
-
     parser = ArgumentParser(description=sys.modules["__main__"].__doc__)
-    add_options(parser, config_class, [field.name for field in fields(config_class)])
+    add_options(parser, config_class)
     given = vars(parser.parse_args())
     preset = (presets or {}).get(given.get("preset"), {})
     return config_class(**{**preset, **stored(given), **given})
+
+
+# ---- the script
+
+
+def one_line(text: str) -> str:
+    """Without line breaks, control characters and lone surrogates, so that no path, reply or text of a video
+    can forge a second message or steer a terminal."""
+    spaced = " ".join(str(text).split())
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in spaced)
 
 
 def run_script(main) -> None:
@@ -59,10 +161,12 @@ def run_script(main) -> None:
     try:
         status = main()
     except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         status = 2
     except OSError as error:  # a full disk, no permission: the operating system names the file and the cause
-        print(f"error: {error}; make room or choose another folder, then run again", file=sys.stderr)
+        print(
+            f"error: {one_line(error)}; make room or choose another folder, then run again", file=sys.stderr
+        )
         status = 2
     except KeyboardInterrupt:  # where nothing is worth saving; train.py's loop catches Ctrl-C itself
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
@@ -70,17 +174,91 @@ def run_script(main) -> None:
     sys.exit(status or 0)
 
 
-def write_whole(path: str, content: bytes) -> None:
-    """Writes the file under another name and renames it: whole or not at all, also on a full disk."""
-    temporary = f"{path}.tmp"
+# ---- files
+
+
+def parse_json(text: str | bytes, where: str, wants: str):
+    """The JSON value of bytes or text from outside. Raises BadInput, `where` first and `wants` last, for all
+    that is not plain JSON in UTF-8: another encoding, NaN, Infinity, numbers beyond a float, nesting without
+    end, half of a surrogate pair (which no file could be written with again)."""
+
+    def number(digits):
+        value = float(digits)
+        if not math.isfinite(value):
+            raise ValueError(f"the number {digits[:20]} has no finite value")
+        return value
+
+    def integer(digits):
+        if len(digits) > 300:
+            raise ValueError(f"the number {digits[:20]}.. is too long")
+        return int(digits)
+
     try:
-        with open(temporary, "wb") as file:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(text, parse_float=number, parse_int=integer, parse_constant=number)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{where}: not JSON ({one_line(error)}); {wants}") from error
+    return value
+
+
+def read_bytes(path: str, wants: str) -> bytes:
+    """A file's content. Raises BadInput if it is missing or cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}; {wants}") from error
+
+
+def read_json(path: str, wants: str) -> dict:
+    """The JSON object in a file. Raises BadInput if there is none."""
+    value = parse_json(read_bytes(path, wants), path, wants)
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: not a JSON object; {wants}")
+    return value
+
+
+def read_jsonl(path: str, wants: str) -> Iterator[tuple[str, dict]]:
+    """("PATH, line N", row) of a file with one JSON object a line; blank lines are passed over. Raises
+    BadInput at the first line that holds none."""
+    for number, line in enumerate(read_bytes(path, wants).splitlines(), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            row = parse_json(line, where, wants)
+            if not isinstance(row, dict):
+                raise BadInput(f"{where}: not a JSON object; {wants}")
+            yield where, row
+
+
+def write_whole(path: str, content: bytes) -> None:
+    """Writes the file under a name of its own and renames it: whole or not at all, also when two processes
+    write it, when the disk is full and when the machine stops. A file that holds this already is left as it
+    is."""
+    if os.path.exists(path) and os.path.getsize(path) == len(content):
+        with open(path, "rb") as file:
+            if file.read() == content:
+                return
+    temporary = f"{path}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        with open(temporary, "xb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def remove_leftovers(folder: str) -> None:
+    """Removes the temporary files of `write_whole` whose process was killed."""
+    for name in os.listdir(folder):
+        found = re.fullmatch(r".*\.(\d+)\.[0-9a-f]{8}\.tmp", name)
+        if found and not os.path.exists(f"/proc/{found[1]}"):
+            os.remove(os.path.join(folder, name))
 
 
 def write_json(path: str, value) -> None:

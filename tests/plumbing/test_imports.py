@@ -1,61 +1,110 @@
+"""The house plan, held against the code: which module may import which."""
+
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 HOUSE = Path(__file__).parents[2]
+FOLDERS = ("videoqa", "oracles", "checkpoints", "plumbing", "experiments")
 RUN_TIME = {"torch", "numpy", "PIL", "av", "safetensors", "tqdm"}
-PEERS = {"transformers", "peft", "trl", "datasets"}  # bench.py measures them where they are installed
-BELOW = {
-    "cli", "grpo_rank", "nf4", "lora", "clip", "model", "checkpoint", "answers", "world", "data", "oracle",
-    "chat", "judge", "ranker", "rollout", "runs", "memory", "convert", "metrics", "video", "replay",
-    "policies", "config",
-}  # fmt: skip
-MAY_IMPORT = dict.fromkeys(BELOW, set()) | {
-    "model": {"clip", "lora", "cli"}, "lora": {"cli", "nf4"}, "world": {"cli"},
-    "video": {"cli", "clip"}, "data": {"answers", "cli", "convert", "video"},
-    "convert": {"cli"}, "metrics": {"answers"}, "runs": {"cli", "lora"},
-    "memory": {"clip", "data", "grpo_rank", "lora", "model", "nf4"},
-    "checkpoint": {"clip", "model", "cli", "lora", "nf4"},
-    "policies": {"checkpoint", "cli", "clip", "data", "lora", "model", "runs"},
-    "config": {"cli", "data", "judge"},
-    "rollout": {"grpo_rank", "model", "data", "lora"},
-    "oracle": {"answers", "cli", "clip", "model", "grpo_rank"}, "chat": {"cli"},
-    "replay": {"answers", "cli", "oracle"},
-    "judge": {"answers", "chat", "cli", "grpo_rank", "oracle", "replay", "video"},
-    "ranker": {"answers", "cli", "data", "model", "oracle", "world"}, "pretrain": BELOW, "eval": BELOW,
-    "train": BELOW | {"eval", "baselines"}, "baselines": BELOW, "selection": BELOW | {"eval"},
-    "bench": BELOW | {"eval", "train"}, "report": BELOW | {"eval"}, "study": BELOW | {"eval"},
-}  # fmt: skip
-ROOMS = sorted(path.stem for path in HOUSE.glob("*.py"))
+OPTIONAL = {
+    "tokenizers",
+    "jinja2",
+    "pyarrow",
+    "tensorboard",
+}  # imported only within the function that needs it
+PEERS = {"transformers", "peft", "trl", "datasets"}  # experiments/bench.py measures them where installed
+SCRIPTS = {"train", "eval", "ask", "pretrain", "selection", "baselines"}
+# Top level, by what it may import beside plumbing; a folder's name stands for all of its modules
+TOP = {
+    "grpo_rank": set(),
+    "clip": set(),
+    "lora": set(),
+    "oracle": {"grpo_rank", "videoqa"},
+    "model": {"clip"},
+    "data": {"videoqa"},
+    "rollout": {"grpo_rank", "model", "lora", "data"},
+}
+LIBRARY = {*TOP, "videoqa", "oracles", "checkpoints"}
+TORCH_ALONE = {"grpo_rank", "clip", "lora"}
 
 
-def imports(nodes):
+def allowed(module: str) -> set[str]:
+    """What a module may import of ours: names of the top level and of folders."""
+    folder = module.rpartition(".")[0]
+    if folder == "plumbing":
+        return set()
+    if folder == "videoqa":
+        return {"videoqa", "plumbing"}
+    if folder in ("oracles", "checkpoints"):
+        return LIBRARY | {"plumbing"}
+    if folder == "experiments":
+        return LIBRARY | SCRIPTS | {"plumbing", "experiments"}
+    if module in TORCH_ALONE:
+        return set()
+    if module in TOP:
+        return TOP[module] | {"plumbing"}
+    return LIBRARY | {"plumbing", "baselines"}  # a script
+
+
+def modules() -> dict[str, Path]:
+    files = [*HOUSE.glob("*.py"), *(path for folder in FOLDERS for path in (HOUSE / folder).glob("*.py"))]
+    return {".".join(path.relative_to(HOUSE).with_suffix("").parts): path for path in sorted(files)}
+
+
+MODULES = modules()
+
+
+def imported(nodes) -> set[str]:
+    """Dotted names that these nodes of a syntax tree import: of `from a import b` both a and a.b."""
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "the house is flat: no relative imports"
-            names.add(node.module.split(".")[0])
+            assert node.level == 0, "no relative imports"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_only_what_the_table_allows(room):
-    assert room in MAY_IMPORT, f"{room}.py has no line in the table of rooms"
-    tree = ast.parse((HOUSE / f"{room}.py").read_text(encoding="utf-8"))
-    anywhere = imports(ast.walk(tree)) - set(sys.stdlib_module_names)
-    ours = anywhere & set(MAY_IMPORT)
-    assert ours <= MAY_IMPORT[room]
-    packages = anywhere - ours
-    # only inside the function that needs them
-    lazy = {"tokenizers", "pyarrow"} | (PEERS if room == "bench" else set())
-    assert packages - lazy <= RUN_TIME and not lazy & imports(tree.body)
-    bare = {"grpo_rank": {"torch"}, "answers": {"numpy"}}  # the heart and the parser
-    assert packages <= bare.get(room, packages)
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_the_house_plan_allows(module):
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    anywhere = imported(ast.walk(tree))
+    evaluate = "eval.evaluate" in anywhere and not {x for x in anywhere if x.startswith("eval.")} - {
+        "eval.evaluate"
+    }
+    ours = {name for name in anywhere if name in MODULES} - ({"eval"} if evaluate else set())
+    places = {name.partition(".")[0] for name in ours}
+    assert places <= allowed(module) | ({module} if module in SCRIPTS else set()), places - allowed(module)
+    packages = {name.partition(".")[0] for name in anywhere} - set(sys.stdlib_module_names)
+    packages -= {name.partition(".")[0] for name in MODULES}
+    within = OPTIONAL | (PEERS if module == "experiments.bench" else set())
+    assert packages - within <= RUN_TIME
+    assert not within & {name.partition(".")[0] for name in imported(tree.body)}
+    if module in TORCH_ALONE:
+        assert packages == {"torch"}
+
+
+def test_the_top_level_is_the_papers_file_list():
+    top = {module for module in MODULES if "." not in module}
+    assert top <= {*TOP, *SCRIPTS} and {*TOP, "train", "eval", "pretrain", "selection"} <= top
+
+
+def test_importing_train_loads_nothing_that_the_default_run_does_not_need():
+    command = "import train, sys; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", command], cwd=HOUSE, capture_output=True, text=True)
+    loaded = set(done.stdout.split()) & MODULES.keys()
+    assert len(loaded) <= 17, sorted(loaded)
+    chosen_later = {
+        "oracles.judge", "oracles.chat", "oracles.cache", "oracles.ranker", "videoqa.datasets",
+        "videoqa.scores", "checkpoints.nf4", "checkpoints.memory",
+    }  # fmt: skip
+    assert not loaded & chosen_later
 
 
 def test_the_requirements_are_the_run_time_packages():
