@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from plumbing.options import ArgumentParser, run_script, write_json
+from plumbing.options import ArgumentParser, BadInput, Count, Options, PositiveShare, run_script, write_json
 from videoqa.answers import Question, instruction, prompt_text
-from videoqa.datasets import NAMES, convert
 from videoqa.video import DataError, check_video, read_frames
 
 PAD_ID, BOS_ID, EOS_ID, VIDEO_ID = 0, 1, 2, 3  # VIDEO_ID: placeholder for one visual token, never sampled
@@ -113,6 +112,65 @@ def load_questions(jsonl_path: str, videos_dir: str) -> list[Question]:
     if not questions:
         raise DataError(f"{jsonl_path}: holds no question; write one JSON object a line")
     return questions
+
+
+@dataclass
+class DataOptions(Options):
+    """The data: real videos, or the embedded world where --data is empty"""
+
+    data: str = ""  # JSONL of questions; empty: the embedded world
+    videos: str = ""  # folder that the JSONL's video paths are relative to
+    eval_data: str = ""  # JSONL of held-out questions; empty: of a share of --data's videos
+    eval_videos: str = ""  # folder of its videos; empty: --videos
+    eval_share: PositiveShare = 0.25  # --data: share of the videos held out
+    world_dir: str = "world/rl"  # folder of the embedded world's drawn clips
+    num_train_clips: Count = 500  # embedded world: clips to learn from
+    num_eval_clips: Count = 250  # embedded world: held-out clips
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_data and not self.data:
+            raise BadInput("--eval_data holds out questions of --data; give both, or neither")
+        if bool(self.data) != bool(self.videos):
+            wanted = "a JSONL file and the folder its paths are relative to"
+            raise BadInput(f"--data and --videos go together: {wanted}; give both")
+
+
+def world_folders(options: DataOptions) -> dict[str, tuple[str, range]]:
+    """Folder and scene seeds of the embedded world's two sets; pretrain.py draws from seed 0
+    on, so no scene is shared."""
+    sets = {"train": (1_000_000, options.num_train_clips), "eval": (2_000_000, options.num_eval_clips)}
+    return {
+        k: (os.path.join(options.world_dir, f"{k}{n}"), range(first, first + n))
+        for k, (first, n) in sets.items()
+    }
+
+
+def draw_world(options: DataOptions) -> None:
+    """Draws the embedded world's clips that are not there yet."""
+    from videoqa import world
+
+    for folder, seeds in world_folders(options).values():
+        world.make_world(folder, seeds)
+
+
+def load_sets(options: DataOptions, seed: int) -> tuple[list[Question], list[Question]]:
+    """(questions to learn from, held-out questions) of a run. No video is in both, unless
+    --eval_data says so."""
+    if not options.data:
+        folders = [folder for folder, _ in world_folders(options).values()]
+        return tuple(load_questions(os.path.join(folder, "questions.jsonl"), folder) for folder in folders)
+    questions = load_questions(options.data, options.videos)
+    if options.eval_data:
+        return questions, load_questions(options.eval_data, options.eval_videos or options.videos)
+    videos = sorted({q.video for q in questions})
+    if len(videos) < 2:
+        raise BadInput(
+            f"{options.data}: only {len(videos)} video; at least 2 are needed, one of them to be held out"
+        )
+    order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = {videos[i] for i in order[: max(1, min(len(videos) - 1, round(options.eval_share * len(videos))))]}
+    return [q for q in questions if q.video not in held], [q for q in questions if q.video in held]
 
 
 # ---- tokens ----
@@ -306,6 +364,8 @@ def check(jsonl_path: str, videos_dir: str) -> bool:
 
 
 def main() -> int:
+    from videoqa.datasets import NAMES, convert
+
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser("check", help="decode every video once and report each")

@@ -31,7 +31,7 @@ from oracles.judge import TOP_SCORE, VERDICT_SHA256, LLMOracle
 from plumbing.options import ArgumentParser, BadInput, run_script, write_json
 from plumbing.run_folder import pick_device
 from rollout import generate
-from videoqa import scores, world
+from videoqa import scores
 from videoqa.answers import bootstrap_ci, grade, is_correct, read, task
 
 
@@ -221,39 +221,6 @@ def load_run(folder: str, device="cpu"):
     lora.add_adapters(model.decoder, config["lora_r"], config["lora_alpha"])
     peft_files.load_adapter(model.decoder, os.path.join(folder, "adapter"))
     return model, tokenizer, config
-
-
-def world_folders(cfg) -> dict[str, tuple[str, range]]:
-    """Folder and scene seeds of the embedded world's two sets; pretrain.py draws from seed 0
-    on, so no scene is shared."""
-    sets = {"train": (1_000_000, cfg.num_train_clips), "eval": (2_000_000, cfg.num_eval_clips)}
-    return {
-        k: (os.path.join(cfg.world_dir, f"{k}{n}"), range(first, first + n)) for k, (first, n) in sets.items()
-    }
-
-
-def draw_world(cfg):
-    for folder, seeds in world_folders(cfg).values():
-        world.make_world(folder, seeds)
-
-
-def load_sets(cfg):
-    """(questions to learn from, held-out questions) of a train.py configuration. No video is in both, unless
-    --eval_data says so."""
-    if not cfg.data:
-        folders = [folder for folder, _ in world_folders(cfg).values()]
-        return tuple(load_questions(os.path.join(folder, "questions.jsonl"), folder) for folder in folders)
-    questions = load_questions(cfg.data, cfg.videos)
-    if cfg.eval_data:
-        return questions, load_questions(cfg.eval_data, cfg.eval_videos or cfg.videos)
-    videos = sorted({q.video for q in questions})
-    if len(videos) < 2:
-        raise BadInput(
-            f"{cfg.data}: only {len(videos)} video; at least 2 are needed, one of them to be held out"
-        )
-    order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(cfg.seed)).tolist()
-    held = {videos[i] for i in order[: max(1, min(len(videos) - 1, round(cfg.eval_share * len(videos))))]}
-    return [q for q in questions if q.video not in held], [q for q in questions if q.video in held]
 
 
 def evaluate_run(folder: str, data: str, videos: str) -> str:

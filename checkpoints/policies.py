@@ -6,7 +6,8 @@ exists, from scratch otherwise. LLaVA brings a projector, and can have a Q-Forme
 """
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from safetensors.torch import save
@@ -34,18 +35,31 @@ from checkpoints.huggingface import (
 from clip import ClipConfig
 from data import Tokenizer
 from model import POLICIES, Bridge, ModelConfig, VideoLM, load_model, read_configs, save_model
-from plumbing.options import BadInput, write_json, write_whole
+from plumbing.options import BadInput, CountOrNone, Options, write_json, write_whole
 from plumbing.run_folder import process_info
 
 FRAMES = 50  # K of a pretrained policy, as VLM-RLAIF was tuned
 BRIDGE_FILE = "bridge.safetensors"  # a Bridge beside a pretrained decoder's weights
-# train.py's options that make a policy what it is; a run is read again with them
-OPTIONS = ("clip", "num_frames", "template", "video_tokens", "adapter", "base", "think")
-OPTIONS += ("random_weights", "seed")
 CLIP_TEXT = (  # what of a CLIP checkpoint is not its image tower, in either layout
     "text_model.", "text_projection", "visual_projection", "logit_scale", "transformer.", "token_embedding.",
     "positional_embedding", "ln_final.", "visual.proj",
 )  # fmt: skip
+
+
+@dataclass
+class PolicyOptions(Options):
+    """The policy: which weights, and how they are held"""
+
+    policy: str = "weights"  # folder of the supervised start: pretrain.py's, LLaVA-1.5's, a text decoder's
+    clip: str = ""  # text decoder: folder or OpenAI file of the CLIP to put before it
+    adapter: str = ""  # folder of a LoRA that PEFT or a run saved: merged into the start
+    base: Literal["float32", "bfloat16", "nf4"] = "float32"  # how the decoder's frozen weights are held
+    num_frames: CountOrNone = 0  # K: frames of a clip; 0: as the policy's config says; pretrained 50
+    video_tokens: Literal["auto", "pooled", "patches", "qformer"] = "auto"  # pretrained: K + N, K * N, 32
+    template: str = ""  # pretrained: conversation, vicuna_v1 | llama-2 | chatml | plain; empty: vicuna_v1
+    think: bool = False  # pretrained: the prompt and the reward's form ask for a <think> part
+    random_weights: bool = False  # draw the weights of a pretrained layout's folder that holds none
+    seed: int = 0  # of everything that is drawn
 
 
 def kind_of(folder: str) -> str:
@@ -80,42 +94,51 @@ def framing(folder: str) -> str:
     return "pad" if os.path.exists(path) and read_json(path).get("do_pad") else "crop"
 
 
-def load_tokenizer(folder: str, V: int, template="vicuna_v1", think=False):
+def load_tokenizer(folder: str, V: int, template: str = "", think: bool = False):
     """The tokenizer of a policy folder. V: rows of its embedding."""
     kind = kind_of(folder)
     if not kind:
         return Tokenizer.load(os.path.join(folder, "tokenizer.json"))
     config = read_json(os.path.join(folder, "config.json"))
     image_id = config.get("image_token_index", config.get("image_token_id", 32000))
-    return ChatTokenizer(folder, template, image_id if kind == "llava" else None, V, think)
+    return ChatTokenizer(folder, template or "vicuna_v1", image_id if kind == "llava" else None, V, think)
 
 
-def load_policy(
-    folder: str, device="cpu", *, clip="", num_frames=0, template="vicuna_v1", video_tokens="auto",
-    adapter="", base="float32", think=False, random_weights=False, seed=0,
-):  # fmt: skip
-    """(model, tokenizer) of a folder that pretrain.py made or, in the Hugging Face layout, of LLaVA-1.5 or a
-    text decoder with its `clip`. These two alone can choose their template, their video tokens (auto | pooled
-    | patches | qformer) and whether they are asked to think first.
+def load_policy(options: PolicyOptions, device="cpu") -> tuple[VideoLM, Tokenizer | ChatTokenizer]:
+    """The frozen policy and its tokenizer, of a folder that pretrain.py made or, in the Hugging Face layout,
+    of LLaVA-1.5 or a text decoder with its CLIP.
 
-    num_frames: K, 0 the folder's own. An `adapter` folder is merged into the decoder, then its weights are
-    held in `base` (freeze_base); pretrained ones are from the start, tensor by tensor, where nothing is
-    merged. random_weights: a folder in the Hugging Face layout without any weights has them drawn.
+    An adapter is merged into the decoder, then its weights are held in options.base; without an adapter
+    pretrained ones are held so from the start, tensor by tensor. Raises BadInput if a file is missing or
+    unsound, or an option does not apply to this policy.
     """
+    folder = options.policy
     if kind_of(folder):
-        chosen = dict(clip=clip, num_frames=num_frames, video_tokens=video_tokens, seed=seed)
-        chosen |= dict(base="bfloat16" if adapter else base, random_weights=random_weights)
-        model = load_pretrained(folder, device, **chosen)
-        tokenizer = load_tokenizer(folder, model.cfg.vocab_size, template, think)
+        base = "bfloat16" if options.adapter else options.base
+        model = load_pretrained(
+            folder, device, clip=options.clip, num_frames=options.num_frames, base=base, seed=options.seed,
+            video_tokens=options.video_tokens, random_weights=options.random_weights,
+        )  # fmt: skip
+        tokenizer = load_tokenizer(folder, model.cfg.vocab_size, options.template, options.think)
         model.cfg = replace(model.cfg, video_start=tokenizer.video_start)
     else:
-        policy_configs(folder, clip=clip)  # which refuses a clip
-        model, tokenizer = load_model(folder, device, num_frames), load_tokenizer(folder, 0)
-    if adapter:
-        peft_files.load_adapter(model.decoder, adapter)
+        refuse_pretrained_options(options)
+        model, tokenizer = load_model(folder, device, options.num_frames), load_tokenizer(folder, 0)
+    if options.adapter:
+        peft_files.load_adapter(model.decoder, options.adapter)
         lora.merge(model.decoder)
-    freeze_base(model.decoder, base)
+    freeze_base(model.decoder, options.base)
     return model, tokenizer
+
+
+def refuse_pretrained_options(options: PolicyOptions):
+    """BadInput for an option that only a policy in the Hugging Face layout has."""
+    for name in ("clip", "video_tokens", "template", "think", "random_weights"):
+        if getattr(options, name) != getattr(PolicyOptions, name):
+            raise BadInput(
+                f"--{name} {getattr(options, name)}: {options.policy} is a policy that pretrain.py wrote, which"
+                f" has no choice of it; leave --{name} out"
+            )
 
 
 def freeze_base(decoder: torch.nn.Module, base: str):

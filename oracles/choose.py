@@ -2,55 +2,114 @@
 
 import os
 import time
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 from oracle import FunctionOracle, Ranking, RewardOracle, RuleOracle, load_function
-from oracles import combine
+from plumbing.options import BadInput, Count, CountOrNone, NotNegative, Options, Positive, Share
+
+ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
+
+
+@dataclass
+class OracleOptions(Options):
+    """The oracle: who ranks the answers, and how it is asked"""
+
+    oracle: str = "rule"  # rule | sum | lexicographic | llm | trained | replay | module:function
+    oracle_permutations: Count = 1  # rankings asked for a group, each with the answers in another order
+    oracle_gold: bool = False  # show the judge the gold answer
+    oracle_url: str = ""  # llm: http://HOST:PORT/v1 of an OpenAI-compatible server; key in ORACLE_API_KEY
+    oracle_model: str = ""  # llm: the model's name at that server
+    oracle_body: str = ""  # llm: JSON merged into every request; null takes a field out
+    oracle_frames: CountOrNone = 0  # llm: pictures of the video that the judge is shown
+    oracle_concurrency: Count = 64  # llm: calls in flight
+    oracle_timeout: Positive = 120.0  # llm: seconds for a whole reply
+    oracle_patience: NotNegative = 600.0  # seconds to wait for a judge that died, before the run stops
+    oracle_max_calls: CountOrNone = 0  # llm: budget until the run is started or resumed again; 0: no limit
+    oracle_max_tokens: CountOrNone = 0  # llm: the same in tokens
+    oracle_cache: str = ""  # llm: sqlite file, empty: judge.sqlite in --out; replay: the file, or a JSONL
+    ranker: str = "weights/ranker"  # trained: folder of the ranker (pretrain.py --stage ranker)
+    ranker_margin: NotNegative = 0.5  # trained: answers closer than this in log-odds tie
+    discrete_coef: NotNegative = 1.0  # dual reward (sum, --objective grpo): weight of the right answer
+    continuous_coef: NotNegative = 1.0  # dual reward: weight of the spans' overlap
+    format_coef: NotNegative = 0.1  # dual reward: weight of the form
+    overlap: Literal["iou", "iop"] = "iou"  # dual reward: how the overlap is measured
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.oracle not in ORACLES and ":" not in self.oracle:
+            raise BadInput(f"--oracle {self.oracle}: choose one of {', '.join(ORACLES)}, module:function")
+        if self.oracle == "llm" and not (self.oracle_url and self.oracle_model):
+            raise BadInput("--oracle llm needs --oracle_url and --oracle_model; give both")
+        if self.oracle == "replay" and not os.path.isfile(self.oracle_cache):
+            raise BadInput(f"--oracle_cache {self.oracle_cache}: no such file to replay; name one")
+
+
+@dataclass
+class OracleExperiments(Options):
+    """Experiments: faults of an oracle, and remedies that RESULTS.md shows to change little"""
+
+    swap_prob: Share = 0.0  # chance that two neighbours in the oracle's order swap
+    position_bias: Share = 0.0  # chance that the first candidate is put on top
+    oracle_agreement: Literal["off", "scale", "tie"] = "off"  # scale advantages by Kendall's W | tie disputes
+    anchor: bool = False  # the gold answer is ranked too: no positive advantage below it
+    canary: bool = False  # a known-bad answer is ranked too, which measures the judge's errors
 
 
 def by_reward(cfg) -> bool:
+    """Whether a run's feedback is the dual reward of Temporal-R1."""
     return cfg.oracle in ("sum", "lexicographic") or cfg.objective == "grpo"
 
 
-def reward_oracle(cfg) -> RewardOracle:
-    by = "lexicographic" if cfg.oracle == "lexicographic" else "sum"
-    weights = (cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef)
-    return RewardOracle(by, weights, cfg.overlap, cfg.think)
-
-
 def choose_oracle(cfg, generator: torch.Generator, device: torch.device):
-    """The oracle that the options name. A judge is asked something first, so that a wrong address, key or
-    model ends the run before anything is written."""
+    """The oracle of train.py's options. `generator` draws the noise. A judge is asked something first, so
+    that a wrong address, key or model ends the run before anything is written."""
     oracle = RuleOracle()
     if by_reward(cfg):
-        oracle = reward_oracle(cfg)
+        by = "lexicographic" if cfg.oracle == "lexicographic" else "sum"
+        weights = (cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef)
+        oracle = RewardOracle(by, weights, cfg.overlap, cfg.think)
     elif cfg.oracle in ("llm", "replay"):
-        cache = cfg.oracle_cache or os.path.join(cfg.out, "judge.sqlite")
-        options = {k.removeprefix("oracle_"): v for k, v in vars(cfg).items() if k.startswith("oracle_")}
-        options |= {"cache": cache, "key": os.environ.get("ORACLE_API_KEY", ""), "seed": cfg.seed}
-        del options["patience"]
-        from oracles.cache import ReplayOracle, is_cache
-
-        if cfg.oracle == "replay" and not is_cache(cache):
-            oracle = ReplayOracle(cache)
-        else:
-            from oracles.judge import LLMOracle
-
-            oracle = LLMOracle(**options, replay=cfg.oracle == "replay")
-            oracle.check()
+        oracle = choose_judge(cfg)
     elif cfg.oracle == "trained":
         from oracles.ranker import TrainedOracle, load_ranker
 
         oracle = TrainedOracle(load_ranker(cfg.ranker, device), cfg.ranker_margin)
     elif cfg.oracle != "rule":
         oracle = FunctionOracle(load_function(cfg.oracle))
+    asks_itself = cfg.oracle in ("llm", "replay")  # a judge makes its permutations itself
+    permutes = cfg.oracle_permutations > 1 and not asks_itself
+    if not (cfg.swap_prob or cfg.position_bias or permutes or cfg.anchor or cfg.canary):
+        return oracle
+    from oracles import combine
+
     if cfg.swap_prob or cfg.position_bias:
         oracle = combine.NoisyOracle(oracle, generator, cfg.swap_prob, cfg.position_bias)
-    if cfg.oracle_permutations > 1 and cfg.oracle not in ("llm", "replay"):  # the judge permutes by itself
+    if permutes:
         oracle = combine.PermutedOracle(oracle, cfg.oracle_permutations, cfg.oracle_agreement, cfg.seed)
     return combine.AnchoredOracle(oracle, cfg.anchor, cfg.canary) if cfg.anchor or cfg.canary else oracle
+
+
+def choose_judge(cfg):
+    """The language model that judges, or the file that its rankings are replayed from."""
+    from oracles.cache import ReplayOracle, is_cache
+    from oracles.judge import LLMOracle
+
+    cache = cfg.oracle_cache or os.path.join(cfg.out, "judge.sqlite")
+    if cfg.oracle == "replay" and not is_cache(cache):
+        return ReplayOracle(cache)
+    judge = LLMOracle(
+        url=cfg.oracle_url, model=cfg.oracle_model, key=os.environ.get("ORACLE_API_KEY", ""),
+        body=cfg.oracle_body, frames=cfg.oracle_frames, gold=cfg.oracle_gold,
+        permutations=cfg.oracle_permutations, agreement=cfg.oracle_agreement,
+        concurrency=cfg.oracle_concurrency, timeout=cfg.oracle_timeout, max_calls=cfg.oracle_max_calls,
+        max_tokens=cfg.oracle_max_tokens, cache=cache, seed=cfg.seed, replay=cfg.oracle == "replay",
+    )  # fmt: skip
+    judge.check()
+    return judge
 
 
 def rank_patiently(oracle, batch, texts, patience: float, interrupted) -> Ranking:
