@@ -5,37 +5,62 @@ use one function from states to log-probabilities (`grpo_rank.sampling_logprobs`
 temperature, top-p and set of banned ids; train.py logs the largest difference of every step.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import lora
-from data import PAD_ID, Prompts
+from data import PAD_ID, Prompts, PromptSet
 from grpo_rank import nucleus, pack_support, sampling_logprobs
 from model import KVCache, VideoLM
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled, in training, evaluation and selection alike."""
+
+    max_new_tokens: int
+    end_ids: Tensor  # (any,) int64: each of them ends a completion
+    banned: Tensor | None = None  # (V,) bool: ids that are never produced
+    temperature: float = 1.0
+    top_p: float = 1.0
+    prompts_at_once: int = 0  # prompts sampled together; 0: all. Fewer need less memory for the KV cache
+
+    @classmethod
+    def of(cls, policy: VideoLM, tokenizer, **choices) -> "Sampling":
+        """With the ends and the banned ids of the policy's tokenizer."""
+        device = policy.decoder.head.device
+        banned = tokenizer.banned_ids(policy.cfg.vocab_size).to(device)
+        return cls(end_ids=torch.tensor(tokenizer.end_ids, device=device), banned=banned, **choices)
+
+
 @dataclass
 class Completions:
-    """B = P * G completions, prompt-major, padded on the right; the end token is inside the mask."""
+    """B = P * G completions, prompt-major, padded on the right; the end token is inside the mask. What they
+    were sampled with travels along, so that the update trains the distribution that was sampled from."""
 
     completion_ids: Tensor  # (B, T) int64
     completion_mask: Tensor  # (B, T) bool
     logprobs: Tensor  # (B, T) float32, of the distribution that was sampled from; 0 outside the mask
     support: Tensor | None  # (B, T, ceil(V / 8)) uint8: the top-p nucleus of each draw; None: all ids
     ended: Tensor  # (B,) bool: an end id was sampled (False: cut at max_new_tokens)
+    temperature: float = 1.0
+    banned: Tensor | None = None  # (V,) bool
 
     def __getitem__(self, rows):
         support = None if self.support is None else self.support[rows]
-        return Completions(
-            self.completion_ids[rows],
-            self.completion_mask[rows],
-            self.logprobs[rows],
-            support,
-            self.ended[rows],
-        )
+        grids = {name: getattr(self, name)[rows] for name in GRIDS}
+        return replace(self, support=support, **grids)
+
+    def of_prompts(self, chosen: Tensor) -> "Completions":
+        """Those of the chosen prompts. chosen (P,) bool on any device."""
+        G = len(self.ended) // len(chosen)
+        return self[chosen.to(self.ended.device).repeat_interleave(G)]
+
+
+GRIDS = ("completion_ids", "completion_mask", "logprobs", "ended")
 
 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
@@ -97,14 +122,19 @@ def generate(
         used = t + 1  # the longest completion: what lies behind it never existed
         support = torch.stack(supports, dim=1) if supports else None
     rows = ids[:, :used], mask[:, :used], logprobs[:, :used], support, ended
-    return Completions(*(None if x is None else x.clone() for x in rows))  # ordinary tensors, for the loss
+    rows = [None if x is None else x.clone() for x in rows]  # ordinary tensors, for the loss
+    return Completions(*rows, temperature=temperature, banned=banned)
 
 
 def generate_in_parts(model: VideoLM, prompts: Prompts, group_size: int, at_once: int, uniforms, **options):
     """`generate`, `at_once` prompts at a time, so that the KV cache is of so many alone; the draws stay the
     same."""
     rows = [slice(i, i + at_once) for i in range(0, len(prompts.prompt_ids), at_once)]
-    parts = [generate(model, prompts[p], group_size, uniforms=uniforms[p], **options) for p in rows]
+    drawn = [None if uniforms is None else uniforms[p].to(prompts.prompt_ids.device) for p in rows]
+    parts = [
+        generate(model, prompts[p], group_size, uniforms=u, **options)
+        for p, u in zip(rows, drawn, strict=True)
+    ]
     longest = max(part.completion_ids.shape[1] for part in parts)
 
     def joined(values, filler=0):
@@ -120,7 +150,25 @@ def generate_in_parts(model: VideoLM, prompts: Prompts, group_size: int, at_once
         joined([part.logprobs for part in parts]),
         joined([part.support for part in parts]),
         torch.cat([part.ended for part in parts]),
+        temperature=parts[0].temperature,
+        banned=parts[0].banned,
     )
+
+
+def answer(
+    policy: VideoLM, questions: PromptSet, rows: Tensor, G: int, sampling: Sampling, uniforms: Tensor | None
+) -> tuple[Completions, list[list[str]]]:
+    """G answers to each of these questions: the completions, and their texts as P lists of G.
+
+    rows (P,) int64, numbers of questions; uniforms (P, G, max_new_tokens) in [0, 1), None decodes greedily.
+    """
+    rollout = generate_in_parts(
+        policy, questions[rows], G, sampling.prompts_at_once or len(rows), uniforms,
+        max_new_tokens=sampling.max_new_tokens, end_ids=sampling.end_ids, banned=sampling.banned,
+        temperature=sampling.temperature, top_p=sampling.top_p,
+    )  # fmt: skip
+    texts = questions.texts(rollout)
+    return rollout, [texts[p * G : (p + 1) * G] for p in range(len(rows))]
 
 
 def completion_states(model: VideoLM, prompts: Prompts, completions: Completions) -> Tensor:

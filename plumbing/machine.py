@@ -1,0 +1,119 @@
+"""The machine: device, dtype, processes, and a step of an optimizer over all of them."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from plumbing.options import BadInput, CountOrNone, Options
+
+WIDE = 512  # D from which bfloat16 products pay on a CPU; below, casting costs as much as it saves
+
+
+@dataclass
+class MachineOptions(Options):
+    """The machine: device, dtype, and what saves memory or time and changes nothing else"""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products (autocast)
+    compile: bool = False  # torch.compile for the log-probabilities of the update and the 4-bit base
+    checkpointing: bool = False  # keep only a layer's input for the backward pass: less memory, slower
+    sample_prompts: CountOrNone = 0  # prompts sampled at once; 0: all of a step; fewer need less KV cache
+    micro_batch_prompts: CountOrNone = 0  # prompts of one forward and backward; 0: all; fewer need less memory
+    memory_plan: bool = False  # print the memory plan, and rehearse the largest possible step first
+
+
+def pick_device(wanted: str = "auto") -> str:
+    """cuda where there is one, unless `wanted` (auto | cpu | cuda) says cpu. BadInput: no GPU to be had."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: torch finds no GPU; take --device cpu or a torch built for it")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def start_processes(wanted_device: str) -> torch.device:
+    """The device of this process. Under torchrun it also joins the group (NCCL on GPUs, gloo on CPUs)."""
+    cuda = pick_device(wanted_device) == "cuda"
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    index = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        torch.cuda.set_device(index)
+    return torch.device("cuda", index) if cuda else torch.device("cpu")
+
+
+def pick_dtype(wanted: str, device: torch.device, width: int) -> str:
+    """What the matrix products are computed in: "float32" or "bfloat16", never "auto".
+
+    Decided by what the processor is, never by a stopwatch, so that every start and every process decides
+    alike; with several processes the first one's decision holds. width: D of the decoder.
+    """
+    chosen, why = wanted, ""
+    if wanted == "auto" and device.type == "cuda":
+        chosen, why = "bfloat16", "on a GPU"
+    elif wanted == "auto":
+        fast = [name for name, has in BFLOAT16_UNITS.items() if has()]
+        chosen = "bfloat16" if fast and width >= WIDE else "float32"
+        why = f"this CPU has {fast[0]}" if fast else "this CPU has no bfloat16 instructions"
+        why += f", the decoder is {width} wide" if fast else ""
+    if dist.is_initialized():
+        box = [chosen]
+        dist.broadcast_object_list(box, src=0)
+        chosen = box[0]
+    if why and process_info()[0] == 0:
+        print(f"computing in {chosen} ({why}; --dtype to change)", flush=True)
+    return chosen
+
+
+BFLOAT16_UNITS = {
+    "AMX": torch.cpu._is_amx_tile_supported,
+    "AVX512-BF16": torch.cpu._is_avx512_bf16_supported,
+}
+
+
+def process_info() -> tuple[int, int]:
+    """(index of this process, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(line: str) -> None:
+    """Prints a line, once for all processes."""
+    if process_info()[0] == 0:
+        print(line, flush=True)
+
+
+def reduce_sum(*values: torch.Tensor | float, device) -> list[float]:
+    """Sums over all processes; with one process the values themselves."""
+    packed = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(packed)
+    return packed.tolist()
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
+    """One step at rate lr with the gradients of all processes, summed and clipped to max_norm; they are
+    cleared. A parameter without gradient counts as one of zero. Returns the norm before clipping; if it is
+    not finite, nothing but the gradients has changed."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    if dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.grad.copy_(grad.view_as(p))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    if torch.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for results.json."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads, {process_info()[1]} process(es)"
