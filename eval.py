@@ -18,20 +18,16 @@ import json
 import os
 import shutil
 from collections import Counter, defaultdict
-from types import SimpleNamespace
+from dataclasses import fields, replace
 
 import torch
 
 import lora
-from checkpoints import peft_files
-from checkpoints.policies import OPTIONS, load_policy, save_policy
-from data import PromptSet, load_questions
-from oracles.chat import Failed
-from oracles.judge import TOP_SCORE, VERDICT_SHA256, LLMOracle
-from plumbing.options import ArgumentParser, BadInput, run_script, write_json
-from plumbing.run_folder import pick_device
-from rollout import generate
-from videoqa import scores
+from checkpoints.policies import PolicyOptions, load_policy, save_policy
+from data import DataOptions, PromptSet, load_questions, load_sets
+from plumbing.machine import pick_device
+from plumbing.options import ArgumentParser, BadInput, read_json, run_script, write_json
+from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, grade, is_correct, read, task
 
 
@@ -60,41 +56,24 @@ def summarize(questions, values, grades) -> dict:
     }
 
 
-def answer_all(
-    model, prompts: PromptSet, *, end_ids, banned, max_new_tokens, samples=0, seed=0, batch=128, **sampling
-):
-    """Texts per question: one greedy answer (samples = 0), or `samples` drawn ones. list of lists of str."""
-    texts = []
-    generator = torch.Generator().manual_seed(seed)
-    G = samples or 1
-    for start in range(0, len(prompts), batch):
-        rows = torch.arange(start, min(start + batch, len(prompts)))
-        chosen = prompts[rows]
-        uniforms = torch.rand(len(rows), G, max_new_tokens, generator=generator) if samples else None
-        device = chosen.prompt_ids.device
-        out = generate(
-            model, chosen, G, max_new_tokens, end_ids=end_ids, banned=banned,
-            uniforms=None if uniforms is None else uniforms.to(device), **sampling,
-        )  # fmt: skip
-        decoded = prompts.texts(out)
-        texts += [decoded[i * G : (i + 1) * G] for i in range(len(rows))]
-    return texts
-
-
-def evaluate(model, prompts: PromptSet, *, samples=4, seed=0, **options) -> tuple[dict, dict]:
-    """Greedy and sampled (temperature 1, `samples` draws a question) results of a
-    model on a set of questions.
+def evaluate(policy, questions: PromptSet, sampling: Sampling, *, samples=4, seed=0) -> tuple[dict, dict]:
+    """Greedy and sampled (temperature 1, `samples` draws a question) results of a policy.
 
     Returns ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json
-    (`summarize`), values per question, to compare two models question by question.
+    (`summarize`); values are the shares of right answers per question, to compare two policies pairwise.
     """
+    at_once = sampling.prompts_at_once or EVALUATED_AT_ONCE
+    sampling = replace(sampling, temperature=1.0, top_p=1.0, prompts_at_once=at_once)
     results, values = {}, {}
-    for name, count in (("greedy", 0), ("sampled", samples)):
-        texts = answer_all(model, prompts, samples=count, seed=seed, **options)
-        pairs = list(zip(prompts.questions, texts, strict=True))
+    for name, G in (("greedy", 0), ("sampled", samples)):
+        generator, texts = torch.Generator().manual_seed(seed), []
+        for rows in torch.arange(len(questions)).split(at_once):
+            uniforms = torch.rand(len(rows), G, sampling.max_new_tokens, generator=generator) if G else None
+            texts += answer(policy, questions, rows, G or 1, sampling, uniforms)[1]
+        pairs = list(zip(questions.questions, texts, strict=True))
         values[name] = [sum(is_correct(t, q) for t in ts) / len(ts) for q, ts in pairs]
         grades = [sum(grade(t, q) for t in ts) / len(ts) for q, ts in pairs]
-        results[name] = summarize(prompts.questions, values[name], grades)
+        results[name] = summarize(questions.questions, values[name], grades)
     return results, values
 
 
@@ -134,7 +113,7 @@ def is_open(question) -> bool:
     return task(question) != "grounding" and not question.options
 
 
-def judged(questions, texts, judge: LLMOracle) -> dict:
+def judged(questions, texts, judge) -> dict:
     """Accuracy, percent, and mean score, 0 to 5, of open-ended answers: normalised match first (right, 5),
     then the judge's yes or no and its score. Of grounded ones the answer alone is judged, and their own
     metrics follow from it.
@@ -142,10 +121,14 @@ def judged(questions, texts, judge: LLMOracle) -> dict:
     An empty answer is wrong unasked, 0. A reply that is no verdict leaves its answer wrong, 0, and is counted
     under "failures" by cause. Judge, hash of the prompt and cache file (all replies) stand beside the score.
     """
+    from oracles.chat import Failed
+    from oracles.judge import TOP_SCORE, VERDICT_SHA256
+    from videoqa import scores
+
     readings = [read(t, q) for t, q in zip(texts, questions, strict=True)]
     said = [reading.rest.strip(" ,;") for reading in readings]  # what stood between answer and span
     right = [is_correct(t, q) for t, q in zip(texts, questions, strict=True)]
-    scores, matched = [TOP_SCORE * ok for ok in right], sum(right)
+    points, matched = [TOP_SCORE * ok for ok in right], sum(right)
     asked = [i for i, text in enumerate(said) if text and not right[i]]
     if asked:
         judge.check()
@@ -153,8 +136,8 @@ def judged(questions, texts, judge: LLMOracle) -> dict:
     failures = Counter(verdict.cause for verdict in verdicts if isinstance(verdict, Failed))
     for i, verdict in zip(asked, verdicts, strict=True):
         if not isinstance(verdict, Failed):
-            right[i], scores[i] = verdict["correct"], verdict["score"]
-    table = scores.accuracy_table(questions, right, scores)
+            right[i], points[i] = verdict["correct"], verdict["score"]
+    table = scores.accuracy_table(questions, right, points)
     if questions[0].spans:
         overlaps = [reading.overlaps(q) for q, reading in zip(questions, readings, strict=True)]
         table |= scores.grounded_qa(right, overlaps)
@@ -168,13 +151,15 @@ def judged(questions, texts, judge: LLMOracle) -> dict:
     }
 
 
-def score(data: str, predictions: str, judge: LLMOracle | None = None) -> dict:
+def score(data: str, predictions: str, judge=None) -> dict:
     """R of any model's predictions, and under "metrics" the published ones (metrics.py), in percent; with a
     judge also "judged" beside those of open-ended and of grounded questions without options.
 
     A question without a prediction counts as wrong ("missing"); a prediction that cannot be read is counted
     under "parse_failures". Raises BadInput for a line that is no prediction, an unknown or a repeated id.
     """
+    from videoqa import scores
+
     questions, said = load_questions(data, ""), {}
     if judge and not any(map(is_open, questions)):
         raise BadInput(f"--judge_url: {data} has no open-ended question to judge; leave the judge out")
@@ -212,33 +197,33 @@ def score(data: str, predictions: str, judge: LLMOracle | None = None) -> dict:
 
 def load_run(folder: str, device="cpu"):
     """(policy with the run's adapter, tokenizer, config) of a run folder."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.exists(path):
-        raise BadInput(f"{path}: no such file; name a folder that train.py made")
-    with open(path) as file:
-        config = json.load(file)
-    model, tokenizer = load_policy(config["policy"], device, **{k: config[k] for k in OPTIONS if k in config})
-    lora.add_adapters(model.decoder, config["lora_r"], config["lora_alpha"])
-    peft_files.load_adapter(model.decoder, os.path.join(folder, "adapter"))
-    return model, tokenizer, config
+    from checkpoints.peft_files import load_adapter
+
+    config = read_json(os.path.join(folder, "config.json"), "name a folder that train.py made")
+    names = [field.name for field in fields(PolicyOptions)]
+    options = PolicyOptions(**{name: config[name] for name in names})
+    policy, tokenizer = load_policy(options, device)
+    lora.add_adapters(policy.decoder, config["lora_r"], config["lora_alpha"])
+    load_adapter(policy.decoder, os.path.join(folder, "adapter"))
+    return policy, tokenizer, config
 
 
 def evaluate_run(folder: str, data: str, videos: str) -> str:
-    """The table of a run's policy, supervised start beside it, on the run's held-out
-    questions or on `data`."""
-    device = pick_device()
-    model, tokenizer, config = load_run(folder, device)
-    questions = load_questions(data, videos) if data else load_sets(SimpleNamespace(**config))[1]
-    prompts = PromptSet(model, tokenizer, questions)
-    options = {
-        "end_ids": torch.tensor(tokenizer.end_ids, device=device),
-        "banned": tokenizer.banned_ids(model.cfg.vocab_size).to(device),
-    }
-    options |= {"max_new_tokens": config["max_new_tokens"], "samples": config["eval_samples"]}
-    options["seed"] = config["seed"]
-    with lora.using(model.decoder, "off"):
-        before, _ = evaluate(model, prompts, **options)
-    after, _ = evaluate(model, prompts, **options)
+    """The table of a run's policy, supervised start beside it, on the run's held-out questions or on `data`,
+    computed in the run's own dtype."""
+    policy, tokenizer, config = load_run(folder, pick_device())
+    policy.decoder.compute_dtype = getattr(torch, config["dtype"])
+    if data:
+        questions = load_questions(data, videos)
+    else:
+        names = [field.name for field in fields(DataOptions)]
+        questions = load_sets(DataOptions(**{name: config[name] for name in names}), config["seed"])[1]
+    prompts = PromptSet(policy, tokenizer, questions)
+    sampling = Sampling.of(policy, tokenizer, max_new_tokens=config["max_new_tokens"])
+    options = {"samples": config["eval_samples"], "seed": config["seed"]}
+    with lora.using(policy.decoder, "off"):
+        before, _ = evaluate(policy, prompts, sampling, **options)
+    after, _ = evaluate(policy, prompts, sampling, **options)
     return table(before, after)
 
 
@@ -277,12 +262,14 @@ def compare(folders: list[str]) -> str:
     return "\n".join(lines)
 
 
-def judge_of(args) -> LLMOracle | None:
+def judge_of(args):
     """The judge that the options of `score` name, None without any."""
     if not (args.judge_url or args.judge_model):
         return None
     if not (args.judge_url and args.judge_model):
         raise BadInput("--judge_url and --judge_model: one without the other; give both")
+    from oracles.judge import LLMOracle
+
     options = {k: getattr(args, f"judge_{k}") for k in ("url", "model", "body")}
     options["cache"] = args.judge_cache or f"{args.predictions}.judge.sqlite"
     return LLMOracle(**options, key=os.environ.get("ORACLE_API_KEY", ""), option="judge")

@@ -149,22 +149,22 @@ def group_zscores(rewards: Tensor, eps: float = 1e-6) -> Tensor:
 
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
-    clip_eps: float, norm: str = "sequence", constant: float | None = None, live: Tensor | None = None,
+    clip_eps: float, norm: str = "sequence", constant: float | None = None,
     kl: Tensor | None = None, kl_coef: float = 0.0, entropy: Tensor | None = None, entropy_coef: float = 0.0,
     num_tokens: int | Tensor | None = None, num_sequences: int | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """-min(rho A, clip(rho, 1 - eps, 1 + eps) A) + kl_coef KL - entropy_coef H per token, then normalised.
 
     logprobs, old_logprobs, kl, entropy (B, T) float32 or float64, nats; advantages (B,) likewise; mask (B, T)
-    bool, the end token inside; live (B,) bool, False for dead and failed groups: they leave numerator and
-    denominator. What mask and live leave out is never read, not even a NaN.
+    bool, the end token inside. What mask leaves out is never read, not even a NaN. Dead groups, whose answers
+    all tie, and groups whose ranking failed leave the step before this: they are no rows here.
     norm      sequence  mean over a completion's tokens, then over completions (the papers)
               token     sum / num_tokens
               constant  sum / (constant * num_sequences)
-    num_tokens, num_sequences count the WHOLE step's live tokens and live completions with any token, so that
+    num_tokens, num_sequences count the WHOLE step's tokens and its completions with any token, so that
     the losses of micro-batches or processes add up to the step's however it is split; default: this call's.
 
-    Returns (loss, stats), stats being detached sums over this call's live tokens, to add up and divide once:
+    Returns (loss, stats), stats being detached sums over this call's tokens, to add up and divide once:
       tokens, sequences   counts                         ratio, surrogate   sums over tokens
       clipped             tokens where the clip binds    kl, entropy        sums over tokens, where given
       loss                this call's share of the step's loss: adds up, divided by nothing
@@ -177,7 +177,6 @@ def policy_loss(
         _expect(name, grid, logprobs.shape, torch.float32, torch.float64)
     _expect("advantages", advantages, logprobs.shape[:1], torch.float32, torch.float64)
     _expect("mask", mask, logprobs.shape, torch.bool)
-    _expect("live", live, logprobs.shape[:1], torch.bool)
     if (kl_coef and kl is None) or (entropy_coef and entropy is None):
         raise ValueError(f"{kl_coef=} and {entropy_coef=} need kl and entropy, got None")
     if norm not in ("sequence", "token", "constant") or (norm == "constant" and not constant):
@@ -186,12 +185,11 @@ def policy_loss(
     if count is None and other is not None:
         raise ValueError(f"norm {norm!r} needs the step's other count, got {num_tokens=}, {num_sequences=}")
 
-    counted = mask if live is None else mask & live[:, None]  # (B, T)
-    lengths = counted.sum(dim=1)  # (B,)
+    lengths = mask.sum(dim=1)  # (B,)
     tokens, sequences = lengths.sum(), (lengths > 0).sum()
 
     # Detached here: an old_logprobs with a graph would cancel the gradient and learn nothing, silently.
-    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~counted, 0.0)
+    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~mask, 0.0)
     ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     advantage = advantages.detach()[:, None]  # the same for every token of a completion
     unclipped = ratio * advantage
@@ -203,15 +201,15 @@ def policy_loss(
         per_token = per_token + kl_coef * kl
     if entropy_coef:
         per_token = per_token - entropy_coef * entropy
-    per_token = per_token.masked_fill(~counted, 0.0)
+    per_token = per_token.masked_fill(~mask, 0.0)
     shares = {"sequence": lengths.clamp(min=1)[:, None], "token": 1, "constant": constant}
     if count is None:
         count = tokens if norm == "token" else sequences
-    loss = (per_token / shares[norm]).sum() / max(count, 1)  # no live token in the step: loss 0, gradient 0
+    loss = (per_token / shares[norm]).sum() / max(count, 1)  # no token in the step: loss 0, gradient 0
 
     sums = {"ratio": ratio, "surrogate": surrogate, "clipped": clipped < unclipped}
     sums |= {"kl": kl, "entropy": entropy}
-    stats = {k: x.detach().masked_fill(~counted, 0).sum() for k, x in sums.items() if x is not None}
+    stats = {k: x.detach().masked_fill(~mask, 0).sum() for k, x in sums.items() if x is not None}
     return loss, {"tokens": tokens, "sequences": sequences, "loss": loss.detach(), **stats}
 
 

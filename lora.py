@@ -178,3 +178,24 @@ def merge(model: nn.Module):
             plain.weight.copy_(plain.weight.float() + update)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """All adapters and the frozen reference's, by layer and name: what `restore` takes."""
+    parts = ("lora_A", "lora_B", "reference_A", "reference_B")
+    tensors = {f"{name}.{part}": getattr(x, part) for name, x in layers(model).items() for part in parts}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, tensors: dict[str, Tensor]):
+    """Puts what `state` gave back. Raises ValueError if an adapter is missing or has another shape."""
+    for name, layer in layers(model).items():
+        for part in ("lora_A", "lora_B", "reference_A", "reference_B"):
+            stored, wanted = tensors.get(f"{name}.{part}"), getattr(layer, f"lora_{part[-1]}")
+            if stored is None or stored.shape != wanted.shape:
+                raise ValueError(f"{name}.{part} does not fit the policy")
+            if part.startswith("lora"):
+                wanted.copy_(stored)
+            else:
+                setattr(layer, part, stored.to(wanted.device))

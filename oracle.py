@@ -23,8 +23,18 @@ import torch
 from torch import Tensor
 
 from grpo_rank import ranks_from_scores
+from plumbing.machine import reduce_sum
 from plumbing.options import BadInput
-from videoqa.answers import Question, Reward, grade, kendall_tau, prompt_text, reward
+from videoqa.answers import (
+    Question,
+    Reward,
+    grade,
+    is_correct,
+    kendall_tau,
+    ndcg_agreement,
+    prompt_text,
+    reward,
+)
 
 # Why a ranking failed: the first word of its note. From the wire, of the reply, of the rest.
 CAUSES = "connection timeout busy server refused bad_reply dead budget".split()
@@ -47,6 +57,12 @@ class Ranking:
     below_anchor: Tensor | None = None  # (P, G) bool: ranked behind the reference answer
     dead: str = ""  # the judge answers nothing more at all: why
     sums: dict[str, float] = field(default_factory=dict)  # counts of this batch for the metrics
+
+    @property
+    def live(self) -> Tensor:
+        """(P,) bool: groups that carry a signal. A group is dead if all its answers tie, or if its ranking
+        failed; this is the one place that decides it."""
+        return self.ok & (self.ranks != self.ranks[:, :1]).any(dim=1)
 
 
 def group_size_of(batch: list[Question], texts: list[str]) -> int:
@@ -200,3 +216,44 @@ def feedback_means(n: dict[str, float]) -> dict:
     if n.get("canaries"):
         numbers |= {"canaries": int(n["canaries"]), "canary_error": n["canary_errors"] / n["canaries"]}
     return numbers
+
+
+def feedback_numbers(questions, texts, ranking: Ranking, policy_ranks, advantages, rollout) -> dict:
+    """What the oracle said of a step, and how the policy's own order agrees with it, over all processes
+    (docs/metrics.md). policy_ranks (P, G) int64, advantages (P, G) float32."""
+    P, G = ranking.ranks.shape
+    graded = zip(questions, texts, strict=True)
+    right = torch.tensor([[is_correct(text, question) for text in group] for question, group in graded])
+    orders = list(zip(policy_ranks[ranking.ok].tolist(), ranking.ranks[ranking.ok].tolist(), strict=True))
+    ndcg = [x for x in (ndcg_agreement(p, o) for p, o in orders) if x is not None]
+    tau = [x for x in (kendall_tau(p, o) for p, o in orders) if x is not None]
+    sums = {
+        "prompts": P, "completions": P * G, "right": right.sum(),
+        "policy_tokens": rollout.completion_mask.sum(),
+        "best_right": (right & (ranking.ranks == 0)).any(dim=1).sum(), "ended": rollout.ended.sum(),
+        "failed": (~ranking.ok).sum(), "dead": (ranking.ok & ~ranking.live).sum(),
+        "squares": (advantages**2).sum(), "ndcg": sum(ndcg), "num_ndcg": len(ndcg), "tau": sum(tau),
+        "num_tau": len(tau),
+    } | feedback_sums([text for group in texts for text in group], ranking)  # fmt: skip
+    n = dict(zip(sums, reduce_sum(*sums.values(), device=rollout.ended.device), strict=True))
+    return {
+        "accuracy": n["right"] / n["completions"],
+        "oracle_best_accuracy": n["best_right"] / n["prompts"],
+        "ndcg": n["ndcg"] / max(n["num_ndcg"], 1),
+        "kendall_tau": n["tau"] / max(n["num_tau"], 1),
+        "dead_groups": int(n["dead"]),
+        "failed_groups": int(n["failed"]),
+        "advantage_rms": (n["squares"] / n["completions"]) ** 0.5,
+        "mean_tokens": n["policy_tokens"] / n["completions"],
+        "cut_share": 1 - n["ended"] / n["completions"],
+        "tokens": int(n["policy_tokens"]),
+    } | feedback_means(n)
+
+
+def reward_numbers(rewards: list[Reward], device) -> dict:
+    """Means of the dual reward's parts over all processes, each over the answers to tasks that have it; None
+    without any."""
+    names = ("discrete", "continuous", "format")
+    parts = [[getattr(r, name) for r in rewards if getattr(r, name) is not None] for name in names]
+    sums = reduce_sum(*map(sum, parts), *map(len, parts), device=device)
+    return {f"reward_{name}": sums[i] / sums[i + 3] if sums[i + 3] else None for i, name in enumerate(names)}

@@ -16,6 +16,8 @@ from data import PAD_ID, Prompts, PromptSet
 from grpo_rank import nucleus, pack_support, sampling_logprobs
 from model import KVCache, VideoLM
 
+EVALUATED_AT_ONCE = 128  # prompts that an evaluation samples together, where no option says fewer
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 import lora
 from checkpoints import nf4
-from checkpoints.policies import freeze_base
+from checkpoints.policies import freeze_base, load_tokenizer, policy_configs
 from clip import ClipConfig
-from data import clips_at_once
+from data import clips_at_once, longest_text
 from grpo_rank import sampling_logprobs, token_stats
 from model import Decoder, KVCache, ModelConfig, Projector, VideoLM
+from plumbing.machine import pick_dtype, process_info, say
+from rollout import EVALUATED_AT_ONCE, generate_in_parts
 
-TESTED = 128  # prompts that an evaluation samples at once, where no option says fewer
 CHUNK = 1024  # rows that completion_logprobs takes through the head at once
 
 
@@ -77,7 +78,7 @@ def plan(
     num_adapters = sum(run.lora_r * (x.in_features + x.out_features) for x in linears)
     N_video = whole.bridge.num_tokens
     P, G, T = (
-        run.sample_prompts or max(run.batch_prompts, TESTED),
+        run.sample_prompts or max(run.batch_prompts, EVALUATED_AT_ONCE),
         max(run.group_size, run.eval_samples),
         run.max_new_tokens,
     )
@@ -105,7 +106,7 @@ def plan(
         "embedding videos": embedding,
         f"KV cache ({P} prompts, {G} completions each)": cache,
         "sampling, beside the cache": max(prefill, step) - cache,
-        f"activations of the update ({run.micro_batch_prompts} prompts)": update,
+        f"activations of the update ({run.micro_batch_prompts or run.batch_prompts} prompts)": update,
         "logits": logits,
         "peak": sum(stays.values()) + max(embedding, max(prefill, step, update) + logits),
     }
@@ -122,7 +123,7 @@ def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int) -> tuple[i
         decoder.step(torch.zeros(P, G, dtype=torch.int64), T - 1, cache)
         kept = num_bytes(x for pair in cache.prompt + cache.own for x in pair)
     with Live() as update:
-        P, G = run.micro_batch_prompts, run.group_size
+        P, G = run.micro_batch_prompts or run.batch_prompts, run.group_size
         prompt = decoder.embed_tokens(torch.zeros(P, S, dtype=torch.int64))
         completions = decoder.embed_tokens(torch.zeros(P, G, T, dtype=torch.int64))
         decoder(prompt, torch.ones(P, S, dtype=torch.bool), completions).sum().backward()
@@ -144,7 +145,9 @@ def logits_peak(cfg: ModelConfig, run) -> int:
     """Peak bytes of a chunk of rows on its way through the head and back, the reference's beside it; and of
     a float32 copy of the head, where it is of 16 bits."""
     with FakeTensorMode(), Live() as live:
-        rows = min(CHUNK, run.micro_batch_prompts * run.group_size * run.max_new_tokens)
+        rows = min(
+            CHUNK, (run.micro_batch_prompts or run.batch_prompts) * run.group_size * run.max_new_tokens
+        )
         hidden = torch.zeros(rows, cfg.dim, requires_grad=True)
         head, ids = torch.zeros(cfg.vocab_size, cfg.dim), torch.zeros(rows, dtype=torch.int64)
         policy, reference = (
@@ -156,3 +159,47 @@ def logits_peak(cfg: ModelConfig, run) -> int:
 
 def table(lines: dict[str, int]) -> str:
     return "\n".join(f"{size / 1e9:8.2f} GB  {name}" for name, size in lines.items())
+
+
+def print_plan(cfg, device: torch.device, sets):
+    """Prints the plan of a run, before its policy is loaded. sets: its training and held-out questions."""
+    model_config, clip_config = policy_configs(
+        cfg.policy, clip=cfg.clip, num_frames=cfg.num_frames, video_tokens=cfg.video_tokens
+    )
+    tokenizer = load_tokenizer(cfg.policy, model_config.vocab_size, cfg.template, cfg.think)
+    longest = max(longest_text(tokenizer, questions, model_config.num_frames) for questions in sets)
+    num_videos = sum(len({question.shown for question in questions}) for questions in sets)
+    dtype = getattr(torch, pick_dtype(cfg.dtype, device, model_config.dim))
+    lines = table(plan(model_config, clip_config, cfg, dtype, num_videos, longest))
+    say(f"memory plan, before anything is allocated, for {longest} tokens of text:\n{lines}")
+
+
+def rehearse(cfg, learner, train_set, sampling, reference_states, update):
+    """Runs one step of the largest possible size (longest prompts, full-length answers) at rate 0, so that
+    running out of memory happens now and not after hours. Prints the peaks of sampling and update on a GPU.
+    """
+    policy, G, device = learner.policy, cfg.group_size, train_set.video_embeds.device
+    P = min(cfg.batch_prompts, len(train_set)) // process_info()[1]
+    at_once = cfg.sample_prompts or P
+    longest = sorted(range(len(train_set)), key=lambda i: -len(train_set.prompts[i]))
+    prompts = train_set[torch.tensor(longest[: min(P, max(at_once, cfg.micro_batch_prompts or P))])]
+    uniforms = torch.full((len(prompts.prompt_ids), G, cfg.max_new_tokens), 0.5, device=device)
+    before, words = {k: x.clone() for k, x in learner.tensors().items()}, []
+    for name in ("sampling", "update"):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        if name == "sampling":
+            rollout = generate_in_parts(
+                policy, prompts, G, at_once, uniforms, max_new_tokens=cfg.max_new_tokens,
+                end_ids=sampling.end_ids[:0], banned=sampling.banned, temperature=sampling.temperature,
+                top_p=sampling.top_p,
+            )  # fmt: skip
+        else:
+            size = cfg.micro_batch_prompts or P
+            part, answers = prompts[:size], rollout[: size * G]
+            states = reference_states(policy, part, answers, size)
+            update(cfg, learner, part, answers, states, torch.ones(len(part.prompt_ids), G), cfg.num_steps)
+        if device.type == "cuda":
+            words.append(f"{name} {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB")
+    learner.restore(before)
+    say(f"measured in a rehearsal of the longest step: {', '.join(words) or 'only a GPU counts its peaks'}")

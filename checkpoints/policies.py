@@ -35,8 +35,8 @@ from checkpoints.huggingface import (
 from clip import ClipConfig
 from data import Tokenizer
 from model import POLICIES, Bridge, ModelConfig, VideoLM, load_model, read_configs, save_model
+from plumbing.machine import say
 from plumbing.options import BadInput, CountOrNone, Options, write_json, write_whole
-from plumbing.run_folder import process_info
 
 FRAMES = 50  # K of a pretrained policy, as VLM-RLAIF was tuned
 BRIDGE_FILE = "bridge.safetensors"  # a Bridge beside a pretrained decoder's weights
@@ -136,7 +136,7 @@ def refuse_pretrained_options(options: PolicyOptions):
     for name in ("clip", "video_tokens", "template", "think", "random_weights"):
         if getattr(options, name) != getattr(PolicyOptions, name):
             raise BadInput(
-                f"--{name} {getattr(options, name)}: {options.policy} is a policy that pretrain.py wrote, which"
+                f"--{name} {getattr(options, name)}: pretrain.py wrote {options.policy}, and such a policy"
                 f" has no choice of it; leave --{name} out"
             )
 
@@ -202,11 +202,6 @@ def load_bridge(path: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int) ->
         f" it with this decoder, into {path}, noise stands in the video's place"
     )
     return bridge
-
-
-def say(line: str):
-    if process_info()[0] == 0:
-        print(line, flush=True)
 
 
 def save_policy(model: VideoLM, folder: str, source: str, tokenizer):

@@ -117,6 +117,7 @@ def rank_patiently(oracle, batch, texts, patience: float, interrupted) -> Rankin
 
     What was ranked before the judge died comes from its cache. interrupted(): gives up at once.
     """
+    texts = [text for group in texts for text in group]
     ranking, until, pause = oracle.rank(batch, texts), time.monotonic() + patience, 1.0
     while ranking.dead and not ranking.dead.startswith("budget") and time.monotonic() < until:
         left = until - time.monotonic()

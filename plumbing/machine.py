@@ -21,7 +21,9 @@ class MachineOptions(Options):
     compile: bool = False  # torch.compile for the log-probabilities of the update and the 4-bit base
     checkpointing: bool = False  # keep only a layer's input for the backward pass: less memory, slower
     sample_prompts: CountOrNone = 0  # prompts sampled at once; 0: all of a step; fewer need less KV cache
-    micro_batch_prompts: CountOrNone = 0  # prompts of one forward and backward; 0: all; fewer need less memory
+    micro_batch_prompts: CountOrNone = (
+        0  # prompts of one forward and backward; 0: all; fewer need less memory
+    )
     memory_plan: bool = False  # print the memory plan, and rehearse the largest possible step first
 
 
@@ -75,6 +77,14 @@ BFLOAT16_UNITS = {
 def process_info() -> tuple[int, int]:
     """(index of this process, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def first_process(do, *given) -> None:
+    """do(*given) in the first process, while the others wait for it."""
+    if process_info()[0] == 0:
+        do(*given)
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def say(line: str) -> None:

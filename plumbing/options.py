@@ -27,6 +27,10 @@ class BadInput(ValueError):
     """Something the user gave is wrong. One line: the file, row or option, what is wrong, the remedy."""
 
 
+class EndedEarly(Exception):
+    """A run that stops before its last step. It is saved; the message is the line for the user."""
+
+
 # ---- options
 
 
@@ -163,6 +167,9 @@ def run_script(main) -> None:
     except BadInput as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         status = 2
+    except EndedEarly as error:
+        print(f"\n{one_line(error)}", file=sys.stderr)
+        status = 1
     except OSError as error:  # a full disk, no permission: the operating system names the file and the cause
         print(
             f"error: {one_line(error)}; make room or choose another folder, then run again", file=sys.stderr

@@ -1,189 +1,292 @@
-"""A run folder: config.json, metrics.jsonl, rollouts.jsonl, the adapter, and the
-checkpoint that --resume reads.
+"""A run folder and the life of a run: its steps, clock, reports and checkpoints, and how it ends early.
 
-Every file is written under another name and renamed, or only ever appended to; a resume cuts what was
-appended back to the checkpoint. Process 0 alone writes.
+    config.json             the options, what `auto` became, and what the run was made with and from
+    metrics.jsonl           a row a step; rollouts.jsonl: two prompts of each step with their candidates
+    checkpoint.safetensors  all that --resume needs, replaced in one rename
+    adapter/                the adapter in PEFT's files, rewritten from the checkpoint by a resume
+    results.json            the tables before and after
+
+Files are replaced whole or only ever appended to; a resume cuts what was appended back to the checkpoint.
+Process 0 writes.
 """
 
+import fcntl
+import hashlib
 import json
 import os
+import platform
+import signal
+import subprocess
 import sys
-from collections import Counter
-from dataclasses import asdict
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 
 import torch
-import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from tqdm import tqdm
 
-import lora
-from checkpoints import peft_files
-from plumbing.options import BadInput, write_json, write_whole
+from plumbing import report
+from plumbing.machine import process_info, reduce_sum, say
+from plumbing.options import (
+    BadInput,
+    Count,
+    EndedEarly,
+    Options,
+    parse_json,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_whole,
+)  # fmt: skip
 
-# On --resume: what says nothing about the update, such as where the judge is found
-MAY_CHANGE = ["resume", "out", "num_steps", "oracle_url", "oracle_concurrency", "oracle_timeout"]
-MAY_CHANGE += ["oracle_patience", "oracle_max_calls", "oracle_max_tokens"]
-
-
-def pick_device(wanted: str = "auto") -> str:
-    """cuda where there is one, unless `wanted` (auto | cpu | cuda) says cpu. BadInput: no GPU to be had."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch finds no GPU; take --device cpu or a torch built for it")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def process_info() -> tuple[int, int]:
-    """(index of this process, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+# With --resume these may be given anew: they say nothing about the update
+MAY_CHANGE = {"resume", "out", "num_steps", "oracle_url", "oracle_concurrency", "oracle_timeout"}
+MAY_CHANGE |= {"oracle_patience", "oracle_max_calls", "oracle_max_tokens"}
+COPY_AGAIN = "the run's own file is needed; start the run anew in another --out"
 
 
-def stored_options(given: dict, default_out: str) -> dict:
-    """With --resume: the run's own options. Those given again must be the same, but --num_steps."""
+@dataclass
+class RunOptions(Options):
+    """The run folder: where a run lies, and when it is saved"""
+
+    out: str = "runs/default"  # run folder; it must not exist, unless --resume
+    resume: bool = False  # continue the run in --out from its last checkpoint
+    save_every: Count = 20  # steps between checkpoints
+    max_bad_steps: Count = 3  # non-finite losses in a row before the run stops
+
+
+def checkpoint_path(out: str) -> str:
+    return os.path.join(out, "checkpoint.safetensors")
+
+
+def stored_options(given: dict, config_class) -> dict:
+    """With --resume: the run's own options. Those given again must be the same, but for MAY_CHANGE."""
     if not given.get("resume"):
         return {}
-    out = given.get("out", default_out)
+    out = given.get("out", config_class.out)
     path = os.path.join(out, "config.json")
     if not os.path.exists(path):
-        raise BadInput(
-            f"{path}: no such file, so --resume has nothing to continue; leave --resume out to start"
-        )
-    with open(path) as file:
-        stored = json.load(file)
+        raise BadInput(f"{path}: no such file, so --resume has nothing to continue; leave --resume out")
+    stored = read_json(path, COPY_AGAIN)
+    if "made" not in stored:
+        raise BadInput(f"{path}: a run of an earlier version, which this one cannot continue; start it anew")
+    known = {field.name for field in fields(config_class)}
+    stored = {name: value for name, value in stored.items() if name != "made"}
+    if stored.keys() != known:
+        name = sorted(stored.keys() ^ known)[0]
+        raise BadInput(f"{path}: option {name!r} is of another version of this code; start the run anew")
     for name, value in given.items():
-        old = stored.get(name)
-        if name not in MAY_CHANGE and old != value:
-            raise BadInput(f"--{name} {value}: the run in {out} has {old!r}; leave it out to resume")
+        if name not in MAY_CHANGE and stored[name] != value:
+            raise BadInput(f"--{name} {value}: the run in {out} has {stored[name]!r}; leave it out to resume")
     return stored | {"out": out, "resume": True}
 
 
-def open_run(cfg, policy, trainable, optimizer) -> dict:
-    """A new run folder with config.json, or the old one cut back to its checkpoint. Returns the progress."""
-    if not cfg.resume:
-        if process_info()[0] == 0:
-            os.makedirs(cfg.out)
-            write_json(os.path.join(cfg.out, "config.json"), asdict(cfg))
-        return {"step": 0, "bad_steps": 0, "bad_in_a_row": 0, "wall_s": 0.0}
-    progress = load_checkpoint(cfg, policy, trainable, optimizer)
-    for name in ("metrics.jsonl", "rollouts.jsonl") if process_info()[0] == 0 else ():
-        path = os.path.join(cfg.out, name)
-        with open(path) as file:
-            kept = [
-                line for line in file if line.endswith("\n") and json.loads(line)["step"] < progress["step"]
-            ]
-        write_whole(path, "".join(kept).encode())
-    return progress
-
-
-def checkpoint_path(cfg):
-    return os.path.join(cfg.out, "checkpoint.safetensors")
-
-
-def save_checkpoint(cfg, policy, trainable, optimizer, progress: dict):
-    """Adapters, frozen reference, optimiser moments and progress in one file, renamed into place."""
-    if process_info()[0] != 0:
+def check_folder(options: RunOptions) -> None:
+    """Raises BadInput if --out cannot be begun: it holds a run that has a checkpoint, or other things."""
+    if options.resume or not os.path.exists(options.out):
         return
-    tensors = {}
-    for name, layer in lora.layers(policy.decoder).items():
-        parts = {"lora_A": layer.lora_A, "lora_B": layer.lora_B}
-        parts |= {"reference_A": layer.reference_A, "reference_B": layer.reference_B}
-        tensors |= {f"{name}.{part}": x.detach().cpu() for part, x in parts.items()}
-    for i, p in enumerate(trainable):
-        tensors |= {f"optimizer.{i}.{k}": v.detach().cpu() for k, v in optimizer.state[p].items()}
-    path = checkpoint_path(cfg)
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
-    write_whole(path, save(tensors, metadata={"progress": json.dumps(progress)}))
-    llava = policy.cfg.bridge.startswith("llava")  # PEFT's names for what it would wrap
-    path = "model.language_model." if llava else "model."
-    peft_files.save_adapter(policy.decoder, os.path.join(cfg.out, "adapter"), path)
+    if os.path.exists(checkpoint_path(options.out)):
+        raise BadInput(f"--out {options.out}: exists already; add --resume to continue it, or name another")
+    if os.listdir(options.out) and not os.path.exists(os.path.join(options.out, "config.json")):
+        raise BadInput(f"--out {options.out}: exists already and holds no run; name another folder")
 
 
-def load_checkpoint(cfg, policy, trainable, optimizer) -> dict:
-    """Restores what save_checkpoint wrote; returns the progress."""
-    with safe_open(checkpoint_path(cfg), "pt") as file:
-        progress = json.loads(file.metadata()["progress"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    for name, layer in lora.layers(policy.decoder).items():
-        for part in ("lora_A", "lora_B", "reference_A", "reference_B"):
-            stored = tensors.get(f"{name}.{part}")
-            if stored is None or stored.shape != getattr(layer, f"lora_{part[-1]}").shape:
-                raise BadInput(
-                    f"{checkpoint_path(cfg)}: {name}.{part} does not fit --policy {cfg.policy}: use the run's"
+def fingerprint(*paths: str) -> str:
+    """SHA-256 over names, sizes and both ends (1 MB each) of files, of a folder's files in their order."""
+    digest = hashlib.sha256()
+    for path in filter(None, paths):
+        inside = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
+        files = [os.path.join(path, name) if name else path for name in inside]
+        for name in filter(os.path.isfile, files):
+            size = os.path.getsize(name)
+            digest.update(f"{os.path.basename(name)} {size}".encode())
+            with open(name, "rb") as file:
+                digest.update(file.read(2**20))
+                file.seek(max(size - 2**20, 0))
+                digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+
+def environment() -> dict:
+    """What a run was made with: versions, commit, command, machine."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+    def git(*words):
+        found = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+        return found.stdout.strip() if found.returncode == 0 else ""
+
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
+        "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno")),
+        "command": " ".join(sys.argv), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(), "processes": process_info()[1],
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }  # fmt: skip
+
+
+class RunFolder:
+    """options: RunOptions and all else that config.json keeps. learner: what learns, an object with
+    `tensors()`, `restore(tensors)` and `save_adapter(folder)`. made_from: fingerprints of all that the run
+    depends on; a resume on something else is refused."""
+
+    def __init__(self, options, learner, device: torch.device, made_from: dict[str, str]):
+        self.options, self.learner, self.device, self.out = options, learner, device, options.out
+        self.writes = process_info()[0] == 0
+        self.step, self.progress, self.seconds = 0, {"bad_steps": 0, "bad_in_a_row": 0}, {}
+        self.began, self.signals = time.monotonic(), []
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self.catch)
+        if self.writes:
+            os.makedirs(self.out, exist_ok=True)
+            self.lock()
+            remove_leftovers(self.out)
+        resumed = options.resume and os.path.exists(checkpoint_path(self.out))
+        if options.resume:
+            self.compare(made_from)
+        if resumed:
+            self.load()
+        if self.writes and not options.resume:
+            made = environment() | {"from": made_from}
+            write_json(os.path.join(self.out, "config.json"), asdict(options) | {"made": made})
+        if self.writes:
+            for name in ("metrics.jsonl", "rollouts.jsonl"):
+                self.cut_back(os.path.join(self.out, name))
+
+    def lock(self):
+        """Held for the life of the process, so that no second one writes into the folder."""
+        self.lock_file = open(os.path.join(self.out, "lock"), "w")  # noqa: SIM115 (closed as the process ends)
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadInput(f"--out {self.out}: another process is running it; wait for it to end") from error
+
+    def compare(self, made_from: dict[str, str]):
+        """Refuses a resume on other data or weights; says what only shifts rounding."""
+        made = read_json(os.path.join(self.out, "config.json"), COPY_AGAIN)["made"]
+        for name, value in made_from.items():
+            if made["from"].get(name) != value:
+                raise BadInput(f"--out {self.out}: {name} changed since the run began; put it back to resume")
+        now = environment()
+        changed = [
+            f"{k} {made[k]} -> {now[k]}" for k in ("threads", "processes", "torch") if made[k] != now[k]
+        ]
+        if changed:
+            say(f"note: {', '.join(changed)} since the run began; its numbers round differently from here on")
+
+    def cut_back(self, path: str):
+        """Takes out rows at or behind the step that the run stands at, and a row cut in half by a kill."""
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                lines = [line for line in file if line.endswith(b"\n")]
+            kept = [line for line in lines if parse_json(line, path, COPY_AGAIN)["step"] < self.step]
+            write_whole(path, b"".join(kept))
+
+    # ---- the steps
+
+    def steps(self, total: int):
+        """The numbers of the steps that are left. After each the run is saved where that is due; Ctrl-C,
+        SIGTERM and SIGHUP end it early, in all processes after the same step."""
+        self.bar = report.Bar(total, self.step, shown=self.writes)
+        while self.step < total:
+            yield self.step
+            self.step += 1
+            stop = any(reduce_sum(self.interrupted(), device=self.device))
+            if stop or self.step % self.options.save_every == 0 or self.step == total:
+                self.save()
+            if self.progress["bad_in_a_row"] >= self.options.max_bad_steps:
+                self.save()
+                raise EndedEarly(
+                    f"{self.options.max_bad_steps} non-finite losses in a row: stopped at step {self.step};"
+                    f" see {self.out}/bad_batches; a lower --lr or --dtype float32 may help"
                 )
-            if part.startswith("lora"):
-                getattr(layer, part).data.copy_(stored)
-            else:
-                setattr(layer, part, stored.to(layer.lora_A.device))
-    for i, p in enumerate(trainable):
-        state = {k.rsplit(".", 1)[1]: v for k, v in tensors.items() if k.startswith(f"optimizer.{i}.")}
-        if state:
-            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
-    return progress
+            if stop and self.step < total:
+                raise EndedEarly(self.go_on())
+        self.bar.close()
 
+    def go_on(self) -> str:
+        return f"saved at step {self.step}; go on with: python train.py --out {self.out} --resume"
 
-def oracle_summary(folder: str) -> dict:
-    """What the oracle did over a whole run, from metrics.jsonl: sums, and means weighted by their counts."""
-    path, rows, causes = os.path.join(folder, "metrics.jsonl"), [], Counter()
-    if os.path.exists(path):  # not after --num_steps 0
-        with open(path) as file:
-            rows = [json.loads(line) for line in file]
-    for row in rows:
-        causes.update(row.get("failed_by_cause", {}))
-    found = {"failed_groups": sum(row["failed_groups"] for row in rows), "failed_by_cause": dict(causes)}
-    for name in ("judge_calls", "judge_cache_hits", "judge_tokens", "judge_repairs"):
-        found |= {name: sum(row[name] for row in rows)} if rows and name in rows[0] else {}
-    for name, count in (("position_bias", "position_pairs"), ("canary_error", "canaries")):
-        total = sum(row.get(count, 0) for row in rows)
-        found |= {name: sum(row[name] * row[count] for row in rows if count in row) / total} if total else {}
-    return found
+    def stop_if(self, here: bool, line: str):
+        """Saves and ends early if any process asks for it, before the step that is under way has changed
+        anything."""
+        if any(reduce_sum(here, device=self.device)):
+            self.save()
+            raise EndedEarly(f"{line or 'another process stopped'}; {self.go_on()}")
 
+    def catch(self, number, frame):
+        self.signals.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends at once
 
-def report(cfg, bar, step, numbers, questions, texts, ranking, policy_ranks, advantages):
-    """A row of metrics.jsonl, two prompts in rollouts.jsonl, the progress bar."""
-    if process_info()[0] != 0:
-        return
-    with open(os.path.join(cfg.out, "metrics.jsonl"), "a") as file:
-        file.write(json.dumps({"step": step, **numbers}) + "\n")
-    with open(os.path.join(cfg.out, "rollouts.jsonl"), "a") as file:
-        for i in range(min(2, len(questions))):
-            row = {
-                "step": step,
-                "id": questions[i].id,
-                "question": questions[i].question,
-                "answer": questions[i].answer,
-            }
-            row |= {
-                "candidates": texts[i * cfg.group_size : (i + 1) * cfg.group_size],
-                "oracle_ok": bool(ranking.ok[i]),
-                "note": ranking.notes[i],
-            }
-            row |= {"oracle_ranks": ranking.ranks[i].tolist(), "policy_ranks": policy_ranks[i].tolist()}
-            file.write(json.dumps(row | {"advantages": [round(a, 6) for a in advantages[i].tolist()]}) + "\n")
-    shown = {
-        "acc": "accuracy",
-        "best": "oracle_best_accuracy",
-        "ndcg": "ndcg",
-        "tau": "kendall_tau",
-        "kl": "kl",
-    }
-    shown |= {"H": "entropy", "clip": "clip_frac"}
-    text = " ".join(f"{k} {numbers[v]:.3f}" for k, v in shown.items() if v in numbers)
-    seconds = "/".join(f"{numbers[k]:.2f}" for k in ("sampling_s", "oracle_s", "update_s"))
-    text += f" dead {numbers['dead_groups']} failed {numbers['failed_groups']}"
-    text += f" {numbers['tokens_per_s']:.0f} tok/s {seconds} s"
-    bar.set_postfix_str(text)
-    bar.update(1)
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C, SIGTERM or SIGHUP came."""
+        return bool(self.signals)
 
+    @contextmanager
+    def clock(self, part: str):
+        """Counts the seconds of a part of a step, for metrics.jsonl."""
+        began = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
-def save_bad_batch(cfg, step, prompts, rollout, advantages):
-    """What a skipped step was made of, to look into: bad_batches/step_N_process_M.safetensors."""
-    folder = os.path.join(cfg.out, "bad_batches")
-    os.makedirs(folder, exist_ok=True)
-    tensors = {"prompt_ids": prompts.prompt_ids, "prompt_mask": prompts.prompt_mask, "advantages": advantages}
-    tensors |= {"video_embeds": prompts.video_embeds, "completion_ids": rollout.completion_ids}
-    tensors |= {"completion_mask": rollout.completion_mask, "old_logprobs": rollout.logprobs}
-    path = os.path.join(folder, f"step_{step}_process_{process_info()[0]}.safetensors")
-    write_whole(path, save({k: v.cpu().contiguous() for k, v in tensors.items()}))
-    tqdm.write(
-        f"step {step}: loss or gradient not finite; step skipped, batch saved in {path}", file=sys.stderr
-    )
+    def report(self, numbers: dict, examples: list[dict]):
+        """A row of metrics.jsonl, the examples as rows of rollouts.jsonl, the progress line. numbers["bad"]
+        says that a loss or gradient was not finite."""
+        whole = sum(self.seconds.values())
+        numbers = numbers | {f"{part}_s": seconds for part, seconds in self.seconds.items()}
+        numbers["tokens_per_s"] = numbers["tokens"] / whole
+        numbers["oracle_share"] = self.seconds.get("oracle", 0.0) / whole
+        self.seconds = {}
+        self.progress["bad_steps"] += numbers["bad"]
+        self.progress["bad_in_a_row"] = numbers["bad"] * (self.progress["bad_in_a_row"] + 1)
+        if self.writes:
+            self.append("metrics.jsonl", [numbers])
+            self.append("rollouts.jsonl", examples)
+            self.bar.show(numbers)
+
+    def append(self, name: str, rows: list[dict]):
+        lines = (json.dumps({"step": self.step, **row}, ensure_ascii=False) + "\n" for row in rows)
+        with open(os.path.join(self.out, name), "a", encoding="utf-8") as file:
+            file.write("".join(lines))
+
+    def save_bad_batch(self, tensors: dict[str, torch.Tensor]):
+        """What a skipped step was made of, to look into: bad_batches/step_N_process_M.safetensors."""
+        folder = os.path.join(self.out, "bad_batches")
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, f"step_{self.step}_process_{process_info()[0]}.safetensors")
+        write_whole(path, save({k: v.cpu().contiguous() for k, v in tensors.items()}))
+        self.bar.say(f"step {self.step}: loss or gradient not finite; step skipped, batch saved in {path}")
+
+    # ---- checkpoints
+
+    def wall_s(self) -> float:
+        """Seconds of the run, those before a resume included."""
+        return self.progress.get("wall_s", 0.0) + time.monotonic() - self.began
+
+    def save(self):
+        """One rename replaces the checkpoint; adapter/ follows, and a resume writes it again."""
+        if not self.writes:
+            return
+        progress = self.progress | {"step": self.step, "wall_s": self.wall_s()}
+        tensors = {k: v.detach().cpu().contiguous() for k, v in self.learner.tensors().items()}
+        content = save(tensors, metadata={"progress": json.dumps(progress)})
+        write_whole(checkpoint_path(self.out), content)
+        self.learner.save_adapter(os.path.join(self.out, "adapter"))
+
+    def load(self):
+        path = checkpoint_path(self.out)
+        try:
+            with safe_open(path, "pt") as file:
+                self.progress = parse_json((file.metadata() or {}).get("progress", ""), path, COPY_AGAIN)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            self.step = self.progress.pop("step")
+            self.learner.restore(tensors)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{path}: {error}; {COPY_AGAIN}") from error
+        if self.writes:
+            self.learner.save_adapter(os.path.join(self.out, "adapter"))
+
+    def write_results(self, results: dict):
+        write_json(os.path.join(self.out, "results.json"), results)
