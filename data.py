@@ -256,8 +256,7 @@ def longest_text(tokenizer, questions: list[Question], num_frames: int) -> int:
 
 
 def _pad(rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    assert rows, "nothing to collate"
-    width = max(map(len, rows))
+    width = max(map(len, rows), default=0)
     ids, mask = torch.full((len(rows), width), PAD_ID), torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
         part = slice(width - len(row), width) if left else slice(len(row))

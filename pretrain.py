@@ -33,8 +33,8 @@ from clip import Clip, ClipConfig, contrastive_loss, preprocess
 from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips, load_questions
 from model import Bridge, ModelConfig, VideoLM, load_model, save_model
 from oracles import ranker
+from plumbing.machine import pick_device
 from plumbing.options import BadInput, parse_args, run_script, write_json
-from plumbing.run_folder import pick_device
 from videoqa import world
 from videoqa.answers import prompt_text
 

@@ -21,13 +21,13 @@ from collections import Counter
 from statistics import pstdev
 
 import torch
+from config import Config
 from tqdm import tqdm
 
 from checkpoints.policies import OPTIONS, load_policy
-from config import Config
 from data import PromptSet, load_questions
+from plumbing.machine import pick_device
 from plumbing.options import ArgumentParser, BadInput, add_options, run_script, write_whole
-from plumbing.run_folder import pick_device
 from rollout import generate
 from videoqa.answers import Question, Reward, reward, task
 

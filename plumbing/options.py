@@ -47,7 +47,7 @@ class Bounds:
 
     def __str__(self):
         low = f"{'more than' if self.above else 'at least'} {self.low}"
-        return low if self.high == math.inf else f"{low} and at most {self.high}"
+        return low if self.high >= sys.float_info.max else f"{low} and at most {self.high}"
 
 
 Count = Annotated[int, Bounds(1)]

@@ -288,11 +288,10 @@ def test_the_clip_binds_on_both_sides_for_both_signs_as_in_the_vector():
 
 @pytest.mark.parametrize("norm, wanted", [("token", 1.4), ("sequence", 2.0), ("constant", 0.875)])
 def test_normalisers_are_the_vector(norm, wanted):
-    # ratio 1, so a token's loss is -A: four tokens of loss 1, one of loss 3; a dead third row changes nothing
-    lp = torch.zeros(3, 4)
-    mask = torch.tensor([[True] * 4, [True, False, False, False], [True] * 4])
-    a, live = torch.tensor([-1.0, -3.0, 50.0]), torch.tensor([True, True, False])
-    loss, _ = policy_loss(lp, lp, a, mask, clip_eps=0.2, norm=norm, constant=4, live=live)
+    # ratio 1, so a token's loss is -A: four tokens of loss 1, one of loss 3; an empty row adds nothing
+    lp, a = torch.zeros(3, 4), torch.tensor([-1.0, -3.0, 50.0])
+    mask = torch.tensor([[True] * 4, [True, False, False, False], [False] * 4])
+    loss, _ = policy_loss(lp, lp, a, mask, clip_eps=0.2, norm=norm, constant=4)
     assert_close(loss.item(), wanted, atol=1e-6, rtol=0)
 
 
@@ -300,17 +299,16 @@ def test_normalisers_are_the_vector(norm, wanted):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_micro_batches_add_up_to_the_step_in_loss_gradient_and_stats(norm, size):
     logprobs, old, a, mask = loss_inputs()
-    live = torch.tensor([True, True, True, False, True, True])
     kl, entropy = torch.rand(6, 5), torch.rand(6, 5)
     options = dict(clip_eps=0.2, norm=norm, constant=7, kl_coef=0.3, entropy_coef=0.1)
-    whole, stats = policy_loss(logprobs, old, a, mask, live=live, kl=kl, entropy=entropy, **options)
+    whole, stats = policy_loss(logprobs, old, a, mask, kl=kl, entropy=entropy, **options)
     (wanted,) = torch.autograd.grad(whole, logprobs)
     options |= dict(num_tokens=int(stats["tokens"]), num_sequences=stats["sequences"])  # int or tensor
     total = {key: 0.0 for key in stats}
     for i in range(0, 6, size):
         rows = slice(i, i + size)
         parts = (logprobs[rows], old[rows], a[rows], mask[rows])
-        loss, part = policy_loss(*parts, live=live[rows], kl=kl[rows], entropy=entropy[rows], **options)
+        loss, part = policy_loss(*parts, kl=kl[rows], entropy=entropy[rows], **options)
         loss.backward()
         total = {key: total[key] + part[key] for key in total}
     assert_close(logprobs.grad, wanted, atol=1e-6, rtol=0)
@@ -319,21 +317,7 @@ def test_micro_batches_add_up_to_the_step_in_loss_gradient_and_stats(norm, size)
         assert_close(total[key], stats[key], atol=1e-5, rtol=0, check_dtype=False)
 
 
-def test_dead_and_failed_groups_leave_numerator_and_denominator():
-    logprobs, old, a, mask = loss_inputs()
-    live = torch.tensor([True, False, True, False, True, True])
-    kl = torch.rand(6, 5)
-    for norm in ("sequence", "token", "constant"):
-        options = dict(clip_eps=0.2, norm=norm, constant=7, kl_coef=0.3)
-        with_dead, stats = policy_loss(logprobs, old, a, mask, live=live, kl=kl, **options)
-        only, wanted = policy_loss(logprobs[live], old[live], a[live], mask[live], kl=kl[live], **options)
-        assert_close(with_dead, only, atol=1e-6, rtol=0)
-        assert_close(stats, wanted, atol=1e-5, rtol=0)
-        (grad,) = torch.autograd.grad(with_dead, logprobs)
-        assert grad[~live].eq(0).all() and grad[live].ne(0).any()
-
-
-def test_stats_are_sums_over_live_tokens():
+def test_stats_are_sums_over_counted_tokens():
     logprobs, old, a, mask = loss_inputs()
     kl = torch.rand(6, 5)
     _, stats = policy_loss(logprobs, old, a, mask, clip_eps=0.2, kl=kl)
@@ -361,13 +345,12 @@ def test_nothing_outside_the_mask_is_read_not_even_nan():
 
 
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
-def test_a_step_without_live_tokens_has_loss_and_gradient_zero(norm):
+def test_a_step_without_tokens_has_loss_and_gradient_zero(norm):
     logprobs, old, a, mask = loss_inputs()
     options = dict(clip_eps=0.2, norm=norm, constant=7)
-    for nothing in (dict(mask=mask & False), dict(mask=mask, live=torch.zeros(6, dtype=torch.bool))):
-        loss, stats = policy_loss(logprobs, old, a, **nothing, **options)
-        (grad,) = torch.autograd.grad(loss, logprobs)
-        assert loss.item() == 0 and grad.eq(0).all() and stats["tokens"] == 0
+    loss, stats = policy_loss(logprobs, old, a, mask & False, **options)
+    (grad,) = torch.autograd.grad(loss, logprobs)
+    assert loss.item() == 0 and grad.eq(0).all() and stats["tokens"] == 0
 
 
 def test_on_policy_gradient_is_reinforce_though_the_ratio_is_one():
@@ -427,7 +410,6 @@ def test_wrong_arguments_of_the_loss_are_refused():
         dict(advantages=a[:, None]),
         dict(advantages=a.view(2, 3)),
         dict(mask=mask.float()),
-        dict(live=mask),
         dict(norm="mean"),
         dict(norm="constant"),
         dict(kl_coef=0.1),
