@@ -341,6 +341,36 @@ class PromptSet:
         return Prompts(prompt_ids.to(device), prompt_mask.to(device), embeds)
 
 
+class Batches:
+    """Which questions each step asks, and the uniforms that its answers are drawn with. Both are the same
+    whatever the number of processes, each of which takes its part; and all is seeded by the step, so that a
+    resume has no generator's state to restore.
+
+    num_prompts: P, over all processes; noise: the generator of the oracle's noise, seeded along; process:
+    (index of this one, number of them).
+    """
+
+    def __init__(self, asked: PromptSet, num_prompts: int, seed: int, noise, process: tuple[int, int]):
+        self.asked, self.seed, self.noise, (self.index, self.num_processes) = asked, seed, noise, process
+        self.P = min(num_prompts, len(asked)) // self.num_processes * self.num_processes
+        self.steps_an_epoch = len(asked) // self.P
+
+    def rows(self, step: int) -> torch.Tensor:
+        """Numbers of all processes' questions, int64 (P,). Every epoch has an order of its own."""
+        epoch, place = divmod(step, self.steps_an_epoch)
+        generator = torch.Generator().manual_seed(self.seed * 2**20 + epoch)
+        return torch.randperm(len(self.asked), generator=generator)[place * self.P : (place + 1) * self.P]
+
+    def of_step(self, step: int, G: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's part of the rows, and uniforms (P, G, T) in [0, 1) for them; seeds the noise."""
+        generator = torch.Generator().manual_seed(self.seed * 2**20 + 2**19 + step)
+        uniforms = torch.rand(self.P, G, T, generator=generator)
+        self.noise.manual_seed((self.seed * 2**20 + step) * self.num_processes + self.index)
+        share = self.P // self.num_processes
+        mine = slice(self.index * share, (self.index + 1) * share)
+        return self.rows(step)[mine], uniforms[mine]
+
+
 # ---- commands ----
 
 

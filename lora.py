@@ -180,22 +180,36 @@ def merge(model: nn.Module):
         setattr(model.get_submodule(parent), child, plain)
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
-    """All adapters and the frozen reference's, by layer and name: what `restore` takes."""
-    parts = ("lora_A", "lora_B", "reference_A", "reference_B")
-    tensors = {f"{name}.{part}": getattr(x, part) for name, x in layers(model).items() for part in parts}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+class Learner:
+    """What learns: a model's adapters with the optimizer that they belong to, and their frozen reference.
+    `tensors` gives all that a resume needs, `restore` takes it back."""
 
+    def __init__(self, model: nn.Module, r: int, alpha: float, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        trainable = add_adapters(model, r, alpha, generator=generator)
+        self.model, self.optimizer = model, torch.optim.AdamW(trainable, weight_decay=0.0)
+        freeze_reference(model)
 
-@torch.no_grad()
-def restore(model: nn.Module, tensors: dict[str, Tensor]):
-    """Puts what `state` gave back. Raises ValueError if an adapter is missing or has another shape."""
-    for name, layer in layers(model).items():
-        for part in ("lora_A", "lora_B", "reference_A", "reference_B"):
-            stored, wanted = tensors.get(f"{name}.{part}"), getattr(layer, f"lora_{part[-1]}")
-            if stored is None or stored.shape != wanted.shape:
-                raise ValueError(f"{name}.{part} does not fit the policy")
-            if part.startswith("lora"):
+    def tensors(self) -> dict[str, Tensor]:
+        """Adapters and reference by layer and name, the optimizer's moments by parameter."""
+        parts = ("lora_A", "lora_B", "reference_A", "reference_B")
+        adapted = layers(self.model).items()
+        named = {f"{name}.{part}": getattr(x, part) for name, x in adapted for part in parts}
+        moments = self.optimizer.state_dict()["state"].items()
+        return named | {f"optimizer.{i}.{key}": x for i, state in moments for key, x in state.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]):
+        """Raises ValueError if an adapter is missing or has another shape."""
+        for name, layer in layers(self.model).items():
+            for part in ("lora_A", "lora_B", "reference_A", "reference_B"):
+                stored, wanted = tensors.get(f"{name}.{part}"), getattr(layer, part)
+                if stored is None or stored.shape != wanted.shape:
+                    raise ValueError(f"{name}.{part} does not fit the policy")
                 wanted.copy_(stored)
-            else:
-                setattr(layer, part, stored.to(wanted.device))
+        state = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".")
+                state.setdefault(int(i), {})[key] = tensor
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})

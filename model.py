@@ -8,27 +8,18 @@ Shape letters as in grpo_rank.py: P prompts, G group_size, S prompt tokens, T co
 frames, N patches of a frame.
 """
 
-import json
 import math
-import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip import Clip, ClipConfig, preprocess
-from plumbing.options import BadInput, write_json, write_whole
 
 # The score of what may not be seen. Finite, so that a row of padding, which sees nothing, has no NaN.
 HIDDEN = -1e30
-POLICIES = (
-    "a policy is what pretrain.py wrote or, in the Hugging Face layout, LLaVA-1.5 (model_type llava) or a"
-    " text decoder with --clip"
-)
 
 
 @dataclass(frozen=True)
@@ -494,52 +485,3 @@ class VideoLM(nn.Module):
         index = slots.unsqueeze(-1).expand(-1, -1, video_embeds.shape[2])
         x = self.decoder.embed_tokens(prompt_ids.clamp(max=self.cfg.vocab_size - 1))
         return x.scatter(1, index, video_embeds.to(x.dtype))
-
-
-def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):
-    """Writes config.json and model.safetensors."""
-    os.makedirs(folder, exist_ok=True)
-    write_json(
-        os.path.join(folder, "config.json"), {"model": asdict(model.cfg), "clip": asdict(model.clip_cfg)}
-    )
-    tensors = {name: x.detach().to("cpu", dtype).contiguous() for name, x in model.state_dict().items()}
-    write_whole(os.path.join(folder, "model.safetensors"), save(tensors))
-
-
-def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipConfig]:
-    """The sizes of a folder that `save_model` wrote. num_frames: K, where it is to be another. BadInput: a
-    file is missing or odd."""
-    config, path = os.path.join(folder, "config.json"), os.path.join(folder, "model.safetensors")
-    for file in (config, path):
-        if not os.path.exists(file):
-            names = os.listdir(folder) if os.path.isdir(folder) else []
-            pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
-            why = f"; {pickles[0]} is a pickle, which can run code: convert it" if pickles else ""
-            raise BadInput(f"{file}: no such file{why}; {POLICIES}")
-    try:
-        with open(config) as file:
-            sizes = json.load(file)
-        cfg = ModelConfig(**sizes["model"])
-        return replace(cfg, num_frames=num_frames or cfg.num_frames), ClipConfig(**sizes["clip"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"{config}: not what save_model wrote ({error}); {POLICIES}") from error
-
-
-def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
-    """The model of a folder that `save_model` wrote, float32, frozen. BadInput: a file is missing or odd."""
-    path, configs = os.path.join(folder, "model.safetensors"), read_configs(folder, num_frames)
-    try:
-        model, stored = VideoLM(*configs), load_file(path)
-    except (ValueError, SafetensorError) as error:
-        raise BadInput(
-            f"{folder}: not what save_model wrote ({error}); make it anew with pretrain.py"
-        ) from error
-    shapes, wanted = ({k: tuple(x.shape) for k, x in d.items()} for d in (stored, model.state_dict()))
-    odd = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))
-    if odd:
-        raise BadInput(
-            f"{path}: {odd[0]} is {shapes.get(odd[0])}, config.json wants {wanted.get(odd[0])}"
-            f" (and {len(odd) - 1} more): use files that belong together"
-        )
-    model.load_state_dict(stored)
-    return model.to(device).float().eval().requires_grad_(False)

@@ -257,3 +257,16 @@ def reward_numbers(rewards: list[Reward], device) -> dict:
     parts = [[getattr(r, name) for r in rewards if getattr(r, name) is not None] for name in names]
     sums = reduce_sum(*map(sum, parts), *map(len, parts), device=device)
     return {f"reward_{name}": sums[i] / sums[i + 3] if sums[i + 3] else None for i, name in enumerate(names)}
+
+
+def examples_of(questions, texts, ranking: Ranking, policy_ranks: Tensor, advantages: Tensor) -> list[dict]:
+    """Two prompts of a step as rows of rollouts.jsonl."""
+    return [
+        {
+            "id": q.id, "question": q.question, "answer": q.answer, "candidates": texts[i],
+            "oracle_ok": bool(ranking.ok[i]), "note": ranking.notes[i],
+            "oracle_ranks": ranking.ranks[i].tolist(), "policy_ranks": policy_ranks[i].tolist(),
+            "advantages": [round(a, 6) for a in advantages[i].tolist()],
+        }
+        for i, q in enumerate(questions[:2])
+    ]  # fmt: skip

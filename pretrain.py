@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoints.policies import load_policy, save_bridge
+from checkpoints.policies import load_model, load_policy, save_bridge, save_model
 from clip import Clip, ClipConfig, contrastive_loss, preprocess
 from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips, load_questions
-from model import Bridge, ModelConfig, VideoLM, load_model, save_model
+from model import Bridge, ModelConfig, VideoLM
 from oracles import ranker
 from plumbing.machine import pick_device
 from plumbing.options import BadInput, parse_args, run_script, write_json

@@ -9,21 +9,21 @@ Read `learn` first: it is the paper's algorithm. What a run folder holds: plumbi
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 import lora
-import rollout as rollouts
-from checkpoints.policies import PolicyOptions, load_policy
-from data import DataOptions, Prompts, PromptSet, draw_world, load_sets
+from checkpoints.policies import PolicyOptions, load_policy, save_adapter_of
+from data import Batches, DataOptions, Prompts, PromptSet, draw_world, load_sets
 from eval import evaluate, gains, table
 from grpo_rank import completion_logprobs, group_zscores, policy_loss, rank_advantages, ranks_from_scores
+from lora import Learner
 from model import VideoLM
-from oracle import Ranking, feedback_numbers, reward_numbers, weighed
+from oracle import Ranking, examples_of, feedback_numbers, reward_numbers, weighed
 from oracles.choose import OracleExperiments, OracleOptions, by_reward, choose_oracle, rank_patiently
-from plumbing import report
 from plumbing.machine import (
     MachineOptions,
     describe,
@@ -47,6 +47,15 @@ from plumbing.options import (
     run_script,
 )  # fmt: skip
 from plumbing.run_folder import RunFolder, RunOptions, check_folder, fingerprint, stored_options
+from rollout import (
+    Completions,
+    Sampling,
+    answer,
+    completion_states,
+    micro_batches,
+    reference_states,
+    rows_of,
+)  # fmt: skip
 
 
 @dataclass
@@ -104,70 +113,42 @@ PRESETS = {
 # -------------------------------------------------------------------------------------------------- the loop
 
 
-def learn(cfg: Config, learner: "Learner", oracle, noise, train_set: PromptSet, sampling, run: RunFolder):
-    """Oracle-RLAIF, the paper's algorithm. noise: the generator of the oracle's noise. Raises EndedEarly."""
-    policy, G = learner.policy, cfg.group_size
+def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batches, run: RunFolder):
+    """Oracle-RLAIF, the paper's algorithm. Raises EndedEarly where a run stops before its last step."""
+    sampling, G = sampling_of(cfg, policy, batches.asked.tokenizer), cfg.group_size
     for step in run.steps(cfg.num_steps):
         # 0) P questions; as an epoch begins, the policy as it is now becomes the frozen reference
-        if step % steps_an_epoch(cfg, train_set) == 0:
+        rows, uniforms = batches.of_step(step, G, cfg.max_new_tokens)
+        if step % batches.steps_an_epoch == 0:
             lora.freeze_reference(policy.decoder)
-        rows, uniforms = draws_of_step(cfg, train_set, step, noise)
-        questions = [train_set.questions[i] for i in rows]
 
         # 1) the policy answers each question G times
         with run.clock("sampling"):
-            rollout, texts = rollouts.answer(policy, train_set, rows, G, sampling, uniforms)
+            rollout, texts = answer(policy, batches.asked, rows, G, sampling, uniforms)
 
         # 2) the oracle ranks the answers: it sees questions and texts, never log-probabilities
         with run.clock("oracle"):
+            questions = [batches.asked.questions[i] for i in rows]
             ranking = rank_patiently(oracle, questions, texts, cfg.oracle_patience, run.interrupted)
-        run.stop_if(bool(ranking.dead), ranking.dead and f"the judge is dead ({ranking.dead})")
+        run.stop_if(ranking.dead)
 
         # 3) the ranks become advantages; groups that carry no signal leave the step here
         policy_ranks = ranks_from_scores(rollout.logprobs.sum(dim=1).view(-1, G).cpu().round(decimals=4))
         advantages = advantages_of(cfg, ranking, policy_ranks, oracle, questions, texts)  # (P, G)
-        prompts, live = train_set[rows[ranking.live]], rollout.of_prompts(ranking.live)
+        prompts, live = batches.asked[rows[ranking.live]], rollout.of_prompts(ranking.live)
 
         # 4) clipped updates on the live groups, with KL to the frozen reference and an entropy bonus
         with run.clock("reference"):
             ref_states = reference_states(policy, prompts, live, cfg.micro_batch_prompts)
         with run.clock("update"):
-            numbers = update(cfg, learner, prompts, live, ref_states, advantages[ranking.live], step)
+            batch = dict(prompts=prompts, rollout=live, advantages=advantages[ranking.live])
+            numbers = update(cfg, policy, learner, ref_states=ref_states, step=step, **batch)
 
         # 5) report, save
-        if numbers["bad"]:
-            run.save_bad_batch(batch_tensors(prompts, live, advantages[ranking.live]))
         numbers |= feedback_numbers(questions, texts, ranking, policy_ranks, advantages, rollout)
         if by_reward(cfg):
-            numbers |= reward_numbers(oracle.rewards(questions, sum(texts, [])), policy.decoder.head.device)
-        run.report(numbers, examples_of(questions, texts, ranking, policy_ranks, advantages))
-
-
-def steps_an_epoch(cfg: Config, train_set: PromptSet) -> int:
-    return len(train_set) // prompts_a_step(cfg, train_set)
-
-
-def prompts_a_step(cfg: Config, train_set: PromptSet) -> int:
-    """P, over all processes."""
-    num_processes = process_info()[1]
-    return min(cfg.batch_prompts, len(train_set)) // num_processes * num_processes
-
-
-def draws_of_step(cfg: Config, train_set: PromptSet, step: int, noise) -> tuple[Tensor, Tensor]:
-    """This process's numbers of questions, int64 (P,), and uniforms (P, G, max_new_tokens); seeds `noise`.
-
-    Every epoch has an order of its own. All processes draw the same and take their part, so the number of
-    processes changes nothing. All is seeded by the step: a resume has no state of a generator to restore.
-    """
-    (process, num_processes), P = process_info(), prompts_a_step(cfg, train_set)
-    epoch, place = divmod(step, len(train_set) // P)
-    shuffle = torch.Generator().manual_seed(cfg.seed * 2**20 + epoch)
-    rows = torch.randperm(len(train_set), generator=shuffle)[place * P : (place + 1) * P]
-    draws = torch.Generator().manual_seed(cfg.seed * 2**20 + 2**19 + step)
-    uniforms = torch.rand(P, cfg.group_size, cfg.max_new_tokens, generator=draws)
-    noise.manual_seed((cfg.seed * 2**20 + step) * num_processes + process)
-    mine = slice(process * P // num_processes, (process + 1) * P // num_processes)
-    return rows[mine], uniforms[mine]
+            numbers |= reward_numbers(oracle.rewards(questions, sum(texts, [])), uniforms.device)
+        run.report(numbers, examples_of(questions, texts, ranking, policy_ranks, advantages), batch)
 
 
 def advantages_of(cfg: Config, ranking: Ranking, policy_ranks: Tensor, oracle, questions, texts) -> Tensor:
@@ -181,32 +162,17 @@ def advantages_of(cfg: Config, ranking: Ranking, policy_ranks: Tensor, oracle, q
 # ------------------------------------------------------------------------------------------------ the update
 
 
-def micro_batches(P: int, size: int) -> list[slice]:
-    return [slice(i, i + size) for i in range(0, P, size)] if size else [slice(0, P)][: min(P, 1)]
-
-
-def rows_of(prompts: slice, G: int) -> slice:
-    """The completions of these prompts: prompt p owns rows p * G .. p * G + G - 1."""
-    return slice(prompts.start * G, prompts.stop * G)
-
-
-def reference_states(policy: VideoLM, prompts: Prompts, rollout, size: int) -> list[Tensor]:
-    """The frozen reference's states of the completions, (b * G, T, D) for each micro-batch of `size` prompts.
-    They wait in host memory: in the 7b preset they are 4.7 GB."""
-    G = len(rollout.ended) // max(len(prompts.prompt_ids), 1)
-    with lora.using(policy.decoder, "reference"), lora.folded(policy.decoder):
-        micro = micro_batches(len(prompts.prompt_ids), size)
-        return [rollouts.completion_states(policy, prompts[p], rollout[rows_of(p, G)]).cpu() for p in micro]
-
-
 STATS = ("tokens", "sequences", "loss", "ratio", "surrogate", "clipped", "kl", "entropy")
 
 
-def update(cfg: Config, learner, prompts: Prompts, rollout, ref_states, advantages, step: int) -> dict:
+def update(
+    cfg: Config, policy: VideoLM, learner: Learner, *, prompts: Prompts, rollout: Completions,
+    advantages: Tensor, ref_states: list[Tensor], step: int,
+) -> dict:  # fmt: skip
     """GRPO_rank's clipped updates on one rollout, of which only live groups are left; a process without any
     takes part with a gradient of zero. advantages (P, G). Returns the step's numbers, kl and entropy None if
     no process had a live group; "bad": a loss or gradient was not finite, and nothing was learned."""
-    policy, G, device = learner.policy, cfg.group_size, prompts.prompt_ids.device
+    G, device = cfg.group_size, prompts.prompt_ids.device
     micro, advantages = micro_batches(len(prompts.prompt_ids), cfg.micro_batch_prompts), advantages.to(device)
     mask = rollout.completion_mask
     num_tokens, num_sequences = reduce_sum(mask.sum(), mask.any(dim=1).sum(), device=device)
@@ -215,7 +181,7 @@ def update(cfg: Config, learner, prompts: Prompts, rollout, ref_states, advantag
         for p, ref_hidden in zip(micro, ref_states, strict=True):
             part = rollout[rows_of(p, G)]
             logprobs, entropy, kl = completion_logprobs(
-                rollouts.completion_states(policy, prompts[p], part), head, part.completion_ids,
+                completion_states(policy, prompts[p], part), head, part.completion_ids,
                 part.completion_mask, temperature=part.temperature, banned=part.banned, support=part.support,
                 ref_hidden=ref_hidden.to(device), compile=cfg.compile,
             )  # fmt: skip
@@ -241,58 +207,7 @@ def update(cfg: Config, learner, prompts: Prompts, rollout, ref_states, advantag
     }  # fmt: skip
 
 
-def batch_tensors(prompts: Prompts, rollout, advantages: Tensor) -> dict[str, Tensor]:
-    return (
-        vars(prompts) | {name: getattr(rollout, name) for name in rollouts.GRIDS} | {"advantages": advantages}
-    )
-
-
-def examples_of(questions, texts, ranking: Ranking, policy_ranks: Tensor, advantages: Tensor) -> list[dict]:
-    """Two prompts of a step as rows of rollouts.jsonl."""
-    return [
-        {
-            "id": q.id, "question": q.question, "answer": q.answer, "candidates": texts[i],
-            "oracle_ok": bool(ranking.ok[i]), "note": ranking.notes[i],
-            "oracle_ranks": ranking.ranks[i].tolist(), "policy_ranks": policy_ranks[i].tolist(),
-            "advantages": [round(a, 6) for a in advantages[i].tolist()],
-        }
-        for i, q in enumerate(questions[:2])
-    ]  # fmt: skip
-
-
 # ------------------------------------------------------------------------------------------- start and finish
-
-
-class Learner:
-    """What learns: the policy's adapters and their optimizer. What a resume needs of them."""
-
-    def __init__(self, policy: VideoLM, cfg: Config):
-        generator = torch.Generator().manual_seed(cfg.seed)
-        trainable = lora.add_adapters(policy.decoder, cfg.lora_r, cfg.lora_alpha, generator=generator)
-        self.policy, self.optimizer = policy, torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=0.0)
-        lora.freeze_reference(policy.decoder)
-
-    def moments(self) -> dict[int, dict]:
-        return self.optimizer.state_dict()["state"]
-
-    def tensors(self) -> dict[str, Tensor]:
-        moments = {f"optimizer.{i}.{k}": x for i, part in self.moments().items() for k, x in part.items()}
-        return lora.state(self.policy.decoder) | moments
-
-    def restore(self, tensors: dict[str, Tensor]):
-        lora.restore(self.policy.decoder, tensors)
-        whole, state = self.optimizer.state_dict(), {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, i, key = name.split(".")
-                state.setdefault(int(i), {})[key] = tensor
-        self.optimizer.load_state_dict(whole | {"state": state})
-
-    def save_adapter(self, folder: str):
-        from checkpoints.peft_files import save_adapter
-
-        llava = self.policy.cfg.bridge.startswith("llava")  # PEFT's names for what it would wrap
-        save_adapter(self.policy.decoder, folder, "model.language_model." if llava else "model.")
 
 
 def load_everything(cfg: Config, device: torch.device) -> tuple[VideoLM, PromptSet, PromptSet]:
@@ -318,23 +233,30 @@ def made_from(cfg: Config, *sets: PromptSet) -> dict[str, str]:
     return {"the data": questions, "--policy": fingerprint(cfg.policy, cfg.clip, cfg.adapter)}
 
 
+def sampling_of(cfg: Config, policy: VideoLM, tokenizer) -> Sampling:
+    return Sampling.of(
+        policy, tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
+        prompts_at_once=cfg.sample_prompts,
+    )  # fmt: skip
+
+
 def main() -> int:
     cfg = parse_args(Config, PRESETS, lambda given: stored_options(given, Config))
     check_folder(cfg)
     device, noise = start_processes(cfg.device), torch.Generator()
     oracle = choose_oracle(cfg, noise, device)
     policy, train_set, eval_set = load_everything(cfg, device)
-    cfg.num_steps = cfg.num_steps or cfg.num_epochs * steps_an_epoch(cfg, train_set)
-    learner = Learner(policy, cfg)
-    run = RunFolder(cfg, learner, device, made_from(cfg, train_set, eval_set))
-    sampling = rollouts.Sampling.of(
-        policy, train_set.tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-        top_p=cfg.top_p, prompts_at_once=cfg.sample_prompts,
-    )  # fmt: skip
+    batches = Batches(train_set, cfg.batch_prompts, cfg.seed, noise, process_info())
+    cfg.num_steps = cfg.num_steps or cfg.num_epochs * batches.steps_an_epoch
+    learner = Learner(policy.decoder, cfg.lora_r, cfg.lora_alpha, cfg.seed)
+    run = RunFolder(
+        cfg, learner, partial(save_adapter_of, policy), device, made_from(cfg, train_set, eval_set)
+    )
+    sampling = sampling_of(cfg, policy, train_set.tokenizer)
     if cfg.memory_plan:
         from checkpoints import memory
 
-        memory.rehearse(cfg, learner, train_set, sampling, reference_states, update)
+        memory.rehearse(cfg, policy, learner, batches, sampling, update)
     if "before" not in run.progress:
         before, values = evaluate(policy, eval_set, sampling, samples=cfg.eval_samples, seed=cfg.seed)
         run.progress |= {"before": before, "before_values": values}
@@ -342,11 +264,10 @@ def main() -> int:
     both = {q.video for q in train_set.questions} & {q.video for q in eval_set.questions}
     seen = f"; {len(both)} videos are in both: the tables do not show what is new" if both else ""
     say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out{seen}")
-    learn(cfg, learner, oracle, noise, train_set, sampling, run)
+    learn(cfg, policy, learner, oracle, batches, run)
     after, values = evaluate(policy, eval_set, sampling, samples=cfg.eval_samples, seed=cfg.seed)
     gain = gains(eval_set.questions, run.progress["before_values"], values)
-    if run.writes:
-        report.finish(run, describe(device), after, gain, table(run.progress["before"], after))
+    run.finish(describe(device), after, gain, table(run.progress["before"], after))
     return 0
 
 

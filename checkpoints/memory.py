@@ -6,6 +6,7 @@ run itself will run, forward and backward, and their difference is what each fur
 """
 
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -20,8 +21,8 @@ from clip import ClipConfig
 from data import clips_at_once, longest_text
 from grpo_rank import sampling_logprobs, token_stats
 from model import Decoder, KVCache, ModelConfig, Projector, VideoLM
-from plumbing.machine import pick_dtype, process_info, say
-from rollout import EVALUATED_AT_ONCE, generate_in_parts
+from plumbing.machine import pick_dtype, say
+from rollout import EVALUATED_AT_ONCE, answer, reference_states
 
 CHUNK = 1024  # rows that completion_logprobs takes through the head at once
 
@@ -174,32 +175,36 @@ def print_plan(cfg, device: torch.device, sets):
     say(f"memory plan, before anything is allocated, for {longest} tokens of text:\n{lines}")
 
 
-def rehearse(cfg, learner, train_set, sampling, reference_states, update):
+def rehearse(cfg, policy, learner, batches, sampling, update):
     """Runs one step of the largest possible size (longest prompts, full-length answers) at rate 0, so that
     running out of memory happens now and not after hours. Prints the peaks of sampling and update on a GPU.
+    update: train.update.
     """
-    policy, G, device = learner.policy, cfg.group_size, train_set.video_embeds.device
-    P = min(cfg.batch_prompts, len(train_set)) // process_info()[1]
-    at_once = cfg.sample_prompts or P
-    longest = sorted(range(len(train_set)), key=lambda i: -len(train_set.prompts[i]))
-    prompts = train_set[torch.tensor(longest[: min(P, max(at_once, cfg.micro_batch_prompts or P))])]
-    uniforms = torch.full((len(prompts.prompt_ids), G, cfg.max_new_tokens), 0.5, device=device)
-    before, words = {k: x.clone() for k, x in learner.tensors().items()}, []
-    for name in ("sampling", "update"):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        if name == "sampling":
-            rollout = generate_in_parts(
-                policy, prompts, G, at_once, uniforms, max_new_tokens=cfg.max_new_tokens,
-                end_ids=sampling.end_ids[:0], banned=sampling.banned, temperature=sampling.temperature,
-                top_p=sampling.top_p,
-            )  # fmt: skip
-        else:
-            size = cfg.micro_batch_prompts or P
-            part, answers = prompts[:size], rollout[: size * G]
-            states = reference_states(policy, part, answers, size)
-            update(cfg, learner, part, answers, states, torch.ones(len(part.prompt_ids), G), cfg.num_steps)
-        if device.type == "cuda":
-            words.append(f"{name} {torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB")
+    asked, device = batches.asked, batches.asked.video_embeds.device
+    P = batches.P // batches.num_processes
+    size = cfg.micro_batch_prompts or P
+    longest = sorted(range(len(asked)), key=lambda i: -len(asked.prompts[i]))
+    rows = torch.tensor(longest[: min(P, max(cfg.sample_prompts or P, size))])
+    endless = replace(sampling, end_ids=sampling.end_ids[:0])
+    uniforms = torch.full((len(rows), cfg.group_size, cfg.max_new_tokens), 0.5)
+    before, peaks = {name: x.clone() for name, x in learner.tensors().items()}, {}
+    with peak_bytes(device, peaks, "sampling"):
+        rollout, _ = answer(policy, asked, rows, cfg.group_size, endless, uniforms)
+    with peak_bytes(device, peaks, "update"):
+        part, answers = asked[rows[:size]], rollout[: size * cfg.group_size]
+        states = reference_states(policy, part, answers, size)
+        ones = torch.ones(len(part.prompt_ids), cfg.group_size)
+        batch = dict(prompts=part, rollout=answers, advantages=ones, ref_states=states)
+        update(cfg, policy, learner, step=cfg.num_steps, **batch)  # the rate of the step behind the last is 0
     learner.restore(before)
-    say(f"measured in a rehearsal of the longest step: {', '.join(words) or 'only a GPU counts its peaks'}")
+    words = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in peaks.items())
+    say(f"measured in a rehearsal of the longest step: {words or 'only a GPU counts its peaks'}")
+
+
+@contextmanager
+def peak_bytes(device: torch.device, peaks: dict[str, int], name: str):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield
+    if device.type == "cuda":
+        peaks[name] = torch.cuda.max_memory_allocated(device)

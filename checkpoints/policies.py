@@ -5,12 +5,14 @@ CLIP stands this repository's own Bridge, read from BRIDGE_FILE in the decoder's
 exists, from scratch otherwise. LLaVA brings a projector, and can have a Q-Former in its place.
 """
 
+import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 import lora
 from checkpoints import peft_files
@@ -34,10 +36,14 @@ from checkpoints.huggingface import (
 )
 from clip import ClipConfig
 from data import Tokenizer
-from model import POLICIES, Bridge, ModelConfig, VideoLM, load_model, read_configs, save_model
+from model import Bridge, ModelConfig, VideoLM
 from plumbing.machine import say
 from plumbing.options import BadInput, CountOrNone, Options, write_json, write_whole
 
+POLICIES = (
+    "a policy is what pretrain.py wrote or, in the Hugging Face layout, LLaVA-1.5 (model_type llava) or a"
+    " text decoder with --clip"
+)
 FRAMES = 50  # K of a pretrained policy, as VLM-RLAIF was tuned
 BRIDGE_FILE = "bridge.safetensors"  # a Bridge beside a pretrained decoder's weights
 CLIP_TEXT = (  # what of a CLIP checkpoint is not its image tower, in either layout
@@ -204,6 +210,12 @@ def load_bridge(path: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int) ->
     return bridge
 
 
+def save_adapter_of(policy: VideoLM, folder: str):
+    """Writes the policy's adapter as PEFT does, under the names of the model that PEFT would wrap."""
+    llava = policy.cfg.bridge.startswith("llava")
+    peft_files.save_adapter(policy.decoder, folder, "model.language_model." if llava else "model.")
+
+
 def save_policy(model: VideoLM, folder: str, source: str, tokenizer):
     """Writes a policy, its LoRA merged, in the layout of the folder that it was read from."""
     kind = kind_of(source)
@@ -292,3 +304,55 @@ def save_llava(model: VideoLM, folder: str, placeholder_id: int, dtype=torch.flo
     tensors = {llava_source(name, old=True).name: x for name, x in state.items()} | (projector or {})
     save_tensors(tensors, folder, dtype)
     write_json(os.path.join(folder, "config.json"), hf_llava_config(model, placeholder_id, dtype))
+
+
+# ---- the files that pretrain.py writes
+
+
+def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):
+    """Writes config.json and model.safetensors."""
+    os.makedirs(folder, exist_ok=True)
+    write_json(
+        os.path.join(folder, "config.json"), {"model": asdict(model.cfg), "clip": asdict(model.clip_cfg)}
+    )
+    tensors = {name: x.detach().to("cpu", dtype).contiguous() for name, x in model.state_dict().items()}
+    write_whole(os.path.join(folder, "model.safetensors"), save(tensors))
+
+
+def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipConfig]:
+    """The sizes of a folder that `save_model` wrote. num_frames: K, where it is to be another. BadInput: a
+    file is missing or odd."""
+    config, path = os.path.join(folder, "config.json"), os.path.join(folder, "model.safetensors")
+    for file in (config, path):
+        if not os.path.exists(file):
+            names = os.listdir(folder) if os.path.isdir(folder) else []
+            pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+            why = f"; {pickles[0]} is a pickle, which can run code: convert it" if pickles else ""
+            raise BadInput(f"{file}: no such file{why}; {POLICIES}")
+    try:
+        with open(config) as file:
+            sizes = json.load(file)
+        cfg = ModelConfig(**sizes["model"])
+        return replace(cfg, num_frames=num_frames or cfg.num_frames), ClipConfig(**sizes["clip"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{config}: not what save_model wrote ({error}); {POLICIES}") from error
+
+
+def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
+    """The model of a folder that `save_model` wrote, float32, frozen. BadInput: a file is missing or odd."""
+    path, configs = os.path.join(folder, "model.safetensors"), read_configs(folder, num_frames)
+    try:
+        model, stored = VideoLM(*configs), load_file(path)
+    except (ValueError, SafetensorError) as error:
+        raise BadInput(
+            f"{folder}: not what save_model wrote ({error}); make it anew with pretrain.py"
+        ) from error
+    shapes, wanted = ({k: tuple(x.shape) for k, x in d.items()} for d in (stored, model.state_dict()))
+    odd = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))
+    if odd:
+        raise BadInput(
+            f"{path}: {odd[0]} is {shapes.get(odd[0])}, config.json wants {wanted.get(odd[0])}"
+            f" (and {len(odd) - 1} more): use files that belong together"
+        )
+    model.load_state_dict(stored)
+    return model.to(device).float().eval().requires_grad_(False)

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from checkpoints.policies import load_model
 from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips
-from model import VideoLM, load_model
+from model import VideoLM
 from oracle import Ranking, competition_ranks, group_size_of
 from plumbing.options import BadInput, write_whole
 from videoqa import world

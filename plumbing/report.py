@@ -51,16 +51,16 @@ def oracle_summary(folder: str) -> dict:
     return found
 
 
-def finish(run, device: str, after: dict, gain: dict, table: str):
-    """Writes results.json of a run that has ended; prints its tables, gains and where they lie."""
+def finish(run, device: str, after: dict, gain: dict, table: str) -> dict:
+    """The content of results.json of a run that has ended. Prints its tables and gains."""
     results = {
         "seed": run.options.seed, "steps": run.options.num_steps, "wall_s": round(run.wall_s(), 1),
         "device": device, "bad_steps": run.progress["bad_steps"], "before": run.progress["before"],
         "after": after, "gain": gain, "oracle": oracle_summary(run.out),
     }  # fmt: skip
-    run.write_results(results)
     print("\n" + table)
     for name, g in gain.items():
         low, high = (100 * x for x in g["ci95"])
         print(f"{name}: {100 * g['accuracy']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}")
     print(f"{results['wall_s']} s on {device}; results and adapter in {run.out}")
+    return results

@@ -26,7 +26,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from plumbing import report
 from plumbing.machine import process_info, reduce_sum, say
 from plumbing.options import (
     BadInput,
@@ -126,12 +125,16 @@ def environment() -> dict:
 
 
 class RunFolder:
-    """options: RunOptions and all else that config.json keeps. learner: what learns, an object with
-    `tensors()`, `restore(tensors)` and `save_adapter(folder)`. made_from: fingerprints of all that the run
-    depends on; a resume on something else is refused."""
+    """The folder of a run under way, locked for the life of the process.
 
-    def __init__(self, options, learner, device: torch.device, made_from: dict[str, str]):
-        self.options, self.learner, self.device, self.out = options, learner, device, options.out
+    options: RunOptions, and all else that config.json keeps. learner: what learns, an object with `tensors()`
+    and `restore(tensors)`. save_adapter(folder) writes its adapter for other programs. made_from:
+    fingerprints of all that the run depends on; a resume on something else is refused.
+    """
+
+    def __init__(self, options, learner, save_adapter, device: torch.device, made_from: dict[str, str]):
+        self.options, self.learner, self.save_adapter = options, learner, save_adapter
+        self.device, self.out = device, options.out
         self.writes = process_info()[0] == 0
         self.step, self.progress, self.seconds = 0, {"bad_steps": 0, "bad_in_a_row": 0}, {}
         self.began, self.signals = time.monotonic(), []
@@ -187,6 +190,8 @@ class RunFolder:
     def steps(self, total: int):
         """The numbers of the steps that are left. After each the run is saved where that is due; Ctrl-C,
         SIGTERM and SIGHUP end it early, in all processes after the same step."""
+        from plumbing import report
+
         self.bar = report.Bar(total, self.step, shown=self.writes)
         while self.step < total:
             yield self.step
@@ -207,12 +212,12 @@ class RunFolder:
     def go_on(self) -> str:
         return f"saved at step {self.step}; go on with: python train.py --out {self.out} --resume"
 
-    def stop_if(self, here: bool, line: str):
-        """Saves and ends early if any process asks for it, before the step that is under way has changed
-        anything."""
-        if any(reduce_sum(here, device=self.device)):
+    def stop_if(self, dead: str):
+        """Saves and ends early if the judge is dead in any process: dead says why, "" if it is not. The step
+        that is under way has changed nothing yet."""
+        if any(reduce_sum(bool(dead), device=self.device)):
             self.save()
-            raise EndedEarly(f"{line or 'another process stopped'}; {self.go_on()}")
+            raise EndedEarly(f"the judge is dead ({dead or 'in another process'}); {self.go_on()}")
 
     def catch(self, number, frame):
         self.signals.append(number)
@@ -231,9 +236,9 @@ class RunFolder:
             torch.cuda.synchronize(self.device)
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
-    def report(self, numbers: dict, examples: list[dict]):
+    def report(self, numbers: dict, examples: list[dict], batch: dict):
         """A row of metrics.jsonl, the examples as rows of rollouts.jsonl, the progress line. numbers["bad"]
-        says that a loss or gradient was not finite."""
+        says that a loss or gradient was not finite: then the batch is saved to be looked into."""
         whole = sum(self.seconds.values())
         numbers = numbers | {f"{part}_s": seconds for part, seconds in self.seconds.items()}
         numbers["tokens_per_s"] = numbers["tokens"] / whole
@@ -241,6 +246,8 @@ class RunFolder:
         self.seconds = {}
         self.progress["bad_steps"] += numbers["bad"]
         self.progress["bad_in_a_row"] = numbers["bad"] * (self.progress["bad_in_a_row"] + 1)
+        if numbers["bad"]:
+            self.save_bad_batch(batch)
         if self.writes:
             self.append("metrics.jsonl", [numbers])
             self.append("rollouts.jsonl", examples)
@@ -251,8 +258,10 @@ class RunFolder:
         with open(os.path.join(self.out, name), "a", encoding="utf-8") as file:
             file.write("".join(lines))
 
-    def save_bad_batch(self, tensors: dict[str, torch.Tensor]):
-        """What a skipped step was made of, to look into: bad_batches/step_N_process_M.safetensors."""
+    def save_bad_batch(self, batch: dict):
+        """What a skipped step was made of: all tensors of its records."""
+        named = {k: x for value in batch.values() for k, x in getattr(value, "__dict__", {}).items()} | batch
+        tensors = {k: x for k, x in named.items() if isinstance(x, torch.Tensor)}
         folder = os.path.join(self.out, "bad_batches")
         os.makedirs(folder, exist_ok=True)
         path = os.path.join(folder, f"step_{self.step}_process_{process_info()[0]}.safetensors")
@@ -273,7 +282,7 @@ class RunFolder:
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.learner.tensors().items()}
         content = save(tensors, metadata={"progress": json.dumps(progress)})
         write_whole(checkpoint_path(self.out), content)
-        self.learner.save_adapter(os.path.join(self.out, "adapter"))
+        self.save_adapter(os.path.join(self.out, "adapter"))
 
     def load(self):
         path = checkpoint_path(self.out)
@@ -286,7 +295,12 @@ class RunFolder:
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{path}: {error}; {COPY_AGAIN}") from error
         if self.writes:
-            self.learner.save_adapter(os.path.join(self.out, "adapter"))
+            self.save_adapter(os.path.join(self.out, "adapter"))
 
-    def write_results(self, results: dict):
-        write_json(os.path.join(self.out, "results.json"), results)
+    def finish(self, device: str, after: dict, gain: dict, table: str):
+        """Writes results.json; prints the tables, the gains and where all lies."""
+        if self.writes:
+            from plumbing import report
+
+            results = report.finish(self, device, after, gain, table)
+            write_json(os.path.join(self.out, "results.json"), results)

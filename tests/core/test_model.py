@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from checkpoints.policies import load_model, save_model
 from clip import ClipConfig
-from model import Bridge, Decoder, KVCache, ModelConfig, VideoLM, load_model, pool, save_model
+from model import Bridge, Decoder, KVCache, ModelConfig, VideoLM, pool
 
 CFG = ModelConfig(vocab_size=40, dim=32, num_layers=2, ffn_dim=48, num_queries=16, qformer_layers=1)
 CLIP = ClipConfig(image_size=16, patch_size=8, width=16, num_layers=2, text_layers=1, vocab_size=40)

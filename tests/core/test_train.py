@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 import lora
 import oracle
 import train
+from checkpoints.policies import load_model, save_model
 from data import Prompts
-from model import Decoder, load_model, save_model
+from model import Decoder
 from oracle import Ranking
 from plumbing import run_folder
 from rollout import generate
@@ -160,7 +161,8 @@ def small_step(home):
     cfg = train.Config(
         updates_per_rollout=1, entropy_coef=0.01, max_grad_norm=1e9, lora_r=4, lora_alpha=8.0, num_steps=1
     )
-    learner = train.Learner(load_model(ROOT / "weights"), cfg)
+    policy = load_model(ROOT / "weights")
+    learner = lora.Learner(policy.decoder, cfg.lora_r, cfg.lora_alpha)
     trainable = learner.optimizer.param_groups[0]["params"]
     learner.optimizer = torch.optim.SGD(trainable, lr=1.0)
     for p in trainable:  # B = 0 would hide half of the gradients
@@ -168,23 +170,18 @@ def small_step(home):
     g = torch.Generator().manual_seed(3)
     prompts = Prompts(torch.randint(4, 200, (4, 40), generator=g), torch.ones(4, 40, dtype=torch.bool),
                       torch.randn(4, 32, 128, generator=g))  # fmt: skip
-    rollout = generate(
-        learner.policy,
-        prompts,
-        5,
-        6,
-        end_ids=torch.arange(150, 300),
-        uniforms=torch.rand(4, 5, 6, generator=g),
-    )
-    return cfg, learner, prompts, rollout, torch.randn(4, 5, generator=g)
+    uniforms = torch.rand(4, 5, 6, generator=g)
+    rollout = generate(policy, prompts, 5, 6, end_ids=torch.arange(150, 300), uniforms=uniforms)
+    return cfg, policy, learner, prompts, rollout, torch.randn(4, 5, generator=g)
 
 
-def update(cfg, learner, prompts, rollout, advantages):
+def update(cfg, policy, learner, prompts, rollout, advantages):
     """One update at rate cfg.lr; (its numbers, the change of all adapters)."""
     trainable = learner.optimizer.param_groups[0]["params"]
     start = [p.detach().clone() for p in trainable]
-    states = train.reference_states(learner.policy, prompts, rollout, cfg.micro_batch_prompts)
-    numbers = train.update(cfg, learner, prompts, rollout, states, advantages, step=0)
+    states = train.reference_states(policy, prompts, rollout, cfg.micro_batch_prompts)
+    batch = dict(prompts=prompts, rollout=rollout, advantages=advantages)
+    numbers = train.update(cfg, policy, learner, ref_states=states, step=0, **batch)
     change = torch.cat([(p - s).detach().flatten() for p, s in zip(trainable, start, strict=True)])
     for p, value in zip(trainable, start, strict=True):
         p.data.copy_(value)
@@ -203,17 +200,19 @@ def test_gradient_accumulation_cannot_change_the_update(small_step, norm):
 
 
 def test_the_first_update_has_ratio_one_and_no_kl(small_step):
-    cfg, learner, *batch = small_step
-    lora.freeze_reference(learner.policy.decoder)
-    numbers, _ = update(cfg, learner, *batch)
+    cfg, policy, learner, *batch = small_step
+    lora.freeze_reference(policy.decoder)
+    numbers, _ = update(cfg, policy, learner, *batch)
     assert numbers["ratio"] == pytest.approx(1, abs=1e-5) and numbers["kl"] == pytest.approx(0, abs=1e-6)
     assert numbers["clip_frac"] == 0 and numbers["logprob_gap"] < 1e-4 and numbers["grad_norm"] > 1e-4
 
 
 def test_a_process_without_a_live_group_takes_part_with_a_gradient_of_zero(small_step):
-    cfg, learner, prompts, rollout, advantages = small_step
+    cfg, policy, learner, prompts, rollout, advantages = small_step
     nothing = torch.zeros(4, dtype=torch.bool)
-    numbers, change = update(cfg, learner, prompts[nothing], rollout.of_prompts(nothing), advantages[nothing])
+    numbers, change = update(
+        cfg, policy, learner, prompts[nothing], rollout.of_prompts(nothing), advantages[nothing]
+    )
     assert change.eq(0).all() and numbers["loss"] == 0 and numbers["grad_norm"] == 0
     assert numbers["kl"] is None and numbers["entropy"] is None  # absent, not 0
 

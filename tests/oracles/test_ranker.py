@@ -11,8 +11,8 @@ import torch
 
 import pretrain
 import train
+from checkpoints.policies import load_model
 from data import Tokenizer, load_questions
-from model import load_model
 from oracles import ranker as ranker_room
 from oracles.ranker import (
     Ranker,
