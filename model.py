@@ -356,7 +356,7 @@ class Bridge(nn.Module):
              A patch also carries how it changes from frame to frame: places alone teach motion late.
     patches  all K * N tokens through two linear layers (LLaVA-1.5).
     pooled   K temporal tokens (mean over patches), then N spatial tokens (mean over time), two linear layers
-             (VLM-RLAIF, math.md 5: K = 50, N = 576 -> 626).
+             (VLM-RLAIF: K = 50, N = 576 -> 626).
     Frame-time embeddings are added in all three.
     """
 
