@@ -200,7 +200,7 @@ def feedback_sums(texts: list[str], ranking: Ranking) -> dict[str, float]:
 
 
 def feedback_means(n: dict[str, float]) -> dict:
-    """feedback_sums over all processes -> metrics (README, glossary)."""
+    """feedback_sums over all processes -> metrics (docs/metrics.md)."""
     numbers = {
         "failed_by_cause": {cause: int(n[f"failed_{cause}"]) for cause in CAUSES if n[f"failed_{cause}"]},
         "length_tau": n["length_tau"] / max(n["num_length_tau"], 1),

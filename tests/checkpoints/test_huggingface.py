@@ -305,7 +305,7 @@ def test_llava_gives_transformers_logits_on_two_frames(tmp_path):
         own = ours.decoder.embed_tokens(ids[:, None, S:])
         states = ours.decoder(prompt, torch.ones(1, S, dtype=torch.bool), own)
         features = model.get_image_features(preprocess(frames[0])).pooler_output  # two frames of (N, D)
-        if pooled:  # math.md 5, written out
+        if pooled:  # written out
             x = torch.stack(list(features))
             x = torch.cat([x.mean(dim=1), x.mean(dim=0)])
             embeds = model.get_input_embeddings()(ids)

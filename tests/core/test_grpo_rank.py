@@ -684,7 +684,7 @@ def test_compile_is_asked_for_where_the_tools_are_there(monkeypatch):
     grpo_rank.compiled.cache_clear()
 
 
-# ---- scalar GRPO, math.md 3 ----
+# ---- scalar GRPO ----
 
 
 def test_group_zscores_of_worked_cases():

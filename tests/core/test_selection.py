@@ -24,7 +24,7 @@ def continuous(*values):
     return [Reward(None, v, 1.0) for v in values]
 
 
-def test_the_spread_of_worked_cases():  # math.md 4
+def test_the_spread_of_worked_cases():  # worked by hand
     assert spread(discrete(1, 1, 1, 0, 0, 0, 0, 0)) == {"right": 3, "variance": 0.234375, "iou_std": None}
     ious = spread(continuous(0.1, 0.8, 0.4, 0.6, 0.2, 0.7, 0.5, 0.3))
     assert ious["right"] is None and ious["iou_std"] == pytest.approx(0.229129, abs=1e-6)

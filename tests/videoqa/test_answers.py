@@ -46,7 +46,7 @@ def asked(question, answer):
 
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
-    [  # math.md 4
+    [  # worked by hand
         ((5, 15), (10, 20), 1 / 3),
         ((2, 8), (2, 8), 1),
         ((0, 1), (5, 9), 0),
@@ -302,7 +302,7 @@ def test_the_total_is_the_weighted_sum_of_the_parts_that_the_task_has():
 
 
 def test_iop_of_worked_cases():
-    assert iop((19, 24), (20, 23.5)) == pytest.approx(0.7)  # math.md 4
+    assert iop((19, 24), (20, 23.5)) == pytest.approx(0.7)  # worked by hand
     assert iop((0, 10), (1.2, 5.8)) == pytest.approx(0.46)
     assert [iop(p, (5, 9)) for p in ((7, 7), (20, 20), (20, 25), (9, 5))] == [1, 0, 0, 0]
     assert iop((2, math.inf), (0, 10)) == iop((math.nan, 3), (0, 10)) == 0

@@ -21,7 +21,7 @@ def moment(i, *spans, options=()):
     return Question(str(i), "a.mp4", "When?", options[0] if options else "", "", options, answer_index, spans)
 
 
-def test_grounding_of_the_worked_case():  # math.md 4
+def test_grounding_of_the_worked_case():  # worked by hand
     questions = [moment(i, gold) for i, gold in enumerate([(10, 20), (0, 8), (3, 15), (0, 5)])]
     out = scores.score(questions, ["5 to 15", "from 0 to 10 seconds", "3-9 s", "20 to 30"])
     expected = {"mIoU": near(40.8333), "R@1, IoU=0.3": 75, "R@1, IoU=0.5": 50, "R@1, IoU=0.7": 25}
@@ -33,7 +33,7 @@ def test_thresholds_are_inclusive():
     assert [out[f"R@1, IoU={m}"] for m in (0.3, 0.5, 0.7)] == [75, 50, 25]
 
 
-def test_grounded_answers_of_the_worked_case():  # math.md 4: five questions
+def test_grounded_answers_of_the_worked_case():  # five questions
     gold = [((12.1, 17.1), (20, 23.5), (29.7, 33.2)), ((1.2, 5.8),), ((0, 10),), ((5, 9),), ((5, 9),)]
     questions = [moment(i, *spans, options=("red", "blue")) for i, spans in enumerate(gold)]
     said = ["A, 19 to 24", "A, 0 to 10", "B, 2 to 4", "A, 7 to 7", "A, 20 to 25"]
