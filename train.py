@@ -21,7 +21,7 @@ from data import DataOptions, Prompts, PromptSet, draw_world, load_sets
 from eval import evaluate, gains, table
 from grpo_rank import completion_logprobs, group_zscores, policy_loss, rank_advantages, ranks_from_scores
 from model import VideoLM
-from oracle import Ranking, feedback_numbers, reward_numbers, weighed
+from oracle import Ranking, feedback_numbers, reward_numbers, rewards_of, weighed
 from oracles.choose import OracleExperiments, OracleOptions, by_reward, choose_oracle, rank_patiently
 from plumbing import report
 from plumbing.machine import (
@@ -125,7 +125,7 @@ def learn(cfg: Config, learner: "Learner", oracle, noise, train_set: PromptSet, 
 
         # 3) the ranks become advantages; groups that carry no signal leave the step here
         policy_ranks = ranks_from_scores(rollout.logprobs.sum(dim=1).view(-1, G).cpu().round(decimals=4))
-        advantages = advantages_of(cfg, ranking, policy_ranks, oracle, questions, texts)  # (P, G)
+        advantages = advantages_of(cfg, ranking, policy_ranks)  # (P, G)
         prompts, live = train_set[rows[ranking.live]], rollout.of_prompts(ranking.live)
 
         # 4) clipped updates on the live groups, with KL to the frozen reference and an entropy bonus
@@ -139,7 +139,8 @@ def learn(cfg: Config, learner: "Learner", oracle, noise, train_set: PromptSet, 
             run.save_bad_batch(batch_tensors(prompts, live, advantages[ranking.live]))
         numbers |= feedback_numbers(questions, texts, ranking, policy_ranks, advantages, rollout)
         if by_reward(cfg):
-            numbers |= reward_numbers(oracle.rewards(questions, sum(texts, [])), policy.decoder.head.device)
+            rewards = rewards_of(questions, texts, cfg.overlap, cfg.think)
+            numbers |= reward_numbers(rewards, policy.decoder.head.device)
         run.report(numbers, examples_of(questions, texts, ranking, policy_ranks, advantages))
 
 
@@ -170,10 +171,10 @@ def draws_of_step(cfg: Config, train_set: PromptSet, step: int, noise) -> tuple[
     return rows[mine], uniforms[mine]
 
 
-def advantages_of(cfg: Config, ranking: Ranking, policy_ranks: Tensor, oracle, questions, texts) -> Tensor:
+def advantages_of(cfg: Config, ranking: Ranking, policy_ranks: Tensor) -> Tensor:
     """(P, G) float32 of the chosen objective."""
     if cfg.objective == "grpo":
-        return group_zscores(oracle.totals(questions, [text for group in texts for text in group]))
+        return group_zscores(ranking.scores)
     form, gain = cfg.advantage_form, cfg.gain
     return weighed(rank_advantages(ranking.ranks, policy_ranks, form, gain, ranking.ok), ranking)
 
