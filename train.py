@@ -22,7 +22,7 @@ from eval import evaluate, gains, table
 from grpo_rank import completion_logprobs, group_zscores, policy_loss, rank_advantages, ranks_from_scores
 from lora import Learner
 from model import VideoLM
-from oracle import Ranking, examples_of, feedback_numbers, reward_numbers, weighed
+from oracle import Ranking, examples_of, feedback_numbers, reward_numbers, rewards_of, weighed
 from oracles.choose import OracleExperiments, OracleOptions, by_reward, choose_oracle, rank_patiently
 from plumbing.machine import (
     MachineOptions,
@@ -134,7 +134,7 @@ def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batch
 
         # 3) the ranks become advantages; groups that carry no signal leave the step here
         policy_ranks = ranks_from_scores(rollout.logprobs.sum(dim=1).view(-1, G).cpu().round(decimals=4))
-        advantages = advantages_of(cfg, ranking, policy_ranks, oracle, questions, texts)  # (P, G)
+        advantages = advantages_of(cfg, ranking, policy_ranks)  # (P, G)
         prompts, live = batches.asked[rows[ranking.live]], rollout.of_prompts(ranking.live)
 
         # 4) clipped updates on the live groups, with KL to the frozen reference and an entropy bonus
@@ -147,14 +147,14 @@ def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batch
         # 5) report, save
         numbers |= feedback_numbers(questions, texts, ranking, policy_ranks, advantages, rollout)
         if by_reward(cfg):
-            numbers |= reward_numbers(oracle.rewards(questions, sum(texts, [])), uniforms.device)
+            numbers |= reward_numbers(rewards_of(questions, texts, cfg.overlap, cfg.think), uniforms.device)
         run.report(numbers, examples_of(questions, texts, ranking, policy_ranks, advantages), batch)
 
 
-def advantages_of(cfg: Config, ranking: Ranking, policy_ranks: Tensor, oracle, questions, texts) -> Tensor:
+def advantages_of(cfg: Config, ranking: Ranking, policy_ranks: Tensor) -> Tensor:
     """(P, G) float32 of the chosen objective."""
     if cfg.objective == "grpo":
-        return group_zscores(oracle.totals(questions, [text for group in texts for text in group]))
+        return group_zscores(ranking.scores)
     form, gain = cfg.advantage_form, cfg.gain
     return weighed(rank_advantages(ranking.ranks, policy_ranks, form, gain, ranking.ok), ranking)
 

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from oracle import Ranking, competition_ranks, group_size_of
+from oracle import Ranking, check_groups, competition_ranks, ranks_by_text
 from plumbing.options import BadInput
 from videoqa.answers import Question
 
@@ -119,18 +119,19 @@ class ReplayOracle:
                         f"{path}, line {number}: {type(error).__name__} {error}; {wanted}"
                     ) from error
 
-    def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
-        """texts (P * G), prompt-major -> ranks (P, G). BadInput names a group that the file lacks."""
-        G, ranks = group_size_of(batch, texts), []
-        for p, question in enumerate(batch):
-            group = [text.strip() for text in texts[p * G : (p + 1) * G]]
+    def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
+        """P lists of G texts -> ranks (P, G). Raises BadInput, with the group, if the file lacks one."""
+        check_groups(batch, texts)
+        ranks = []
+        for question, group in zip(batch, texts, strict=True):
+            group = [text.strip() for text in group]
             distinct = sorted(set(group))
             alone = {group[0]: 0} if len(distinct) == 1 else None  # nothing to order
-            places = self.groups.get((question.id, tuple(distinct)), alone)
-            if not places:
+            rank_of = self.groups.get((question.id, tuple(distinct)), alone)
+            if not rank_of:
                 raise BadInput(lacks(self.path, question, distinct))
-            ranks.append(competition_ranks([places[text] for text in group]))
-        return Ranking(torch.tensor(ranks), torch.ones(len(batch), dtype=torch.bool), [""] * len(batch))
+            ranks.append(ranks_by_text(group, rank_of))
+        return Ranking(torch.tensor(ranks))
 
 
 def check_replay(path: str, questions: list[Question]):

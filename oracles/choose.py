@@ -80,8 +80,8 @@ def choose_oracle(cfg, generator: torch.Generator, device: torch.device):
         oracle = TrainedOracle(load_ranker(cfg.ranker, device), cfg.ranker_margin)
     elif cfg.oracle != "rule":
         oracle = FunctionOracle(load_function(cfg.oracle))
-    asks_itself = cfg.oracle in ("llm", "replay")  # a judge makes its permutations itself
-    permutes = cfg.oracle_permutations > 1 and not asks_itself
+    # A judge is always shown a seeded order, so that it cannot favour the place of an answer in the batch
+    permutes = cfg.oracle_permutations > 1 or cfg.oracle in ("llm", "replay")
     if not (cfg.swap_prob or cfg.position_bias or permutes or cfg.anchor or cfg.canary):
         return oracle
     from oracles import combine
@@ -104,9 +104,8 @@ def choose_judge(cfg):
     judge = LLMOracle(
         url=cfg.oracle_url, model=cfg.oracle_model, key=os.environ.get("ORACLE_API_KEY", ""),
         body=cfg.oracle_body, frames=cfg.oracle_frames, gold=cfg.oracle_gold,
-        permutations=cfg.oracle_permutations, agreement=cfg.oracle_agreement,
         concurrency=cfg.oracle_concurrency, timeout=cfg.oracle_timeout, max_calls=cfg.oracle_max_calls,
-        max_tokens=cfg.oracle_max_tokens, cache=cache, seed=cfg.seed, replay=cfg.oracle == "replay",
+        max_tokens=cfg.oracle_max_tokens, cache=cache, replay=cfg.oracle == "replay",
     )  # fmt: skip
     judge.check()
     return judge
@@ -117,7 +116,6 @@ def rank_patiently(oracle, batch, texts, patience: float, interrupted) -> Rankin
 
     What was ranked before the judge died comes from its cache. interrupted(): gives up at once.
     """
-    texts = [text for group in texts for text in group]
     ranking, until, pause = oracle.rank(batch, texts), time.monotonic() + patience, 1.0
     while ranking.dead and not ranking.dead.startswith("budget") and time.monotonic() < until:
         left = until - time.monotonic()

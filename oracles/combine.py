@@ -1,7 +1,8 @@
-"""Oracles around another oracle: noise, several permutations, and a gold answer that is ranked along; and how
-several rankings of the same answers become one.
+"""Oracles around another oracle: noise, several orders of the same answers, duels of two, and the gold answer
+that is ranked too; and how several rankings of the same answers become one.
 """
 
+import itertools
 import json
 import math
 import random
@@ -11,19 +12,17 @@ from dataclasses import replace
 import torch
 
 from grpo_rank import ranks_from_scores
-from oracle import Ranking, competition_ranks, group_size_of
-from videoqa.answers import Question, grade
+from oracle import Ranking, check_groups, competition_ranks, ranks_by_text
+from videoqa.answers import Question, grade, prompt_text
 
 
 class NoisyOracle:
     """Another oracle with the errors of a human or a model judge, for experiments.
 
-    oracle: any object with `rank`.
-    swap_prob: each pair of distinct texts next to each other in the ranking and not tied changes places with
-    this probability, in one pass from the top (so a text may fall several places, but rises by one at most).
-    position_bias: then, with this probability, the text shown first is put on top, alone.
-    Equal texts still tie; failed rankings pass through. Every draw comes from `generator` (CPU), so a resume
-    that restores its state restores the noise.
+    swap_prob: each pair of distinct texts that stand next to each other in the ranking and do not tie changes
+    places with this probability, in one pass from the top. So a text may fall several places, but rises by at
+    most one. position_bias: then, with this probability, the text shown first is put on top, alone.
+    Equal texts still tie, and failed rankings pass through. Every draw comes from `generator` (CPU).
     """
 
     def __init__(
@@ -32,15 +31,14 @@ class NoisyOracle:
         self.oracle, self.generator = oracle, generator
         self.swap_prob, self.position_bias = swap_prob, position_bias
 
-    def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
-        """texts (P * G), prompt-major -> the other oracle's ranking with noise."""
+    def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
+        """P lists of G texts -> the other oracle's ranking with noise."""
         ranking = self.oracle.rank(batch, texts)
-        group_size = group_size_of(batch, texts)
         ranks = ranking.ranks.clone()
         for p in ranking.ok.nonzero().flatten().tolist():
-            group = [text.strip() for text in texts[p * group_size : (p + 1) * group_size]]
-            levels = self._noisy_levels(dict(zip(group, ranking.ranks[p].tolist(), strict=True)), group[0])
-            ranks[p] = ranks_from_scores(torch.tensor([-levels[text] for text in group]))
+            group = [text.strip() for text in texts[p]]
+            level_of = dict(zip(group, ranking.ranks[p].tolist(), strict=True))
+            ranks[p] = torch.tensor(ranks_by_text(group, self._noisy_levels(level_of, group[0])))
         return replace(ranking, ranks=ranks)
 
     def _noisy_levels(self, levels: dict[str, int], shown_first: str) -> dict[str, int]:
@@ -60,61 +58,77 @@ class NoisyOracle:
 
 
 class PermutedOracle:
-    """Another oracle, asked several times a group, each time with the candidates in another seeded order; its
-    rankings become one (`settle`). agreement: off | scale (advantages by Kendall's W) | tie (disputed pairs).
+    """Another oracle, asked about a group in several seeded orders; its rankings become one (`settle`).
+
+    All orders of all groups go to the other oracle in one batch, so that a judge has all its calls in flight
+    at once. An order depends only on seed, question and distinct texts. A group fails if all of its rankings
+    fail; else it keeps the others. agreement, what disagreement does: off | scale (advantages are multiplied
+    by Kendall's W) | tie (disputed pairs tie).
     """
 
     def __init__(self, oracle, permutations: int, agreement: str, seed: int):
         self.oracle, self.permutations, self.agreement, self.seed = oracle, permutations, agreement, seed
 
-    def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
-        """texts (P * G), prompt-major -> ranks (P, G). A group fails where one of its rankings does."""
-        G, orders = group_size_of(batch, texts), []
-        groups = [[text.strip() for text in texts[p * G : (p + 1) * G]] for p in range(len(batch))]
-        for question, group in zip(batch, groups, strict=True):
-            orders.append(shown_orders(G, self.permutations, json.dumps([self.seed, question.id, group])))
-        shown = [
-            [group[i] for group, order in zip(groups, orders, strict=True) for i in order[k]]
-            for k in range(len(orders[0]))
-        ]
-        rankings = [self.oracle.rank(batch, one) for one in shown]
-        ranks, agreement, sums = [], torch.ones(len(batch)), dict.fromkeys(COUNTS, 0)
-        for p in range(len(batch)):
-            said = [ranking.ranks[p].tolist() for ranking in rankings]
-            place, agreement[p], counts = settle(orders[p], said, self.agreement == "tie")
-            sums = {name: value + counts[name] for name, value in sums.items()}
-            ranks.append(place)
-        ok = torch.stack([ranking.ok for ranking in rankings]).all(dim=0)
-        notes = [max(said) for said in zip(*(ranking.notes for ranking in rankings), strict=True)]
-        weights = agreement if self.agreement == "scale" else None
-        return Ranking(torch.tensor(ranks), ok, notes, weights, sums=sums)
+    def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
+        """P lists of G texts -> ranks (P, G)."""
+        check_groups(batch, texts)
+        groups, G = [[text.strip() for text in group] for group in texts], len(texts[0])
+        orders, owners = [], []  # a row an order: the distinct texts as shown, and their group
+        for p, (question, group) in enumerate(zip(batch, groups, strict=True)):
+            distinct = sorted(set(group))
+            seed = json.dumps([self.seed, prompt_text(question), distinct])
+            own = shown_orders(len(distinct), self.permutations, seed)
+            orders += [[distinct[i] for i in order] for order in own]
+            owners += [p] * len(own)
+        filled_up = [order + order[-1:] * (G - len(order)) for order in orders]
+        inner = self.oracle.rank([batch[p] for p in owners], filled_up)
+        ranks, weights = torch.zeros(len(batch), G, dtype=torch.int64), torch.ones(len(batch))
+        ok, notes, sums = torch.zeros(len(batch), dtype=torch.bool), [], dict.fromkeys(COUNTS, 0)
+        for p, group in enumerate(groups):
+            rows = [row for row, owner in enumerate(owners) if owner == p]
+            kept = [
+                dict(zip(orders[row], inner.ranks[row].tolist(), strict=False))
+                for row in rows
+                if inner.ok[row]
+            ]
+            notes.append(max(inner.notes[row] for row in rows))
+            ok[p] = bool(kept)
+            if kept:
+                rank_of, weights[p], counts = settle(kept, self.agreement == "tie")
+                ranks[p] = torch.tensor(ranks_by_text(group, rank_of))
+                counts["lost"] = len(rows) - len(kept)
+                sums = {name: value + counts[name] for name, value in sums.items()}
+        weights = weights if self.agreement == "scale" else None
+        return Ranking(ranks, ok, notes, agreement=weights, dead=inner.dead, sums=inner.sums | sums)
 
 
 class AnchoredOracle:
-    """Another oracle that ranks the reference answer along with the G candidates, unseen by them.
+    """Another oracle that ranks the gold answer along with the G candidates.
 
-    anchor: candidates behind the reference are marked, so that they can earn no positive advantage
-    (`weighed`): ranks know no absolute level, this gives them one. canary: a known-bad answer is ranked along
-    as well; a judge that does not put it behind the reference has made an error, counted while training.
+    anchor: candidates ranked below the gold answer are marked, so that they earn no positive advantage
+    (`weighed`). Ranks know no absolute level, and this gives them one. canary: a known-bad answer is ranked
+    too. A judge that does not put it below the gold answer has made an error, which is counted.
     """
 
     def __init__(self, oracle, anchor: bool, canary: bool):
         self.oracle, self.anchor, self.canary = oracle, anchor, canary
 
-    def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
-        """texts (P * G), prompt-major -> the other oracle's ranks (P, G) of these alone."""
-        G, along = group_size_of(batch, texts), []
+    def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
+        """P lists of G texts -> the other oracle's ranks (P, G) of the G alone."""
+        check_groups(batch, texts)
+        G, longer = len(texts[0]), []
         for p, question in enumerate(batch):
-            along += [*texts[p * G : (p + 1) * G], question.answer]
-            along += [wrong_answer(batch, p)] if self.canary else []
-        ranking = self.oracle.rank(batch, along)
-        own, reference, planted = ranking.ranks[:, :G], ranking.ranks[:, G], ranking.ranks[:, -1]
-        below = own > reference[:, None] if self.anchor else None
+            longer.append([*texts[p], question.answer, *([wrong_answer(batch, p)] if self.canary else [])])
+        ranking = self.oracle.rank(batch, longer)
+        own, gold, planted = ranking.ranks[:, :G], ranking.ranks[:, G], ranking.ranks[:, -1]
+        below = own > gold[:, None] if self.anchor else None
+        scores = ranking.scores[:, :G] if ranking.scores is not None else None
         sums = dict(ranking.sums)
         if self.canary:
-            sums |= {"canaries": int(ranking.ok.sum())}
-            sums |= {"canary_errors": int((planted <= reference)[ranking.ok].sum())}
-        return replace(ranking, ranks=ranks_from_scores(-own), below_anchor=below, sums=sums)
+            errors = (planted <= gold)[ranking.ok].sum()
+            sums |= {"canaries": int(ranking.ok.sum()), "canary_errors": int(errors)}
+        ranks = ranks_from_scores(-own)
+        return replace(ranking, ranks=ranks, scores=scores, below_anchor=below, sums=sums)
 
 
 def wrong_answer(batch: list[Question], p: int) -> str:
@@ -139,22 +153,22 @@ def shown_orders(n: int, k: int, seed: str) -> list[list[int]]:
     return [list(order) for order in orders][:k]
 
 
-COUNTS = ("early", "late", "w", "num_w")  # what `settle` counts, for the metrics
+# What the metrics count of several rankings: pairs in which the text shown first came out better, or worse;
+# Kendall's W and how many groups it is the sum of; failed rankings of groups that others were kept of
+COUNTS = ("early", "late", "w", "num_w", "lost")
 
 
-def settle(orders: list[list[int]], said: list[list[int]], tie: bool) -> tuple[list[int], float, dict]:
-    """Rankings of the same n texts, row k of `said` by place in order k -> one ranking by text, Kendall's W,
-    and counts: pairs where the text shown first came out better (early) or worse (late), W and 1.
-
-    tie: what the rankings disagree on ties.
-    """
-    asked = zip(orders, said, strict=True)
-    votes = [[places[order.index(i)] for i in range(len(order))] for order, places in asked]
-    place, w = consensus(votes), kendall_w(votes)
-    pairs = [(x, y) for places in said for i, y in enumerate(places) for x in places[:i]]
-    early, late = sum(x < y for x, y in pairs), sum(x > y for x, y in pairs)
-    place = tie_disputed(place, votes) if tie else place
-    return place, w, dict(zip(COUNTS, (early, late, w, 1), strict=True))
+def settle(rankings: list[dict[str, int]], tie: bool) -> tuple[dict[str, int], float, dict[str, float]]:
+    """Several rankings of the same texts, each {text: rank} in the order that was shown -> one ranking,
+    Kendall's W, and COUNTS. tie: what the rankings disagree on ties."""
+    texts = list(rankings[0])
+    votes = [[ranking[text] for text in texts] for ranking in rankings]
+    places, w = consensus(votes), kendall_w(votes)
+    pairs = [pair for ranking in rankings for pair in itertools.combinations(ranking.values(), 2)]
+    counts = {"early": sum(x < y for x, y in pairs), "late": sum(x > y for x, y in pairs)}
+    counts |= {"w": w, "num_w": 1} if len(texts) > 1 else {"w": 0, "num_w": 0}
+    places = tie_disputed(places, votes) if tie else places
+    return dict(zip(texts, places, strict=True)), w, counts
 
 
 def consensus(votes: list[list[int]]) -> list[int]:

@@ -21,11 +21,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from grpo_rank import ranks_from_scores
-from oracle import Ranking, competition_ranks, group_size_of
+from oracle import Ranking, check_groups, competition_ranks, ranks_by_text
 from oracles.cache import CACHE_VERSION, Cache, lacks
 from oracles.chat import Chat, Failed
-from oracles.combine import COUNTS, settle, shown_orders
 from plumbing.options import BadInput
 from videoqa.answers import Question, prompt_text
 from videoqa.video import read_frames
@@ -198,11 +196,10 @@ def _distinct_keys(pairs: list) -> dict:
 
 @dataclass
 class LLMOracle:
-    """Ranks by a language model, asked `permutations` times a group; with replay=True from its cache alone.
+    """Ranks by a language model, asked once for each group; with replay=True only from its cache.
 
-    Only the group's distinct texts are shown, in seeded orders that depend on nothing but question and texts;
-    the rankings become one (`oracle.consensus`). agreement, what their disagreement does: scale multiplies
-    the group's advantages by Kendall's W, tie ties what they disagree on. A failed reply fails its group.
+    It is shown the group's distinct texts in the order given (combine.PermutedOracle seeds that order). A
+    failed reply fails its group.
     """
 
     url: str = ""
@@ -211,14 +208,11 @@ class LLMOracle:
     body: str = ""  # JSON merged into every request; null takes a field out
     frames: int = 0  # pictures of the video that the judge is shown
     gold: bool = False  # show the judge the gold answer
-    permutations: int = 1
-    agreement: str = "off"  # off | scale | tie
     concurrency: int = 64  # calls in flight
     timeout: float = 120.0  # seconds for a whole reply
     max_calls: int = 0  # 0: no limit
     max_tokens: int = 0
     cache: str = ""  # sqlite file
-    seed: int = 0
     replay: bool = False
     option: str = "oracle"  # prefix of the options that messages name
 
@@ -271,53 +265,39 @@ class LLMOracle:
         remedy = "start the server or correct the address"
         return f"--{self.option}_url {self.url}: {failed.cause}, {words}; {remedy}"
 
-    def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
-        """texts (P * G), prompt-major -> ranks (P, G). Never waits longer than tries and time-outs allow."""
-        G = group_size_of(batch, texts)
+    def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
+        """P lists of G texts -> ranks (P, G). Never waits longer than tries and time-outs allow."""
+        check_groups(batch, texts)
         before = self._counts()
         if self.chat:  # a circuit that broke is tried again, by one failure at most
             self.chat.in_a_row = min(self.chat.in_a_row, self.chat.patience - 1)
-        groups = []  # (distinct texts, orders, one future an order) a prompt
-        for p, question in enumerate(batch):
-            distinct = sorted({fence(text) for text in texts[p * G : (p + 1) * G]})
-            seed = json.dumps([self.seed, prompt_text(question), distinct])
-            orders = shown_orders(len(distinct), self.permutations, seed) if len(distinct) > 1 else []
-            asked = [self.pool.submit(self._ask, question, [distinct[i] for i in o]) for o in orders]
-            groups.append((distinct, orders, asked))
-        bar = tqdm(desc="judge", total=sum(len(g[1]) for g in groups), leave=False, delay=2, disable=None)
-        ranks, notes = torch.zeros(len(batch), G, dtype=torch.int64), [""] * len(batch)
-        agreement, sums = torch.ones(len(batch)), dict.fromkeys(COUNTS, 0)
-        for p, (distinct, orders, asked) in enumerate(groups):
-            said = []  # ranks by place, a row an order
-            for future in asked:
-                try:
-                    said.append(future.result())
-                except Failed as failed:
-                    notes[p] = f"{failed.cause}: {failed}"
-                except (BadInput, OSError):  # nothing to replay, a full disk: the run ends here
-                    self.pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-                bar.update()
-            if said and not notes[p]:
-                place, agreement[p], counts = settle(orders, said, self.agreement == "tie")
-                sums = {name: value + counts[name] for name, value in sums.items()}
-                place_of = dict(zip(distinct, place, strict=True))
-                own = [-place_of[fence(text)] for text in texts[p * G : (p + 1) * G]]
-                ranks[p] = ranks_from_scores(torch.tensor(own))
-        bar.close()
-        sums |= {name: value - before[name] for name, value in self._counts().items()}
+        groups = [[fence(text) for text in group] for group in texts]
+        shown = [list(dict.fromkeys(group)) for group in groups]
+        asked = {  # group -> its call; all of them are in flight at once
+            p: self.pool.submit(self._ask, batch[p], shown[p]) for p in range(len(batch)) if len(shown[p]) > 1
+        }
+        ranks, notes = torch.zeros(len(batch), len(texts[0]), dtype=torch.int64), [""] * len(batch)
+        for p, future in tqdm(asked.items(), "judge", leave=False, delay=2, disable=None):
+            try:
+                rank_of = dict(zip(shown[p], future.result(), strict=True))
+                ranks[p] = torch.tensor(ranks_by_text(groups[p], rank_of))
+            except Failed as failed:
+                notes[p] = f"{failed.cause}: {failed}"
+            except (BadInput, OSError):  # nothing to replay, a full disk: the run ends here
+                self.pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        sums = {f"judge_{name}": value - before[name] for name, value in self._counts().items()}
         ok = torch.tensor([not note for note in notes])
-        weights = agreement if self.agreement == "scale" else None
-        return Ranking(ranks, ok, notes, weights, dead=self._dead(notes, groups), sums=sums)
+        return Ranking(ranks, ok, notes, dead=self._dead(notes, len(asked)), sums=sums)
 
-    def _dead(self, notes: list[str], groups: list) -> str:
+    def _dead(self, notes: list[str], num_asked: int) -> str:
         """Why no further call has any use: the budget is spent, the circuit is broken at the end, or not one
         of the groups got an answer."""
         spent = [note for note in notes if note.startswith("budget")]
         wire = ("connection", "timeout", "busy", "server", "refused", "bad_reply", "dead")
         unheard = [note for note in notes if note.startswith(wire)]
         broken = self.chat and self.chat.in_a_row >= self.chat.patience
-        silent = broken or len(unheard) == sum(bool(orders) for _, orders, _ in groups)
+        silent = broken or len(unheard) == num_asked
         if spent or unheard and silent:
             return (spent or sorted(unheard, key=lambda note: note.startswith("dead")))[0]
         return ""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from checkpoints.policies import load_model
 from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips
 from model import VideoLM
-from oracle import Ranking, competition_ranks, group_size_of
+from oracle import Ranking, check_groups, competition_ranks
 from plumbing.options import BadInput, write_whole
 from videoqa import world
 from videoqa.answers import Question, grade, prompt_text
@@ -211,7 +211,7 @@ def load_ranker(folder: str, device="cpu") -> Ranker:
 
 
 class TrainedOracle:
-    """Ranks by the trained ranker's scores, all candidates of all groups in one batch.
+    """Ranks by the trained ranker's scores (log-odds), all candidates of all groups in one batch.
 
     margin: log-odds. Answers that score less than this below the best of their level tie with it: what the
     ranker hardly tells apart is no signal (oracle.py). A video is decoded when it is first asked about.
@@ -221,21 +221,22 @@ class TrainedOracle:
         self.ranker, self.margin, self.embeds = ranker, margin, {}
 
     @torch.no_grad()
-    def rank(self, batch: list[Question], texts: list[str]) -> Ranking:
-        """texts (P * G), prompt-major -> ranks (P, G). Never fails; identical texts tie."""
-        G = group_size_of(batch, texts)
+    def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
+        """P lists of G texts -> ranks and scores (P, G). Never fails. Identical texts tie."""
+        check_groups(batch, texts)
         new = sorted({question.shown for question in batch} - self.embeds.keys())
         if new:
             self.embeds |= dict(zip(new, embed_videos(self.ranker.model, new), strict=True))
-        asked = [prompt_text(question) for question in batch]
-        groups = [[text.strip() for text in texts[p * G : (p + 1) * G]] for p in range(len(batch))]
-        rows = [[(question, text) for text in group] for question, group in zip(asked, groups, strict=True)]
-        scores = self.ranker(torch.stack([self.embeds[question.shown] for question in batch]), rows)
-        ranks = []
-        for group, values in zip(groups, scores.tolist(), strict=True):
+        groups = [[text.strip() for text in group] for group in texts]
+        pairs = zip(batch, groups, strict=True)
+        rows = [[(prompt_text(question), text) for text in group] for question, group in pairs]
+        found = self.ranker(torch.stack([self.embeds[question.shown] for question in batch]), rows).tolist()
+        scores = []
+        for group, values in zip(groups, found, strict=True):
             score_of = dict(zip(group, values, strict=True))  # one score a text, so identical ones tie
-            ranks.append(tied_ranks([score_of[text] for text in group], self.margin))
-        return Ranking(torch.tensor(ranks), torch.ones(len(batch), dtype=torch.bool), [""] * len(batch))
+            scores.append([score_of[text] for text in group])
+        ranks = torch.tensor([tied_ranks(group, self.margin) for group in scores])
+        return Ranking(ranks, scores=torch.tensor(scores, dtype=torch.float64))
 
 
 def tied_ranks(scores: list[float], margin: float) -> list[int]:

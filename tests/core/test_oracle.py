@@ -57,7 +57,7 @@ def noisy(oracle, seed=0, **noise):
 
 def test_the_rule_oracle_ranks_by_grade_prompt_major():
     batch = [COLOR, PLACE]
-    ranking = RuleOracle().rank(batch, ["blue", "red", "green", "top", "top left", "bottom left"])
+    ranking = RuleOracle().rank(batch, [["blue", "red", "green"], ["top", "top left", "bottom left"]])
     # PLACE grades: "top" 2 / 3, "top left" 1, "bottom left" 1 / 2
     assert ranking.ranks.tolist() == [[1, 0, 1], [1, 0, 2]]
     assert ranking.ranks.dtype == torch.int64
@@ -67,13 +67,13 @@ def test_the_rule_oracle_ranks_by_grade_prompt_major():
 
 def test_equally_wrong_answers_tie_whatever_their_length_or_place():
     wrong = ["blue", "a very long wrong answer", "", "circle", "red or blue"]
-    assert RuleOracle().rank([COLOR], wrong).ranks.tolist() == [[0] * 5]
+    assert RuleOracle().rank([COLOR], [wrong]).ranks.tolist() == [[0] * 5]
 
 
 def test_spans_with_the_same_iou_on_paper_tie():
     event = Question("0", "a.mp4", "When?", "", spans=((0.0, 1.0),))
     # 0.1, 0.2 and 0.7 to 0.8: IoU 0.1 each, though 0.8 - 0.7 is 0.10000000000000009 in floats
-    ranking = RuleOracle().rank([event], ["0.1 to 0.2", "0.7 to 0.8", "0.3 to 0.4", "2 to 3"])
+    ranking = RuleOracle().rank([event], [["0.1 to 0.2", "0.7 to 0.8", "0.3 to 0.4", "2 to 3"]])
     assert ranking.ranks.tolist() == [[0, 0, 0, 3]]
 
 
@@ -82,7 +82,7 @@ def test_spans_with_the_same_iou_on_paper_tie():
 def test_identical_texts_tie_under_any_noise(group, swap_prob, position_bias, seed):
     noise = {"swap_prob": swap_prob, "position_bias": position_bias, "seed": seed}
     for oracle in (RuleOracle(), noisy(RuleOracle(), **noise)):
-        ranks = oracle.rank([COLOR], group).ranks[0].tolist()
+        ranks = oracle.rank([COLOR], [group]).ranks[0].tolist()
         by_text = {}
         for text, place in zip(group, ranks, strict=True):
             assert by_text.setdefault(text.strip(), place) == place
@@ -93,62 +93,62 @@ def test_identical_texts_tie_under_any_noise(group, swap_prob, position_bias, se
 @given(groups, st.randoms())
 def test_permuting_candidates_permutes_ranks(group, random):
     order = random.sample(range(len(group)), len(group))
-    ranks = RuleOracle().rank([COLOR], group).ranks[0]
-    permuted = RuleOracle().rank([COLOR], [group[i] for i in order]).ranks[0]
+    ranks = RuleOracle().rank([COLOR], [group]).ranks[0]
+    permuted = RuleOracle().rank([COLOR], [[group[i] for i in order]]).ranks[0]
     assert permuted.tolist() == ranks[order].tolist()
 
 
 @unhurried
 @given(groups)
 def test_no_noise_changes_nothing(group):
-    expected = RuleOracle().rank([COLOR, PLACE], group * 2)
-    ranking = noisy(RuleOracle()).rank([COLOR, PLACE], group * 2)
+    expected = RuleOracle().rank([COLOR, PLACE], [group] * 2)
+    ranking = noisy(RuleOracle()).rank([COLOR, PLACE], [group] * 2)
     assert ranking.ranks.tolist() == expected.ranks.tolist()
     assert ranking.ok.tolist() == expected.ok.tolist()
 
 
 def test_certain_swap_of_two_distinct_texts_reverses_them():
-    ranking = noisy(RuleOracle(), swap_prob=1.0).rank([COLOR], ["red", "blue"])
+    ranking = noisy(RuleOracle(), swap_prob=1.0).rank([COLOR], [["red", "blue"]])
     assert ranking.ranks.tolist() == [[1, 0]]
     # the three copies of the right answer go behind the one wrong answer together
-    ranking = noisy(RuleOracle(), swap_prob=1.0).rank([COLOR], ["red", "blue", "red", " red"])
+    ranking = noisy(RuleOracle(), swap_prob=1.0).rank([COLOR], [["red", "blue", "red", " red"]])
     assert ranking.ranks.tolist() == [[1, 0, 1, 1]]
 
 
 def test_tied_texts_never_swap():
-    ranking = noisy(FixedOracle([[0, 0, 0]]), swap_prob=1.0).rank([COLOR], ["a", "b", "c"])
+    ranking = noisy(FixedOracle([[0, 0, 0]]), swap_prob=1.0).rank([COLOR], [["a", "b", "c"]])
     assert ranking.ranks.tolist() == [[0, 0, 0]]
     # a falls into the tie of b and c and no farther; one of those two rises, the other falls behind d
-    ranks = noisy(FixedOracle([[0, 1, 1, 3]]), swap_prob=1.0).rank([COLOR], list("abcd")).ranks[0].tolist()
+    ranks = noisy(FixedOracle([[0, 1, 1, 3]]), swap_prob=1.0).rank([COLOR], [list("abcd")]).ranks[0].tolist()
     assert ranks[0] == ranks[3] == 1 and sorted(ranks[1:3]) == [0, 3]
 
 
 def test_swaps_come_as_often_as_asked():
     oracle = noisy(FixedOracle([[0, 1]] * 4000), swap_prob=0.3)
-    swapped = oracle.rank([COLOR] * 4000, ["a", "b"] * 4000).ranks[:, 0].float().mean().item()
+    swapped = oracle.rank([COLOR] * 4000, [["a", "b"]] * 4000).ranks[:, 0].float().mean().item()
     assert swapped == pytest.approx(0.3, abs=0.03)  # 4 standard errors of sqrt(.3 * .7 / 4000)
 
 
 def test_which_of_two_tied_texts_swaps_does_not_depend_on_their_place():
     oracle = noisy(FixedOracle([[0, 1, 1]] * 4000), swap_prob=1.0)
-    ranks = oracle.rank([COLOR] * 4000, ["a", "b", "c"] * 4000).ranks
+    ranks = oracle.rank([COLOR] * 4000, [["a", "b", "c"]] * 4000).ranks
     assert (ranks[:, 1] == 0).float().mean().item() == pytest.approx(0.5, abs=0.04)
 
 
 def test_position_bias_puts_the_first_text_and_its_copies_on_top():
     oracle = noisy(FixedOracle([[3, 0, 1, 3, 1]]), position_bias=1.0)
-    assert oracle.rank([COLOR], ["a", "b", "c", "a", "d"]).ranks.tolist() == [[0, 2, 3, 0, 3]]
+    assert oracle.rank([COLOR], [["a", "b", "c", "a", "d"]]).ranks.tolist() == [[0, 2, 3, 0, 3]]
 
 
 def test_position_bias_breaks_ties_as_such_a_judge_does():
-    assert noisy(FixedOracle([[0, 0]]), position_bias=1.0).rank([COLOR], ["a", "b"]).ranks.tolist() == [
+    assert noisy(FixedOracle([[0, 0]]), position_bias=1.0).rank([COLOR], [["a", "b"]]).ranks.tolist() == [
         [0, 1]
     ]
 
 
 def test_failed_rankings_pass_through_untouched():
     oracle = noisy(FixedOracle([[1, 0], [1, 0]], ok=[False, True]), swap_prob=1.0)
-    ranking = oracle.rank([COLOR, COLOR], ["a", "b", "a", "b"])
+    ranking = oracle.rank([COLOR, COLOR], [["a", "b"], ["a", "b"]])
     assert ranking.ranks.tolist() == [[1, 0], [0, 1]]
     assert ranking.ok.tolist() == [False, True]
     assert ranking.notes == ["judge down", ""]
@@ -156,19 +156,21 @@ def test_failed_rankings_pass_through_untouched():
 
 def test_restoring_the_generator_restores_the_noise():
     oracle = noisy(RuleOracle(), swap_prob=0.5, position_bias=0.5)
-    group = ["red", "blue", "top", "red circle"] * 8
+    groups = [["red", "blue", "top", "red circle"]] * 8
     state = oracle.generator.get_state()
-    first, second = (oracle.rank([COLOR] * 8, group).ranks.tolist() for _ in range(2))
+    first, second = (oracle.rank([COLOR] * 8, groups).ranks.tolist() for _ in range(2))
     oracle.generator.set_state(state)
-    assert oracle.rank([COLOR] * 8, group).ranks.tolist() == first
+    assert oracle.rank([COLOR] * 8, groups).ranks.tolist() == first
     assert first != second
 
 
-@pytest.mark.parametrize(("num_questions", "num_texts"), [(0, 0), (0, 4), (2, 0), (2, 2), (2, 3), (2, 5)])
-def test_groups_that_are_too_small_or_uneven_are_refused(num_questions, num_texts):
-    for oracle in (RuleOracle(), noisy(RuleOracle())):
+@pytest.mark.parametrize(
+    ("num_questions", "sizes"), [(0, []), (0, [2]), (2, []), (2, [2]), (1, [1]), (2, [2, 3])]
+)
+def test_groups_that_are_too_small_or_uneven_are_refused(num_questions, sizes):
+    for oracle in (RuleOracle(), noisy(RuleOracle()), PermutedOracle(RuleOracle(), 2, "off", 0)):
         with pytest.raises(ValueError, match="G >= 2") as error:
-            oracle.rank([COLOR] * num_questions, ["red"] * num_texts)
+            oracle.rank([COLOR] * num_questions, [["red"] * size for size in sizes])
         assert "\n" not in str(error.value)
 
 
@@ -178,8 +180,9 @@ def test_the_dual_reward_ranks_by_its_sum_or_the_right_answer_first():
     # sums 1, 1 + .1, 1 + .5 + .1, 0, 1.6; (right, overlap, form) puts a bare "red" above blue's span
     for by, ranks in (("sum", [3, 2, 0, 4, 0]), ("lexicographic", [2, 3, 0, 4, 0])):
         oracle = RewardOracle(by, (1.0, 1.0, 0.1))
-        assert oracle.rank([question], texts).ranks.tolist() == [ranks]
-        assert oracle.totals([question], texts).tolist() == [[1.0, 1.1, 1.6, 0.0, 1.6]]
+        ranking = oracle.rank([question], [texts])
+        assert ranking.ranks.tolist() == [ranks]
+        assert ranking.scores.tolist() == [[1.0, 1.1, 1.6, 0.0, 1.6]]
 
 
 # ---- a user's own function
@@ -192,10 +195,15 @@ def test_a_function_in_a_file_outside_the_repository_is_an_oracle(tmp_path, monk
         "    return [sum(len(other) < len(text) for other in texts) for text in texts]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    ranking = FunctionOracle(load_function("my_judge:shortest")).rank(
-        [COLOR], ["bb", "a", "ccc", " a ", "dd"]
-    )
+    oracle = FunctionOracle(load_function("my_judge:shortest"))
+    ranking = oracle.rank([COLOR], [["bb", "a", "ccc", " a ", "dd"]])
     assert ranking.ranks.tolist() == [[2, 0, 4, 0, 2]] and ranking.ok.tolist() == [True]
+
+
+def test_a_function_that_takes_an_item_is_given_the_whole_question():
+    seen = []
+    oracle = FunctionOracle(lambda question, texts, *, item, **_: seen.append(item) or [0, 1])
+    assert oracle.rank([PLACE], [["a", "b"]]).ranks.tolist() == [[0, 1]] and seen == [PLACE]
 
 
 @pytest.mark.parametrize(
@@ -205,10 +213,11 @@ def test_a_function_in_a_file_outside_the_repository_is_an_oracle(tmp_path, monk
 )  # fmt: skip
 def test_what_a_function_gets_wrong_fails_its_group_alone_with_the_cause(returns, words):
     oracle = FunctionOracle(lambda question, texts, **_: returns if "bad" in texts else [0, 1])
-    ranking = oracle.rank([COLOR, PLACE], ["bad", "x", "good", "x"])
+    groups = [["bad", "x"], ["good", "x"]]
+    ranking = oracle.rank([COLOR, PLACE], groups)
     assert ranking.ok.tolist() == [False, True] and ranking.ranks[1].tolist() == [0, 1]
     assert ranking.notes[0].startswith("function: ") and words in ranking.notes[0]
-    numbers = feedback_means(feedback_sums(["bad", "x", "good", "x"], ranking))
+    numbers = feedback_means(feedback_sums(groups, ranking))
     assert numbers["failed_by_cause"] == {"function": 1}
 
 
@@ -223,8 +232,8 @@ def test_a_function_that_is_not_there_is_one_line(spec):
 
 
 def test_behind_the_anchor_no_advantage_is_positive_and_before_it_nothing_changes():
-    batch, group = [COLOR, PLACE], ["blue", "green", "green", "top left", "nowhere", "top"]
-    ranking = AnchoredOracle(FixedOracle([[1, 2, 2, 0], [0, 2, 2, 0]]), True, False).rank(batch, group)
+    batch, groups = [COLOR, PLACE], [["blue", "green", "green"], ["top left", "nowhere", "top"]]
+    ranking = AnchoredOracle(FixedOracle([[1, 2, 2, 0], [0, 2, 2, 0]]), True, False).rank(batch, groups)
     assert ranking.ranks.tolist() == [[0, 1, 1], [0, 1, 1]]
     assert ranking.below_anchor.tolist() == [[True] * 3, [False, True, True]]
     advantages = torch.tensor([[0.6, -0.3, -0.3], [0.6, -0.3, -0.3]])
@@ -234,20 +243,20 @@ def test_behind_the_anchor_no_advantage_is_positive_and_before_it_nothing_change
 
 
 def test_the_anchored_rule_oracle_needs_no_anchor():
-    batch, group = [COLOR, PLACE], ["blue", "red", "green", "top", "top left", "bottom left"]
-    plain = RuleOracle().rank(batch, group)
-    ranking = AnchoredOracle(RuleOracle(), True, True).rank(batch, group)
+    batch, groups = [COLOR, PLACE], [["blue", "red", "green"], ["top", "top left", "bottom left"]]
+    plain = RuleOracle().rank(batch, groups)
+    ranking = AnchoredOracle(RuleOracle(), True, True).rank(batch, groups)
     assert ranking.ranks.tolist() == plain.ranks.tolist()
     assert ranking.below_anchor.tolist() == (plain.ranks > 0).tolist()
-    assert feedback_means(feedback_sums(group, ranking))["canary_error"] == 0
+    assert feedback_means(feedback_sums(groups, ranking))["canary_error"] == 0
 
 
 def test_the_canary_measures_a_judges_error_rate():
     oracle = AnchoredOracle(
         FixedOracle([[0, 1, 3, 2], [0, 1, 2, 3], [0, 1, 2, 2], [3, 2, 0, 1]]), False, True
     )
-    ranking = oracle.rank([COLOR, PLACE, COLOR, PLACE], ["a", "b"] * 4)
-    assert feedback_means(feedback_sums(["a", "b"] * 4, ranking))["canary_error"] == 0.5
+    ranking = oracle.rank([COLOR, PLACE, COLOR, PLACE], [["a", "b"]] * 4)
+    assert feedback_means(feedback_sums([["a", "b"]] * 4, ranking))["canary_error"] == 0.5
     assert ranking.below_anchor is None
 
 
@@ -259,7 +268,7 @@ def test_a_known_bad_answer_is_really_bad():
 
 
 def test_agreement_scales_a_groups_advantages():
-    ranking = Ranking(None, None, [], agreement=torch.tensor([1.0, 0.25]))
+    ranking = Ranking(torch.tensor([[0, 1], [0, 1]]), agreement=torch.tensor([1.0, 0.25]))
     assert weighed(torch.tensor([[0.5, -0.5], [0.5, -0.5]]), ranking).tolist() == [
         [0.5, -0.5],
         [0.125, -0.125],
@@ -333,7 +342,7 @@ def test_kendalls_w_by_hand():
 def test_permutations_take_a_position_bias_out_of_any_oracle_and_measure_it():
     """The bias puts the first of five on top in 3 of 10 cases; pairs that come out wrong, at k = 1 and 5."""
     chance, words = random.Random(0), ["red", "blue", "green", "not red", "circle"]
-    asked = [COLOR] * 200, sum((chance.sample(words, 5) for _ in range(200)), [])
+    asked = [COLOR] * 200, [chance.sample(words, 5) for _ in range(200)]
     truth, wrong = RuleOracle().rank(*asked).ranks, {}
     for k in (1, 5):
         ranking = PermutedOracle(noisy(RuleOracle(), position_bias=0.3), k, "scale", 0).rank(*asked)
@@ -349,23 +358,48 @@ def test_permutations_take_a_position_bias_out_of_any_oracle_and_measure_it():
 
 @unhurried
 @given(groups, st.integers(0, 9), st.sampled_from(["off", "tie"]))
-def test_permuted_rankings_tie_identical_texts_and_fail_where_one_fails(group, seed, agreement):
+def test_permuted_rankings_tie_identical_texts(group, seed, agreement):
     oracle = PermutedOracle(noisy(RuleOracle(), seed, swap_prob=0.5, position_bias=0.3), 3, agreement, seed)
-    ranks = oracle.rank([COLOR], group).ranks[0].tolist()
+    ranks = oracle.rank([COLOR], [group]).ranks[0].tolist()
     by_text = {}
     for text, place in zip(group, ranks, strict=True):
         assert by_text.setdefault(text.strip(), place) == place
     assert ranks == competition_ranks(ranks)
-    down = PermutedOracle(FixedOracle([[0, 0], [0, 1]], [True, False]), 2, "off", 0)
-    failed = down.rank([COLOR, PLACE], ["a", "b"] * 2)
-    assert failed.ok.tolist() == [True, False] and failed.notes == ["", "judge down"]
+
+
+def test_a_group_keeps_the_permutations_that_did_not_fail_and_fails_where_all_do():
+    """Of a > b twice one order fails: the other is kept. Of the second group both fail."""
+    down = PermutedOracle(FixedOracle([[0, 1]] * 4, [True, False, False, False]), 2, "off", 0)
+    ranking = down.rank([COLOR, PLACE], [["a", "b"]] * 2)
+    assert ranking.ok.tolist() == [True, False] and ranking.notes == ["judge down"] * 2
+    assert sorted(ranking.ranks[0].tolist()) == [0, 1]
+    numbers = feedback_means(feedback_sums([["a", "b"]] * 2, ranking))
+    assert numbers["lost_rankings"] == 1 and numbers["position_pairs"] == 1 and numbers["position_bias"] == 1
+
+
+def test_all_orders_of_all_groups_are_asked_in_one_batch_and_only_distinct_texts_are_ordered():
+    batches = []
+
+    class Watching(RuleOracle):
+        def rank(self, batch, texts):
+            batches.append(texts)
+            return super().rank(batch, texts)
+
+    groups = [["red", "blue", " red", "green"], ["top", "top", "top ", "top"]]
+    ranking = PermutedOracle(Watching(), 3, "off", 0).rank([COLOR, PLACE], groups)
+    assert ranking.ranks.tolist() == [[0, 2, 0, 2], [0, 0, 0, 0]]
+    assert len(batches) == 1 and len(batches[0]) == 4  # three orders of three texts, one order of one text
+    assert all(sorted(set(group)) == ["blue", "green", "red"] for group in batches[0][:3])
+    assert len({tuple(group) for group in batches[0][:3]}) == 3  # each text stands first once
+    again = PermutedOracle(Watching(), 3, "off", 0).rank([COLOR, PLACE], [group[::-1] for group in groups])
+    assert batches[1] == batches[0] and again.ranks[0].tolist() == [2, 0, 2, 0]
 
 
 # ---- tripwires
 
 
 def test_tripwires_see_length_openings_and_refusals():
-    said = ["I cannot tell from the video", "it is red", "it is red and very large", "it is red"]
+    said = [["I cannot tell from the video", "it is red"], ["it is red and very large", "it is red"]]
     longer_is_better = Ranking(torch.tensor([[0, 1], [0, 1]]), torch.tensor([True, True]), ["", ""])
     numbers = feedback_means(feedback_sums(said, longer_is_better))
     assert numbers["length_tau"] == 1.0 and numbers["refusals"] == 0.25

@@ -30,6 +30,7 @@ from oracle import competition_ranks
 from oracles import chat, judge
 from oracles.cache import Cache, ReplayOracle
 from oracles.choose import rank_patiently
+from oracles.combine import PermutedOracle, shown_orders
 from oracles.judge import (
     LETTERS,
     LLMOracle,
@@ -147,6 +148,10 @@ def make(server, **options):
     return LLMOracle(url=server.url, model="m", **options)
 
 
+def permuted(server, permutations=1, agreement="off"):
+    return PermutedOracle(make(server), permutations, agreement, 0)
+
+
 # ---- strict reading
 
 
@@ -189,7 +194,7 @@ def test_anything_else_is_a_typed_failure(reply, cause):
 def test_one_repair_quotes_the_fault_then_the_group_fails_and_its_raw_text_is_kept(serve, tmp_path):
     server = serve(lambda body: '["G"]')
     oracle = make(server, cache=str(tmp_path / "c.sqlite"))
-    ranking = oracle.rank([question(0)], ["1 a", "2 b"])
+    ranking = oracle.rank([question(0)], [["1 a", "2 b"]])
     assert ranking.ok.tolist() == [False] and ranking.notes == ["missing: missing letters: H"]
     assert len(server.requests) == 2 and not ranking.dead
     again = server.requests[1]["messages"]
@@ -198,14 +203,14 @@ def test_one_repair_quotes_the_fault_then_the_group_fails_and_its_raw_text_is_ke
     rows = sqlite3.connect(tmp_path / "c.sqlite").execute("SELECT cause, replies FROM failures").fetchall()
     assert rows == [("missing", '["[\\"G\\"]", "[\\"G\\"]"]')]
     server.brain = lambda body: "Sorry, no." if len(body["messages"]) == 2 else perfect(body)
-    ranking = oracle.rank([question(0)], ["1 a", "2 b"])
+    ranking = oracle.rank([question(0)], [["1 a", "2 b"]])
     assert ranking.ranks.tolist() == [[1, 0]] and ranking.ok.tolist() == [True] and oracle.repairs == 2
 
 
 def test_frames_go_as_jpeg_with_their_times_and_the_reference_behind_the_constant_rubric(serve, home):
     server, clip = serve(perfect), home / "world" / "train6" / "clip1000000.mp4"
-    asked = Question("0", str(clip), "what?", "9 reference"), ["1 a", "2 b"]
-    assert make(server, frames=2, gold=True).rank([asked[0]], asked[1]).ranks.tolist() == [[1, 0]]
+    asked = [Question("0", str(clip), "what?", "9 reference")], [["1 a", "2 b"]]
+    assert make(server, frames=2, gold=True).rank(*asked).ranks.tolist() == [[1, 0]]
     system, user = server.requests[0]["messages"]
     assert system == {"role": "system", "content": judge.RUBRIC}
     head, time0, frame0, time1, frame1, tail = user["content"]
@@ -223,7 +228,7 @@ def test_frames_go_as_jpeg_with_their_times_and_the_reference_behind_the_constan
     assert [1.0 <= t < 2.0 for t, _ in judge.video_media(part.shown, 3)] == [True] * 3
     for frames, reference, calls in ((2, True, 2), (2, True, 2), (0, True, 3), (2, False, 4), (1, True, 5)):
         cache = str(home / "frames.sqlite")  # what else was shown is part of its key
-        make(server, frames=frames, gold=reference, cache=cache).rank([asked[0]], asked[1])
+        make(server, frames=frames, gold=reference, cache=cache).rank(*asked)
         assert len(server.requests) == calls
 
 
@@ -290,7 +295,7 @@ def test_two_thousand_groups_at_a_faulty_server_are_all_accounted_for(serve, mon
     groups = [chance.sample([f"{x} text" for x in range(5)], 3) for _ in batch]
     oracle = make(server, timeout=4.0, concurrency=32)
     began = time.perf_counter()
-    ranking = oracle.rank(batch, sum(groups, []))
+    ranking = oracle.rank(batch, groups)
     seconds = time.perf_counter() - began
     over.set()
     wanted = [expected_cause(f"q{i}") for i in range(2000)]
@@ -299,7 +304,7 @@ def test_two_thousand_groups_at_a_faulty_server_are_all_accounted_for(serve, mon
     assert ranking.ok.tolist() == [not cause for cause in wanted] and not ranking.dead
     for p in ranking.ok.nonzero().flatten().tolist():
         assert ranking.ranks[p].tolist() == true_ranks(groups[p])
-    assert ranking.sums["calls"] == len(server.requests) == sum(seen.values())
+    assert ranking.sums["judge_calls"] == len(server.requests) == sum(seen.values())
     assert len(set(wanted)) >= 10  # nearly every cause did end a group
     assert seconds < 4.0 * 8 + 60  # no hang: not more than the tries of one unlucky group, and the work
     print(f"2000 groups, {len(server.requests)} requests, {Counter(got)} in {seconds:.1f} s")
@@ -309,7 +314,7 @@ def test_the_circuit_breaks_and_a_dead_judge_is_said_to_be_dead(serve, monkeypat
     monkeypatch.setattr(chat, "FIRST_WAIT", 0.001)
     server = serve(lambda body: (503, {}, '{"error": {"message": "Loading model"}}', 0))
     oracle = make(server, concurrency=4)
-    batch, texts = [question(i) for i in range(50)], ["1 a", "2 b"] * 50
+    batch, texts = [question(i) for i in range(50)], [["1 a", "2 b"]] * 50
     ranking = oracle.rank(batch, texts)
     assert not ranking.ok.any() and "HTTP 503: Loading model" in ranking.dead
     assert 8 <= len(server.requests) <= 12  # 2 * concurrency in a row, and those in flight
@@ -321,31 +326,35 @@ def test_the_circuit_breaks_and_a_dead_judge_is_said_to_be_dead(serve, monkeypat
 def test_a_dead_judge_is_waited_for_with_a_line_and_no_longer_than_patience(serve, monkeypatch, capsys):
     monkeypatch.setattr(chat, "FIRST_WAIT", 0.001)
     server = serve(lambda body: (500, {}, "down", 0))
-    oracle, asked = make(server, concurrency=1), ([question(0)], ["1 a", "2 b"])
+    oracle, asked = make(server, concurrency=1), ([question(0)], [["1 a", "2 b"]])
     assert rank_patiently(oracle, *asked, 0.3, lambda: False).dead
     assert "waiting 0 s at most (--oracle_patience)" in capsys.readouterr().out
     threading.Timer(0.5, setattr, (server, "brain", perfect)).start()
     assert rank_patiently(oracle, *asked, 60.0, lambda: False).ranks.tolist() == [[1, 0]]
     server.brain = lambda body: (500, {}, "down", 0)
     began = time.perf_counter()
-    assert rank_patiently(oracle, [question(1)], ["1 a", "2 b"], 60.0, lambda: True).dead
+    assert rank_patiently(oracle, [question(1)], [["1 a", "2 b"]], 60.0, lambda: True).dead
     assert time.perf_counter() - began < 10
 
 
 def test_a_budget_ends_the_asking(serve):
-    ranking = make(serve(perfect), max_calls=3).rank([question(i) for i in range(9)], ["1 a", "2 b"] * 9)
-    assert ranking.ok.sum() == 3 and ranking.sums["calls"] == 3 and ranking.dead.startswith("budget: 3 calls")
-    ranking = make(serve(perfect), max_tokens=25, concurrency=1).rank(
-        [question(i) for i in range(9)], ["1 a", "2 b"] * 9
+    ranking = make(serve(perfect), max_calls=3).rank([question(i) for i in range(9)], [["1 a", "2 b"]] * 9)
+    assert (
+        ranking.ok.sum() == 3
+        and ranking.sums["judge_calls"] == 3
+        and ranking.dead.startswith("budget: 3 calls")
     )
-    assert ranking.ok.sum() == 3 and ranking.sums["tokens"] == 30  # 10 a reply, as the server says
+    ranking = make(serve(perfect), max_tokens=25, concurrency=1).rank(
+        [question(i) for i in range(9)], [["1 a", "2 b"]] * 9
+    )
+    assert ranking.ok.sum() == 3 and ranking.sums["judge_tokens"] == 30  # 10 a reply, as the server says
 
 
 def test_retry_after_is_honoured(serve, monkeypatch):
     waits, first = [], [True]
     monkeypatch.setattr(chat.time, "sleep", waits.append)
     server = serve(lambda b: (429, {"Retry-After": "7"}, "", 0) if first and first.pop() else perfect(b))
-    assert make(server).rank([question(0)], ["1 a", "2 b"]).ok.all()
+    assert make(server).rank([question(0)], [["1 a", "2 b"]]).ok.all()
     assert len(waits) == 1 and 7 <= waits[0] <= 7 * 1.5
     assert chat._retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0 and chat._retry_after("soon") is None
 
@@ -360,7 +369,7 @@ def test_two_hundred_groups_take_little_longer_than_the_server_and_no_call_again
 
     server, chance = serve(brain), random.Random(1)
     batch = [question(i) for i in range(200)]
-    texts = sum((chance.sample([f"{x} text" for x in range(9)], 5) for _ in batch), [])
+    texts = [chance.sample([f"{x} text" for x in range(9)], 5) for _ in batch]
     began = time.perf_counter()
     first = make(server, concurrency=32, cache=str(tmp_path / "c.sqlite")).rank(batch, texts)
     seconds = time.perf_counter() - began
@@ -373,14 +382,14 @@ def test_two_hundred_groups_take_little_longer_than_the_server_and_no_call_again
     again.check()
     assert len(server.requests) == 201  # the check alone, and it is remembered
     second = again.rank(batch, texts)
-    assert len(server.requests) == 201 and second.sums["cache_hits"] == 200
+    assert len(server.requests) == 201 and second.sums["judge_cache_hits"] == 200
     assert torch.equal(first.ranks, second.ranks)
     make(server, cache=str(tmp_path / "c.sqlite")).check()
     assert len(server.requests) == 201
     replayed = LLMOracle(cache=str(tmp_path / "c.sqlite"), replay=True).rank(batch, texts)
     assert torch.equal(first.ranks, replayed.ranks) and len(server.requests) == 201
     with pytest.raises(BadInput, match=r"c\.sqlite: lacks the group of question 7 with answers .*99 new"):
-        LLMOracle(cache=str(tmp_path / "c.sqlite"), replay=True).rank([question(7)], ["1 a", "99 new"])
+        LLMOracle(cache=str(tmp_path / "c.sqlite"), replay=True).rank([question(7)], [["1 a", "99 new"]])
 
 
 def write_without_end(path, me, pipe):
@@ -417,7 +426,7 @@ def test_a_full_disk_ends_the_asking_at_once(serve, tmp_path, monkeypatch):
     server = serve(perfect)
     oracle = make(server, concurrency=1, cache=str(tmp_path / "c.sqlite"))
     with pytest.raises(OSError, match="no space left"):
-        oracle.rank([question(i) for i in range(99)], ["1 a", "2 b"] * 99)
+        oracle.rank([question(i) for i in range(99)], [["1 a", "2 b"]] * 99)
     asked = len(server.requests)
     time.sleep(0.2)
     assert len(server.requests) <= asked + 1 < 99
@@ -427,10 +436,10 @@ def test_replay_from_jsonl_needs_no_judge_and_names_what_it_lacks(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text('{"id": "0", "candidates": ["a", "b", "a"], "oracle_ranks": [1, 0, 1]}\n')
     oracle = ReplayOracle(str(path))
-    assert oracle.rank([question(0)], ["b ", "b", "a"]).ranks.tolist() == [[0, 0, 2]]
-    assert oracle.rank([question(1)], ["c", "c", "c"]).ranks.tolist() == [[0, 0, 0]]  # nothing to order
+    assert oracle.rank([question(0)], [["b ", "b", "a"]]).ranks.tolist() == [[0, 0, 2]]
+    assert oracle.rank([question(1)], [["c", "c", "c"]]).ranks.tolist() == [[0, 0, 0]]  # nothing to order
     with pytest.raises(BadInput, match=r"r\.jsonl: lacks the group of question 0 with answers a \| c"):
-        oracle.rank([question(0)], ["a", "c", "c"])
+        oracle.rank([question(0)], [["a", "c", "c"]])
     for bad in ("[1", '{"id": "0"}', '{"id": "0", "candidates": ["a", "b"], "oracle_ranks": [1, 2]}'):
         path.write_text('{"id": "0", "candidates": ["a", "b"], "oracle_ranks": [1, 0]}\n' + bad + "\n")
         with pytest.raises(BadInput, match=r"r\.jsonl, line 2: "):
@@ -442,16 +451,16 @@ def test_replay_from_jsonl_needs_no_judge_and_names_what_it_lacks(tmp_path):
 
 def test_identical_texts_are_shown_once_and_tie_and_a_group_of_one_text_is_not_asked(serve):
     server = serve(perfect)
-    ranking = make(server).rank([question(0), question(1)], ["2 a", "1 b", " 2 a ", "3 c", "3 c", "3 c"])
+    ranking = make(server).rank([question(0), question(1)], [["2 a", "1 b", " 2 a "], ["3 c", "3 c", "3 c"]])
     assert ranking.ranks.tolist() == [[0, 2, 0], [0, 0, 0]] and ranking.ok.all()
     assert len(server.requests) == 1 and sorted(texts_shown(server.requests[0]["messages"])) == ["1 b", "2 a"]
 
 
 def test_orders_put_every_text_in_every_place_once_and_are_seeded():
-    orders = judge.shown_orders(5, 5, "x")
+    orders = shown_orders(5, 5, "x")
     assert all(sorted(column) == list(range(5)) for column in zip(*orders, strict=True))
-    assert orders == judge.shown_orders(5, 5, "x") != judge.shown_orders(5, 5, "y")
-    assert len(judge.shown_orders(2, 5, "x")) == 2 and len({*map(tuple, judge.shown_orders(3, 6, "x"))}) == 6
+    assert orders == shown_orders(5, 5, "x") != shown_orders(5, 5, "y")
+    assert len(shown_orders(2, 5, "x")) == 2 and len({*map(tuple, shown_orders(3, 6, "x"))}) == 6
 
 
 def biased(bias, seed=0):
@@ -473,7 +482,7 @@ def test_five_permutations_take_eighty_percent_of_a_position_bias_out_of_the_ran
     groups = [[f"{chance.randint(0, 3)} text {j}" for j in range(5)] for _ in batch]  # with ties in truth
     wrong = {}
     for k in (1, 5):
-        ranking = make(server, permutations=k).rank(batch, sum(groups, []))
+        ranking = permuted(server, k).rank(batch, groups)
         found, truth = ranking.ranks, torch.tensor([true_ranks(group) for group in groups])
         sign = [(r[:, :, None] - r[:, None, :]).sign() for r in (found, truth)]
         wrong[k] = (sign[0] - sign[1]).abs().sum().item()  # pairs that the bias put another way
@@ -481,7 +490,7 @@ def test_five_permutations_take_eighty_percent_of_a_position_bias_out_of_the_ran
         assert (early - late) / (early + late) > 0.05  # and the statistic sees the judge's bias at any k
     print(f"position bias 0.3: pair errors {wrong[1]} at k = 1, {wrong[5]} at k = 5")
     assert wrong[1] > 0 and wrong[5] <= 0.2 * wrong[1]
-    ranking = make(serve(biased(0.0)), permutations=5).rank(batch, sum(groups, []))
+    ranking = permuted(serve(biased(0.0)), 5).rank(batch, groups)
     early, late = ranking.sums["early"], ranking.sums["late"]
     assert early == pytest.approx(late, rel=0.1) and ranking.sums["w"] == pytest.approx(ranking.sums["num_w"])
 
@@ -489,10 +498,10 @@ def test_five_permutations_take_eighty_percent_of_a_position_bias_out_of_the_ran
 def test_disagreement_scales_or_ties(serve):
     first_on_top = lambda body: good_order([0] + [1] * (len(texts_shown(body["messages"])) - 1))  # noqa: E731
     server = serve(first_on_top)
-    texts = ["1 a", "2 b", "3 c"]
-    scaled = make(server, permutations=3, agreement="scale").rank([question(0)], texts)
+    texts = [["1 a", "2 b", "3 c"]]
+    scaled = permuted(server, 3, "scale").rank([question(0)], texts)
     assert scaled.agreement.tolist() == [0.0]  # each on top once: no agreement at all
-    tied = make(server, permutations=2, agreement="tie").rank([question(0)], texts)
+    tied = permuted(server, 2, "tie").rank([question(0)], texts)
     assert tied.ranks.tolist() == [[0, 0, 0]] and tied.agreement is None
 
 
@@ -543,10 +552,10 @@ def test_no_text_leaves_its_fence_forges_a_letter_or_hides_anything(text):
 def test_injected_texts_are_ranked_by_what_they_are_not_by_what_they_say(serve):
     """To the end of the wire: a judge that reads JSON strings puts them all behind the right answer."""
     assert len(INJECTIONS) >= 40
-    texts = sum((["99 right", text, "1 wrong"] for text in INJECTIONS), [])
+    texts = [["99 right", text, "1 wrong"] for text in INJECTIONS]
     ranking = make(serve(perfect)).rank([question(i) for i in range(len(INJECTIONS))], texts)
     assert ranking.ok.all() and (ranking.ranks[:, 0] == 0).all() and (ranking.ranks[:, 1:] > 0).all()
-    assert ranking.sums["repairs"] == 0
+    assert ranking.sums["judge_repairs"] == 0
 
 
 # ---- bad input, the key
@@ -586,7 +595,7 @@ def test_the_key_is_sent_and_never_shown_or_stored(serve, tmp_path):
     server = serve(lambda body: (401, {}, '{"error": {"message": "bad key sk-secret"}}', 0))
     oracle = make(server, key="sk-secret", cache=str(tmp_path / "c.sqlite"))
     assert oracle.chat.headers["Authorization"] == "Bearer sk-secret" and "sk-secret" not in repr(oracle)
-    ranking = oracle.rank([question(0)], ["1 a", "2 b"])
+    ranking = oracle.rank([question(0)], [["1 a", "2 b"]])
     assert "***" in ranking.notes[0] and "sk-secret" not in ranking.notes[0]
     oracle.rankings.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     assert not any(b"sk-secret" in path.read_bytes() for path in tmp_path.iterdir())

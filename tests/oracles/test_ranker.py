@@ -154,13 +154,13 @@ def test_a_group_is_ranked_in_one_pass_identical_texts_tie_and_a_video_is_read_o
     scorer.__class__ = Counting
     monkeypatch.setattr(ranker_room, "embed_videos", lambda m, shown: read.extend(shown) or real(m, shown))
     oracle, batch = TrainedOracle(scorer, 0.0), [questions[0], questions[1], questions[-1]]
-    ranking = oracle.rank(batch, ["red", "blue", " red "] * 3)
-    again = oracle.rank(batch, ["blue", "red", "red"] * 3)
+    ranking = oracle.rank(batch, [["red", "blue", " red "]] * 3)
+    again = oracle.rank(batch, [["blue", "red", "red"]] * 3)
     assert passes == [9, 9] and read == sorted({question.shown for question in batch})
     assert ranking.ok.all() and ranking.ranks.dtype == torch.int64 and ranking.ranks.shape == (3, 3)
     assert torch.equal(ranking.ranks[:, 0], ranking.ranks[:, 2]) and (ranking.ranks.amin(dim=1) == 0).all()
     assert torch.equal(again.ranks[:, 0], ranking.ranks[:, 1])  # by text, not by place
-    assert (TrainedOracle(scorer, 1e9).rank(batch, list("abc") * 3).ranks == 0).all()
+    assert (TrainedOracle(scorer, 1e9).rank(batch, [list("abc")] * 3).ranks == 0).all()
 
 
 # ---- a training, and a run with what it made
