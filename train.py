@@ -22,8 +22,9 @@ from eval import evaluate, gains, table
 from grpo_rank import completion_logprobs, group_zscores, policy_loss, rank_advantages, ranks_from_scores
 from lora import Learner
 from model import VideoLM
-from oracle import Ranking, examples_of, feedback_numbers, reward_numbers, rewards_of, weighed
+from oracle import Ranking, rewards_of, weighed
 from oracles.choose import OracleExperiments, OracleOptions, by_reward, choose_oracle, rank_patiently
+from oracles.feedback import examples_of, feedback_numbers, reward_numbers
 from plumbing.machine import (
     MachineOptions,
     describe,

@@ -12,8 +12,6 @@ from oracle import (
     RewardOracle,
     RuleOracle,
     competition_ranks,
-    feedback_means,
-    feedback_sums,
     load_function,
     weighed,
 )
@@ -27,6 +25,7 @@ from oracles.combine import (
     kendall_w,
     tie_disputed,
 )
+from oracles.feedback import feedback_means, feedback_sums
 from plumbing.options import BadInput
 from videoqa.answers import Question
 

@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lora
-import oracle
 import train
 from checkpoints.policies import load_model, save_model
 from data import Prompts
 from model import Decoder
 from oracle import Ranking
+from oracles import feedback
 from plumbing import run_folder
 from rollout import generate
 from videoqa import world
@@ -275,7 +275,7 @@ def test_no_step_on_another_device_mixes_it_with_the_cpu(home, monkeypatch, opti
     monkeypatch.setattr(train, "start_processes", lambda wanted: torch.device("meta"))
     monkeypatch.setattr(train, "describe", str)
     monkeypatch.setattr(run_folder.RunFolder, "save", lambda self: None)
-    for room in (train, oracle, run_folder):
+    for room in (train, feedback, run_folder):
         monkeypatch.setattr(room, "reduce_sum", lambda *values, device: [*map(float, values)])
     monkeypatch.setattr(Decoder, "autocast", lambda self: nullcontext())  # there is none for meta
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
