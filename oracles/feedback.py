@@ -1,4 +1,4 @@
-"""What a step's feedback says: the numbers of metrics.jsonl (docs/metrics.md) and the rows of rollouts.jsonl."""
+"""What a step's feedback says: numbers of metrics.jsonl (docs/metrics.md) and rows of rollouts.jsonl."""
 
 import re
 from collections import Counter

@@ -239,6 +239,11 @@ def read_jsonl(path: str, wants: str) -> Iterator[tuple[str, dict]]:
             yield where, row
 
 
+def temporary_name(path: str) -> str:
+    """A name beside path that no other process takes, and that tells whose it is."""
+    return f"{path}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+
+
 def write_whole(path: str, content: bytes) -> None:
     """Writes the file under a name of its own and renames it: whole or not at all, also when two processes
     write it, when the disk is full and when the machine stops. A file that holds this already is left as it
@@ -247,7 +252,7 @@ def write_whole(path: str, content: bytes) -> None:
         with open(path, "rb") as file:
             if file.read() == content:
                 return
-    temporary = f"{path}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    temporary = temporary_name(path)
     try:
         with open(temporary, "xb") as file:
             file.write(content)

@@ -35,6 +35,7 @@ from plumbing.options import (
     parse_json,
     read_json,
     remove_leftovers,
+    temporary_name,
     write_json,
     write_whole,
 )  # fmt: skip
@@ -141,20 +142,28 @@ class RunFolder:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self.catch)
         if self.writes:
-            os.makedirs(self.out, exist_ok=True)
-            self.lock()
-            remove_leftovers(self.out)
-        resumed = options.resume and os.path.exists(checkpoint_path(self.out))
+            self.open(made_from)
         if options.resume:
             self.compare(made_from)
-        if resumed:
+        if options.resume and os.path.exists(checkpoint_path(self.out)):
             self.load()
-        if self.writes and not options.resume:
-            made = environment() | {"from": made_from}
-            write_json(os.path.join(self.out, "config.json"), asdict(options) | {"made": made})
         if self.writes:
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 self.cut_back(os.path.join(self.out, name))
+
+    def open(self, made_from: dict[str, str]):
+        """A new folder appears in one rename with its config.json inside, so that whatever is killed later can
+        be resumed."""
+        config = asdict(self.options) | {"made": environment() | {"from": made_from}}
+        if not os.path.exists(self.out):
+            beside = temporary_name(self.out)
+            os.makedirs(beside)
+            write_json(os.path.join(beside, "config.json"), config)
+            os.rename(beside, self.out)
+        self.lock()
+        remove_leftovers(self.out)
+        if not self.options.resume:
+            write_json(os.path.join(self.out, "config.json"), config)
 
     def lock(self):
         """Held for the life of the process, so that no second one writes into the folder."""
