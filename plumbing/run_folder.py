@@ -1,6 +1,7 @@
 """A run folder and the life of a run: its steps, clock, reports and checkpoints, and how it ends early.
 
     config.json             the options, what `auto` became, and what the run was made with and from
+    sessions.jsonl          when and with which command it was started and resumed
     metrics.jsonl           a row a step; rollouts.jsonl: two prompts of each step with their candidates
     checkpoint.safetensors  all that --resume needs, replaced in one rename
     adapter/                the adapter in PEFT's files, rewritten from the checkpoint by a resume
@@ -109,7 +110,7 @@ def fingerprint(*paths: str) -> str:
 
 
 def environment() -> dict:
-    """What a run was made with: versions, commit, command, machine."""
+    """What numbers depend on beside the options: versions, commit, kind of processor, threads, processes."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
     def git(*words):
@@ -119,9 +120,8 @@ def environment() -> dict:
     return {
         "python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
         "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno")),
-        "command": " ".join(sys.argv), "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(), "processes": process_info()[1],
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+        "processes": process_info()[1],
     }  # fmt: skip
 
 
@@ -152,8 +152,8 @@ class RunFolder:
                 self.cut_back(os.path.join(self.out, name))
 
     def open(self, made_from: dict[str, str]):
-        """A new folder appears in one rename with its config.json inside, so that whatever is killed later can
-        be resumed."""
+        """A new folder appears in one rename with its config.json inside, so that a run that is killed at any
+        later moment can be resumed."""
         config = asdict(self.options) | {"made": environment() | {"from": made_from}}
         if not os.path.exists(self.out):
             beside = temporary_name(self.out)
@@ -164,6 +164,7 @@ class RunFolder:
         remove_leftovers(self.out)
         if not self.options.resume:
             write_json(os.path.join(self.out, "config.json"), config)
+        self.append("sessions.jsonl", [{"started": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv}])
 
     def lock(self):
         """Held for the life of the process, so that no second one writes into the folder."""
