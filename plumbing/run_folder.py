@@ -1,7 +1,7 @@
 """A run folder and the life of a run: its steps, clock, reports and checkpoints, and how it ends early.
 
     config.json             the options, what `auto` became, and what the run was made with and from
-    sessions.jsonl          when and with which command it was started and resumed
+    sessions.log            when and with which command it was started and resumed
     metrics.jsonl           a row a step; rollouts.jsonl: two prompts of each step with their candidates
     checkpoint.safetensors  all that --resume needs, replaced in one rename
     adapter/                the adapter in PEFT's files, rewritten from the checkpoint by a resume
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -164,7 +165,8 @@ class RunFolder:
         remove_leftovers(self.out)
         if not self.options.resume:
             write_json(os.path.join(self.out, "config.json"), config)
-        self.append("sessions.jsonl", [{"started": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv}])
+        with open(os.path.join(self.out, "sessions.log"), "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(sys.argv)}\n")
 
     def lock(self):
         """Held for the life of the process, so that no second one writes into the folder."""
