@@ -29,6 +29,7 @@ def feedback_numbers(questions, texts, ranking: Ranking, policy_ranks, advantage
         "oracle_best_accuracy": n["best_right"] / n["groups"],
         "ndcg": n["ndcg"] / max(n["num_ndcg"], 1),
         "kendall_tau": n["tau"] / max(n["num_tau"], 1),
+        "groups": int(n["groups"]),
         "advantage_rms": (n["squares"] / n["texts"]) ** 0.5,
         "mean_tokens": n["policy_tokens"] / n["texts"],
         "cut_share": 1 - n["ended"] / n["texts"],

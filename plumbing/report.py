@@ -13,6 +13,7 @@ class Bar:
 
     def __init__(self, total: int, first: int, shown: bool):
         layout = "step {n_fmt}/{total_fmt} {postfix} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+        self.total = total
         self.bar = tqdm(
             total=total, initial=first, disable=not shown, file=sys.stdout, bar_format=layout,
             dynamic_ncols=True,
@@ -41,7 +42,7 @@ def oracle_summary(folder: str) -> dict:
             rows = [json.loads(line) for line in file]
     for row in rows:
         causes.update(row.get("failed_by_cause", {}))
-    found = {name: sum(row[name] for row in rows) for name in ("dead_groups", "failed_groups")}
+    found = {name: sum(row[name] for row in rows) for name in ("groups", "dead_groups", "failed_groups")}
     found["failed_by_cause"] = dict(causes)
     for name in ("judge_calls", "judge_cache_hits", "judge_tokens", "judge_repairs"):
         found |= {name: sum(row[name] for row in rows)} if rows and name in rows[0] else {}
@@ -62,5 +63,13 @@ def finish(run, device: str, after: dict, gain: dict, table: str) -> dict:
     for name, g in gain.items():
         low, high = (100 * x for x in g["ci95"])
         print(f"{name}: {100 * g['accuracy']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}")
+    oracle = results["oracle"]
+    causes = ", ".join(f"{cause} {count}" for cause, count in oracle["failed_by_cause"].items())
+    print(
+        f"{oracle['groups']} groups of answers: {oracle['dead_groups']} tied throughout,"
+        f" {oracle['failed_groups']} not ranked{causes and f' ({causes})'}"
+    )
+    if "judge_calls" in oracle:
+        print(f"judge: {oracle['judge_calls']} calls, {oracle['judge_tokens']} tokens")
     print(f"{results['wall_s']} s on {device}; results and adapter in {run.out}")
     return results

@@ -45,6 +45,11 @@ from plumbing.options import (
 # With --resume these may be given anew: they say nothing about the update
 MAY_CHANGE = {"resume", "out", "num_steps", "oracle_url", "oracle_concurrency", "oracle_timeout"}
 MAY_CHANGE |= {"oracle_patience", "oracle_max_calls", "oracle_max_tokens"}
+SILENT_STEPS = 5  # steps without any order of answers, after which the user is told what helps
+NO_SIGNAL = (
+    "note: in every group so far all answers tie, so there is nothing to learn from: the policy never samples"
+    " a better answer. Raise --temperature and --group_size, or fine-tune the policy first (pretrain.py)"
+)
 COPY_AGAIN = "the run's own file is needed; start the run anew in another --out"
 
 
@@ -260,6 +265,10 @@ class RunFolder:
         self.progress["bad_in_a_row"] = numbers["bad"] * (self.progress["bad_in_a_row"] + 1)
         if numbers["bad"]:
             self.save_bad_batch(batch)
+        signal = self.progress.get("signal", False) or numbers["dead_groups"] < numbers["groups"]
+        self.progress["signal"] = signal
+        if not signal and self.step == min(SILENT_STEPS, self.bar.total) - 1:
+            self.bar.say(NO_SIGNAL)
         if self.writes:
             self.append("metrics.jsonl", [numbers])
             self.append("rollouts.jsonl", examples)

@@ -288,6 +288,15 @@ def test_no_step_on_another_device_mixes_it_with_the_cpu(home, monkeypatch, opti
     signal.signal(signal.SIGINT, handler)
 
 
+def test_a_run_without_any_order_of_answers_ends_well_and_says_what_helps(home, script):
+    """Cold sampling gives five equal answers: every group is dead, in every step."""
+    done = script(train.main, *command(home, "dead", "--num_steps", "2", "--temperature", "0.001"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("--temperature and --group_size") == 1
+    assert [(row["kl"], row["dead_groups"]) for row in metrics(home, "dead")] == [(None, 8)] * 2
+    assert "16 groups of answers: 16 tied throughout, 0 not ranked" in done.stdout
+
+
 def test_held_out_questions_on_videos_of_the_training_are_told(home, straight, script):
     clips = str(home / "world" / "train6")
     options = ["--data", f"{clips}/questions.jsonl", "--videos", clips, "--num_steps", "1"]
