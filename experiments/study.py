@@ -16,6 +16,7 @@ from functools import partial
 from types import SimpleNamespace
 
 from config import Config
+
 from eval import draw_world, world_folders
 from plumbing.options import ArgumentParser, BadInput, run_script, write_json, write_whole
 

@@ -9,14 +9,9 @@ known answer. CLIP and the bridge stay those of the folder that it started from;
 """
 
 import hashlib
-import json
 import os
-import random
-from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -26,8 +21,8 @@ from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_
 from model import VideoLM
 from oracle import Ranking, check_groups, competition_ranks
 from plumbing.options import BadInput, write_whole
-from videoqa import world
-from videoqa.answers import Question, grade, prompt_text
+from videoqa.answers import Question, prompt_text
+
 
 class Ranker(nn.Module):
     """A VideoLM and one linear layer, no bias, on the state of the end token."""
@@ -61,18 +56,6 @@ def embed_videos(model: VideoLM, shown: list[tuple], chunk: int = 64) -> Tensor:
     sizes = model.cfg.num_frames, model.clip_cfg.image_size
     parts = [shown[i : i + chunk] for i in range(0, len(shown), chunk)]
     return torch.cat([model.embed_video(*load_clips(part, *sizes)) for part in parts])
-
-
-@torch.no_grad()
-def score_pairs(ranker: Ranker, pairs: list[Pair], embeds: Tensor, video_of: dict[str, int]) -> Tensor:
-    """(n,): score of each pair's chosen answer less that of its rejected one."""
-    parts = []
-    for i in range(0, len(pairs), 256):
-        part = pairs[i : i + 256]
-        rows = [[(pair.question, pair.chosen), (pair.question, pair.rejected)] for pair in part]
-        scores = ranker(embeds[[video_of[pair.video] for pair in part]], rows)
-        parts.append(scores[:, 0] - scores[:, 1])
-    return torch.cat(parts).cpu()
 
 
 def _digest(base: str) -> str:
