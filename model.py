@@ -388,10 +388,8 @@ class Bridge(nn.Module):
         return tokens.get(self.kind, self.num_frames + self.num_patches)
 
     def frame_tokens(self, video: Tensor) -> Tensor:
-        """Of the video tokens (P, num_tokens, D) those of each frame: (P * K, tokens of a frame, D). Raises
-        BadInput if a Q-Former's 8 times are not the K frames."""
-        if self.kind == "qformer" and self.num_frames != self.NUM_TIMES:
-            raise BadInput(f"{self.num_frames} frames: a Q-Former has tokens for each of {self.NUM_TIMES}")
+        """Of the video tokens (P, num_tokens, D) those of each frame: (P * K, tokens of a frame, D). With a
+        Q-Former K must be NUM_TIMES."""
         video = video[:, : self.num_frames] if self.kind == "pooled" else video
         return video.reshape(len(video) * self.num_frames, -1, video.shape[2])
 

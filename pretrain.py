@@ -10,7 +10,7 @@
            each; afterwards the bridge is frozen
 3. sft     the decoder learns answers to questions, first short ones, then long ones (the paper's curriculum)
    ranker  the trained oracle (oracles/pairs.py) learns from preference pairs
-   bridge, and sft with --policy: a pretrained decoder (checkpoints/supervised.py)
+   bridge, and sft with --policy: a pretrained decoder's, see checkpoints/supervised.py
 
 Each stage starts from the files that the stage before left in --out, and from the same seed, so the stages
 run one by one give the same weights as `all`. The clips are those of scene seeds 0 .. num_clips - 1.
@@ -88,7 +88,8 @@ class Config(WorldOptions, RankerOptions, SupervisedOptions, PolicyOptions):
 
 PRESETS = {
     "quick": dict(
-        num_clips=2000, clip_steps=150, caption_steps=120, annotation_steps=400, short_steps=80, long_steps=80,
+        num_clips=2000, clip_steps=150, caption_steps=120, annotation_steps=400, short_steps=80,
+        long_steps=80,
     ),
 }  # fmt: skip
 
