@@ -14,7 +14,16 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from plumbing.options import ArgumentParser, BadInput, Count, Options, PositiveShare, run_script, write_json
+from plumbing.options import (
+    ArgumentParser,
+    BadInput,
+    Count,
+    Options,
+    PositiveShare,
+    read_jsonl,
+    run_script,
+    write_json,
+)
 from videoqa.answers import Question, instruction, prompt_text
 from videoqa.video import DataError, check_video, read_frames
 
@@ -37,14 +46,7 @@ def _is_span(value) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
 
 
-def _read_question(line: bytes, videos_dir: str, where: str) -> Question:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # bad UTF-8 is a ValueError as well
-        raise DataError(f"{where}: not JSON ({error}); write one JSON object a line, in UTF-8") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: not a JSON object; write one object {{...}} a line")
-
+def _read_question(row: dict, videos_dir: str, where: str) -> Question:
     def need(good: bool, field: str, remedy: str):
         if not good:
             what = f"is {json.dumps(row[field])[:60]}" if field in row else "is missing"
@@ -97,18 +99,15 @@ def load_questions(jsonl_path: str, videos_dir: str) -> list[Question]:
     Blank lines, unknown fields and selection.py's report in line 1 are passed over.
     Raises DataError at the first bad line.
     """
-    if not os.path.isfile(jsonl_path):
-        raise DataError(f"{jsonl_path}: no such file; give a JSONL file of questions")
-    questions, line_of = [], {}
-    with open(jsonl_path, "rb") as file:  # bytes, so that bad UTF-8 is reported with its line
-        for number, line in enumerate(file, start=1):
-            if line.strip() and not (number == 1 and line.startswith(b'{"selection"')):  # its report
-                where = f"{jsonl_path}, line {number}"
-                question = _read_question(line, videos_dir, where)
-                first = line_of.setdefault(question.id, number)
-                if first != number:
-                    raise DataError(f"{where}: field 'id' repeats that of line {first}; make ids unique")
-                questions.append(question)
+    questions, first_line = [], {}
+    for where, row in read_jsonl(jsonl_path, "give a JSONL file of questions, one object {...} a line"):
+        if not questions and "selection" in row:  # selection.py's report
+            continue
+        question = _read_question(row, videos_dir, where)
+        number = where.rpartition(" ")[2]
+        if (first := first_line.setdefault(question.id, number)) != number:
+            raise DataError(f"{where}: field 'id' repeats that of line {first}; make ids unique")
+        questions.append(question)
     if not questions:
         raise DataError(f"{jsonl_path}: holds no question; write one JSON object a line")
     return questions

@@ -45,6 +45,8 @@ class ModelConfig:
     bridge: str = "qformer"  # qformer | patches | pooled (Bridge) | llava | llava_pooled (Projector)
     clip_layer: int = -2  # the hidden layer whose patch tokens the bridge reads
     video_start: int = 1  # tokens of a prompt before its video: BOS, or a chat template's opening
+    bridge_width: int = 128  # of a Bridge's own layers; two linear layers lead from it to D
+    bridge_heads: int = 4  # attention heads of the Q-Former
     num_queries: int = 32  # Q-Former tokens a video
     qformer_layers: int = 2
     num_frames: int = 8  # K
@@ -348,7 +350,7 @@ class QFormerLayer(nn.Module):
 
 
 class Bridge(nn.Module):
-    """CLIP patch tokens of K frames -> video tokens of the decoder's width, by one of three ways:
+    """CLIP patch tokens of K frames -> video tokens of the decoder's width D, by one of three ways:
 
     qformer  num_queries tokens. The queries stand on a grid: 8 even times of the clip, num_queries / 8 places
              of the picture at each. They read all patches of all frames, with a learned preference for what
@@ -357,7 +359,8 @@ class Bridge(nn.Module):
     patches  all K * N tokens through two linear layers (LLaVA-1.5).
     pooled   K temporal tokens (mean over patches), then N spatial tokens (mean over time), two linear layers
              (VLM-RLAIF: K = 50, N = 576 -> 626).
-    Frame-time embeddings are added in all three.
+    Frame-time embeddings are added in all three. All layers but the last two have the width bridge_width, so
+    that what was aligned with one decoder serves another (`fc1` and `fc2` start anew).
     """
 
     NUM_TIMES = 8
@@ -366,22 +369,29 @@ class Bridge(nn.Module):
         super().__init__()
         self.kind, self.num_frames, self.num_queries = cfg.bridge, cfg.num_frames, cfg.num_queries
         self.num_patches = (clip.image_size // clip.patch_size) ** 2
-        self.norm, self.proj = nn.LayerNorm(clip.width), nn.Linear(clip.width, cfg.dim)
-        self.time_proj = nn.Linear(64, cfg.dim)
-        self.patch_position = nn.Parameter(torch.randn(self.num_patches, cfg.dim) * 0.5)
-        self.fc1, self.fc2 = nn.Linear(cfg.dim, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
+        width = cfg.bridge_width
+        self.norm, self.proj = nn.LayerNorm(clip.width), nn.Linear(clip.width, width)
+        self.time_proj = nn.Linear(64, width)
+        self.patch_position = nn.Parameter(torch.randn(self.num_patches, width) * 0.5)
+        self.fc1, self.fc2 = nn.Linear(width, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
         if self.kind == "qformer":
-            self.motion = nn.Linear(clip.width, cfg.dim, bias=False)
-            self.queries = nn.Parameter(torch.randn(cfg.num_queries // self.NUM_TIMES, cfg.dim))
+            self.motion = nn.Linear(clip.width, width, bias=False)
+            self.queries = nn.Parameter(torch.randn(cfg.num_queries // self.NUM_TIMES, width))
             self.layers = nn.ModuleList(
-                QFormerLayer(cfg.dim, cfg.num_heads) for _ in range(cfg.qformer_layers)
+                QFormerLayer(width, cfg.bridge_heads) for _ in range(cfg.qformer_layers)
             )
-            self.final_norm = nn.LayerNorm(cfg.dim)
+            self.final_norm = nn.LayerNorm(width)
 
     @property
     def num_tokens(self) -> int:
         tokens = {"qformer": self.num_queries, "patches": self.num_frames * self.num_patches}
         return tokens.get(self.kind, self.num_frames + self.num_patches)
+
+    def frame_tokens(self, video: Tensor) -> Tensor:
+        """Of the video tokens (P, num_tokens, D) those of each frame: (P * K, tokens of a frame, D). With a
+        Q-Former K must be NUM_TIMES."""
+        video = video[:, : self.num_frames] if self.kind == "pooled" else video
+        return video.reshape(len(video) * self.num_frames, -1, video.shape[2])
 
     def forward(self, patches: Tensor, frame_times: Tensor) -> Tensor:
         """patches (P, K, N, clip width), frame_times (P, K) seconds -> video_embeds (P, num_tokens, D)."""
@@ -400,7 +410,7 @@ class Bridge(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
     def read(self, x: Tensor, frame_times: Tensor) -> Tensor:
-        """Patches (P, K, N, D) of the decoder's width -> (P, num_queries, D)."""
+        """Patches (P, K, N, bridge_width) -> (P, num_queries, bridge_width)."""
         (_, K, N, _), places = x.shape, len(self.queries)
         spacing = (frame_times[:, -1:] - frame_times[:, :1]).clamp(min=1e-3) / max(K - 1, 1)  # (P, 1) seconds
         even = (torch.arange(self.NUM_TIMES, device=x.device) + 0.5) / self.NUM_TIMES

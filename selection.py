@@ -2,37 +2,68 @@
 
     python selection.py DATA.jsonl --videos DIR --k 8 --out SELECTED.jsonl
 
-The policy is named as for train.py: --policy, --adapter, --base and the like. Each question is answered k
-times at temperature 1, in batches; only the raw reward of the task counts. The paper's rule and thresholds
-were never published, so ours are stated: a question is kept if 0 < right < k; one that asks for a span, if
-its IoUs differ; one that asks for both, if either holds. `--share X` keeps fewer: of each task X times as
-many as were asked of it, those whose answers disagree most. Line 1 of SELECTED.jsonl is the report, with
-settings; all readers pass over it.
+The policy answers each question k times at temperature 1; only the raw reward of the task counts. The paper
+published neither rule nor thresholds, so these are ours: a question is kept if 0 < right < k; a question that
+asks for a span, if its IoUs differ; a question that asks for both, if either holds. `--share X` keeps fewer:
+of the n questions of each task at most X * n, those whose answers disagree most. Line 1 of SELECTED.jsonl is
+the report with the settings; all readers of questions skip it.
 
-The answers lie in SELECTED.jsonl.samples, so that a killed selection goes on, and another share needs no new
-ones; the same settings give the same file, byte for byte, whether it was killed or not.
+The answers are kept in SELECTED.jsonl.samples: a killed selection continues from them, and another --share
+needs no new ones. The same settings give the same file, byte for byte, killed or not.
 """
 
-import hashlib
 import json
 import math
 import os
 from collections import Counter
+from dataclasses import dataclass, fields
 from statistics import pstdev
+from typing import Annotated, Literal
 
 import torch
-from config import Config
 from tqdm import tqdm
 
-from checkpoints.policies import OPTIONS, load_policy
+from checkpoints.policies import PolicyOptions, load_policy
 from data import PromptSet, load_questions
 from plumbing.machine import pick_device
-from plumbing.options import ArgumentParser, BadInput, add_options, run_script, write_whole
-from rollout import generate
-from videoqa.answers import Question, Reward, reward, task
+from plumbing.options import (
+    ArgumentParser,
+    BadInput,
+    Bounds,
+    Count,
+    PositiveShare,
+    add_options,
+    read_jsonl,
+    run_script,
+    write_whole,
+)  # fmt: skip
+from plumbing.run_folder import fingerprint
+from rollout import Sampling, answer
+from videoqa.answers import Reward, reward, task
 
 FLAT = 1e-6  # a std below this is rounding noise: all overlaps are the same
 STD_BINS = 10  # of width 0.05: the std of values in [0, 1] is at most 0.5
+
+
+@dataclass
+class Config(PolicyOptions):
+    """The selection"""
+
+    videos: str = ""  # the folder that the questions' video paths are relative to
+    out: str = ""  # the JSONL file to write
+    k: Annotated[int, Bounds(2)] = 8  # answers to each question
+    share: PositiveShare = 1.0  # of all questions of a task, the most that are kept
+    max_new_tokens: Count = 10  # tokens of an answer at most
+    batch: Count = 64  # questions answered together
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("videos", "out"):
+            if not getattr(self, name):
+                raise BadInput(
+                    f"--{name} is missing; give {'a folder' if name == 'videos' else 'a JSONL file'}"
+                )
 
 
 def spread(rewards: list[Reward]) -> dict:
@@ -81,40 +112,17 @@ def select(spreads: list[dict], tasks: list[str], k: int, share: float = 1.0, se
     return reasons
 
 
-def sample(model, tokenizer, questions: list[Question], first: int, k: int, max_new_tokens: int, seed: int):
-    """k answers of each question, a list of lists of texts; one prefill a question, all decoded together.
-
-    Every question draws from its own generator (seed and its number in the file).
-    """
-    prompts = PromptSet(model, tokenizer, questions)
-    uniforms = torch.stack([
-        torch.rand(k, max_new_tokens, generator=torch.Generator().manual_seed(seed * 1_000_003 + first + i))
-        for i in range(len(questions))
-    ])  # fmt: skip
-    batch, device = prompts[torch.arange(len(questions))], prompts.video_embeds.device
-    out = generate(
-        model, batch, k, max_new_tokens, end_ids=torch.tensor(tokenizer.end_ids, device=device),
-        banned=tokenizer.banned_ids(model.cfg.vocab_size).to(device), uniforms=uniforms.to(device),
-    )  # fmt: skip
-    texts = prompts.texts(out)
-    return [texts[i * k : (i + 1) * k] for i in range(len(questions))]
-
-
-def _sha256(paths: list[str]) -> str:
-    whole = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
-
-
-def weight_files(*folders: str) -> list[str]:
-    """All safetensors files of these folders, or files; empty names are passed over."""
-    found = []
-    for path in filter(None, folders):
-        names = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
-        found += [os.path.join(path, n) if n else path for n in names if n.endswith(".safetensors") or not n]
-    return found
+def sample(policy, tokenizer, questions: list, first: int, cfg: Config) -> list[list[str]]:
+    """k answers to each of these questions, of which the first is number `first` of the file. Every question
+    draws from its own generator, so that its answers do not depend on the batch."""
+    seeds = [cfg.seed * 1_000_003 + first + i for i in range(len(questions))]
+    uniforms = [
+        torch.rand(cfg.k, cfg.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds
+    ]
+    prompts, rows = PromptSet(policy, tokenizer, questions), torch.arange(len(questions))
+    sampling = Sampling.of(policy, tokenizer, max_new_tokens=cfg.max_new_tokens)
+    uniforms = torch.stack(uniforms).to(prompts.video_embeds.device)
+    return answer(policy, prompts, rows, cfg.k, sampling, uniforms)[1]
 
 
 def _resume(path: str, settings: dict, batch: int) -> list[list[str]]:
@@ -147,53 +155,44 @@ def histogram(spreads: list[dict], k: int) -> dict:
     }
 
 
+def settings_of(cfg: Config, data: str, num_questions: int) -> dict:
+    """All that decides the answers. Answers of other settings are not continued."""
+    chosen = {field.name: getattr(cfg, field.name) for field in fields(PolicyOptions)}
+    return {
+        "data_sha256": fingerprint(data), "policy_sha256": fingerprint(cfg.policy, cfg.clip, cfg.adapter),
+        "questions": num_questions, "temperature": 1.0, "k": cfg.k, "max_new_tokens": cfg.max_new_tokens,
+        "batch": cfg.batch, **chosen,
+    }  # fmt: skip
+
+
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("data", help="questions, one JSON object a line")
-    parser.add_argument("--videos", required=True, help="the folder that video paths are relative to")
-    parser.add_argument("--out", required=True, help="the JSONL file to write")
-    parser.add_argument("--k", type=int, default=8, help="answers a question")
-    parser.add_argument("--share", type=float, default=1.0, help="of all questions, kept at most; 0 < X <= 1")
-    parser.add_argument("--max_new_tokens", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=64, help="questions answered together")
-    add_options(parser, Config, ("policy", "device", *OPTIONS))
-    args = parser.parse_args()
-    policy = Config(**{k: v for k, v in vars(args).items() if k in ("policy", "device", *OPTIONS)})
-    for name, good in (("k", args.k >= 2), ("share", 0 < args.share <= 1), ("batch", args.batch >= 1)):
-        if not good:
-            raise BadInput(f"--{name} {getattr(args, name)}: needs k >= 2, 0 < share <= 1, batch >= 1")
-    questions = load_questions(args.data, args.videos)
-    device = pick_device(policy.device)
-    chosen = {name: getattr(policy, name) for name in OPTIONS}
-    model, tokenizer = load_policy(policy.policy, device, **chosen)
-    model.decoder.compute_dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    settings = {
-        "data_sha256": _sha256([args.data]),
-        "model": policy.policy,
-        "model_sha256": _sha256(weight_files(policy.policy, policy.clip, policy.adapter)),
-        "questions": len(questions),
-        "temperature": 1.0,
-        **{name: getattr(args, name) for name in ("k", "max_new_tokens", "batch")},
-        **chosen,
-    }
-    done = _resume(f"{args.out}.samples", settings, args.batch)
-    with open(f"{args.out}.samples", "a", encoding="utf-8") as file:
-        for first in tqdm(range(len(done), len(questions), args.batch), "batches", leave=False):
-            part = questions[first : first + args.batch]
-            texts = sample(model, tokenizer, part, first, args.k, args.max_new_tokens, policy.seed)
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in texts))
+    add_options(parser, Config)
+    given = vars(parser.parse_args())
+    data = given.pop("data")
+    cfg = Config(**given)
+    questions, device = load_questions(data, cfg.videos), pick_device(cfg.device)
+    policy, tokenizer = load_policy(cfg, device)
+    policy.decoder.compute_dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    settings = settings_of(cfg, data, len(questions))
+    texts = _resume(f"{cfg.out}.samples", settings, cfg.batch)
+    with open(f"{cfg.out}.samples", "a", encoding="utf-8") as file:
+        for first in tqdm(range(len(texts), len(questions), cfg.batch), "batches", leave=False):
+            answers = sample(policy, tokenizer, questions[first : first + cfg.batch], first, cfg)
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
             file.flush()
-            done += texts
-    spreads = [spread([reward(text, q) for text in texts]) for q, texts in zip(questions, done, strict=True)]
-    reasons = select(spreads, [task(q) for q in questions], args.k, args.share, policy.seed)
+            texts += answers
+    spreads = [spread([reward(text, q) for text in row]) for q, row in zip(questions, texts, strict=True)]
+    reasons = select(spreads, [task(q) for q in questions], cfg.k, cfg.share, cfg.seed)
     counts = dict(sorted(Counter(reasons).items()))
-    report = settings | {"share": args.share, "counts": counts, "histograms": histogram(spreads, args.k)}
-    with open(args.data, encoding="utf-8") as file:
-        rows = [line for line in file if line.strip() and not line.startswith('{"selection"')]
-    chosen = [row.rstrip("\n") for row, why in zip(rows, reasons, strict=True) if why.startswith("kept")]
-    content = "\n".join([json.dumps({"selection": report}), *chosen]) + "\n"
-    write_whole(args.out, content.encode())
+    report = settings | {"share": cfg.share, "counts": counts, "histograms": histogram(spreads, cfg.k)}
+    rows = [row for _, row in read_jsonl(data, "give a JSONL file of questions") if "selection" not in row]
+    rows = [row for row, why in zip(rows, reasons, strict=True) if why.startswith("kept")]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in [{"selection": report}, *rows]]
+    write_whole(cfg.out, "".join(lines).encode())
     print(json.dumps(report, indent=1))
+    print(f"{cfg.out}: {len(rows)} of {len(questions)} questions kept, those whose {cfg.k} answers disagree")
     return 0
 
 

@@ -44,6 +44,7 @@ POLICIES = (
     "a policy is what pretrain.py wrote or, in the Hugging Face layout, LLaVA-1.5 (model_type llava) or a"
     " text decoder with --clip"
 )
+SUPERVISED = "supervised_policy"  # model_type of what checkpoints/supervised.py writes
 FRAMES = 50  # K of a pretrained policy, as VLM-RLAIF was tuned
 BRIDGE_FILE = "bridge.safetensors"  # a Bridge beside a pretrained decoder's weights
 CLIP_TEXT = (  # what of a CLIP checkpoint is not its image tower, in either layout
@@ -119,6 +120,10 @@ def load_policy(options: PolicyOptions, device="cpu") -> tuple[VideoLM, Tokenize
     unsound, or an option does not apply to this policy.
     """
     folder = options.policy
+    if kind_of(folder) == SUPERVISED:
+        from checkpoints.supervised import load_supervised
+
+        return load_supervised(options, device)
     if kind_of(folder):
         base = "bfloat16" if options.adapter else options.base
         model = load_pretrained(

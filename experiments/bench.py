@@ -25,6 +25,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 
@@ -36,7 +37,7 @@ from clip import ClipConfig, ImageTower
 from data import Prompts
 from grpo_rank import rank_advantages, ranks_from_scores
 from model import Decoder, ModelConfig, VideoLM
-from plumbing.options import BadInput, parse_args, run_script, write_json
+from plumbing.options import BadInput, Count, Options, parse_args, run_script, write_json
 from rollout import generate
 
 MODEL = ModelConfig(dim=256, num_layers=6, num_heads=8, num_kv_heads=8, ffn_dim=688, vocab_size=512)
@@ -65,24 +66,25 @@ FRAMES = 8
 
 
 @dataclass
-class Config:
-    what: str = "step"  # step | load | clip | decoder
+class Config(Options):
+    """What is measured, and how"""
+
+    what: Literal["step", "load", "clip", "decoder"] = "step"
     size: str = "small"  # small | full (load, clip) | 125m | 1b (decoder)
-    device: str = "cpu"  # cpu | cuda; a step is measured on the CPU alone
-    dtype: str = "both"  # float32 | bfloat16 | both; in a step bfloat16 is autocast on both sides
-    repeats: int = 10  # timed steps a side
-    warmup: int = 2  # steps a side before them
-    peer: str = "trl"  # trl | none
+    device: Literal["cpu", "cuda"] = "cpu"  # a step and loading are measured on the CPU only
+    dtype: Literal["float32", "bfloat16", "both"] = "both"  # in a step bfloat16 is autocast on both sides
+    repeats: Count = 10  # timed steps a side
+    warmup: Count = 2  # steps a side before them
+    peer: Literal["trl", "none"] = "trl"
     json: str = ""  # file that also gets the result
 
     def __post_init__(self):
-        if self.dtype not in DTYPES or self.peer not in PACKAGES or min(self.repeats, self.warmup) < 1:
-            raise BadInput("--dtype float32|bfloat16|both, --peer trl|none, --repeats and --warmup >= 1")
-        if self.what not in SIZES or self.size not in SIZES[self.what]:
+        super().__post_init__()
+        if self.size not in SIZES[self.what]:
             of = "; ".join(f"--what {what} --size {'|'.join(sizes)}" for what, sizes in SIZES.items())
             raise BadInput(f"--what {self.what} --size {self.size}: choose one of {of}")
-        if self.device not in ("cpu", "cuda") or (self.device == "cuda" and self.what in ("step", "load")):
-            raise BadInput(f"--device {self.device}: cpu, or for --what clip|decoder cuda")
+        if self.device == "cuda" and self.what in ("step", "load"):
+            raise BadInput(f"--device cuda: --what {self.what} is measured on the CPU; leave --device out")
 
 
 class Stopwatch:

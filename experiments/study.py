@@ -13,10 +13,8 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from types import SimpleNamespace
 
-from config import Config
-from eval import draw_world, world_folders
+from data import DataOptions, draw_world, world_folders
 from plumbing.options import ArgumentParser, BadInput, run_script, write_json, write_whole
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -87,7 +85,7 @@ def world_options(folder: str, clips: tuple[int, int]) -> tuple[list[str], str, 
     """Options of train.py for an embedded world in `folder`, and the folders of its two sets. clips: how many
     to learn from, how many held out."""
     sizes = dict(zip(("num_train_clips", "num_eval_clips"), clips, strict=True))
-    drawn = SimpleNamespace(world_dir=os.path.join(folder, "world"), **sizes)
+    drawn = DataOptions(world_dir=os.path.join(folder, "world"), **sizes)
     draw_world(drawn)
     numbers = [word for name, n in sizes.items() for word in (f"--{name}", str(n))]
     return ["--world_dir", drawn.world_dir, *numbers], *(path for path, _ in world_folders(drawn).values())
@@ -125,7 +123,7 @@ def selection_study(folder: str, seeds: int, options: list[str], page: str, clip
             count = len(chosen.readlines()) - 1  # less the report
             rows = random.Random(seed).sample(every.readlines(), count)
         write_whole(f"{blind}.jsonl", b"".join(rows))
-    steps = options[options.index("--num_steps") + 1] if "--num_steps" in options else Config.num_steps
+    steps = options[options.index("--num_steps") + 1] if "--num_steps" in options else train.Config.num_steps
     study = partial(answers_table, lines), folder, seeds, options, page
     return train_lines("selection_study", lines, *study, train=train, held=held, half=int(steps) // 2)
 

@@ -9,14 +9,9 @@ known answer. CLIP and the bridge stay those of the folder that it started from;
 """
 
 import hashlib
-import json
 import os
-import random
-from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -26,104 +21,7 @@ from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_
 from model import VideoLM
 from oracle import Ranking, check_groups, competition_ranks
 from plumbing.options import BadInput, write_whole
-from videoqa import world
-from videoqa.answers import Question, grade, prompt_text
-
-# ------------------------------------------------------------------------------------------------------ pairs
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to one question, of which somebody preferred one."""
-
-    video: str  # path of the file
-    question: str
-    chosen: str
-    rejected: str
-    truth: int | None = None  # 1: the choice is right, -1: wrong, 0: both are equally good, None: not known
-
-
-def load_pairs(path: str, videos_dir: str) -> list[Pair]:
-    """From lines {"video", "question", "chosen", "rejected"}. BadInput names file and line."""
-    pairs = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                said = [row[name].strip() for name in ("video", "question", "chosen", "rejected")]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                wanted = 'each line is {"video", "question", "chosen", "rejected"}, all of them texts'
-                raise BadInput(f"{path}, line {number}: {error!r}; {wanted}") from error
-            if said[2] == said[3]:
-                raise BadInput(f"{path}, line {number}: chosen and rejected are the same; leave it out")
-            pairs.append(Pair(os.path.join(videos_dir, said[0]), *said[1:]))
-    if len({pair.video for pair in pairs}) < 2:
-        raise BadInput(f"{path}: pairs of at least 2 videos are needed, one of them to be held out; add some")
-    return pairs
-
-
-def draw_pairs(questions: list[Question], per_question: int, error_rate: float, seed: int) -> list[Pair]:
-    """Pairs from the embedded world, where `answers.grade` knows which answer is better.
-
-    The choice is wrong with probability error_rate. Of two equally good answers either is chosen, as by
-    people who must choose: this teaches equal scores for equally wrong answers. Some answers are true of the
-    video but not what was asked: a ranker that never saw such is soon led to prefer them.
-    """
-    rng, said, true, pairs = random.Random(seed), defaultdict(list), defaultdict(list), []
-    for question in questions:
-        said[question.category].append(question.answer)
-        true[question.video].append(question.answer)
-
-    def other(question):
-        vague = [*world.LOOSE_ANSWERS[question.category], world.USUAL_ANSWER.get(question.category, "")]
-        draw, text = rng.random(), rng.choice(said[question.category])
-        if draw < 0.45:
-            return rng.choice(vague if draw < 0.2 else true[question.video])
-        return f"{text} {rng.choice(said[question.category])}" if draw < 0.55 else text  # says two things
-
-    for question in questions:
-        for _ in range(per_question):
-            one = question.answer if rng.random() < 0.8 else other(question)
-            two = other(question)
-            if one == two:
-                continue
-            better = grade(one, question) - grade(two, question)
-            wrong = rng.random() < (error_rate if better else 0.5)
-            chosen, rejected = (one, two) if (better >= 0) != wrong else (two, one)
-            truth = 0 if not better else -1 if wrong else 1
-            pairs.append(Pair(question.video, prompt_text(question), chosen, rejected, truth))
-    return pairs
-
-
-def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """-log P(chosen is preferred) of scores of any one shape, elementwise."""
-    return -F.logsigmoid(chosen - rejected)
-
-
-def pair_report(difference: Tensor, truth: list[int | None]) -> dict:
-    """How good the scores are on held-out pairs. difference (n,): score of the chosen less the rejected.
-
-    accuracy: share of pairs whose chosen answer scores higher (a tie is half). true_accuracy: the same
-    against the truth where it is known and not a tie. calibration_error: of P(more likely one is preferred),
-    in ten bins from 0.5 to 1, the mean distance to the share that was, weighted by the bins' sizes.
-    """
-    right = (difference > 0).double() + 0.5 * (difference == 0)
-    report = {"pairs": len(truth), "accuracy": right.mean().item()}
-    signs = torch.tensor([t or 0 for t in truth])
-    if (signs != 0).any():
-        truly = (difference * signs)[signs != 0]
-        report["true_accuracy"] = ((truly > 0).double() + 0.5 * (truly == 0)).mean().item()
-    sure = torch.sigmoid(difference.double().abs())
-    place = ((sure - 0.5) * 20).long().clamp(max=9)
-    bins = [(sure[place == i], right[place == i]) for i in range(10) if (place == i).any()]
-    report["nll"] = bradley_terry(difference, torch.zeros_like(difference)).mean().item()
-    report["calibration_error"] = sum(abs(s.sum() - r.sum()).item() for s, r in bins) / len(truth)
-    # Each bin: what was predicted, what came, of how many pairs
-    report["bins"] = [[round(s.mean().item(), 3), round(r.mean().item(), 3), len(s)] for s, r in bins]
-    return report
-
-
-# ------------------------------------------------------------------------------------------------- the ranker
+from videoqa.answers import Question, prompt_text
 
 
 class Ranker(nn.Module):
@@ -158,18 +56,6 @@ def embed_videos(model: VideoLM, shown: list[tuple], chunk: int = 64) -> Tensor:
     sizes = model.cfg.num_frames, model.clip_cfg.image_size
     parts = [shown[i : i + chunk] for i in range(0, len(shown), chunk)]
     return torch.cat([model.embed_video(*load_clips(part, *sizes)) for part in parts])
-
-
-@torch.no_grad()
-def score_pairs(ranker: Ranker, pairs: list[Pair], embeds: Tensor, video_of: dict[str, int]) -> Tensor:
-    """(n,): score of each pair's chosen answer less that of its rejected one."""
-    parts = []
-    for i in range(0, len(pairs), 256):
-        part = pairs[i : i + 256]
-        rows = [[(pair.question, pair.chosen), (pair.question, pair.rejected)] for pair in part]
-        scores = ranker(embeds[[video_of[pair.video] for pair in part]], rows)
-        parts.append(scores[:, 0] - scores[:, 1])
-    return torch.cat(parts).cpu()
 
 
 def _digest(base: str) -> str:

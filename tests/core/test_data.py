@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_video import REAL_CLIPS, index_of, make_broken, needs_real_clips, write_video
 
 import data
+from plumbing.options import BadInput
 from videoqa.answers import Question, prompt_text
 
 ROOT = os.path.dirname(os.path.abspath(data.__file__))
@@ -53,7 +54,7 @@ def test_questions_are_read_with_every_field(tmp_path):
         (GOOD | {"span": [1]}, "field 'span' .* two numbers"),
         (GOOD | {"span": ["1", 2]}, "field 'span' .* two numbers"),
         (GOOD | {"span": [3, 2]}, "field 'span' .* after the end"),
-        ('{"id": "b", "video": "v", "question": "q", "answer": "a", "span": [NaN, 2]}', "field 'span'"),
+        ('{"id": "b", "video": "v", "question": "q", "answer": "a", "span": [NaN, 2]}', "not JSON"),
         (GOOD | {"spans": []}, "field 'spans'"),
         (GOOD | {"spans": [1, 2]}, "field 'spans' .* list of such pairs"),
         (GOOD | {"span": [1, 2], "spans": [[1, 2]]}, "field 'spans' .* not both"),
@@ -68,18 +69,18 @@ def test_questions_are_read_with_every_field(tmp_path):
 )
 def test_malformed_line_is_told_with_file_line_and_field(tmp_path, row, told):
     path = write_lines(tmp_path / "q.jsonl", GOOD | {"id": "first"}, "", row)
-    with pytest.raises(data.DataError, match=told) as caught:
+    with pytest.raises(BadInput, match=told) as caught:
         data.load_questions(path, "videos")
     assert str(caught.value).startswith(f"{path}, line 3: ") and "\n" not in str(caught.value)
 
 
 def test_file_without_questions_or_in_another_encoding_is_told(tmp_path):
-    with pytest.raises(data.DataError, match="no such file"):
+    with pytest.raises(BadInput, match="No such file.*give a JSONL file"):
         data.load_questions(str(tmp_path / "none.jsonl"), "videos")
     with pytest.raises(data.DataError, match="holds no question"):
         data.load_questions(write_lines(tmp_path / "empty.jsonl", "", " "), "videos")
     (tmp_path / "latin.jsonl").write_bytes('{"id": "é"}\n'.encode("latin-1"))
-    with pytest.raises(data.DataError, match="line 1: not JSON"):
+    with pytest.raises(BadInput, match="line 1: not JSON"):
         data.load_questions(str(tmp_path / "latin.jsonl"), "videos")
 
 

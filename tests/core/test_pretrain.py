@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_train import MetaDevice, made_up
 
 import pretrain
-from eval import load_policy
+from checkpoints.policies import PolicyOptions, load_policy
 from model import Decoder
 
 FEW = "--num_clips 6 --clip_steps 2 --clip_batch 16 --caption_steps 2 --caption_batch 2 --annotation_steps 2"
@@ -31,7 +31,7 @@ def run(monkeypatch, home, out, *options):
 
 def test_one_command_makes_a_policy_and_says_how(home, monkeypatch):
     out = run(monkeypatch, home, "whole")
-    model, tokenizer = load_policy(str(out))
+    model, tokenizer = load_policy(PolicyOptions(policy=str(out)))
     assert model.cfg.vocab_size >= tokenizer.vocab_size
     made = json.loads((out / "made.json").read_text())
     assert list(made["seconds"]) == ["world", "clip", "align", "sft"] and made["seed"] == 0

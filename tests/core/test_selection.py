@@ -109,8 +109,8 @@ def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clip
 
 @pytest.mark.parametrize("think", [False, True])
 def test_the_policy_is_told_to_think_or_not(clips, monkeypatch, think):
-    def load_policy(folder, device, **options):
-        raise BadInput(f"{folder}: {options['think']}, {options['adapter']}")
+    def load_policy(options, device):
+        raise BadInput(f"{options.policy}: {options.think}, {options.adapter}")
 
     command = ["selection.py", str(clips / "questions.jsonl"), "--videos", str(clips), "--out", "none.jsonl"]
     monkeypatch.setattr(sys, "argv", [*command, "--adapter", "mine", *["--think"] * think])
@@ -123,6 +123,6 @@ def test_the_policy_is_told_to_think_or_not(clips, monkeypatch, think):
 def test_bad_options_are_one_line_and_nothing_is_written(clips, monkeypatch, option):
     command = ["selection.py", "q.jsonl", "--videos", "v", "--out", str(clips / "none.jsonl")]
     monkeypatch.setattr(sys, "argv", [*command, *option.split()])
-    with pytest.raises(BadInput, match=f"^{option}.*: needs .*$"):
+    with pytest.raises(BadInput, match=f"^{option}: give a.* number"):
         selection.main()
     assert not list(clips.glob("none*"))

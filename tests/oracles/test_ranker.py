@@ -14,14 +14,11 @@ import train
 from checkpoints.policies import load_model
 from data import Tokenizer, load_questions
 from oracles import ranker as ranker_room
+from oracles.pairs import Pair, bradley_terry, draw_pairs, load_pairs, pair_report, train_ranker
 from oracles.ranker import (
     Ranker,
     TrainedOracle,
-    bradley_terry,
-    draw_pairs,
-    load_pairs,
     load_ranker,
-    pair_report,
     tied_ranks,
 )
 from plumbing.options import BadInput
@@ -55,7 +52,7 @@ def made(home):
         out=str(home / "weights"), world_dir=str(home / "world" / "pre"), stage="ranker", ranker_clips=16,
         held_share=0.25, ranker_steps=30, ranker_batch=6, pairs_per_video=4, error_rate=0.0,
     )  # fmt: skip
-    return home / "weights" / "ranker", pretrain.train_ranker(cfg)
+    return home / "weights" / "ranker", train_ranker(cfg)
 
 
 def fresh():
@@ -90,7 +87,7 @@ def test_pairs_from_a_file_and_what_is_wrong_with_one(tmp_path):
     good = {"video": "a.mp4", "question": "what?", "chosen": "red ", "rejected": "blue"}
     path.write_text(json.dumps(good) + "\n" + json.dumps(good | {"video": "b.mp4"}) + "\n")
     pairs = load_pairs(str(path), "videos")
-    assert pairs[0] == ranker_room.Pair("videos/a.mp4", "what?", "red", "blue") and len(pairs) == 2
+    assert pairs[0] == Pair("videos/a.mp4", "what?", "red", "blue") and len(pairs) == 2
     for bad in ("[1", "7", '{"video": "a.mp4"}', json.dumps(good | {"chosen": 3}),
                 json.dumps(good | {"chosen": "blue"})):  # fmt: skip
         path.write_text(json.dumps(good) + "\n" + bad + "\n")

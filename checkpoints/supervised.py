@@ -1,0 +1,352 @@
+"""Supervised training: the loss of answers to questions about videos, and what teaches a pretrained policy.
+
+    python pretrain.py --stage bridge --policy DECODER --clip CLIP --out A     # the bridge learns
+    python pretrain.py --stage sft --policy A --out B                          # LoRA on the decoder learns
+    python train.py --policy B                                                 # then ranks
+
+The result is a policy folder of its own. The decoder's folder and CLIP's are only read:
+
+    config.json         model_type SUPERVISED, where decoder and CLIP lie and what they are, the options
+    bridge.safetensors  the bridge; its sizes are in config.json
+    adapter/            after --stage sft: the LoRA in PEFT's files
+    training.safetensors, metrics.jsonl   what --resume needs; the loss at every save
+    features/           CLIP's patch tokens of each clip, float16: CLIP is frozen, so computed once
+"""
+
+import hashlib
+import json
+import os
+import random
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm import tqdm
+
+import lora
+from checkpoints import peft_files
+from checkpoints.policies import SUPERVISED, PolicyOptions, kind_of, load_policy
+from data import VIDEO_ID, build_prompt, collate_completions, load_clips, load_questions
+from model import Bridge, VideoLM
+from plumbing.fitting import MAX_NORM, adamw, learning_rate
+from plumbing.machine import optimizer_step, pick_device, pick_dtype, say
+from plumbing.options import BadInput, Count, Options, Positive, Share, read_json, write_json, write_whole
+from plumbing.run_folder import fingerprint
+from videoqa import world
+
+WANTS = "name a folder that pretrain.py --stage bridge or sft wrote"
+FIRST_SCENE = 4_000_000  # seed of the first scene of the embedded world's clips for pretrained policies
+SIZES = ("bridge", "bridge_width", "bridge_heads", "num_queries", "qformer_layers", "num_frames")
+HELD_CLIPS = 64  # held-out clips that the loss is measured on
+
+
+@dataclass
+class SupervisedOptions(Options):
+    """A pretrained decoder: --stage bridge, and --stage sft with --policy"""
+
+    data: str = ""  # JSONL of questions and answers; empty: the embedded world's
+    videos: str = ""  # folder that the video paths in --data or --pairs are relative to
+    taught_clips: Count = 2500  # clips of the embedded world, where --data is empty
+    bridge_from: str = ""  # folder whose bridge to start from, of any decoder; for instance weights
+    with_bridge: bool = False  # sft: the bridge learns too, not only the LoRA
+    steps: Count = 1000  # optimizer steps
+    batch_clips: Count = 8  # clips a step, each with up to questions_per_clip questions
+    questions_per_clip: Count = 8
+    lr: Positive = 3e-4  # the highest; it falls to 5 % of it
+    warmup_share: Share = 0.05  # share of the steps in which the rate rises
+    short_share: Share = 0.3  # share of the steps, the first, that learn only the shorter half of the answers
+    lora_r: Count = 16
+    lora_alpha: Positive = 32.0
+    checkpointing: bool = True  # keep only a layer's input for the backward pass: less memory, a third slower
+    save_every: Count = 100  # steps between saves, and between losses on held-out clips
+    resume: bool = False  # continue in --out from the last save
+
+
+# ------------------------------------------------------------------------------------------------- the loss
+
+
+def answer_batch(rows: list[list], limit: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+    """rows: for each of P clips its (question ids, answer ids), of which at most `limit` are drawn.
+
+    Returns ids (P, G, T) int64 and (P, G, T) bool, True where an answer's tokens are. The questions of a clip
+    are its G completions, so its video is computed once for all of them.
+    """
+    flat, starts, G = [], [], min(limit, max(map(len, rows)))
+    for pairs in rows:
+        picked = rng.sample(pairs, min(G, len(pairs)))
+        empty = G - len(picked)
+        flat += [question + answer for question, answer in picked] + [[VIDEO_ID]] * empty
+        starts += [len(question) for question, _ in picked] + [1] * empty
+    ids, mask = collate_completions(flat)
+    answer = mask & (torch.arange(ids.shape[1]) >= torch.tensor(starts)[:, None])
+    return ids.unflatten(0, (len(rows), G)), answer.unflatten(0, (len(rows), G))
+
+
+def answer_loss(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor, answer: Tensor) -> Tensor:
+    """Mean next-token cross-entropy of the answers' tokens, scalar.
+
+    opening: the ids before the video. video (P, N_video, D), ids (P, G, T), answer (P, G, T) bool.
+    """
+    ids, answer = ids.to(video.device), answer.to(video.device)
+    prompt_ids = torch.tensor([*opening] + [VIDEO_ID] * video.shape[1], device=video.device)
+    prompt_ids = prompt_ids.expand(len(video), -1)
+    prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
+    prompt = model.embed_prompt(prompt_ids, prompt_mask, video)
+    states = model.decoder(prompt, prompt_mask, model.decoder.embed_tokens(ids))
+    return F.cross_entropy(states[answer] @ model.decoder.head.float().T, ids[answer])
+
+
+# ------------------------------------------------------------------------------------------------- the data
+
+
+class Lessons:
+    """Questions with answers, by clip, and CLIP's cached patch tokens of the clips."""
+
+    def __init__(self, cfg, model: VideoLM, tokenizer):
+        data, videos = cfg.data, cfg.videos
+        if not data:
+            videos = f"{cfg.world_dir}_taught"
+            data = world.make_world(videos, range(FIRST_SCENE, FIRST_SCENE + cfg.taught_clips))
+        self.cfg, self.model, self.tokenizer, self.by_clip = cfg, model, tokenizer, {}
+        for question in load_questions(data, videos):
+            self.by_clip.setdefault(question.shown, []).append(question)
+        clips = sorted(self.by_clip)
+        random.Random(cfg.seed).shuffle(clips)
+        num_held = max(round(cfg.held_share * len(clips)), 2)
+        self.held, self.learned = clips[:num_held][:HELD_CLIPS], clips[num_held:]
+        if not self.learned:
+            raise BadInput(f"{data}: questions about {len(clips)} clips; give 3 or more, 2 are held out")
+        lengths = {q.id: len(tokenizer.encode(q.answer)) for part in self.by_clip.values() for q in part}
+        middle = sorted(lengths.values())[len(lengths) // 2]
+        self.short = {
+            clip: [q for q in part if lengths[q.id] <= middle] for clip, part in self.by_clip.items()
+        }
+        self.opening = tokenizer.prompt("", 1)[: model.cfg.video_start]
+        self.folder = os.path.join(cfg.out, "features")
+        os.makedirs(self.folder, exist_ok=True)
+        self.clip_hash = fingerprint(cfg.clip or cfg.policy)
+
+    def features(self, clips: list[tuple]) -> tuple[Tensor, Tensor]:
+        """CLIP's patch tokens (P, K, N, clip width) and frame times (P, K) in seconds."""
+        cfg, clip_cfg, device = self.model.cfg, self.model.clip_cfg, self.model.decoder.head.device
+        paths = {}
+        for clip in clips:
+            key = repr((clip, cfg.num_frames, cfg.framing, cfg.clip_layer, self.clip_hash))
+            name = hashlib.sha256(key.encode()).hexdigest()[:24]
+            paths[clip] = os.path.join(self.folder, f"{name}.safetensors")
+        missing = [clip for clip, path in paths.items() if not os.path.exists(path)]
+        if missing:
+            frames, times = load_clips(missing, cfg.num_frames, clip_cfg.image_size, cfg.framing)
+            for clip, tokens, seconds in zip(
+                missing, self.model.patch_tokens(frames.to(device)), times, strict=True
+            ):
+                write_whole(paths[clip], save({"patches": tokens.half().cpu(), "times": seconds}))
+        stored = [load_file(paths[clip]) for clip in clips]
+        patches, times = (torch.stack([one[name] for one in stored]) for name in ("patches", "times"))
+        return patches.float().to(device), times.to(device)
+
+    def batch(self, clips: list[tuple], short: bool, rng: random.Random):
+        """(video tokens (P, N_video, D), ids and answer mask (P, G, T)) of these clips' questions."""
+        patches, times = self.features(clips)
+        video, start = self.model.bridge(patches, times), len(self.opening) + self.model.bridge.num_tokens
+        questions, rows = self.short if short else self.by_clip, []
+        for clip, seconds in zip(clips, times.tolist(), strict=True):
+            rows.append([])
+            for question in questions[clip]:
+                prompt = build_prompt(self.tokenizer, question, self.model.bridge.num_tokens, seconds)
+                answer = [*self.tokenizer.encode(question.answer), self.tokenizer.end_ids[0]]
+                rows[-1].append((prompt[start:], answer))
+        return video, *answer_batch(rows, self.cfg.questions_per_clip, rng)
+
+    def loss(self, step: int) -> Tensor:
+        """Of the batch of this step, which only the seed and the step decide."""
+        short, rng = step < self.cfg.short_share * self.cfg.steps, random.Random(f"{self.cfg.seed} {step}")
+        pool = [clip for clip in self.learned if self.short[clip]] if short else self.learned
+        clips = rng.sample(pool, min(self.cfg.batch_clips, len(pool)))
+        return answer_loss(self.model, self.opening, *self.batch(clips, short, rng))
+
+    @torch.no_grad()
+    def held_losses(self) -> dict:
+        """Cross-entropy a token, in nats, of held-out answers after their own clip's video and after another
+        clip's. Their difference says how much the video is used."""
+        sums, count, size = [0.0, 0.0], 0, max(self.cfg.batch_clips, 2)
+        for i in range(0, max(len(self.held) - 1, 1), size):
+            clips = self.held[i : i + size + (len(self.held) - i - size == 1)]  # no clip is left alone
+            video, ids, answer = self.batch(clips, False, random.Random(0))
+            for k, tokens in enumerate((video, video.roll(1, dims=0))):
+                sums[k] += (
+                    answer_loss(self.model, self.opening, tokens, ids, answer).item() * answer.sum().item()
+                )
+            count += answer.sum().item()
+        return {"held_loss": sums[0] / count, "held_loss_other_video": sums[1] / count}
+
+
+# ------------------------------------------------------------------------------------------------- the stages
+
+
+def train_supervised(cfg) -> None:
+    """--stage bridge | sft of a pretrained policy; cfg: pretrain.py's options. Writes --out."""
+    check_out(cfg)
+    torch.manual_seed(cfg.seed)
+    device = torch.device(pick_device(cfg.device))
+    model, tokenizer = load_policy(cfg, device)
+    if cfg.bridge_from:
+        take_bridge(model, cfg.bridge_from)
+    parameters = []
+    if cfg.stage == "sft":
+        generator = torch.Generator().manual_seed(cfg.seed)
+        parameters += lora.add_adapters(model.decoder, cfg.lora_r, cfg.lora_alpha, generator=generator)
+    if cfg.stage == "bridge" or cfg.with_bridge:
+        if not isinstance(model.bridge, Bridge):
+            raise BadInput(f"--policy {cfg.policy}: has LLaVA's own projector; add --video_tokens qformer")
+        parameters += [p.requires_grad_(True) for p in model.bridge.parameters()]
+    model.decoder.compute_dtype = getattr(torch, pick_dtype("auto", device, model.cfg.dim))
+    model.decoder.checkpointing = cfg.checkpointing
+    lessons, optimizer = Lessons(cfg, model, tokenizer), adamw(parameters, cfg.lr)
+    history = load_training(cfg.out, parameters, optimizer) if cfg.resume else []
+    first, warmup = history[-1]["step"] if history else 0, max(1, round(cfg.warmup_share * cfg.steps))
+    bar, losses = tqdm(range(first, cfg.steps), cfg.stage, initial=first, total=cfg.steps), []
+    for step in bar:
+        loss = lessons.loss(step)
+        loss.backward()
+        optimizer_step(optimizer, learning_rate(step, cfg.steps, cfg.lr, warmup), MAX_NORM)
+        losses.append(loss.item())
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            row = {"step": step + 1, "loss": sum(losses) / len(losses), **lessons.held_losses()}
+            history.append(row)
+            losses = []
+            save_result(cfg, model, parameters, optimizer, history)
+            held, other = row["held_loss"], row["held_loss_other_video"]
+            bar.write(
+                f"step {step + 1}: loss {row['loss']:.3f}, held out {held:.3f}, other video {other:.3f}"
+            )
+    say(f"{cfg.out}: a policy for --policy {cfg.out}")
+
+
+def check_out(cfg) -> None:
+    """Raises BadInput for an --out that is not this training's, and for starts that cannot be stored."""
+    path = os.path.join(cfg.out, "config.json")
+    if cfg.adapter:
+        raise BadInput("--adapter: supervised training makes an adapter of its own; merge that one first")
+    if os.path.isdir(os.path.join(cfg.policy, "adapter")) and kind_of(cfg.policy) == SUPERVISED:
+        raise BadInput(f"--policy {cfg.policy}: has an adapter already; start from the folder before it")
+    if not cfg.resume:
+        if os.path.exists(cfg.out) and os.listdir(cfg.out):
+            raise BadInput(f"--out {cfg.out}: exists already; name a new folder, or add --resume")
+        return
+    stored = read_json(path, "there is nothing to resume; leave --resume out").get("options", {})
+    for name, value in asdict(cfg).items():
+        if name not in ("resume", "out", "device") and stored.get(name) != value:
+            raise BadInput(f"--{name} {value}: {path} has {stored.get(name)!r}; repeat the options to resume")
+
+
+def take_bridge(model: VideoLM, folder: str) -> None:
+    """Gives the model the bridge of another policy folder, written by pretrain.py. Where the decoders differ
+    in width, the last two linear layers start anew. Raises BadInput if it is of another CLIP."""
+    config, name = read_json(os.path.join(folder, "config.json"), WANTS), "model.safetensors"
+    sizes = config["model"] if "model" in config else config.get("sizes", {})
+    if config.get("model_type") == SUPERVISED:
+        name = "bridge.safetensors"
+    stored = load_file(os.path.join(folder, name))
+    if name == "model.safetensors":
+        stored = {key.removeprefix("bridge."): x for key, x in stored.items() if key.startswith("bridge.")}
+    sizes = {key: sizes[key] for key in SIZES if key in sizes and key != "num_frames"}
+    model.cfg = replace(model.cfg, **sizes)
+    bridge, device = Bridge(model.cfg, model.clip_cfg), model.decoder.head.device
+    new = bridge.state_dict()
+    kept = {key: x.float() for key, x in stored.items() if key in new and x.shape == new[key].shape}
+    unfit = sorted(key for key in new if key not in kept and not key.startswith(("fc1.", "fc2.")))
+    if unfit:
+        raise BadInput(f"--bridge_from {folder}: {unfit[0]} is of another CLIP; name one of the same CLIP")
+    bridge.load_state_dict(kept, strict=False)
+    model.bridge = bridge.requires_grad_(False).to(device)
+    anew = sorted(key for key in new if key not in kept)
+    say(f"bridge from {folder}; {'all of it' if not anew else ', '.join(anew) + ' start anew'}")
+
+
+# -------------------------------------------------------------------------------------------------- the files
+
+
+def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict]) -> None:
+    """Writes the policy folder as it is now, and what --resume needs."""
+    beneath = read_json(os.path.join(cfg.policy, "config.json"), WANTS)
+    if beneath.get("model_type") != SUPERVISED:
+        decoder, clip = os.path.abspath(cfg.policy), os.path.abspath(cfg.clip) if cfg.clip else ""
+        beneath = {
+            "decoder": decoder,
+            "clip": clip,
+            "template": cfg.template,
+            "video_tokens": cfg.video_tokens,
+        }
+        beneath |= {"fingerprints": {"decoder": fingerprint(decoder), "clip": fingerprint(clip)}}
+    tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(parameters)}
+    for i, p in enumerate(parameters):
+        tensors |= {f"optimizer.{i}.{name}": x for name, x in optimizer.state[p].items()}
+    content = {name: x.cpu().contiguous() for name, x in tensors.items()}
+    write_whole(
+        os.path.join(cfg.out, "training.safetensors"), save(content, {"history": json.dumps(history)})
+    )
+    if isinstance(model.bridge, Bridge):
+        bridge = {name: x.detach().cpu().contiguous() for name, x in model.bridge.state_dict().items()}
+        write_whole(os.path.join(cfg.out, "bridge.safetensors"), save(bridge))
+    if cfg.stage == "sft":
+        path = "model.language_model." if kind_of(beneath["decoder"]) == "llava" else "model."
+        peft_files.save_adapter(model.decoder, os.path.join(cfg.out, "adapter"), path)
+    rows = "".join(json.dumps(row) + "\n" for row in history)
+    write_whole(os.path.join(cfg.out, "metrics.jsonl"), rows.encode())
+    config = {name: beneath[name] for name in ("decoder", "clip", "template", "video_tokens", "fingerprints")}
+    sizes = {name: getattr(model.cfg, name) for name in SIZES}
+    config |= {"model_type": SUPERVISED, "sizes": sizes, "options": asdict(cfg)}
+    write_json(os.path.join(cfg.out, "config.json"), config)
+
+
+def load_training(folder: str, parameters, optimizer) -> list[dict]:
+    """Restores parameters and optimizer from the last save; returns the rows of metrics.jsonl."""
+    with safe_open(os.path.join(folder, "training.safetensors"), "pt") as file:
+        history = json.loads(file.metadata()["history"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    for i, p in enumerate(parameters):
+        p.data.copy_(tensors[f"parameter.{i}"])
+        state = {k.rsplit(".", 1)[1]: x for k, x in tensors.items() if k.startswith(f"optimizer.{i}.")}
+        optimizer.state[p] = {k: x if k == "step" else x.to(p.device) for k, x in state.items()}
+    return history
+
+
+def decoder_options(options: PolicyOptions) -> tuple[PolicyOptions, dict]:
+    """The options that load the decoder beneath a folder of supervised training, its adapter included, and
+    the folder's config.json. Raises BadInput if decoder or CLIP are not those that it was trained with, or if
+    an option contradicts the folder."""
+    folder = options.policy
+    config = read_json(os.path.join(folder, "config.json"), WANTS)
+    fixed = {"clip": config["clip"], "template": config["template"], "video_tokens": config["video_tokens"]}
+    fixed["num_frames"] = config["sizes"]["num_frames"]
+    for name, value in fixed.items():
+        if getattr(options, name) not in (value, getattr(PolicyOptions, name)):
+            raise BadInput(f"--{name} {getattr(options, name)}: {folder} has {value}; leave it out")
+    for name, made_from in config["fingerprints"].items():
+        if fingerprint(config[name]) != made_from:
+            raise BadInput(f"{config[name]}: not the {name} that {folder} was trained with; put it back")
+    adapter = os.path.join(folder, "adapter")
+    adapter = adapter if os.path.isdir(adapter) else ""
+    names = [field.name for field in fields(PolicyOptions)]
+    own = {name: getattr(options, name) for name in names}
+    return PolicyOptions(**own | fixed | {"policy": config["decoder"], "adapter": adapter}), config
+
+
+def load_supervised(options: PolicyOptions, device):
+    """(VideoLM, tokenizer) of a folder that `train_supervised` wrote; then options.adapter is merged too."""
+    beneath, config = decoder_options(options)
+    model, tokenizer = load_policy(beneath, device)
+    path = os.path.join(options.policy, "bridge.safetensors")
+    if os.path.exists(path):
+        model.cfg = replace(model.cfg, **config["sizes"])
+        bridge = Bridge(model.cfg, model.clip_cfg)
+        bridge.load_state_dict(load_file(path))
+        model.bridge = bridge.requires_grad_(False).eval().to(device)
+    if options.adapter:
+        peft_files.load_adapter(model.decoder, options.adapter)
+        lora.merge(model.decoder)
+    return model, tokenizer

@@ -1,0 +1,193 @@
+"""Preference pairs, and the training of the ranker on them (Bradley and Terry, 1952):
+P(a is preferred to b) = sigmoid(score_a - score_b). Started by python pretrain.py --stage ranker.
+"""
+
+import os
+import random
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoints.policies import load_model
+from data import Tokenizer, load_questions
+from oracles.ranker import Ranker, embed_videos, load_ranker, save_ranker
+from plumbing.fitting import fit
+from plumbing.machine import pick_device
+from plumbing.options import BadInput, Count, Options, Positive, Share, read_jsonl, write_json
+from videoqa import world
+from videoqa.answers import Question, grade, prompt_text
+
+FIELDS = ("video", "question", "chosen", "rejected")
+FIRST_SCENE = 3_000_000  # seed of the first scene of the ranker's clips: nothing else has seen them
+
+
+@dataclass
+class RankerOptions(Options):
+    """The trained oracle: --stage ranker"""
+
+    ranker_clips: Count = 2500  # clips of the world's pairs, of scenes that nothing else has seen
+    error_rate: Share = 0.1  # share of the world's pairs whose worse answer is the chosen one
+    pairs_per_question: Count = 3
+    pairs: str = ""  # JSONL of {"video", "question", "chosen", "rejected"} instead of the world's pairs
+    held_share: Share = 0.1  # share of the videos held out, to measure on (also of --stage bridge, sft)
+    ranker_steps: Count = 400  # optimizer steps on pairs
+    ranker_batch: Count = 32  # videos a step, each with up to pairs_per_video pairs
+    pairs_per_video: Count = 8
+    ranker_lr: Positive = 1e-3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one question, of which somebody preferred one."""
+
+    video: str  # path of the file
+    question: str
+    chosen: str
+    rejected: str
+    truth: int | None = None  # 1: the choice is right, -1: wrong, 0: both are equally good, None: not known
+
+
+def load_pairs(path: str, videos_dir: str) -> list[Pair]:
+    """From lines {"video", "question", "chosen", "rejected"}. BadInput names file and line."""
+    wants, pairs = f"each line is {{{', '.join(FIELDS)}}}, all of them texts", []
+    for where, row in read_jsonl(path, wants):
+        texts = [row.get(name) for name in FIELDS]
+        if not all(isinstance(text, str) for text in texts):
+            raise BadInput(f"{where}: a field is missing or no text; {wants}")
+        video, question, chosen, rejected = (text.strip() for text in texts)
+        if chosen == rejected:
+            raise BadInput(f"{where}: chosen and rejected are the same; leave it out")
+        pairs.append(Pair(os.path.join(videos_dir, video), question, chosen, rejected))
+    if len({pair.video for pair in pairs}) < 2:
+        raise BadInput(f"{path}: pairs of at least 2 videos are needed, one of them to be held out; add some")
+    return pairs
+
+
+def draw_pairs(questions: list[Question], per_question: int, error_rate: float, seed: int) -> list[Pair]:
+    """Pairs from the embedded world, where `answers.grade` knows which answer is better.
+
+    The choice is wrong with probability error_rate. Of two equally good answers either is chosen, as by
+    people who must choose: this teaches equal scores for equally wrong answers. Some answers are true of the
+    video but not what was asked: a ranker that never saw such is soon led to prefer them.
+    """
+    rng, said, true, pairs = random.Random(seed), defaultdict(list), defaultdict(list), []
+    for question in questions:
+        said[question.category].append(question.answer)
+        true[question.video].append(question.answer)
+
+    def other(question):
+        vague = [*world.LOOSE_ANSWERS[question.category], world.USUAL_ANSWER.get(question.category, "")]
+        draw, text = rng.random(), rng.choice(said[question.category])
+        if draw < 0.45:
+            return rng.choice(vague if draw < 0.2 else true[question.video])
+        return f"{text} {rng.choice(said[question.category])}" if draw < 0.55 else text  # says two things
+
+    for question in questions:
+        for _ in range(per_question):
+            one = question.answer if rng.random() < 0.8 else other(question)
+            two = other(question)
+            if one == two:
+                continue
+            better = grade(one, question) - grade(two, question)
+            wrong = rng.random() < (error_rate if better else 0.5)
+            chosen, rejected = (one, two) if (better >= 0) != wrong else (two, one)
+            truth = 0 if not better else -1 if wrong else 1
+            pairs.append(Pair(question.video, prompt_text(question), chosen, rejected, truth))
+    return pairs
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log P(chosen is preferred) of scores of any one shape, elementwise."""
+    return -F.logsigmoid(chosen - rejected)
+
+
+def pair_report(difference: Tensor, truth: list[int | None]) -> dict:
+    """How good the scores are on held-out pairs. difference (n,): score of the chosen less the rejected.
+
+    accuracy: share of pairs whose chosen answer scores higher (a tie is half). true_accuracy: the same
+    against the truth where it is known and not a tie. calibration_error: of P(more likely one is preferred),
+    in ten bins from 0.5 to 1, the mean distance to the share that was, weighted by the bins' sizes.
+    """
+    right = (difference > 0).double() + 0.5 * (difference == 0)
+    report = {"pairs": len(truth), "accuracy": right.mean().item()}
+    signs = torch.tensor([t or 0 for t in truth])
+    if (signs != 0).any():
+        truly = (difference * signs)[signs != 0]
+        report["true_accuracy"] = ((truly > 0).double() + 0.5 * (truly == 0)).mean().item()
+    sure = torch.sigmoid(difference.double().abs())
+    place = ((sure - 0.5) * 20).long().clamp(max=9)
+    bins = [(sure[place == i], right[place == i]) for i in range(10) if (place == i).any()]
+    report["nll"] = bradley_terry(difference, torch.zeros_like(difference)).mean().item()
+    report["calibration_error"] = sum(abs(s.sum() - r.sum()).item() for s, r in bins) / len(truth)
+    # Each bin: what was predicted, what came, of how many pairs
+    report["bins"] = [[round(s.mean().item(), 3), round(r.mean().item(), 3), len(s)] for s, r in bins]
+    return report
+
+
+@torch.no_grad()
+def score_pairs(ranker: Ranker, pairs: list[Pair], embeds: Tensor, video_of: dict[str, int]) -> Tensor:
+    """(n,): score of each pair's chosen answer less that of its rejected one."""
+    parts = []
+    for i in range(0, len(pairs), 256):
+        part = pairs[i : i + 256]
+        rows = [[(pair.question, pair.chosen), (pair.question, pair.rejected)] for pair in part]
+        scores = ranker(embeds[[video_of[pair.video] for pair in part]], rows)
+        parts.append(scores[:, 0] - scores[:, 1])
+    return torch.cat(parts).cpu()
+
+
+def pairs_to_learn(cfg) -> list[Pair]:
+    """The pairs of --pairs, or the embedded world's."""
+    if cfg.pairs:
+        return load_pairs(cfg.pairs, cfg.videos)
+    folder = f"{cfg.world_dir}_ranker"
+    path = world.make_world(folder, range(FIRST_SCENE, FIRST_SCENE + cfg.ranker_clips))
+    return draw_pairs(load_questions(path, folder), cfg.pairs_per_question, cfg.error_rate, cfg.seed)
+
+
+def train_ranker(cfg) -> dict:
+    """The decoder of the model in --out learns, with a scalar head, to score preferred answers higher; CLIP
+    and bridge stay frozen. cfg: pretrain.py's options.
+
+    Writes ranker/ into --out. Returns the report on held-out pairs, of the file as it is read again.
+    """
+    began, rng, generator = time.time(), random.Random(cfg.seed), torch.Generator().manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    device = pick_device(cfg.device)
+    model, tokenizer = load_model(cfg.out, device), Tokenizer.load(os.path.join(cfg.out, "tokenizer.json"))
+    pairs = pairs_to_learn(cfg)
+    videos = sorted({pair.video for pair in pairs})
+    embeds, video_of = embed_videos(model, [(v,) for v in videos]), {v: i for i, v in enumerate(videos)}
+    order = torch.randperm(len(videos), generator=generator).tolist()
+    num_held = min(max(round(cfg.held_share * len(videos)), 1), len(videos) - 1)
+    held, learned = {videos[i] for i in order[:num_held]}, order[num_held:]
+    of_video = [[] for _ in videos]
+    for pair in pairs:
+        of_video[video_of[pair.video]].append(pair)
+    R = min(cfg.pairs_per_video, max(len(of_video[i]) for i in learned))
+    scorer = Ranker(model, tokenizer).to(device)
+
+    def batch_loss():
+        chosen = torch.randperm(len(learned), generator=generator)[: cfg.ranker_batch]
+        chosen = [learned[i] for i in chosen]
+        picked = [(rng.sample if len(of_video[i]) >= R else rng.choices)(of_video[i], k=R) for i in chosen]
+        rows = [[(p.question, text) for p in some for text in (p.chosen, p.rejected)] for some in picked]
+        scores = scorer(embeds[chosen], rows).unflatten(1, (R, 2))
+        return bradley_terry(scores[..., 0], scores[..., 1]).mean(), {}
+
+    parameters = [p.requires_grad_(True) for part in (model.decoder, scorer.head) for p in part.parameters()]
+    fit("ranker", batch_loss, parameters, steps=cfg.ranker_steps, lr=cfg.ranker_lr)
+    save_ranker(scorer, cfg.out)
+    tested = [pair for pair in pairs if pair.video in held]
+    scorer = load_ranker(os.path.join(cfg.out, "ranker"), device)
+    difference = score_pairs(scorer, tested, embeds, video_of)
+    report = pair_report(difference, [pair.truth for pair in tested])
+    report |= {"trained_on": len(pairs) - len(tested), "error_rate": None if cfg.pairs else cfg.error_rate}
+    report |= {"seconds": round(time.time() - began, 1), "command": " ".join(["python", *sys.argv])}
+    write_json(os.path.join(cfg.out, "ranker", "made.json"), report)
+    return report
