@@ -23,7 +23,7 @@ from grpo_rank import completion_logprobs, group_zscores, policy_loss, rank_adva
 from lora import Learner
 from model import VideoLM
 from oracle import Ranking, rewards_of, weighed
-from oracles.choose import OracleExperiments, OracleOptions, by_reward, choose_oracle, rank_patiently
+from oracles.choose import OracleExperiments, OracleOptions, PatientOracle, by_reward, choose_oracle
 from oracles.feedback import examples_of, feedback_numbers, reward_numbers
 from plumbing.machine import (
     MachineOptions,
@@ -130,7 +130,7 @@ def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batch
         # 2) the oracle ranks the answers: it sees questions and texts, never log-probabilities
         with run.clock("oracle"):
             questions = [batches.asked.questions[i] for i in rows]
-            ranking = rank_patiently(oracle, questions, texts, cfg.oracle_patience, run.interrupted)
+            ranking = oracle.rank(questions, texts)
         run.stop_if(ranking.dead)
 
         # 3) the ranks become advantages; groups that carry no signal leave the step here
@@ -265,6 +265,7 @@ def main() -> int:
     both = {q.video for q in train_set.questions} & {q.video for q in eval_set.questions}
     seen = f"; {len(both)} videos are in both: the tables do not show what is new" if both else ""
     say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out{seen}")
+    oracle = PatientOracle(oracle, cfg.oracle_patience, run.interrupted, device)
     learn(cfg, policy, learner, oracle, batches, run)
     after, values = evaluate(policy, eval_set, sampling, samples=cfg.eval_samples, seed=cfg.seed)
     gain = gains(eval_set.questions, run.progress["before_values"], values)
