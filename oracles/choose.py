@@ -134,9 +134,10 @@ REMEDIES = {
 )
 
 
-def remedy_of(note: str) -> str:
-    """The remedy for the cause that a failed ranking's note begins with."""
-    return REMEDIES.get(note.partition(":")[0], "look at the judge's server")
+def remedy_of(note: str, option: str = "oracle") -> str:
+    """The remedy for the cause that a failed ranking's note begins with. option: prefix of the judge's."""
+    remedy = REMEDIES.get(note.partition(":")[0], "look at the judge's server")
+    return remedy.replace("--oracle_", f"--{option}_")
 
 
 class PatientOracle:

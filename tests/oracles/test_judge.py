@@ -29,7 +29,7 @@ import train
 from oracle import competition_ranks
 from oracles import chat, judge
 from oracles.cache import Cache, ReplayOracle
-from oracles.choose import rank_patiently
+from oracles.choose import PatientOracle
 from oracles.combine import PermutedOracle, shown_orders
 from oracles.judge import (
     LETTERS,
@@ -39,7 +39,7 @@ from oracles.judge import (
     read_ranking,
     read_verdict,
 )
-from plumbing.options import BadInput
+from plumbing.options import BadInput, EndedEarly
 from videoqa import world
 from videoqa.answers import Question
 from videoqa.video import read_frames
@@ -146,6 +146,10 @@ def true_ranks(group):
 
 def make(server, **options):
     return LLMOracle(url=server.url, model="m", **options)
+
+
+def patient(oracle, patience=0.0, interrupted=False):
+    return PatientOracle(oracle, patience, lambda: interrupted, torch.device("cpu"))
 
 
 def permuted(server, permutations=1, agreement="off"):
@@ -269,7 +273,7 @@ def expected_cause(group: str) -> str:
             return REPLIES.get(fault, "")
 
 
-def test_two_thousand_groups_at_a_faulty_server_are_all_accounted_for(serve, monkeypatch):
+def test_a_thousand_groups_at_a_faulty_server_are_all_accounted_for(serve, monkeypatch):
     """A third of the requests fail in one of 13 ways: no crash, no hang, no wrong ranking, exact counts."""
     monkeypatch.setattr(chat, "FIRST_WAIT", 0.005)
     seen, over = defaultdict(int), threading.Event()
@@ -291,23 +295,23 @@ def test_two_thousand_groups_at_a_faulty_server_are_all_accounted_for(serve, mon
         return wire.get(fault) or says.get(fault, right)
 
     server, chance = serve(brain), random.Random(0)
-    batch = [question(i) for i in range(2000)]
+    batch = [question(i) for i in range(1000)]
     groups = [chance.sample([f"{x} text" for x in range(5)], 3) for _ in batch]
-    oracle = make(server, timeout=4.0, concurrency=32)
+    oracle = make(server, timeout=2.0, concurrency=32)
     began = time.perf_counter()
     ranking = oracle.rank(batch, groups)
     seconds = time.perf_counter() - began
     over.set()
-    wanted = [expected_cause(f"q{i}") for i in range(2000)]
+    wanted = [expected_cause(f"q{i}") for i in range(1000)]
     got = [note.partition(":")[0] for note in ranking.notes]
     assert Counter(got) == Counter(wanted) and got == wanted
     assert ranking.ok.tolist() == [not cause for cause in wanted] and not ranking.dead
     for p in ranking.ok.nonzero().flatten().tolist():
         assert ranking.ranks[p].tolist() == true_ranks(groups[p])
     assert ranking.sums["judge_calls"] == len(server.requests) == sum(seen.values())
-    assert len(set(wanted)) >= 10  # nearly every cause did end a group
-    assert seconds < 4.0 * 8 + 60  # no hang: not more than the tries of one unlucky group, and the work
-    print(f"2000 groups, {len(server.requests)} requests, {Counter(got)} in {seconds:.1f} s")
+    assert len(set(wanted)) >= 9  # nearly every cause did end a group
+    assert seconds < 2.0 * 8 + 60  # no hang: not more than the tries of one unlucky group, and the work
+    print(f"1000 groups, {len(server.requests)} requests, {Counter(got)} in {seconds:.1f} s")
 
 
 def test_the_circuit_breaks_and_a_dead_judge_is_said_to_be_dead(serve, monkeypatch):
@@ -327,13 +331,13 @@ def test_a_dead_judge_is_waited_for_with_a_line_and_no_longer_than_patience(serv
     monkeypatch.setattr(chat, "FIRST_WAIT", 0.001)
     server = serve(lambda body: (500, {}, "down", 0))
     oracle, asked = make(server, concurrency=1), ([question(0)], [["1 a", "2 b"]])
-    assert rank_patiently(oracle, *asked, 0.3, lambda: False).dead
+    assert patient(oracle, 0.3).rank(*asked).dead
     assert "waiting 0 s at most (--oracle_patience)" in capsys.readouterr().out
     threading.Timer(0.5, setattr, (server, "brain", perfect)).start()
-    assert rank_patiently(oracle, *asked, 60.0, lambda: False).ranks.tolist() == [[1, 0]]
+    assert patient(oracle, 60.0).rank(*asked).ranks.tolist() == [[1, 0]]
     server.brain = lambda body: (500, {}, "down", 0)
     began = time.perf_counter()
-    assert rank_patiently(oracle, [question(1)], [["1 a", "2 b"]], 60.0, lambda: True).dead
+    assert patient(oracle, 60.0, interrupted=True).rank([question(1)], [["1 a", "2 b"]]).dead
     assert time.perf_counter() - began < 10
 
 
@@ -356,7 +360,9 @@ def test_retry_after_is_honoured(serve, monkeypatch):
     server = serve(lambda b: (429, {"Retry-After": "7"}, "", 0) if first and first.pop() else perfect(b))
     assert make(server).rank([question(0)], [["1 a", "2 b"]]).ok.all()
     assert len(waits) == 1 and 7 <= waits[0] <= 7 * 1.5
-    assert chat._retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0 and chat._retry_after("soon") is None
+    for value, seconds in (("Thu, 01 Jan 1970 00:00:00 GMT", 0), ("soon", None), ("", None), ("-3", None)):
+        assert chat._retry_after({"Retry-After": value}) == seconds
+    assert chat._retry_after({"retry-after-ms": "250", "Retry-After": "9"}) == 0.25
 
 
 # ---- speed, cache, replay
@@ -637,10 +643,9 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
     server = serve(mortal)
     options = ["--canary", "--anchor"]
     judged = [*options, "--oracle", "llm", "--oracle_url", server.url, "--oracle_model", "m"]
-    assert run("run", *judged, "--oracle_patience", "0.1", "--oracle_concurrency", "2") == 1
-    said = capsys.readouterr()
-    assert "the judge is dead (dead: " in said.err and "out of memory" in said.err
-    assert "waiting" in said.out and "--resume" in said.out
+    with pytest.raises(EndedEarly, match=r"the judge is dead \(dead: .*out of memory.*--resume"):
+        run("run", *judged, "--oracle_patience", "0.1", "--oracle_concurrency", "2")
+    assert "waiting" in capsys.readouterr().out
     with safe_open(home / "run" / "checkpoint.safetensors", "pt") as file:
         done = json.loads(file.metadata()["progress"])["step"]
     assert done == len((home / "run" / "metrics.jsonl").read_text().splitlines()) == 1  # saved where it died
@@ -824,7 +829,7 @@ def test_a_judge_that_cannot_be_asked_is_one_line_and_none_is_asked_where_all_is
         (["a dog"], here, "--judge_url http://127.0.0.1:9: connection, .*; start the server"),
         (["a dog"], here[:2], "--judge_url and --judge_model: one without the other"),
         (["a dog"], ("--judge_url", "ftp://x", "--judge_model", "m"), "--judge_url ftp://x: not an address"),
-        (["a dog"], (*here, "--judge_body", "["), r"--judge_body \[: not a JSON object"),
+        (["a dog"], (*here, "--judge_body", "["), r"--judge_body \[: not JSON"),
         ([], here, "d.jsonl has no open-ended question"),
     ):
         with pytest.raises(BadInput, match=words) as error:
@@ -832,8 +837,16 @@ def test_a_judge_that_cannot_be_asked_is_one_line_and_none_is_asked_where_all_is
         assert "\n" not in str(error.value)
 
 
-def test_a_judge_that_dies_in_the_middle_leaves_counted_failures_not_right_answers(serve, score, monkeypatch):
+def test_verdicts_that_failed_are_counted_as_wrong_and_where_all_did_nothing_is_published(
+    serve, score, monkeypatch
+):
     monkeypatch.setattr(chat, "FIRST_WAIT", 0.001)
     server = serve(lambda body: (500, {}, "down", 0) if shown_to_judge(body) else "fine")
-    found = score(["a dog", "puppy"], "--judge_url", server.url, "--judge_model", "m")["open_ended"]["judged"]
-    assert found["failures"] == {"server": 1} and found["accuracy"] == 50
+    with pytest.raises(
+        BadInput, match="all 1 verdicts failed, the first with server: HTTP 500: down; look at"
+    ):
+        score(["a dog", "puppy"], "--judge_url", server.url, "--judge_model", "m")
+    server.brain = lambda body: (500, {}, "down", 0) if "a dog" in shown_to_judge(body) else verdict_of(body)
+    options = "--judge_url", server.url, "--judge_model", "m"
+    found = score(["a dog", "puppy", "a whale"], *options)["open_ended"]["judged"]
+    assert found["failures"] == {"server": 1} and found["accuracy"] == pytest.approx(100 / 3)
