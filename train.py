@@ -249,6 +249,10 @@ def main() -> int:
     policy, train_set, eval_set = load_everything(cfg, device)
     batches = Batches(train_set, cfg.batch_prompts, cfg.seed, noise, process_info())
     cfg.num_steps = cfg.num_steps or cfg.num_epochs * batches.steps_an_epoch
+    if cfg.oracle == "replay":
+        from oracles.cache import check_replay
+
+        check_replay(cfg.oracle_cache, batches, cfg.num_steps)
     learner = Learner(policy.decoder, cfg.lora_r, cfg.lora_alpha, cfg.seed)
     run = RunFolder(
         cfg, learner, partial(save_adapter_of, policy), device, made_from(cfg, train_set, eval_set)

@@ -72,9 +72,12 @@ class Cache:
         if not found:
             return None
         try:
-            return json.loads(found[0][0])
-        except (ValueError, TypeError, RecursionError) as error:
-            raise BadInput(f"{self.path}: a row is damaged ({error}); name another file") from error
+            value = json.loads(found[0][0])
+        except (ValueError, TypeError, RecursionError):
+            value = None
+        if value is None:
+            raise BadInput(f"{self.path}: a row of it is damaged; name another file")
+        return value
 
     def put(self, key: str, judge: str, question: str, value: list[int] | dict, reply: str):
         """Stores a ranking or a verdict, unless another process did: returns what the file now has."""
@@ -135,10 +138,15 @@ class ReplayOracle:
         return Ranking(torch.tensor(ranks))
 
 
-def check_replay(path: str, questions: list[Question]):
-    """BadInput names the first question of which a JSONL has no group. Which answers will be given is known
-    only in training, and an sqlite file holds no group whose answers are all one: neither is checked here."""
+def check_replay(path: str, batches, num_steps: int) -> None:
+    """Raises BadInput for the first question of these steps (data.Batches) of which a JSONL has no group.
+
+    Which answers will be given is known only in training, and an sqlite file holds no group whose answers are
+    all one; so neither is checked here.
+    """
     known = set() if is_cache(path) else {id for id, _ in ReplayOracle(path).groups}
-    for question in questions if known else ():
-        if question.id not in known:
-            raise BadInput(f"{path}: lacks any group of question {question.id}; replay the run it is of")
+    rows = {row for step in range(num_steps if known else 0) for row in batches.rows(step).tolist()}
+    for row in sorted(rows):
+        if batches.asked.questions[row].id not in known:
+            id = batches.asked.questions[row].id
+            raise BadInput(f"{path}: lacks any group of question {id}; replay the run it is of")
