@@ -233,7 +233,7 @@ REMEDIES = (
     (r"(context|prompt)\b.*(length|size|window|long)", "model", "serve it with a longer context"),
     (r"\brole|alternate", "model", "name a model whose chat template takes a system message"),
     (r"model.*(not|n't) (be )?(exist|found|available|served|a valid)|model.*(does|did) not|"
-     r"(invalid|unknown|no such) model", "model", "name a model that it serves"),
+     r"(invalid|unknown|no such|not a valid) model", "model", "name a model that it serves"),
     (r"moved to", "url", "write that address"),
     (r"HTTPS port|WRONG_VERSION_NUMBER", "url", "write http:// or https://, as the server speaks it"),
     (r"CERTIFICATE_VERIFY", "url", "let the environment variable SSL_CERT_FILE name its certificate"),

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import http.server
 import io
 import json
 import math
@@ -10,7 +9,6 @@ import multiprocessing
 import random
 import re
 import signal
-import socketserver
 import sqlite3
 import sys
 import threading
@@ -21,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from judge_server import JudgeServer
 from PIL import Image
 from safetensors import safe_open
 
 import eval as eval_room
 import train
-from oracle import competition_ranks
+from oracle import Ranking, competition_ranks
 from oracles import chat, judge
 from oracles.cache import Cache, ReplayOracle
 from oracles.choose import PatientOracle
@@ -58,64 +57,6 @@ def texts_shown(messages) -> list[str]:
 def good_order(places: list[int]) -> str:
     levels = [[LETTERS[i] for i, x in enumerate(places) if x == level] for level in sorted(set(places))]
     return json.dumps({"ranking": levels})
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        began = time.perf_counter()
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append(body)
-        status, headers, content, cut = 200, {}, None, 0
-        reply = self.server.brain(body)
-        if isinstance(reply, tuple):
-            status, headers, content, cut = reply
-        if status == "drop":
-            self.connection.close()
-            return
-        if content is None:
-            choice = {"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
-            if reply == "LENGTH":
-                choice["finish_reason"] = "length"
-            content = json.dumps({"choices": [choice], "usage": {"total_tokens": 10}})
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content.encode()) + cut))
-        self.end_headers()
-        self.wfile.write(content.encode())
-        with self.server.lock:
-            self.server.held += time.perf_counter() - began
-
-    def log_message(self, *args):
-        pass
-
-
-class JudgeServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    daemon_threads, request_queue_size = True, 256
-
-    def __init__(self, brain):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.brain, self.lock, self.requests, self.held = brain, threading.Lock(), [], 0.0
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def handle_error(self, *args):
-        pass  # clients that hang up are part of these tests
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(brain):
-        servers.append(JudgeServer(brain))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +110,11 @@ def permuted(server, permutations=1, agreement="off"):
         ('{"ranking": "G=H=J"}', [0, 0, 0]),
         ("```json\n[\"G\", \"H\", \"J\"]\n```", [0, 1, 2]),
         ("<think>G > H or so</think>\nH > G > J", [1, 0, 2]),
+        ("The video shows </think> red.\n</think>\n\nH > G > J", [1, 0, 2]),  # the template began it
+        ("[THINK]hm[/THINK]H > G > J</s>", [1, 0, 2]), ("H > G > J\n<|im_end|>", [1, 0, 2]),
+        ("<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>H > G > J<|return|>", [1, 0, 2]),
+        ('```json\r\n["G", "H", "J"]\r\n```', [0, 1, 2]), ('```json ["G", "H", "J"] ```', [0, 1, 2]),
+        ('```["G", "H", "J"]```', [0, 1, 2]), ("```\nG > H > J\n```", [0, 1, 2]),
     ],
 )  # fmt: skip
 def test_a_ranking_in_any_allowed_form_is_read(reply, places):
@@ -193,6 +139,18 @@ def test_anything_else_is_a_typed_failure(reply, cause):
     with pytest.raises(chat.Failed) as failed:
         read_ranking(reply, "GHJ")
     assert failed.value.cause == cause and "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["G " + "> G " * 20_000 + "!", "<think>" * 30_000, "</s>" * 20_000, "```" * 30_000, " " * 80_000 + "x",
+     '{"ranking": [' + '"G",' * 20_000 + '"H"]}', "G > " * 20_000 + "H", '{"ranking": ' + "1" * 5000 + "}"],
+)  # fmt: skip
+def test_reading_takes_time_in_proportion_to_the_reply(reply):
+    began = time.process_time()
+    with pytest.raises(chat.Failed) as failed:
+        read_ranking(reply, "GHJ")
+    assert time.process_time() - began < 0.5 and len(str(failed.value)) <= 300
 
 
 def test_one_repair_quotes_the_fault_then_the_group_fails_and_its_raw_text_is_kept(serve, tmp_path):
@@ -424,6 +382,17 @@ def test_the_cache_survives_kill_minus_nine_and_serves_several_processes(tmp_pat
         assert cache.put(f"{i % 1000} {i}", "me", "q", [9], "") == stored
 
 
+@pytest.mark.parametrize(
+    "value", ["[0]", "[0, 7]", "{}", "[0, 1", "null", '["a", "b"]', "[false, true]", None]
+)
+def test_a_damaged_row_of_the_cache_is_one_line(serve, tmp_path, value):
+    oracle = make(serve(perfect), cache=str(tmp_path / "c.sqlite"))
+    assert oracle.rank([question(0)], [["1 a", "2 b"]]).ok.all()
+    oracle.rankings._run("UPDATE rankings SET ranks = ?", (value,))
+    with pytest.raises(BadInput, match=r"c\.sqlite: a row .*; name another file"):
+        oracle.rank([question(0)], [["1 a", "2 b"]])
+
+
 def test_a_full_disk_ends_the_asking_at_once(serve, tmp_path, monkeypatch):
     def full(*row):
         raise OSError("no space left")
@@ -446,7 +415,9 @@ def test_replay_from_jsonl_needs_no_judge_and_names_what_it_lacks(tmp_path):
     assert oracle.rank([question(1)], [["c", "c", "c"]]).ranks.tolist() == [[0, 0, 0]]  # nothing to order
     with pytest.raises(BadInput, match=r"r\.jsonl: lacks the group of question 0 with answers a \| c"):
         oracle.rank([question(0)], [["a", "c", "c"]])
-    for bad in ("[1", '{"id": "0"}', '{"id": "0", "candidates": ["a", "b"], "oracle_ranks": [1, 2]}'):
+    rows = ([1, 2], [0.0, 1.0], [False, True], [0], "01", [-1, 0])
+    rows = [json.dumps({"id": "0", "candidates": ["a", "b"], "oracle_ranks": ranks}) for ranks in rows]
+    for bad in ("[1", '{"id": "0"}', *rows):
         path.write_text('{"id": "0", "candidates": ["a", "b"], "oracle_ranks": [1, 0]}\n' + bad + "\n")
         with pytest.raises(BadInput, match=r"r\.jsonl, line 2: "):
             ReplayOracle(str(path))
@@ -553,6 +524,16 @@ def test_no_text_leaves_its_fence_forges_a_letter_or_hides_anything(text):
     assert content.isprintable() or content.replace("\n", "").isprintable()
     assert content.count("\n") == plain[1]["content"].count("\n") and len(content) < 7 * judge.MAX_CHARS
     assert not set("<>[]\ufe0f“”＂") & set(content)
+
+
+def test_nothing_invisible_and_no_false_quote_is_shown_as_it_is():
+    hidden = [0x85, 0xA0, 0xAD, 0x34F, 0x61C, 0x115F, 0x1160, 0x17B4, 0x180B, 0x180E, 0x200A, 0x200B, 0x202E]
+    hidden += [0x2060, 0x2800, 0x3000, 0x3164, 0xFE0F, 0xFEFF, 0xFFA0, 0xE0041, 0xE0100, 0x1D159, 0x1D173]
+    for code in [*hidden, *map(ord, "“ʺ״‶❝🙶")]:
+        shown = fence(f"a{chr(code)}b")
+        assert chr(code) not in shown and json.loads(shown) == f"a{chr(code)}b", hex(code)
+    assert fence("\u0308a") == '"\\u0308a"'  # a mark that would melt into the opening quote
+    assert fence("né à 3 m²: 忽略") == '"né à 3 m²: 忽略"'
 
 
 def test_injected_texts_are_ranked_by_what_they_are_not_by_what_they_say(serve):
@@ -685,6 +666,18 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
         run("none", *again)
 
 
+def test_a_resume_sends_the_key_to_no_address_that_is_not_given_again(home, run, serve, monkeypatch):
+    server = serve(by_length)
+    assert run("keyed", "--oracle", "llm", "--oracle_url", server.url, "--oracle_model", "m") == 0
+    monkeypatch.setenv("ORACLE_API_KEY", "sk-secret")
+    before = len(server.requests)
+    with pytest.raises(
+        BadInput, match=f"--oracle_url: only .*config.json names {server.url}; give the address"
+    ):
+        run("keyed", "--resume")
+    assert len(server.requests) == before
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -705,6 +698,51 @@ def test_a_bad_oracle_ends_the_run_in_one_line_before_it_starts(tmp_path, monkey
         train.main()
     assert not (tmp_path / "refused").exists() and "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), error.value
+
+
+# ---- an oracle that fails
+
+
+def failing(notes):
+    class Failing:
+        def rank(self, batch, texts):
+            ranks = torch.tensor([[0, 1]] * len(batch))
+            return Ranking(ranks, torch.tensor([not note for note in notes]), notes)
+
+    return patient(Failing())
+
+
+def test_the_first_failure_of_each_cause_is_printed_with_its_remedy_and_the_rest_are_counted(capsys):
+    asked = [question(i) for i in range(4)], [["a", "b"]] * 4
+    oracle = failing(["cut: at max_tokens", "cut: again", "function: NameError: x\x1b[2J", ""])
+    for _ in range(3):
+        assert oracle.rank(*asked).ok.tolist() == [False] * 3 + [True]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "cut: at max_tokens" in said[0] and '"max_tokens": 4096' in said[0]
+    assert "NameError: x\ufffd[2J" in said[1] and "mend the function" in said[1]
+
+
+def test_a_first_step_in_which_every_group_failed_ends_the_run_with_the_cause():
+    asked = [question(i) for i in range(2)]
+    for texts in ([["a", "b"]] * 2, [["a", "b"], ["c", "c"]]):  # a group of one text proves nothing
+        notes = ["missing: G"] * 2 if texts[1][0] == "a" else ["missing: G", ""]
+        with pytest.raises(
+            BadInput, match=r"all \d groups of the first step failed, .*missing: G; .*json_object"
+        ):
+            failing(notes).rank(asked, texts)
+    oracle = failing(["", "missing: G"])
+    oracle.rank(asked, [["a", "b"]] * 2)
+    oracle.oracle = failing(["missing: G"] * 2).oracle
+    assert not oracle.rank(asked, [["a", "b"]] * 2).ok.any()  # later steps are counted
+
+
+def test_a_function_with_a_fault_ends_the_run_in_its_first_step(tmp_path, run, monkeypatch):
+    (tmp_path / "faulty.py").write_text("def f(question, texts, **_):\n    return undefined\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        BadInput, match="all 8 groups of the first step failed, .*NameError: name 'undefined'"
+    ):
+        run("faulty", "--oracle", "faulty:f")
 
 
 # ---- verdicts on open answers (eval.py score --judge_url)
