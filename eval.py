@@ -122,6 +122,7 @@ def judged(questions, texts, judge) -> dict:
     under "failures" by cause. Judge, hash of the prompt and cache file (all replies) stand beside the score.
     """
     from oracles.chat import Failed
+    from oracles.choose import remedy_of
     from oracles.judge import TOP_SCORE, VERDICT_SHA256
     from videoqa import scores
 
@@ -133,7 +134,11 @@ def judged(questions, texts, judge) -> dict:
     if asked:
         judge.check()
     verdicts = judge.verdicts([(questions[i], said[i]) for i in asked])
-    failures = Counter(verdict.cause for verdict in verdicts if isinstance(verdict, Failed))
+    failures = [verdict for verdict in verdicts if isinstance(verdict, Failed)]
+    if failures and len(failures) == len(verdicts):
+        note = f"{failures[0].cause}: {failures[0]}"
+        words = f"all {len(failures)} verdicts failed, the first with {note}"
+        raise BadInput(f"--judge_url {judge.url}: {words}; {remedy_of(note, 'judge')}")
     for i, verdict in zip(asked, verdicts, strict=True):
         if not isinstance(verdict, Failed):
             right[i], points[i] = verdict["correct"], verdict["score"]
@@ -144,7 +149,7 @@ def judged(questions, texts, judge) -> dict:
     return table | {
         "matched": matched,
         "asked": len(asked),
-        "failures": dict(failures),
+        "failures": dict(Counter(failure.cause for failure in failures)),
         "judge": judge.judge,
         "prompt_sha256": VERDICT_SHA256,
         "cache": judge.cache,

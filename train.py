@@ -23,7 +23,7 @@ from grpo_rank import completion_logprobs, group_zscores, policy_loss, rank_adva
 from lora import Learner
 from model import VideoLM
 from oracle import Ranking, rewards_of, weighed
-from oracles.choose import OracleExperiments, OracleOptions, by_reward, choose_oracle, rank_patiently
+from oracles.choose import OracleExperiments, OracleOptions, PatientOracle, by_reward, choose_oracle
 from oracles.feedback import examples_of, feedback_numbers, reward_numbers
 from plumbing.machine import (
     MachineOptions,
@@ -138,7 +138,7 @@ def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batch
         # 2) the oracle ranks the answers: it sees questions and texts, never log-probabilities
         with run.clock("oracle"):
             questions = [batches.asked.questions[i] for i in rows]
-            ranking = rank_patiently(oracle, questions, texts, cfg.oracle_patience, run.interrupted)
+            ranking = oracle.rank(questions, texts)
         run.stop_if(ranking.dead)
 
         # 3) the ranks become advantages; groups that carry no signal leave the step here
@@ -257,6 +257,10 @@ def main() -> int:
     policy, train_set, eval_set = load_everything(cfg, device)
     batches = Batches(train_set, cfg.batch_prompts, cfg.seed, noise, process_info())
     cfg.num_steps = cfg.num_steps or cfg.num_epochs * batches.steps_an_epoch
+    if cfg.oracle == "replay":
+        from oracles.cache import check_replay
+
+        check_replay(cfg.oracle_cache, batches, cfg.num_steps)
     learner = Learner(policy.decoder, cfg.lora_r, cfg.lora_alpha, cfg.seed)
     run = RunFolder(
         cfg, learner, partial(save_adapter_of, policy), device, made_from(cfg, train_set, eval_set)
@@ -273,6 +277,7 @@ def main() -> int:
     both = {q.video for q in train_set.questions} & {q.video for q in eval_set.questions}
     seen = f"; {len(both)} videos are in both: the tables do not show what is new" if both else ""
     say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out{seen}")
+    oracle = PatientOracle(oracle, cfg.oracle_patience, run.interrupted, device)
     learn(cfg, policy, learner, oracle, batches, run)
     after, values = evaluate(policy, eval_set, sampling, samples=cfg.eval_samples, seed=cfg.seed)
     gain = gains(eval_set.questions, run.progress["before_values"], values)

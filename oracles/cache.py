@@ -9,7 +9,7 @@ import time
 import torch
 
 from oracle import Ranking, check_groups, competition_ranks, ranks_by_text
-from plumbing.options import BadInput
+from plumbing.options import BadInput, read_jsonl
 from videoqa.answers import Question
 
 CACHE_VERSION = 1  # of the file's layout and of the wording of judge.py's prompts
@@ -69,7 +69,15 @@ class Cache:
 
     def get(self, key: str) -> list[int] | dict | None:
         found = self._run("SELECT ranks FROM rankings WHERE key = ?", (key,))
-        return json.loads(found[0][0]) if found else None
+        if not found:
+            return None
+        try:
+            value = json.loads(found[0][0])
+        except (ValueError, TypeError, RecursionError):
+            value = None
+        if value is None:
+            raise BadInput(f"{self.path}: a row of it is damaged; name another file")
+        return value
 
     def put(self, key: str, judge: str, question: str, value: list[int] | dict, reply: str):
         """Stores a ranking or a verdict, unless another process did: returns what the file now has."""
@@ -101,23 +109,19 @@ class ReplayOracle:
 
     def __init__(self, path: str):
         self.path, self.groups = path, {}
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    row = json.loads(line)
-                    texts = [text.strip() for text in row["candidates"]]
-                    places = dict(zip(texts, row["oracle_ranks"], strict=True))
-                    if competition_ranks(row["oracle_ranks"]) != row["oracle_ranks"]:
-                        raise ValueError("no competition ranks")
-                    if [places[text] for text in texts] != row["oracle_ranks"]:
-                        raise ValueError("identical texts do not tie")
-                    if row.get("oracle_ok", True):
-                        self.groups[row["id"], tuple(sorted(places))] = places
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    wanted = 'write {"id", "candidates", "oracle_ranks"}'
-                    raise BadInput(
-                        f"{path}, line {number}: {type(error).__name__} {error}; {wanted}"
-                    ) from error
+        wants = 'write {"id", "candidates", "oracle_ranks"}'
+        for where, row in read_jsonl(path, wants):
+            try:
+                texts, ranks = [text.strip() for text in row["candidates"]], row["oracle_ranks"]
+                rank_of = dict(zip(texts, ranks, strict=True))
+                if {*map(type, ranks)} != {int} or competition_ranks(ranks) != ranks:
+                    raise ValueError("no competition ranks")
+                if [rank_of[text] for text in texts] != ranks:
+                    raise ValueError("identical texts do not tie")
+                if row.get("oracle_ok", True):
+                    self.groups[str(row["id"]), tuple(sorted(rank_of))] = rank_of
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise BadInput(f"{where}: {type(error).__name__} {error}; {wants}") from error
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G). Raises BadInput, with the group, if the file lacks one."""
@@ -134,10 +138,15 @@ class ReplayOracle:
         return Ranking(torch.tensor(ranks))
 
 
-def check_replay(path: str, questions: list[Question]):
-    """BadInput names the first question of which a JSONL has no group. Which answers will be given is known
-    only in training, and an sqlite file holds no group whose answers are all one: neither is checked here."""
+def check_replay(path: str, batches, num_steps: int) -> None:
+    """Raises BadInput for the first question of these steps (data.Batches) of which a JSONL has no group.
+
+    Which answers will be given is known only in training, and an sqlite file holds no group whose answers are
+    all one; so neither is checked here.
+    """
     known = set() if is_cache(path) else {id for id, _ in ReplayOracle(path).groups}
-    for question in questions if known else ():
-        if question.id not in known:
-            raise BadInput(f"{path}: lacks any group of question {question.id}; replay the run it is of")
+    rows = {row for step in range(num_steps if known else 0) for row in batches.rows(step).tolist()}
+    for row in sorted(rows):
+        if batches.asked.questions[row].id not in known:
+            id = batches.asked.questions[row].id
+            raise BadInput(f"{path}: lacks any group of question {id}; replay the run it is of")

@@ -1,82 +1,113 @@
 """The wire to a judge: `POST /v1/chat/completions` with the standard library, against servers that fail.
 
-Every call ends within its time-outs; every failure has a cause. The key is sent to its server, nowhere else.
+Every call ends within its time-outs, every reply is bounded, and every failure has a cause. The key is sent
+to its server and nowhere else, and it is taken out of all that people are shown.
 """
 
 import functools
 import http.client
 import json
 import random
+import re
 import socket
 import threading
 import time
+import zlib
 from email.utils import parsedate_to_datetime
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-from plumbing.options import BadInput
+from plumbing.options import BadInput, one_line
 
 CONNECT_SECONDS = 10.0
 TRIES = 4  # of one call
 FIRST_WAIT = 0.5  # seconds before the second try, doubled before each further one
 MAX_WAIT = 60.0  # seconds between two tries, whatever Retry-After says
+MAX_BYTES = 2**22  # of a reply
+MAX_TOKENS = 2**31  # of one reply, more is no count
+ENDPOINT = re.compile(r"/+(chat/completions|completions|responses|models)?$")  # what people paste behind /v1
 
 
 class Failed(Exception):
-    """A call or a reply that came to nothing. cause: one of oracle.CAUSES; str(): words on one line."""
+    """A call or a reply that came to nothing. cause: one of oracle.CAUSES. words: uncut, on one line.
+    str(): their beginning, for people."""
 
     def __init__(self, cause: str, words: str, retry_after: float | None = None):
-        super().__init__(" ".join(words.split())[:300])
-        self.cause, self.retry_after = cause, retry_after
+        self.cause, self.words, self.retry_after = cause, one_line(words), retry_after
+        super().__init__(self.words[:300])
 
 
 class Chat:
-    """A chat-completions server: time-outs that hold, retries, a circuit breaker, a budget, and counts."""
+    """A chat-completions server: time-outs that hold, retries, a circuit breaker, a budget, and counts.
+
+    patience: tries in a row that may fail before the server counts as dead. max_calls, max_tokens: 0 means no
+    limit. option: prefix of the options that messages name.
+    """
 
     def __init__(
-        self, url: str, key: str, timeout: float, patience: int, max_calls: int, max_tokens: int,
-        option: str = "oracle",  # prefix of the options that messages name
-    ):  # fmt: skip
-        parts = urlsplit(url if "//" in url else f"//{url}")
+        self,
+        url: str,
+        key: str,
+        timeout: float,
+        patience: int,
+        max_calls: int,
+        max_tokens: int,
+        option="oracle",
+    ):
+        name, wants = f"--{option}_url", "write http://HOST:PORT/v1"
         try:
-            port = parts.port
+            parts = urlsplit(url.strip())
+            port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError as error:
-            raise BadInput(f"--{option}_url {url}: {error}; write http://HOST:PORT/v1") from error
+            raise BadInput(f"{name} {url}: {error}; {wants}") from error
+        if parts.username or parts.password:
+            raise BadInput(f"{name}: holds a user name or a password; the place for a key is ORACLE_API_KEY")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(f"--{option}_url {url}: not an address; write http://HOST:PORT/v1")
+            raise BadInput(f"{name} {url}: not an address; {wants}")
         if not key.isascii() or not key.isprintable():
             raise BadInput("ORACLE_API_KEY: holds characters that no key has; set it again")
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self.connect = functools.partial(kind, parts.hostname, port, timeout=CONNECT_SECONDS)
-        path = parts.path.rstrip("/") or "/v1"
-        self.path = path if path.endswith("/chat/completions") else path + "/chat/completions"
+        path = quote(ENDPOINT.sub("", parts.path) or "/v1", safe="/%:@") + "/chat/completions"
+        self.path = path + (f"?{quote(parts.query, safe='=&%')}" if parts.query else "")
         self.headers = {"Content-Type": "application/json"}
         self.headers |= {"Authorization": f"Bearer {key}"} if key else {}
         self.key, self.timeout, self.max_calls, self.max_tokens = key, timeout, max_calls, max_tokens
-        self.patience = patience  # tries in a row that may fail before the server counts as dead
+        self.patience = patience
         self.calls = self.tokens = self.in_a_row = 0
         self.last = ""  # words of the last failure
         self.lock, self.jitter = threading.Lock(), random.Random(0)
 
     def ask(self, request: dict, tries: int = TRIES) -> tuple[str, str]:
-        """(text of the reply, its finish_reason). Failed after `tries`, or at once where none would help."""
+        """(text of the reply, its finish_reason). Raises Failed after `tries`, or at once if none helps."""
         payload = json.dumps(request).encode()
         for i in range(tries):
             self._admit()
             try:
-                answer = self._post(payload)
+                text, reason, tokens = self._post(payload)
                 break
             except Failed as failed:
+                failed = self.hidden(failed)
                 with self.lock:
                     self.in_a_row += failed.cause in ("connection", "timeout", "server")
                     self.last = str(failed)
                 if failed.cause == "refused" or i == tries - 1:
-                    raise
+                    raise failed from None
                 wait = FIRST_WAIT * 2**i if failed.retry_after is None else failed.retry_after
                 time.sleep(min(wait * self.jitter.uniform(1, 1.5), MAX_WAIT))
-        text, reason, tokens = answer
         with self.lock:
             self.in_a_row, self.tokens = 0, self.tokens + tokens
         return text, reason
+
+    def hide(self, text: str) -> str:
+        """The text without the key, which some servers quote back, also as JSON writes it."""
+        for key in filter(None, {self.key, self.key.replace("/", "\\/")}):
+            text = text.replace(key, "***")
+        return text
+
+    def hidden(self, failed: Failed) -> Failed:
+        """The failure in words without the key; what was added to the server's words stays."""
+        status = re.match(r"HTTP \d+: |", failed.words)[0]
+        return Failed(failed.cause, status + self.hide(failed.words[len(status) :]), failed.retry_after)
 
     def _admit(self):
         with self.lock:
@@ -87,6 +118,7 @@ class Chat:
             self.calls += 1
 
     def _post(self, payload: bytes) -> tuple[str, str, int]:
+        """(text, finish_reason, tokens) of one try."""
         connection, overdue = self.connect(), threading.Event()
         watchdog = None
         try:
@@ -98,8 +130,10 @@ class Chat:
             connection.sock.settimeout(self.timeout)
             connection.request("POST", self.path, payload, self.headers)
             response = connection.getresponse()
-            data = response.read()
-        except (OSError, http.client.HTTPException) as error:
+            data = response.read(MAX_BYTES + 1)
+            if response.length and len(data) <= MAX_BYTES:
+                raise http.client.IncompleteRead(data, response.length)
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
             late = overdue.is_set() or isinstance(error, TimeoutError)
             words = f"{type(error).__name__}: {error}"
             raise Failed("timeout" if late else "connection", words) from error
@@ -109,24 +143,16 @@ class Chat:
             connection.close()
         if overdue.is_set():
             raise Failed("timeout", f"no whole reply within {self.timeout:.0f} s")
-        text = data.decode(errors="replace")
-        text = text.replace(self.key, "***") if self.key else text  # some servers quote the key back
-        status = response.status
-        if status != 200:
-            cause = "busy" if status in (408, 429) else "server" if status >= 500 else "refused"
-            wait = _retry_after(response.headers.get("Retry-After", ""))
-            raise Failed(cause, f"HTTP {status}: {_server_words(text)}", wait)
-        try:
-            answer = json.loads(text)
-            choice = answer["choices"][0]
-            said, reason = choice["message"]["content"], str(choice.get("finish_reason"))
-            if not isinstance(said, str | None):
-                raise TypeError("content is no text")
-            tokens = (answer.get("usage") or {}).get("total_tokens")
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-            raise Failed("bad_reply", f"no chat completion: {text[:100]!r}") from error
+        if len(data) > MAX_BYTES:
+            raise Failed("bad_reply", f"a reply of more than {MAX_BYTES // 2**20} MB")
+        text, status = _text_of(data), response.status
+        if not 200 <= status < 300:
+            moved = response.headers.get("Location")
+            words = f"moved to {moved}" if moved else _server_words(text)
+            raise Failed(_cause(status, words), f"HTTP {status}: {words}", _retry_after(response.headers))
+        said, reason, tokens = read_completion(text)
         estimate = (len(payload) + len(data)) // 4  # for servers that do not count
-        return said or "", reason, tokens if type(tokens) is int else estimate
+        return said, reason, tokens if type(tokens) is int and 0 <= tokens < MAX_TOKENS else estimate
 
 
 def _hang_up(sock: socket.socket, overdue: threading.Event):
@@ -137,20 +163,102 @@ def _hang_up(sock: socket.socket, overdue: threading.Event):
         pass  # the other side was faster
 
 
-def _retry_after(value: str) -> float | None:
-    """Seconds, from a number of them or an HTTP date; None where it says neither."""
+def _cause(status: int, words: str) -> str:
+    """Whether to try again (busy, server) or not (refused). Spent credit is HTTP 429 at some servers."""
+    if status in (408, 409, 425, 429) and "insufficient_quota" not in words:
+        return "busy"
+    return "server" if status >= 500 else "refused"
+
+
+def _retry_after(headers) -> float | None:
+    """Seconds, from milliseconds, a number of seconds or an HTTP date; None if the server says nothing."""
     try:
-        seconds = float(value) if value.strip()[:1].isdigit() else parsedate_to_datetime(value).timestamp()
+        if "retry-after-ms" in headers:
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+        value = headers.get("Retry-After", "").strip()
+        seconds = (
+            float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+        )
     except (ValueError, TypeError, OverflowError):
         return None
-    return max(0.0, seconds if value.strip()[:1].isdigit() else seconds - time.time())
+    return max(0.0, seconds)
+
+
+# ---- what servers answer
+
+
+def _text_of(data: bytes) -> str:
+    """The text of a body: UTF-8, with or without a byte order mark, or compressed by a proxy unasked."""
+    if data[:2] == b"\x1f\x8b":
+        try:
+            data = zlib.decompressobj(31).decompress(data, MAX_BYTES)
+        except zlib.error:
+            pass  # then it is read, and shown, as it is
+    return data.decode("utf-8-sig", errors="replace")
+
+
+def read_completion(text: str) -> tuple[str, str, object]:
+    """(what the model says, finish_reason, usage.total_tokens as it stands there) of a chat completion.
+
+    Some servers send the content as a list of parts, of which only the texts count, or stream it although
+    nobody asked for that, or answer HTTP 200 with an error inside. Raises Failed for all else.
+    """
+    try:
+        answer = _joined(text) if text.lstrip().startswith(("data:", ":")) else json.loads(text)
+        choices = answer.get("choices")
+        choice = choices[0] if choices else {}
+        error = answer.get("error") or choice.get("error")
+        if error and not (choice.get("message") or {}).get("content"):
+            code = error.get("code") if isinstance(error, dict) else None
+            words = _server_words(json.dumps({"error": error}, ensure_ascii=False))
+            raise Failed(
+                _cause(code if type(code) is int else 400, words), f"HTTP 200 with an error: {words}"
+            )
+        message = choice.get("message") or {"content": choice["text"]}  # of a server of plain completions
+        said = message.get("content") or ""
+        if isinstance(said, list):
+            said = "".join(part["text"] for part in said if part.get("type") in ("text", "output_text"))
+        said = said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half an emoji is none
+        reason = str(choice.get("finish_reason")).lower()
+        usage = answer.get("usage")
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise Failed("bad_reply", f"no chat completion: {text}") from error
+    tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
+    return said, "length" if reason == "max_tokens" else reason, tokens
+
+
+def _joined(text: str) -> dict:
+    """One completion out of the events of a stream."""
+    said, last, usage, error = [], None, None, None
+    for line in text.splitlines():
+        event = line.removeprefix("data:").strip()
+        if line.startswith("data:") and event and event != "[DONE]":
+            event = json.loads(event)
+            usage, error = event.get("usage") or usage, event.get("error") or error
+            for choice in event.get("choices") or []:
+                said.append((choice.get("delta") or choice.get("message") or {}).get("content") or "")
+                last = choice.get("finish_reason") or last
+    choice = {"message": {"content": "".join(said)}, "finish_reason": last}
+    return {"choices": [choice], "usage": usage, "error": error}
+
+
+ERROR_NAMES = ("error", "errors", "message", "detail", "msg", "error_message")
 
 
 def _server_words(text: str) -> str:
-    """The message inside an error reply, else its beginning."""
+    """The message inside an error reply, in any of the known shapes, else its title or its beginning."""
     try:
-        error = json.loads(text)
-        error = error.get("error", error.get("message", error.get("detail")))
-        return str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, RecursionError, AttributeError):
-        return text[:200] or "without a word"
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        title = re.search(r"<title>([^<]{1,300})", text, re.IGNORECASE)
+        return title[1] if title else text[:1000].strip() or "without a word"
+    more = ""
+    for _ in range(5):  # {"error": {"message": ..}}, a list of that, {"detail": [{"msg": ..}]}, "error" alone
+        found = found[0] if isinstance(found, list) and found else found
+        names = [n for n in ERROR_NAMES if isinstance(found, dict) and found.get(n)]
+        if not names:
+            break
+        metadata = found.get("metadata")  # of a proxy: what the server behind it said
+        more = f" ({metadata['raw']})" if isinstance(metadata, dict) and metadata.get("raw") else more
+        found = found[names[0]]
+    return (found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)) + more

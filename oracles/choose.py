@@ -1,6 +1,7 @@
 """The oracle that the options name. What an oracle needs is imported only where it is chosen."""
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,17 @@ import torch
 from tqdm import tqdm
 
 from oracle import FunctionOracle, Ranking, RewardOracle, RuleOracle, load_function
-from plumbing.options import BadInput, Count, CountOrNone, NotNegative, Options, Positive, Share
+from plumbing.machine import reduce_sum
+from plumbing.options import (
+    BadInput,
+    Count,
+    CountOrNone,
+    NotNegative,
+    Options,
+    Positive,
+    Share,
+    one_line,
+)  # fmt: skip
 
 ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
 
@@ -104,26 +115,78 @@ def choose_judge(cfg):
     judge = LLMOracle(
         url=cfg.oracle_url, model=cfg.oracle_model, key=os.environ.get("ORACLE_API_KEY", ""),
         body=cfg.oracle_body, frames=cfg.oracle_frames, gold=cfg.oracle_gold,
-        concurrency=cfg.oracle_concurrency, timeout=cfg.oracle_timeout, max_calls=cfg.oracle_max_calls,
-        max_tokens=cfg.oracle_max_tokens, cache=cache, replay=cfg.oracle == "replay",
+        concurrency=cfg.oracle_concurrency, timeout=cfg.oracle_timeout, patience=cfg.oracle_patience,
+        max_calls=cfg.oracle_max_calls, max_tokens=cfg.oracle_max_tokens, cache=cache,
+        replay=cfg.oracle == "replay",
     )  # fmt: skip
     judge.check()
     return judge
 
 
-def rank_patiently(oracle, batch, texts, patience: float, interrupted) -> Ranking:
-    """oracle.rank; while the judge is dead, again every few seconds, for `patience` seconds at most.
+# What helps where a ranking failed; else the judge's server is to be looked at
+REMEDIES = {
+    "function": "mend the function",
+    "cut": "give the judge more room, as with --oracle_body '{\"max_tokens\": 4096}'",
+    "refused": "--oracle_body adds fields to the request, or takes them out (null)",
+} | dict.fromkeys(
+    ("empty", "not_json", "missing", "duplicate", "unknown"),
+    'take a larger judge, or force JSON: --oracle_body \'{"response_format": {"type": "json_object"}}\'',
+)
 
-    What was ranked before the judge died comes from its cache. interrupted(): gives up at once.
+
+def remedy_of(note: str, option: str = "oracle") -> str:
+    """The remedy for the cause that a failed ranking's note begins with. option: prefix of the judge's."""
+    remedy = REMEDIES.get(note.partition(":")[0], "look at the judge's server")
+    return remedy.replace("--oracle_", f"--{option}_")
+
+
+class PatientOracle:
+    """An oracle in training: waits for a judge that died, and lets no failure pass unseen.
+
+    patience: seconds to wait for a dead judge. interrupted(): whether to give up at once. The first failure
+    of each cause is printed. Raises BadInput if all groups of the first step failed, over all processes.
     """
-    ranking, until, pause = oracle.rank(batch, texts), time.monotonic() + patience, 1.0
-    while ranking.dead and not ranking.dead.startswith("budget") and time.monotonic() < until:
-        left = until - time.monotonic()
-        tqdm.write(f"the judge is silent ({ranking.dead}); waiting {left:.0f} s at most (--oracle_patience)")
-        resume, pause = time.monotonic() + min(pause, left), min(2 * pause, 30.0)
-        while time.monotonic() < resume and not interrupted():
-            time.sleep(0.1)
-        if interrupted():
-            break
-        ranking = oracle.rank(batch, texts)
-    return ranking
+
+    def __init__(self, oracle, patience: float, interrupted, device: torch.device):
+        self.oracle, self.patience, self.interrupted, self.device = oracle, patience, interrupted, device
+        self.told, self.first = set(), True
+
+    def rank(self, batch, texts) -> Ranking:
+        """The other oracle's ranking. While its judge is dead, it is asked again every few seconds; what was
+        ranked before the judge died comes from its cache."""
+        ranking, until, pause = self.oracle.rank(batch, texts), time.monotonic() + self.patience, 1.0
+        while ranking.dead and not ranking.dead.startswith("budget") and time.monotonic() < until:
+            left = until - time.monotonic()
+            tqdm.write(
+                f"the judge is silent ({ranking.dead}); waiting {left:.0f} s at most (--oracle_patience)"
+            )
+            resume, pause = time.monotonic() + min(pause, left), min(2 * pause, 30.0)
+            while time.monotonic() < resume and not self.interrupted():
+                time.sleep(0.1)
+            if self.interrupted():
+                break
+            ranking = self.oracle.rank(batch, texts)
+        self._tell(ranking, texts)
+        return ranking
+
+    def _tell(self, ranking: Ranking, texts):
+        failures = [note for note in ranking.notes if note]
+        for note in failures:
+            cause = note.partition(":")[0]
+            if cause not in self.told:
+                tqdm.write(f"a ranking failed ({one_line(note)}); {remedy_of(note)}", file=sys.stderr)
+                self.told.add(cause)
+        if not self.first:
+            return
+        self.first = False
+        ordered = [
+            len({text.strip() for text in group}) > 1 for group in texts
+        ]  # there was something to order
+        good = (ranking.ok & torch.tensor(ordered)).sum()
+        num_failed, num_good, num_dead = reduce_sum(
+            (~ranking.ok).sum(), good, bool(ranking.dead), device=self.device
+        )
+        if num_failed and not num_good and not num_dead:
+            note = failures[0] if failures else "in another process"
+            words = f"all {num_failed:.0f} groups of the first step failed, the first with {note}"
+            raise BadInput(f"--oracle: {words}; {remedy_of(note)}")

@@ -13,7 +13,9 @@ import io
 import json
 import os
 import re
+import time
 import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -24,7 +26,8 @@ from tqdm import tqdm
 from oracle import Ranking, check_groups, competition_ranks, ranks_by_text
 from oracles.cache import CACHE_VERSION, Cache, lacks
 from oracles.chat import Chat, Failed
-from plumbing.options import BadInput
+from plumbing.machine import say
+from plumbing.options import BadInput, parse_json
 from videoqa.answers import Question, prompt_text
 from videoqa.video import read_frames
 
@@ -63,21 +66,34 @@ def fence(text: str) -> str:
     """A text as one JSON string literal on one line, which it can neither end nor break nor hide anything in.
 
     Besides quotes and control characters all that is invisible is written as an escape (bidi, zero-width,
-    tags, variation selectors), and what is a quote to the eye; so are < > [ ], of which chat templates make
-    their special tokens. A text over MAX_CHARS is cut, which is said outside the string.
+    tags, variation selectors, fillers, every space but the plain one), and so is what looks like a quote, and
+    < > [ ], of which chat templates make their special tokens. A text longer than MAX_CHARS is cut, which is
+    said outside the string.
     """
     text = text.strip()
-    shown = json.dumps(text[:MAX_CHARS], ensure_ascii=False)
-    shown = '"' + "".join(map(_visible, shown[1:-1])) + '"'
+    shown = json.dumps(text[:MAX_CHARS], ensure_ascii=False)[1:-1]
+    first = shown[:1]  # a combining mark would melt into the opening quote
+    first = (
+        _escape(first) if first and unicodedata.category(first)[0] == "M" else "".join(map(_visible, first))
+    )
+    shown = f'"{first}{"".join(map(_visible, shown[1:]))}"'
     return shown if len(text) <= MAX_CHARS else f"{shown} (cut, {len(text)} characters)"
 
 
+HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}  # categories of what the eye does not see
+HIDDEN_NAMES = re.compile(
+    "VARIATION SELECTOR|FILLER|BLANK|JOINER|VOWEL INHERENT|NULL NOTEHEAD"
+)  # and the rest
+LIKE_QUOTES = "“”„‟″‶〝〞＂ˮʺ״❝❞❠⹂🙶🙷🙸"
+
+
+@functools.lru_cache(maxsize=1 << 14)
 def _visible(c: str) -> str:
-    hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") or "VARIATION SEL" in (
-        unicodedata.name(c, "")
-    )
-    if not hidden and c not in "<>[]“”„‟″〝〞＂":
-        return c
+    hidden = unicodedata.category(c) in HIDDEN or HIDDEN_NAMES.search(unicodedata.name(c, ""))
+    return _escape(c) if c != " " and hidden or c in "<>[]" or c in LIKE_QUOTES else c
+
+
+def _escape(c: str) -> str:
     units = c.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2))
 
@@ -133,19 +149,20 @@ def video_media(shown: tuple, num_frames: int) -> tuple[tuple[float, str], ...]:
 def read_ranking(reply: str, letters: str) -> list[int]:
     """Competition ranks of the letters, from {"ranking": ..} or its value alone; else raises Failed.
 
-    The value: a JSON list of letters and of lists of tied letters, or "G > H = J", bare as well. A <think>
-    part before it and a code fence around it are taken off; nothing is searched for in prose.
+    The value is a JSON list of letters and of lists of tied letters, or "G > H = J", bare as well. The part
+    where the model thinks and a code fence are taken off (`_json_value`). Nothing is searched for in prose.
     """
     text, value = _json_value(reply)
     value = value.get("ranking") if isinstance(value, dict) else value
-    if isinstance(value, str) and re.fullmatch(r"\s*\w+(\s*[>=]\s*\w+)*\s*", value):
-        value = [level.split("=") for level in value.split(">")]
+    if isinstance(value, str):
+        levels = [[x.strip() for x in level.split("=")] for level in value.split(">")]
+        value = levels if all(re.fullmatch(r"\w+", x) for level in levels for x in level) else value
     if not isinstance(value, list):
-        raise Failed("not_json", f"neither a JSON ranking nor an order like G > H: {text[:100]}")
+        raise Failed("not_json", f"neither a JSON ranking nor an order like G > H: {text}")
     levels = [level if isinstance(level, list) else [level] for level in value]
     said = [x.strip() if isinstance(x, str) else json.dumps(x)[:20] for level in levels for x in level]
     unknown = [x for x in said if len(x) != 1 or x not in letters]
-    repeated = sorted({x for x in said if said.count(x) > 1})
+    repeated = [x for x, times in Counter(said).items() if times > 1]
     missing = [x for x in letters if x not in said]
     for cause, found in (("unknown", unknown), ("duplicate", repeated), ("missing", missing)):
         if found:
@@ -159,24 +176,39 @@ def read_verdict(reply: str) -> dict:
     without either, or with half a point. Taken off: as by read_ranking."""
     text, value = _json_value(reply)
     if not isinstance(value, dict):
-        raise Failed("not_json", f"no JSON object: {text[:100]}")
+        raise Failed("not_json", f"no JSON object: {text}")
     for name in ("correct", "score"):
         if name not in value:
-            raise Failed("missing", f"no '{name}' in {text[:100]}")
+            raise Failed("missing", f"no '{name}' in {text}")
     said, score = value["correct"], value["score"]
     said = said.strip().lower() if isinstance(said, str) else said
     if said not in ("yes", "no"):
-        raise Failed("unknown", f"'correct' is neither yes nor no: {text[:100]}")
+        raise Failed("unknown", f"'correct' is neither yes nor no: {text}")
     if type(score) is not int or not 0 <= score <= TOP_SCORE:
-        raise Failed("unknown", f"'score' is no whole number from 0 to 5: {text[:100]}")
+        raise Failed("unknown", f"'score' is no whole number from 0 to 5: {text}")
     return {"correct": said == "yes", "score": score}
 
 
+# How the models that think aloud end it, and the special tokens with which they end a turn
+THOUGHT_END = re.compile(
+    r"</(?:think|thinking|thought|reasoning|seed:think)>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>"
+    r"|<\|channel\|>final<\|message\|>"
+)
+LEFT_OVER = re.compile(r"(?:<\|\w{1,30}\|>|</s>|<end_of_turn>)\Z")
+
+
 def _json_value(reply: str) -> tuple[str, object]:
-    """A reply without its <think> part and code fence, and the JSON that it is, else itself."""
-    text = re.sub(r"\A\s*<think>.*?</think>", "", reply, flags=re.DOTALL).strip()
-    fenced = re.fullmatch(r"```\w*\n(.*?)\n?```", text, flags=re.DOTALL)
-    text = fenced[1].strip() if fenced else text
+    """A reply without what stands around its answer, and the JSON that it is, else itself.
+
+    Taken off: all up to the last end of a thinking part, of which the beginning may be missing (some chat
+    templates put it into the prompt); special tokens that the server left at the end; a code fence.
+    """
+    text = THOUGHT_END.split(reply)[-1].strip()
+    for _ in range(3):
+        token = LEFT_OVER.search(text, max(0, len(text) - 40))
+        text = text[: token.start()].rstrip() if token else text
+    if text.startswith("```") and text.endswith("```") and len(text) >= 6:
+        text = re.sub(r"\A[A-Za-z]+(?=\s*[\[{\r\n])", "", text[3:-3]).strip()
     if not text:
         raise Failed("empty", "the reply is empty")
     try:
@@ -192,6 +224,21 @@ def _distinct_keys(pairs: list) -> dict:
 
 
 # ---- the oracle
+
+LOADING_WAIT = 2.0  # seconds between two tries of a server that is still loading
+NEWER = "max_completion_tokens"  # what some servers want in place of max_tokens
+# What the words of a first call that failed mean: pattern, option, remedy. The first that fits counts
+REMEDIES = (
+    (r"insufficient_quota|HTTP 402", "url", "the account there has no credit left; name another server"),
+    (r"(context|prompt)\b.*(length|size|window|long)", "model", "serve it with a longer context"),
+    (r"\brole|alternate", "model", "name a model whose chat template takes a system message"),
+    (r"model.*(not|n't) (be )?(exist|found|available|served|a valid)|model.*(does|did) not|"
+     r"(invalid|unknown|no such|not a valid) model", "model", "name a model that it serves"),
+    (r"moved to", "url", "write that address"),
+    (r"HTTPS port|WRONG_VERSION_NUMBER", "url", "write http:// or https://, as the server speaks it"),
+    (r"CERTIFICATE_VERIFY", "url", "let the environment variable SSL_CERT_FILE name its certificate"),
+    (r"HTTP 40[45]|endpoint|not found", "url", "write the address with its path, mostly http://HOST:PORT/v1"),
+)  # fmt: skip
 
 
 @dataclass
@@ -210,6 +257,7 @@ class LLMOracle:
     gold: bool = False  # show the judge the gold answer
     concurrency: int = 64  # calls in flight
     timeout: float = 120.0  # seconds for a whole reply
+    patience: float = 600.0  # seconds to wait at the start for a server that is still loading
     max_calls: int = 0  # 0: no limit
     max_tokens: int = 0
     cache: str = ""  # sqlite file
@@ -221,11 +269,10 @@ class LLMOracle:
         if not self.replay:
             limits = (self.timeout, 2 * self.concurrency, self.max_calls, self.max_tokens)
             self.chat = Chat(self.url, self.key, *limits, self.option)
-        try:
-            extra = json.loads(self.body or "{}")
-            extra.keys()
-        except (ValueError, AttributeError) as error:
-            raise BadInput(f"--{self.option}_body {self.body}: not a JSON object; write {{..}}") from error
+        where = f"--{self.option}_body {self.body}"
+        extra = parse_json(self.body or "{}", where, "write {..}")
+        if not isinstance(extra, dict):
+            raise BadInput(f"{where}: not a JSON object; write {{..}}")
         request = {"model": self.model, "temperature": 0, "max_tokens": 1024} | extra
         self.request = {name: value for name, value in request.items() if value is not None}
         self.rankings = Cache(self.cache, self.option)
@@ -239,31 +286,54 @@ class LLMOracle:
         self.hits = self.repairs = 0
 
     def check(self) -> None:
-        """One short call, one more with a picture where frames are shown; BadInput says what is wrong."""
+        """One short call, one more with a picture if frames are shown. A server that is still loading is
+        waited for. Raises BadInput that says what is wrong."""
         picture = [(0.0, jpeg_url(Image.new("RGB", (64, 64), "blue")))]
         for media in [[], picture] if self.frames else [[]]:
             key = self._key("check", "", media, [])
             if self.replay or self.rankings.get(key) is not None:
                 continue
             messages = build_messages("What color is a clear sky at noon?", "", media, ['"blue"', '"green"'])
-            try:
-                reply, _ = self.chat.ask(self.request | {"messages": messages}, tries=1)
-            except Failed as failed:
-                raise BadInput(self._what_is_wrong(failed, media)) from failed
+            reply = self._first_reply(self.request | {"messages": messages}, bool(media))
             if self.cache and os.path.isdir(os.path.dirname(self.cache) or "."):
-                self.rankings.put(key, self.judge, "check", [], reply)
+                self.rankings.put(key, self.judge, "check", [], self.chat.hide(reply))
 
-    def _what_is_wrong(self, failed: Failed, media: list) -> str:
-        words = str(failed)
+    def _first_reply(self, request: dict, pictures: bool) -> str:
+        until, told = time.monotonic() + self.patience, False
+        while True:
+            try:
+                return self.chat.ask(request, tries=1)[0]
+            except Failed as failed:
+                if not failed.words.startswith("HTTP 503") or time.monotonic() >= until:
+                    raise BadInput(self._what_is_wrong(failed, pictures)) from failed
+                wait = LOADING_WAIT if failed.retry_after is None else failed.retry_after
+                if not told:
+                    say(f"{self.url} is not ready ({failed}); waiting {self.patience:.0f} s at most")
+            told, self.chat.in_a_row, self.chat.calls = True, 0, self.chat.calls - 1
+            time.sleep(min(wait, max(0.0, until - time.monotonic())))
+
+    def _what_is_wrong(self, failed: Failed, pictures: bool) -> str:
+        """One line about a first call that failed: the option, the server's words, the remedy."""
+        words, name = str(failed), f"--{self.option}"
+        says = f"{self.url} says {words}"
         if words.startswith(("HTTP 401", "HTTP 403")):
             given = "is not accepted" if self.key else "is not set"
-            return f"ORACLE_API_KEY {given}: {self.url} says {words}; set this environment variable"
-        if media:
-            return f"--{self.option}_frames {self.frames}: {self.model} refuses pictures: {words}; use 0"
+            return f"ORACLE_API_KEY {given}: {says}; set this environment variable"
+        if pictures and failed.cause in ("refused", "server", "bad_reply"):
+            return f"{name}_frames {self.frames}: {self.model} refuses pictures: {words}; use 0"
         if failed.cause == "refused":
-            return f"--{self.option}_model {self.model}: {self.url} says {words}; name a model that it serves"
-        remedy = "start the server or correct the address"
-        return f"--{self.option}_url {self.url}: {failed.cause}, {words}; {remedy}"
+            fields = [
+                field for field in self.request if field not in ("model", "messages") and field in words
+            ]
+            if fields:
+                out = {fields[0]: None} | ({NEWER: 1024} if NEWER in words else {})
+                return f"{name}_body: {says}; give {name}_body '{json.dumps(out)}'"
+        for pattern, option, remedy in REMEDIES:
+            if re.search(pattern, words, re.IGNORECASE):
+                return f"{name}_{option} {getattr(self, option)}: {says}; {remedy}"
+        if failed.cause == "refused":
+            return f"{name}_body: {says}; {name}_body adds fields to the request, or takes them out (null)"
+        return f"{name}_url {self.url}: {failed.cause}, {words}; start the server or correct the address"
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G). Never waits longer than tries and time-outs allow."""
@@ -319,7 +389,8 @@ class LLMOracle:
             raise BadInput(lacks(self.cache, question, shown))
         messages = build_messages(asked, gold, media, shown)
         read = functools.partial(read_ranking, letters=letters)
-        return self._settle(key, asked, messages, read, REPAIR.format("{}", ", ".join(letters)))
+        repair = REPAIR.format("{}", ", ".join(letters))
+        return self._settle(key, asked, messages, read, repair, lambda value: _is_ranking(value, len(shown)))
 
     def verdicts(self, rows: list[tuple[Question, str]]) -> list[dict | Failed]:
         """Whether each answer says what the gold answer says, and its score (`read_verdict`); a Failed where
@@ -344,20 +415,22 @@ class LLMOracle:
     def _verdict(self, question: str, gold: str, text: str) -> dict:
         key = _sha256([self.judge, VERDICT_SHA256, question, gold, text])
         messages = verdict_messages(question, gold, text)
-        return self._settle(key, question, messages, read_verdict, VERDICT_REPAIR)
+        return self._settle(key, question, messages, read_verdict, VERDICT_REPAIR, _is_verdict)
 
-    def _settle(self, key: str, asked: str, messages: list, read, repair: str):
-        """What `read` makes of the judge's reply, from the cache or asked for; its fault is quoted back once.
-        Raises Failed."""
+    def _settle(self, key: str, asked: str, messages: list, read, repair: str, valid):
+        """What `read` makes of the judge's reply, from the cache or asked for. A reply that cannot be read is
+        quoted back once. valid: whether a value of the cache is one. Raises Failed."""
         value = self.rankings.get(key)
         if value is not None:
+            if not valid(value):
+                raise BadInput(f"{self.cache}: a row holds what no judge said, {value}; name another file")
             self.hits += 1
             return value
         replies = []
         try:
             for last in (False, True):
                 reply, reason = self.chat.ask(self.request | {"messages": messages})
-                replies.append(reply)
+                replies.append(self.chat.hide(reply))
                 try:
                     if reason == "length":
                         raise Failed("cut", "the reply was cut at max_tokens")
@@ -365,7 +438,7 @@ class LLMOracle:
                     break
                 except Failed as fault:
                     if last:
-                        raise
+                        raise self.chat.hidden(fault) from None
                     self.repairs += 1
                     messages.append({"role": "assistant", "content": reply[:MAX_CHARS] or "(empty)"})
                     messages.append({"role": "user", "content": repair.format(fault)})
@@ -373,4 +446,15 @@ class LLMOracle:
             if self.cache:
                 self.rankings.put_failure(self.judge, asked, failed.cause, replies)
             raise
-        return self.rankings.put(key, self.judge, asked, value, reply) if self.cache else value
+        return self.rankings.put(key, self.judge, asked, value, replies[-1]) if self.cache else value
+
+
+def _is_ranking(value, n: int) -> bool:
+    """Whether a value that was read back from the cache is a ranking of n texts."""
+    whole = isinstance(value, list) and len(value) == n and all(type(x) is int for x in value)
+    return whole and competition_ranks(value) == value
+
+
+def _is_verdict(value) -> bool:
+    names = isinstance(value, dict) and value.keys() == {"correct", "score"}
+    return names and type(value["correct"]) is bool and value["score"] in range(TOP_SCORE + 1)

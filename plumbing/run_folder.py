@@ -86,6 +86,11 @@ def stored_options(given: dict, config_class) -> dict:
     for name, value in given.items():
         if name not in MAY_CHANGE and stored[name] != value:
             raise BadInput(f"--{name} {value}: the run in {out} has {stored[name]!r}; leave it out to resume")
+    if stored.get("oracle") == "llm" and "oracle_url" not in given and os.environ.get("ORACLE_API_KEY"):
+        raise BadInput(
+            f"--oracle_url: only {path} names {stored['oracle_url']}; give the address again, so that"
+            " ORACLE_API_KEY may be sent there, or unset the key"
+        )
     return stored | {"out": out, "resume": True}
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import http.server
 import io
 import json
 import math
@@ -10,7 +9,6 @@ import multiprocessing
 import random
 import re
 import signal
-import socketserver
 import sqlite3
 import sys
 import threading
@@ -21,15 +19,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from judge_server import JudgeServer
 from PIL import Image
 from safetensors import safe_open
 
 import eval as eval_room
 import train
-from oracle import competition_ranks
+from oracle import Ranking, competition_ranks
 from oracles import chat, judge
 from oracles.cache import Cache, ReplayOracle
-from oracles.choose import rank_patiently
+from oracles.choose import PatientOracle
 from oracles.combine import PermutedOracle, shown_orders
 from oracles.judge import (
     LETTERS,
@@ -39,7 +38,7 @@ from oracles.judge import (
     read_ranking,
     read_verdict,
 )
-from plumbing.options import BadInput
+from plumbing.options import BadInput, EndedEarly
 from videoqa import world
 from videoqa.answers import Question
 from videoqa.video import read_frames
@@ -58,64 +57,6 @@ def texts_shown(messages) -> list[str]:
 def good_order(places: list[int]) -> str:
     levels = [[LETTERS[i] for i, x in enumerate(places) if x == level] for level in sorted(set(places))]
     return json.dumps({"ranking": levels})
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        began = time.perf_counter()
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.requests.append(body)
-        status, headers, content, cut = 200, {}, None, 0
-        reply = self.server.brain(body)
-        if isinstance(reply, tuple):
-            status, headers, content, cut = reply
-        if status == "drop":
-            self.connection.close()
-            return
-        if content is None:
-            choice = {"message": {"role": "assistant", "content": reply}, "finish_reason": "stop"}
-            if reply == "LENGTH":
-                choice["finish_reason"] = "length"
-            content = json.dumps({"choices": [choice], "usage": {"total_tokens": 10}})
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content.encode()) + cut))
-        self.end_headers()
-        self.wfile.write(content.encode())
-        with self.server.lock:
-            self.server.held += time.perf_counter() - began
-
-    def log_message(self, *args):
-        pass
-
-
-class JudgeServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    daemon_threads, request_queue_size = True, 256
-
-    def __init__(self, brain):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.brain, self.lock, self.requests, self.held = brain, threading.Lock(), [], 0.0
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def handle_error(self, *args):
-        pass  # clients that hang up are part of these tests
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(brain):
-        servers.append(JudgeServer(brain))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +89,10 @@ def make(server, **options):
     return LLMOracle(url=server.url, model="m", **options)
 
 
+def patient(oracle, patience=0.0, interrupted=False):
+    return PatientOracle(oracle, patience, lambda: interrupted, torch.device("cpu"))
+
+
 def permuted(server, permutations=1, agreement="off"):
     return PermutedOracle(make(server), permutations, agreement, 0)
 
@@ -165,6 +110,11 @@ def permuted(server, permutations=1, agreement="off"):
         ('{"ranking": "G=H=J"}', [0, 0, 0]),
         ("```json\n[\"G\", \"H\", \"J\"]\n```", [0, 1, 2]),
         ("<think>G > H or so</think>\nH > G > J", [1, 0, 2]),
+        ("The video shows </think> red.\n</think>\n\nH > G > J", [1, 0, 2]),  # the template began it
+        ("[THINK]hm[/THINK]H > G > J</s>", [1, 0, 2]), ("H > G > J\n<|im_end|>", [1, 0, 2]),
+        ("<|channel|>analysis<|message|>hm<|end|><|channel|>final<|message|>H > G > J<|return|>", [1, 0, 2]),
+        ('```json\r\n["G", "H", "J"]\r\n```', [0, 1, 2]), ('```json ["G", "H", "J"] ```', [0, 1, 2]),
+        ('```["G", "H", "J"]```', [0, 1, 2]), ("```\nG > H > J\n```", [0, 1, 2]),
     ],
 )  # fmt: skip
 def test_a_ranking_in_any_allowed_form_is_read(reply, places):
@@ -189,6 +139,18 @@ def test_anything_else_is_a_typed_failure(reply, cause):
     with pytest.raises(chat.Failed) as failed:
         read_ranking(reply, "GHJ")
     assert failed.value.cause == cause and "\n" not in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["G " + "> G " * 20_000 + "!", "<think>" * 30_000, "</s>" * 20_000, "```" * 30_000, " " * 80_000 + "x",
+     '{"ranking": [' + '"G",' * 20_000 + '"H"]}', "G > " * 20_000 + "H", '{"ranking": ' + "1" * 5000 + "}"],
+)  # fmt: skip
+def test_reading_takes_time_in_proportion_to_the_reply(reply):
+    began = time.process_time()
+    with pytest.raises(chat.Failed) as failed:
+        read_ranking(reply, "GHJ")
+    assert time.process_time() - began < 0.5 and len(str(failed.value)) <= 300
 
 
 def test_one_repair_quotes_the_fault_then_the_group_fails_and_its_raw_text_is_kept(serve, tmp_path):
@@ -269,7 +231,7 @@ def expected_cause(group: str) -> str:
             return REPLIES.get(fault, "")
 
 
-def test_two_thousand_groups_at_a_faulty_server_are_all_accounted_for(serve, monkeypatch):
+def test_a_thousand_groups_at_a_faulty_server_are_all_accounted_for(serve, monkeypatch):
     """A third of the requests fail in one of 13 ways: no crash, no hang, no wrong ranking, exact counts."""
     monkeypatch.setattr(chat, "FIRST_WAIT", 0.005)
     seen, over = defaultdict(int), threading.Event()
@@ -291,23 +253,23 @@ def test_two_thousand_groups_at_a_faulty_server_are_all_accounted_for(serve, mon
         return wire.get(fault) or says.get(fault, right)
 
     server, chance = serve(brain), random.Random(0)
-    batch = [question(i) for i in range(2000)]
+    batch = [question(i) for i in range(1000)]
     groups = [chance.sample([f"{x} text" for x in range(5)], 3) for _ in batch]
-    oracle = make(server, timeout=4.0, concurrency=32)
+    oracle = make(server, timeout=2.0, concurrency=32)
     began = time.perf_counter()
     ranking = oracle.rank(batch, groups)
     seconds = time.perf_counter() - began
     over.set()
-    wanted = [expected_cause(f"q{i}") for i in range(2000)]
+    wanted = [expected_cause(f"q{i}") for i in range(1000)]
     got = [note.partition(":")[0] for note in ranking.notes]
     assert Counter(got) == Counter(wanted) and got == wanted
     assert ranking.ok.tolist() == [not cause for cause in wanted] and not ranking.dead
     for p in ranking.ok.nonzero().flatten().tolist():
         assert ranking.ranks[p].tolist() == true_ranks(groups[p])
     assert ranking.sums["judge_calls"] == len(server.requests) == sum(seen.values())
-    assert len(set(wanted)) >= 10  # nearly every cause did end a group
-    assert seconds < 4.0 * 8 + 60  # no hang: not more than the tries of one unlucky group, and the work
-    print(f"2000 groups, {len(server.requests)} requests, {Counter(got)} in {seconds:.1f} s")
+    assert len(set(wanted)) >= 9  # nearly every cause did end a group
+    assert seconds < 2.0 * 8 + 60  # no hang: not more than the tries of one unlucky group, and the work
+    print(f"1000 groups, {len(server.requests)} requests, {Counter(got)} in {seconds:.1f} s")
 
 
 def test_the_circuit_breaks_and_a_dead_judge_is_said_to_be_dead(serve, monkeypatch):
@@ -327,13 +289,13 @@ def test_a_dead_judge_is_waited_for_with_a_line_and_no_longer_than_patience(serv
     monkeypatch.setattr(chat, "FIRST_WAIT", 0.001)
     server = serve(lambda body: (500, {}, "down", 0))
     oracle, asked = make(server, concurrency=1), ([question(0)], [["1 a", "2 b"]])
-    assert rank_patiently(oracle, *asked, 0.3, lambda: False).dead
+    assert patient(oracle, 0.3).rank(*asked).dead
     assert "waiting 0 s at most (--oracle_patience)" in capsys.readouterr().out
     threading.Timer(0.5, setattr, (server, "brain", perfect)).start()
-    assert rank_patiently(oracle, *asked, 60.0, lambda: False).ranks.tolist() == [[1, 0]]
+    assert patient(oracle, 60.0).rank(*asked).ranks.tolist() == [[1, 0]]
     server.brain = lambda body: (500, {}, "down", 0)
     began = time.perf_counter()
-    assert rank_patiently(oracle, [question(1)], [["1 a", "2 b"]], 60.0, lambda: True).dead
+    assert patient(oracle, 60.0, interrupted=True).rank([question(1)], [["1 a", "2 b"]]).dead
     assert time.perf_counter() - began < 10
 
 
@@ -356,7 +318,9 @@ def test_retry_after_is_honoured(serve, monkeypatch):
     server = serve(lambda b: (429, {"Retry-After": "7"}, "", 0) if first and first.pop() else perfect(b))
     assert make(server).rank([question(0)], [["1 a", "2 b"]]).ok.all()
     assert len(waits) == 1 and 7 <= waits[0] <= 7 * 1.5
-    assert chat._retry_after("Thu, 01 Jan 1970 00:00:00 GMT") == 0 and chat._retry_after("soon") is None
+    for value, seconds in (("Thu, 01 Jan 1970 00:00:00 GMT", 0), ("soon", None), ("", None), ("-3", None)):
+        assert chat._retry_after({"Retry-After": value}) == seconds
+    assert chat._retry_after({"retry-after-ms": "250", "Retry-After": "9"}) == 0.25
 
 
 # ---- speed, cache, replay
@@ -418,6 +382,17 @@ def test_the_cache_survives_kill_minus_nine_and_serves_several_processes(tmp_pat
         assert cache.put(f"{i % 1000} {i}", "me", "q", [9], "") == stored
 
 
+@pytest.mark.parametrize(
+    "value", ["[0]", "[0, 7]", "{}", "[0, 1", "null", '["a", "b"]', "[false, true]", None]
+)
+def test_a_damaged_row_of_the_cache_is_one_line(serve, tmp_path, value):
+    oracle = make(serve(perfect), cache=str(tmp_path / "c.sqlite"))
+    assert oracle.rank([question(0)], [["1 a", "2 b"]]).ok.all()
+    oracle.rankings._run("UPDATE rankings SET ranks = ?", (value,))
+    with pytest.raises(BadInput, match=r"c\.sqlite: a row .*; name another file"):
+        oracle.rank([question(0)], [["1 a", "2 b"]])
+
+
 def test_a_full_disk_ends_the_asking_at_once(serve, tmp_path, monkeypatch):
     def full(*row):
         raise OSError("no space left")
@@ -440,7 +415,9 @@ def test_replay_from_jsonl_needs_no_judge_and_names_what_it_lacks(tmp_path):
     assert oracle.rank([question(1)], [["c", "c", "c"]]).ranks.tolist() == [[0, 0, 0]]  # nothing to order
     with pytest.raises(BadInput, match=r"r\.jsonl: lacks the group of question 0 with answers a \| c"):
         oracle.rank([question(0)], [["a", "c", "c"]])
-    for bad in ("[1", '{"id": "0"}', '{"id": "0", "candidates": ["a", "b"], "oracle_ranks": [1, 2]}'):
+    rows = ([1, 2], [0.0, 1.0], [False, True], [0], "01", [-1, 0])
+    rows = [json.dumps({"id": "0", "candidates": ["a", "b"], "oracle_ranks": ranks}) for ranks in rows]
+    for bad in ("[1", '{"id": "0"}', *rows):
         path.write_text('{"id": "0", "candidates": ["a", "b"], "oracle_ranks": [1, 0]}\n' + bad + "\n")
         with pytest.raises(BadInput, match=r"r\.jsonl, line 2: "):
             ReplayOracle(str(path))
@@ -549,6 +526,16 @@ def test_no_text_leaves_its_fence_forges_a_letter_or_hides_anything(text):
     assert not set("<>[]\ufe0f“”＂") & set(content)
 
 
+def test_nothing_invisible_and_no_false_quote_is_shown_as_it_is():
+    hidden = [0x85, 0xA0, 0xAD, 0x34F, 0x61C, 0x115F, 0x1160, 0x17B4, 0x180B, 0x180E, 0x200A, 0x200B, 0x202E]
+    hidden += [0x2060, 0x2800, 0x3000, 0x3164, 0xFE0F, 0xFEFF, 0xFFA0, 0xE0041, 0xE0100, 0x1D159, 0x1D173]
+    for code in [*hidden, *map(ord, "“ʺ״‶❝🙶")]:
+        shown = fence(f"a{chr(code)}b")
+        assert chr(code) not in shown and json.loads(shown) == f"a{chr(code)}b", hex(code)
+    assert fence("\u0308a") == '"\\u0308a"'  # a mark that would melt into the opening quote
+    assert fence("né à 3 m²: 忽略") == '"né à 3 m²: 忽略"'
+
+
 def test_injected_texts_are_ranked_by_what_they_are_not_by_what_they_say(serve):
     """To the end of the wire: a judge that reads JSON strings puts them all behind the right answer."""
     assert len(INJECTIONS) >= 40
@@ -637,10 +624,9 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
     server = serve(mortal)
     options = ["--canary", "--anchor"]
     judged = [*options, "--oracle", "llm", "--oracle_url", server.url, "--oracle_model", "m"]
-    assert run("run", *judged, "--oracle_patience", "0.1", "--oracle_concurrency", "2") == 1
-    said = capsys.readouterr()
-    assert "the judge is dead (dead: " in said.err and "out of memory" in said.err
-    assert "waiting" in said.out and "--resume" in said.out
+    with pytest.raises(EndedEarly, match=r"the judge is dead \(dead: .*out of memory.*--resume"):
+        run("run", *judged, "--oracle_patience", "0.1", "--oracle_concurrency", "2")
+    assert "waiting" in capsys.readouterr().out
     with safe_open(home / "run" / "checkpoint.safetensors", "pt") as file:
         done = json.loads(file.metadata()["progress"])["step"]
     assert done == len((home / "run" / "metrics.jsonl").read_text().splitlines()) == 1  # saved where it died
@@ -680,6 +666,18 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
         run("none", *again)
 
 
+def test_a_resume_sends_the_key_to_no_address_that_is_not_given_again(home, run, serve, monkeypatch):
+    server = serve(by_length)
+    assert run("keyed", "--oracle", "llm", "--oracle_url", server.url, "--oracle_model", "m") == 0
+    monkeypatch.setenv("ORACLE_API_KEY", "sk-secret")
+    before = len(server.requests)
+    with pytest.raises(
+        BadInput, match=f"--oracle_url: only .*config.json names {server.url}; give the address"
+    ):
+        run("keyed", "--resume")
+    assert len(server.requests) == before
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -700,6 +698,51 @@ def test_a_bad_oracle_ends_the_run_in_one_line_before_it_starts(tmp_path, monkey
         train.main()
     assert not (tmp_path / "refused").exists() and "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words), error.value
+
+
+# ---- an oracle that fails
+
+
+def failing(notes):
+    class Failing:
+        def rank(self, batch, texts):
+            ranks = torch.tensor([[0, 1]] * len(batch))
+            return Ranking(ranks, torch.tensor([not note for note in notes]), notes)
+
+    return patient(Failing())
+
+
+def test_the_first_failure_of_each_cause_is_printed_with_its_remedy_and_the_rest_are_counted(capsys):
+    asked = [question(i) for i in range(4)], [["a", "b"]] * 4
+    oracle = failing(["cut: at max_tokens", "cut: again", "function: NameError: x\x1b[2J", ""])
+    for _ in range(3):
+        assert oracle.rank(*asked).ok.tolist() == [False] * 3 + [True]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "cut: at max_tokens" in said[0] and '"max_tokens": 4096' in said[0]
+    assert "NameError: x\ufffd[2J" in said[1] and "mend the function" in said[1]
+
+
+def test_a_first_step_in_which_every_group_failed_ends_the_run_with_the_cause():
+    asked = [question(i) for i in range(2)]
+    for texts in ([["a", "b"]] * 2, [["a", "b"], ["c", "c"]]):  # a group of one text proves nothing
+        notes = ["missing: G"] * 2 if texts[1][0] == "a" else ["missing: G", ""]
+        with pytest.raises(
+            BadInput, match=r"all \d groups of the first step failed, .*missing: G; .*json_object"
+        ):
+            failing(notes).rank(asked, texts)
+    oracle = failing(["", "missing: G"])
+    oracle.rank(asked, [["a", "b"]] * 2)
+    oracle.oracle = failing(["missing: G"] * 2).oracle
+    assert not oracle.rank(asked, [["a", "b"]] * 2).ok.any()  # later steps are counted
+
+
+def test_a_function_with_a_fault_ends_the_run_in_its_first_step(tmp_path, run, monkeypatch):
+    (tmp_path / "faulty.py").write_text("def f(question, texts, **_):\n    return undefined\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        BadInput, match="all 8 groups of the first step failed, .*NameError: name 'undefined'"
+    ):
+        run("faulty", "--oracle", "faulty:f")
 
 
 # ---- verdicts on open answers (eval.py score --judge_url)
@@ -824,7 +867,7 @@ def test_a_judge_that_cannot_be_asked_is_one_line_and_none_is_asked_where_all_is
         (["a dog"], here, "--judge_url http://127.0.0.1:9: connection, .*; start the server"),
         (["a dog"], here[:2], "--judge_url and --judge_model: one without the other"),
         (["a dog"], ("--judge_url", "ftp://x", "--judge_model", "m"), "--judge_url ftp://x: not an address"),
-        (["a dog"], (*here, "--judge_body", "["), r"--judge_body \[: not a JSON object"),
+        (["a dog"], (*here, "--judge_body", "["), r"--judge_body \[: not JSON"),
         ([], here, "d.jsonl has no open-ended question"),
     ):
         with pytest.raises(BadInput, match=words) as error:
@@ -832,8 +875,16 @@ def test_a_judge_that_cannot_be_asked_is_one_line_and_none_is_asked_where_all_is
         assert "\n" not in str(error.value)
 
 
-def test_a_judge_that_dies_in_the_middle_leaves_counted_failures_not_right_answers(serve, score, monkeypatch):
+def test_verdicts_that_failed_are_counted_as_wrong_and_where_all_did_nothing_is_published(
+    serve, score, monkeypatch
+):
     monkeypatch.setattr(chat, "FIRST_WAIT", 0.001)
     server = serve(lambda body: (500, {}, "down", 0) if shown_to_judge(body) else "fine")
-    found = score(["a dog", "puppy"], "--judge_url", server.url, "--judge_model", "m")["open_ended"]["judged"]
-    assert found["failures"] == {"server": 1} and found["accuracy"] == 50
+    with pytest.raises(
+        BadInput, match="all 1 verdicts failed, the first with server: HTTP 500: down; look at"
+    ):
+        score(["a dog", "puppy"], "--judge_url", server.url, "--judge_model", "m")
+    server.brain = lambda body: (500, {}, "down", 0) if "a dog" in shown_to_judge(body) else verdict_of(body)
+    options = "--judge_url", server.url, "--judge_model", "m"
+    found = score(["a dog", "puppy", "a whale"], *options)["open_ended"]["judged"]
+    assert found["failures"] == {"server": 1} and found["accuracy"] == pytest.approx(100 / 3)

@@ -1,0 +1,233 @@
+"""Addresses, replies and errors as OpenAI-compatible servers and their proxies are known to give them."""
+
+import gzip
+import json
+
+import pytest
+from test_judge import make, perfect, question
+
+from oracles import chat, judge
+from oracles.chat import Chat, Failed, read_completion
+from oracles.judge import LLMOracle
+from plumbing.options import BadInput
+
+GROUP = ["1 a", "2 b"]
+
+
+def client(url, key="", **options):
+    return Chat(url, key, **({"timeout": 5.0, "patience": 9, "max_calls": 0, "max_tokens": 0} | options))
+
+
+# ---- addresses
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "path"),
+    [
+        ("http://h:8000", "h", 8000, "/v1/chat/completions"),
+        (" http://h:8000/v1/ ", "h", 8000, "/v1/chat/completions"),
+        ("https://h/api/v1/chat/completions", "h", 443, "/api/v1/chat/completions"),
+        ("http://h/v1/models", "h", 80, "/v1/chat/completions"),
+        ("http://[::1]/v1", "::1", 80, "/v1/chat/completions"),
+        ("https://[2001:db8::1]:8443/v1", "2001:db8::1", 8443, "/v1/chat/completions"),
+        ("https://h/openai/deployments/d?api-version=1", "h", 443,
+         "/openai/deployments/d/chat/completions?api-version=1"),
+        ("http://h/my server/v1", "h", 80, "/my%20server/v1/chat/completions"),
+    ],
+)  # fmt: skip
+def test_an_address_is_read_as_people_write_it(url, host, port, path):
+    server = client(url)
+    connection = server.connect()
+    assert (connection.host, connection.port, server.path) == (host, port, path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost", "localhost:8000/v1", "127.0.0.1:8000", "ftp://h:80/v1", "http://", "http://[::1", "http://h:x",
+     "http://h:99999", "http:/h/v1", ""],
+)  # fmt: skip
+def test_what_is_no_address_is_one_line(url):
+    with pytest.raises(BadInput, match="--oracle_url .*write http://HOST:PORT/v1"):
+        client(url)
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated():
+    with pytest.raises(BadInput, match="ORACLE_API_KEY") as error:
+        client("http://me:pa55@h/v1")
+    assert "pa55" not in str(error.value)
+
+
+# ---- replies
+
+
+def completion(message, reason="stop", **more) -> dict:
+    return {"choices": [{"message": message, "finish_reason": reason}], "usage": {"total_tokens": 7}} | more
+
+
+def streamed(*parts) -> str:
+    events = [{"choices": [{"delta": {"content": part}}]} for part in parts]
+    events.append({"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": {"total_tokens": 7}})
+    lines = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    return f": keep-alive\n\n{lines}data: [DONE]\n\n"
+
+
+THINKING = [
+    {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+    {"type": "text", "text": "G > H"},
+]
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (completion({"content": "G > H"}), ("G > H", "stop", 7)),
+        (completion({"content": THINKING}), ("G > H", "stop", 7)),
+        (completion({"content": None, "reasoning_content": "so"}, "length"), ("", "length", 7)),
+        (completion({"role": "assistant"}, "MAX_TOKENS"), ("", "length", 7)),
+        (completion({"content": None, "refusal": "no"}), ("", "stop", 7)),
+        (completion({"content": "x"}, None, usage=None), ("x", "none", None)),
+        (completion({"content": "x"}, usage=[1]), ("x", "stop", None)),
+        (completion({"content": "x"}, error=None), ("x", "stop", 7)),
+        ({"choices": [{"text": "G > H", "finish_reason": "stop"}]}, ("G > H", "stop", None)),
+        ("\n\n \n" + json.dumps(completion({"content": "x"})), ("x", "stop", 7)),  # blank lines keep it alive
+        (streamed("G ", "> H"), ("G > H", "stop", 7)),
+        ('{"choices": [{"message": {"content": "nice \\ud83d"}}]}', ("nice \ufffd", "none", None)),
+        ('{"choices": [{"message": {"content": "nice \\ud83d\\ude00"}}]}', ("nice \U0001f600", "none", None)),
+    ],
+)
+def test_a_completion_is_read_in_every_known_shape(answer, found):
+    assert read_completion(answer if isinstance(answer, str) else json.dumps(answer)) == found
+
+
+@pytest.mark.parametrize(
+    ("answer", "cause", "words"),
+    [
+        ({"error": {"message": "Provider error", "code": 502, "metadata": {"raw": "full"}}}, "server",
+         "Provider error (full)"),
+        ({"error": {"message": "slow down", "code": 429}}, "busy", "slow down"),
+        ({"error": "Unexpected endpoint or method."}, "refused", "Unexpected endpoint"),
+        ({"choices": [{"error": {"code": 503, "message": "gone"}, "message": {}}]}, "server", "gone"),
+        ('data: {"error": {"message": "no thinking"}}\n\n', "refused", "no thinking"),
+        ({"choices": []}, "bad_reply", "no chat completion"), ({"choices": None}, "bad_reply", ""),
+        ([], "bad_reply", ""), ("", "bad_reply", ""), ("<html>busy</html>", "bad_reply", "busy"),
+        ("[" * 100_000, "bad_reply", ""), (completion({"content": 7}), "bad_reply", ""),
+        (completion("G"), "bad_reply", ""), ({"message": {"content": "G"}}, "bad_reply", ""),
+    ],
+)  # fmt: skip
+def test_anything_else_in_its_place_is_a_typed_failure(answer, cause, words):
+    with pytest.raises(Failed) as failed:
+        read_completion(answer if isinstance(answer, str) else json.dumps(answer))
+    assert failed.value.cause == cause and words in str(failed.value) and len(str(failed.value)) <= 300
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "cause", "words"),
+    [
+        (400, {"object": "error", "message": "too long", "code": 400}, "refused", "HTTP 400: too long"),
+        (400, [{"error": {"code": 400, "message": "bad argument"}}], "refused", "HTTP 400: bad argument"),
+        (422, {"detail": [{"loc": ["body"], "msg": "field required"}]}, "refused", "field required"),
+        (404, {"detail": "Not Found"}, "refused", "HTTP 404: Not Found"),
+        (400, {"success": False, "errors": [{"message": "no route"}]}, "refused", "HTTP 400: no route"),
+        (409, {"error": {"message": "again"}}, "busy", "HTTP 409: again"),
+        (429, {"error": {"message": "no credit", "code": "insufficient_quota"}}, "busy", "no credit"),
+        (429, {"error": {"message": "insufficient_quota"}}, "refused", "HTTP 429: insufficient_quota"),
+        (502, "<html><head><title>502 Bad Gateway</title></head>", "server", "HTTP 502: 502 Bad Gateway"),
+        (500, "", "server", "HTTP 500: without a word"), (529, {"error": {}}, "server", "HTTP 529"),
+        (400, "\x1b[2Jno\nway", "refused", "HTTP 400: \ufffd[2Jno way"),
+    ],
+)  # fmt: skip
+def test_an_error_is_put_in_the_servers_words(serve, monkeypatch, status, body, cause, words):
+    body = body if isinstance(body, str) else json.dumps(body)
+    server = serve(lambda request: (status, {}, body, 0))
+    with pytest.raises(Failed) as failed:
+        client(server.url).ask({}, tries=1)
+    assert failed.value.cause == cause and words in str(failed.value)
+
+
+def test_a_reply_is_bounded_may_be_compressed_and_its_count_is_no_weapon(serve, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_BYTES", 10_000)
+    server = serve(lambda request: (200, {}, "x" * 20_000, 0))
+    with pytest.raises(Failed, match="a reply of more than") as failed:
+        client(server.url).ask({}, tries=1)
+    assert failed.value.cause == "bad_reply"
+    for tokens in (-(10**9), 10**400, "7", True, 1.5):
+        answer = json.dumps(completion({"content": "x"}, usage={"total_tokens": tokens}))
+        server.brain = lambda request, answer=answer: (200, {}, answer, 0)
+        asked = client(server.url)
+        assert asked.ask({}, tries=1) == ("x", "stop") and 0 < asked.tokens < 1000
+    packed = gzip.compress(json.dumps(completion({"content": "x"})).encode())
+    assert read_completion(chat._text_of(packed))[0] == "x"
+    assert len(chat._text_of(gzip.compress(b"x" * 10**6))) <= 10_000
+    assert chat._text_of(b"\x1f\x8bnothing packed").endswith("nothing packed")
+
+
+# ---- what is wrong, and what helps
+
+
+@pytest.mark.parametrize(
+    ("status", "words", "remedy"),
+    [
+        (400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use"
+         " 'max_completion_tokens' instead.", """--oracle_body '{"max_tokens": null, "max_completion_tokens": 1024}'"""),
+        (400, "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1)",
+         """--oracle_body '{"temperature": null}'"""),
+        (400, "System role not supported", "whose chat template takes a system message"),
+        (400, "Conversation roles must alternate user/assistant", "chat template"),
+        (400, "This model's maximum context length is 2048 tokens.", "longer context"),
+        (400, "m is not a valid model ID", "name a model that it serves"),
+        (400, "Model Not Exist", "name a model that it serves"),
+        (404, "model 'm' not found", "name a model that it serves"),
+        (404, "File Not Found", "--oracle_url http"), (405, "Method Not Allowed", "mostly http://HOST:PORT/v1"),
+        (400, "The plain HTTP request was sent to HTTPS port", "https://"),
+        (402, "Insufficient credits", "no credit"), (403, "forbidden", "ORACLE_API_KEY is not set"),
+        (400, "extra fields not permitted", "--oracle_body adds fields"),
+    ],
+)  # fmt: skip
+def test_a_first_call_that_is_refused_names_the_option_that_helps(serve, status, words, remedy):
+    body = json.dumps({"error": {"message": words}})
+    with pytest.raises(BadInput) as error:
+        make(serve(lambda request: (status, {}, body, 0))).check()
+    assert remedy in str(error.value) and words[:20] in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_server_that_has_moved_or_answers_with_an_error_inside_is_said_to(serve):
+    for reply, words in (
+        ((301, {"Location": "https://h/v1"}, "", 0), "moved to https://h/v1; write that address"),
+        (
+            (200, {}, '{"error": "Unexpected endpoint or method. (POST /api)"}', 0),
+            "write the address with its",
+        ),
+    ):
+        server = serve(lambda request, reply=reply: reply)
+        with pytest.raises(BadInput, match=words):
+            make(server).check()
+        assert len(server.requests) == 1  # the key goes nowhere else
+
+
+def test_a_server_that_is_still_loading_is_waited_for(serve, monkeypatch, capsys):
+    monkeypatch.setattr(judge, "LOADING_WAIT", 0.01)
+    server = serve(lambda body: (503, {}, '{"error": {"message": "Loading model"}}', 0))
+    with pytest.raises(BadInput, match="HTTP 503: Loading model"):
+        make(server, patience=0.05).check()
+    server.brain = lambda body: perfect(body) if len(server.requests) > 30 else (503, {}, "Loading model", 0)
+    oracle = make(server, concurrency=1, max_calls=2)
+    oracle.check()
+    assert "is not ready (HTTP 503: Loading model); waiting 600 s at most" in capsys.readouterr().out
+    assert oracle.rank([question(0)], [GROUP]).ok.all()  # waiting took nothing from the budget
+
+
+@pytest.mark.parametrize("key", ["0", "1", "null", "G", "sk-se/cret"])
+def test_the_key_is_taken_out_of_what_people_see_and_never_out_of_what_is_read(serve, tmp_path, key):
+    server = serve(perfect)
+    oracle = LLMOracle(url=server.url, model="m", key=key, cache=str(tmp_path / "c.sqlite"))
+    assert oracle.rank([question(0)], [GROUP]).ranks.tolist() == [[1, 0]]
+    for says in (f"your key {key} is", json.dumps({"x": f"key {key}"}).replace("/", "\\/")):
+        server.brain = lambda body, says=says: (401, {}, says, 0)
+        note = oracle.rank([question(1)], [GROUP]).notes[0]
+        assert "***" in note and note.startswith("refused: HTTP 401: ")
+        server.brain = lambda body, says=says: says  # as the judge's own reply
+        note = oracle.rank([question(2)], [GROUP]).notes[0]
+        assert "***" in note and (len(key) < 5 or key not in note and key.replace("/", "\\/") not in note)
+    if len(key) > 5:
+        oracle.rankings.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        assert not any(b"se/cret" in path.read_bytes() for path in tmp_path.iterdir())
