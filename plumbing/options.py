@@ -266,11 +266,12 @@ def write_whole(path: str, content: bytes) -> None:
 
 
 def remove_leftovers(folder: str) -> None:
-    """Removes the temporary files of `write_whole` whose process was killed."""
-    for name in os.listdir(folder):
-        found = re.fullmatch(r".*\.(\d+)\.[0-9a-f]{8}\.tmp", name)
-        if found and not os.path.exists(f"/proc/{found[1]}"):
-            os.remove(os.path.join(folder, name))
+    """Removes the temporary files of `write_whole` in and below the folder whose process was killed."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            found = re.fullmatch(r".*\.(\d+)\.[0-9a-f]{8}\.tmp", name)
+            if found and not os.path.exists(f"/proc/{found[1]}"):
+                os.remove(os.path.join(place, name))
 
 
 def write_json(path: str, value) -> None:
