@@ -73,8 +73,8 @@ def count_decoding(monkeypatch):
         def __exit__(self, *_):
             self.real.close()
 
-        def demux(self, stream):
-            for packet in self.real.demux(stream):
+        def demux(self):
+            for packet in self.real.demux():
                 counts["packets"] += 1
                 yield Counting(packet)
 
