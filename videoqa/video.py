@@ -83,27 +83,27 @@ def _open_video(path: str):
                 raise VideoError(path, "this build of FFmpeg has no decoder for its codec")
             if codec.width * codec.height > MAX_PIXELS:
                 raise VideoError(path, f"its pictures of {codec.width}x{codec.height} pixels are too large")
+            for sound in container.streams.audio:
+                _open_sound(path, sound.codec_context)
             codec.thread_type = "NONE" if codec.width * codec.height <= SMALL_PIXELS else "AUTO"
-            codec.options = {"err_detect": "explode", "ec": "0", "max_pixels": limits["max_pixels"]}
+            codec.options = {"err_detect": "explode", "max_pixels": limits["max_pixels"]}
             try:
                 yield _Source(path, container, stream)
             finally:
-                _finish(codec)
+                # Waits for the decoder's threads without Python's lock. Freeing the decoder waits with it, for
+                # ever where a thread has an error to log, which takes that lock.
+                codec.flush_buffers()
     except av.FFmpegError as error:
         raise VideoError(path, f"FFmpeg cannot read it as video ({error.strerror})") from error
 
 
-def _finish(codec) -> None:
-    """Waits until the decoder's threads are idle. Freeing it would wait as well, but with Python's lock held:
-    a thread that has an error to log needs that lock, and neither would ever go on."""
-    pending = codec.is_open
-    while pending:
-        try:
-            pending = codec.decode(None)
-        except av.EOFError:
-            pending = False
-        except av.FFmpegError:
-            pending = True  # the error of one frame; the next ones follow
+def _open_sound(path: str, codec) -> None:
+    """Sound is not decoded; but a file that is damaged there is damaged."""
+    try:
+        if codec is not None:
+            codec.open(strict=False)
+    except av.FFmpegError as error:
+        raise VideoError(path, f"damaged: its sound cannot be opened ({error.strerror})") from error
 
 
 class _Source:
@@ -137,9 +137,14 @@ class _Source:
             seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
             self.stated_end = round(seconds / self.tick)
         elif stream.frames and stream.duration:  # FFmpeg guesses the stream's duration where nobody counted
-            self.stated_end = start + stream.duration
+            counted = (
+                stream.frames if "avi" in formats else 0
+            )  # in ticks; an AVI cut short has lost its index
+            self.stated_end = start + max(stream.duration, counted)
+        self.live = self.outlasting = False  # nothing states a duration; what does is too short
         if container.duration:  # Matroska's counts from 0
             self.end = self.ticks(container.duration) + ("matroska" not in formats) * self.zero
+            self.end = max(self.end, self.stated_end or 0)
         elif self.stated_end:
             self.end = self.stated_end
         else:  # no duration anywhere (live recordings): read all packets, decode none
@@ -147,7 +152,7 @@ class _Source:
                 pass
             if not self.times:
                 raise VideoError(path, "no packet has a time stamp")
-            self.end = round(self.seen_end / self.tick)
+            self.end, self.live = round(self.seen_end / self.tick), True
             self.seek(self.zero)
 
     def damage(self, target: int) -> VideoError:
@@ -187,13 +192,13 @@ class _Source:
             if packet.pos is not None and packet.pos >= 0:
                 self.skipped |= self.position is not None and packet.pos - self.position > HEADER_BYTES
                 self.position = packet.pos + packet.size
-            ours = packet.stream_index == self.stream.index
+            ours = packet.stream.index == self.stream.index
             if time is None:
                 if ours:
                     return packet, None
                 continue
             last_end = self.file_end
-            end = (time + (packet.duration or (self.step if ours else 0))) * self.seconds[packet.stream_index]
+            end = (time + (packet.duration or (self.step if ours else 0))) * self.seconds[packet.stream.index]
             self.file_end = max(self.file_end, end)
             if ours:
                 self.seen_end, self.last = max(self.seen_end, end), max(self.last, time)
@@ -226,10 +231,10 @@ class _Source:
     def outlasted(self) -> bool:
         """Whether pictures begin after the stated end, once all packets are read. If so the end is put behind
         them: FFmpeg itself writes such mp4 files where B-frames meet a variable frame rate."""
-        outlasted = (self.last - self.end) * self.tick > self.tolerance()
-        if outlasted:
-            self.end = self.stated_end = self.last + self.step
-        return outlasted
+        if (self.last - self.end) * self.tick > self.tolerance():
+            self.end, self.outlasting = self.last + self.step, True
+            return True
+        return False
 
     def tolerance(self) -> float:
         """How many seconds the end may differ from the stated one."""
@@ -242,6 +247,12 @@ class _Source:
         lost = end - self.file_end
         if self.stated_end is not None:
             lost = max(lost, float(self.stated_end * self.tick) - self.seen_end)
+        unread = os.path.getsize(self.path) - (self.position or 0)
+        if self.live and self.gapless and unread > HEADER_BYTES:
+            return f"cut short: the last {unread} bytes hold nothing whole"
+        index = len(self.stream.index_entries)
+        if self.outlasting and index < FRAMES_SHARE * self.stream.frames:
+            return f"its index is damaged: it holds {index} of {self.stream.frames} pictures"
         if lost > self.tolerance():
             seen = max(self.seen_end - zero, 0)
             return f"cut short: its pictures end at {seen:.1f} s of {end - zero:.1f} s"
@@ -381,7 +392,7 @@ def _read_once(path, num_frames, square, start, end, skip: bool, file_end: int |
     """The pixels and the times (s) of read_frames, as two lists. file_end: the end of the file, if known."""
     with _open_video(path) as source:
         if file_end is not None:
-            source.end = source.stated_end = file_end
+            source.end, source.outlasting = file_end, True
         duration = source.end - source.zero
         low, high = round(start / source.tick), duration
         if end is not None:
@@ -393,7 +404,7 @@ def _read_once(path, num_frames, square, start, end, skip: bool, file_end: int |
         chosen = _shown_at(source, [source.zero + centre for centre in centres], square, skip)
         if end is None or source.may_jump:
             source.read_on()
-            if source.outlasted() and file_end is None:
+            if not source.outlasting and source.outlasted():
                 return _read_once(path, num_frames, square, start, end, skip, source.end)
             if fault := source.fault():
                 raise VideoError(path, fault)
@@ -415,12 +426,12 @@ def check_video(path: str, needed: float = 0.0) -> dict:
     path, faults = os.fspath(path), []
     try:
         with _open_video(path) as source:
-            frames = damaged = refused = packets = 0
+            frames = damaged = refused = packets = corrupt = 0
             stream, codec = source.stream, source.stream.codec_context
             facts |= dict(codec=codec.name, width=codec.width, height=codec.height)
             for packet, _ in source:
                 packets += packet.size > 0 and not packet.is_discard
-                damaged += packet.is_corrupt
+                corrupt += packet.is_corrupt
                 try:
                     decoded = packet.decode()
                 except av.FFmpegError as error:
@@ -435,8 +446,8 @@ def check_video(path: str, needed: float = 0.0) -> dict:
                 faults.append(f"{refused} packets cannot be decoded ({cause})")
             if damaged:
                 faults.append(f"{damaged} of {frames} decoded frames are damaged")
-            if source.holes:
-                faults.append(f"packets are missing in {source.holes} places")
+            if corrupt or source.holes:
+                faults.append(f"{corrupt} packets are damaged, others are missing in {source.holes} places")
             if frames < FRAMES_SHARE * packets:
                 faults.append(f"{frames} of {packets} frames decoded")
             faults.append(source.fault())
