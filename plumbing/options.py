@@ -9,6 +9,7 @@ record is a headed group of `--help`. A field's type says what the option may be
 """
 
 import argparse
+import contextlib
 import difflib
 import inspect
 import json
@@ -266,11 +267,12 @@ def write_whole(path: str, content: bytes) -> None:
 
 
 def remove_leftovers(folder: str) -> None:
-    """Removes the temporary files of `write_whole` whose process was killed."""
+    """Removes the temporary files of `write_whole` whose process was killed, unless another one just did."""
     for name in os.listdir(folder):
         found = re.fullmatch(r".*\.(\d+)\.[0-9a-f]{8}\.tmp", name)
         if found and not os.path.exists(f"/proc/{found[1]}"):
-            os.remove(os.path.join(folder, name))
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(folder, name))
 
 
 def write_json(path: str, value) -> None:

@@ -90,8 +90,8 @@ def _open_video(path: str):
             try:
                 yield _Source(path, container, stream)
             finally:
-                # Waits for the decoder's threads without Python's lock. Freeing the decoder waits with it, for
-                # ever where a thread has an error to log, which takes that lock.
+                # Waits for the decoder's threads without Python's lock. Freeing it would wait with the lock, and
+                # for ever where a thread has an error to log, which takes that lock.
                 codec.flush_buffers()
     except av.FFmpegError as error:
         raise VideoError(path, f"FFmpeg cannot read it as video ({error.strerror})") from error
