@@ -90,8 +90,8 @@ def _open_video(path: str):
             try:
                 yield _Source(path, container, stream)
             finally:
-                # Waits for the decoder's threads without Python's lock. Freeing it would wait with the lock, and
-                # for ever where a thread has an error to log, which takes that lock.
+                # Waits for the decoder's threads without Python's lock. Freeing it waits as well, but with the
+                # lock, and for ever where a thread has an error to log, which takes that lock.
                 codec.flush_buffers()
     except av.FFmpegError as error:
         raise VideoError(path, f"FFmpeg cannot read it as video ({error.strerror})") from error
@@ -109,8 +109,9 @@ def _open_sound(path: str, codec) -> None:
 class _Source:
     """The packets of a video stream in the order of the file, with what the container says about it.
 
-    Times are ticks of the stream's time base, `tick` seconds each. zero, end: of the file. stated_end: of its
-    pictures, None where the container does not say. step: what a picture lasts on average.
+    Times are ticks of the stream's time base, `tick` (a Fraction) or `second` (a float) seconds each.
+    zero, end: of the file. stated_end: of its pictures, None where the container does not say. step: what a
+    picture lasts on average. live: nothing states a duration. outlasting: what does states too little.
     While the packets are read: last, the latest time of a picture; seen_end and file_end, the latest end (s)
     of a picture and of a packet of any stream; times, sorted, those of the packets since the last seek; hole,
     whether bytes were skipped in front of the packet; holes, how often; sound_after, see `spoil`.
@@ -118,6 +119,7 @@ class _Source:
 
     def __init__(self, path: str, container, stream):
         self.path, self.container, self.stream, self.tick = path, container, stream, stream.time_base
+        self.second = float(self.tick)
         start, rate = stream.start_time or 0, stream.average_rate or stream.guessed_rate
         self.zero = start if container.start_time is None else self.ticks(container.start_time)
         if self.zero < 0:  # sound may run in before 0, pictures do not
@@ -137,11 +139,10 @@ class _Source:
             seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
             self.stated_end = round(seconds / self.tick)
         elif stream.frames and stream.duration:  # FFmpeg guesses the stream's duration where nobody counted
-            counted = (
-                stream.frames if "avi" in formats else 0
-            )  # in ticks; an AVI cut short has lost its index
-            self.stated_end = start + max(stream.duration, counted)
-        self.live = self.outlasting = False  # nothing states a duration; what does is too short
+            self.stated_end = start + stream.duration
+            if "avi" in formats:  # counts in ticks; FFmpeg guesses the duration where the index is cut off
+                self.stated_end = start + max(stream.duration, stream.frames)
+        self.live = self.outlasting = False
         if container.duration:  # Matroska's counts from 0
             self.end = self.ticks(container.duration) + ("matroska" not in formats) * self.zero
             self.end = max(self.end, self.stated_end or 0)
@@ -156,7 +157,7 @@ class _Source:
             self.seek(self.zero)
 
     def damage(self, target: int) -> VideoError:
-        return VideoError(self.path, f"damaged before {float((target - self.zero) * self.tick):.2f} s")
+        return VideoError(self.path, f"damaged before {(target - self.zero) * self.second:.2f} s")
 
     def spoil(self) -> None:
         """Something could not be decoded: no frame is sound until a key frame that has not been read yet."""
@@ -188,36 +189,36 @@ class _Source:
     def __next__(self):
         """(packet, time); the time is None on the empty packet that ends the stream."""
         for packet in self.packets:
+            ours = packet.stream is self.stream
             time = packet.dts if packet.pts is None or self.by_order else packet.pts
             if packet.pos is not None and packet.pos >= 0:
                 self.skipped |= self.position is not None and packet.pos - self.position > HEADER_BYTES
                 self.position = packet.pos + packet.size
-            ours = packet.stream.index == self.stream.index
             if time is None:
                 if ours:
                     return packet, None
                 continue
-            last_end = self.file_end
+            before = self.file_end
             end = (time + (packet.duration or (self.step if ours else 0))) * self.seconds[packet.stream.index]
             self.file_end = max(self.file_end, end)
             if ours:
                 self.seen_end, self.last = max(self.seen_end, end), max(self.last, time)
                 if not packet.is_discard:
                     insort(self.times, time)
-                self._check_clock(packet, time, last_end)
+                self._check_clock(time if packet.dts is None else packet.dts, end - before)
                 return packet, time
         raise StopIteration
 
-    def _check_clock(self, packet, time: int, last_end: float) -> None:
-        clock = time if packet.dts is None else packet.dts
-        jump = 0 if self.clock is None else clock - self.clock
-        self.hole = self.skipped and self.gapless and jump > 1.5 * self.step
+    def _check_clock(self, clock: int, ahead: float) -> None:
+        """clock: the packet's decoding time. ahead: the seconds by which it ends later than all before it."""
+        jump = 0 if self.clock is None else (clock - self.clock) * self.second
+        step = self.step * self.second
+        self.hole = self.skipped and self.gapless and jump > 1.5 * step
         self.holes += self.hole
-        far = max(CLOCK_SECONDS, 3 * self.step * self.tick)
-        ahead = jump and self.may_jump and min(jump * self.tick, time * self.tick - last_end) > far
-        if jump * self.tick < -CLOCK_SECONDS or ahead:
-            at = float((clock - jump - self.zero) * self.tick)
-            raise VideoError(self.path, f"its clock jumps by {float(jump * self.tick):.1f} s at {at:.1f} s")
+        leaps = self.may_jump and min(jump, ahead - step) > max(CLOCK_SECONDS, 3 * step)
+        if jump < -CLOCK_SECONDS or leaps:
+            at = (clock - self.zero) * self.second - jump
+            raise VideoError(self.path, f"its clock jumps by {jump:.1f} s at {at:.1f} s: several recordings")
         self.clock, self.skipped = clock, False
 
     def read_on(self) -> None:
@@ -231,22 +232,22 @@ class _Source:
     def outlasted(self) -> bool:
         """Whether pictures begin after the stated end, once all packets are read. If so the end is put behind
         them: FFmpeg itself writes such mp4 files where B-frames meet a variable frame rate."""
-        if (self.last - self.end) * self.tick > self.tolerance():
+        if (self.last - self.end) * self.second > self.tolerance():
             self.end, self.outlasting = self.last + self.step, True
             return True
         return False
 
     def tolerance(self) -> float:
         """How many seconds the end may differ from the stated one."""
-        duration = float((self.end - self.zero) * self.tick)
-        return min(LATE_SECONDS, max(LATE_SHARE * duration, 0.5 * self.step * float(self.tick)))
+        duration = (self.end - self.zero) * self.second
+        return min(LATE_SECONDS, max(LATE_SHARE * duration, 0.5 * self.step * self.second))
 
     def fault(self) -> str:
         """What is missing of what the container states, once all packets are read. Empty: nothing."""
-        zero, end = float(self.zero * self.tick), float(self.end * self.tick)
+        zero, end = self.zero * self.second, self.end * self.second
         lost = end - self.file_end
         if self.stated_end is not None:
-            lost = max(lost, float(self.stated_end * self.tick) - self.seen_end)
+            lost = max(lost, self.stated_end * self.second - self.seen_end)
         unread = os.path.getsize(self.path) - (self.position or 0)
         if self.live and self.gapless and unread > HEADER_BYTES:
             return f"cut short: the last {unread} bytes hold nothing whole"
@@ -293,7 +294,7 @@ def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
     while (found := next(source, None)) is not None:
         (packet, time), target = found, targets[len(chosen)]
         if may_seek and time is not None:
-            if sought < len(chosen) and (target - time) * source.tick > SEEK_SECONDS:
+            if sought < len(chosen) and (target - time) * source.second > SEEK_SECONDS:
                 sought, position = len(chosen), time
                 source.seek(int(target - SEEK_MARGIN / source.tick))
                 waiting, dropped, hole = [], True, False

@@ -171,12 +171,12 @@ def draw_frame(scene, t):
 
 
 def write_clip(scene, path):
-    """Encodes the scene as an H.264 mp4 file (yuv420p, DURATION seconds at FPS). One scene gives one file, byte
-    for byte."""
+    """Encodes the scene as an H.264 mp4 file (yuv420p, DURATION seconds at FPS). One scene gives one file,
+    byte for byte."""
     settings = "log-level=none:keyint=8"
     if platform.machine() in ("x86_64", "AMD64"):
-        # With AVX-512 x264's result for so small a picture depends on memory that nobody wrote: a third of the
-        # scenes had two kinds of file. Code that every x86-64 CPU can run has one.
+        # With AVX-512 x264's result for so small a picture is not always the same: a third of the scenes had
+        # two kinds of file. Code that every x86-64 CPU can run has one.
         settings += ":asm=MMX2,SSE2"
     options = {"preset": "veryfast", "crf": "16", "threads": "1", "x264-params": settings}
     content = io.BytesIO()
