@@ -29,7 +29,9 @@ LATE_SHARE = 0.05  # ... but not more than this share of its duration
 CLOCK_SECONDS = 0.5  # a clock that goes back by more belongs to another recording
 FRAMES_SHARE = 0.85  # of the packets give a frame at least; some hold none that is to be shown
 HEADER_BYTES = 64  # what stands between two packets at most, in formats that are GAPLESS
+UNREAD_SHARE = 0.1  # of such a file may follow its last packet: an index, tags
 GAPLESS = {"matroska", "avi", "flv"}
+TS_PACKETS = (188, 192, 204)  # bytes; a file of MPEG-TS is made of packets of one of these sizes
 PLAYLISTS = {"concat", "hls", "dash", "sdp", "rtsp", "imf"}
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192
 SMALL_PIXELS = 256 * 256  # below this, starting decoder threads costs more than they save
@@ -90,8 +92,8 @@ def _open_video(path: str):
             try:
                 yield _Source(path, container, stream)
             finally:
-                # Waits for the decoder's threads without Python's lock. Freeing it waits as well, but with the
-                # lock, and for ever where a thread has an error to log, which takes that lock.
+                # Waits for the decoder's threads without Python's lock. Freeing it waits as well, but with
+                # that lock, and for ever where a thread has an error to log, which takes the lock.
                 codec.flush_buffers()
     except av.FFmpegError as error:
         raise VideoError(path, f"FFmpeg cannot read it as video ({error.strerror})") from error
@@ -128,7 +130,8 @@ class _Source:
         formats = container.format.name.split(",")
         self.gapless = bool(GAPLESS & set(formats))  # packets follow each other without a byte in between
         # AVI holds no presentation times: its n-th picture is shown when its n-th packet is to be decoded
-        self.by_order = "avi" in formats and stream.codec_context.has_b_frames
+        self.by_order = "avi" in formats
+        self.packet_bytes = TS_PACKETS if "mpegts" in formats else ()
         self.may_jump = bool(container.format.flags & Flags.ts_discont.value)  # its clock, as in MPEG-TS
         self.seconds = [float(s.time_base or 0) for s in container.streams]  # of a tick of each stream
         self.seen_end, self.file_end, self.last, self.holes = -math.inf, -math.inf, self.zero, 0
@@ -176,8 +179,7 @@ class _Source:
     def restart(self) -> None:
         self.packets = self.container.demux()
         self.times, self.position, self.clock = [], None, None
-        self.hole = self.skipped = False
-        self.sound_after = None
+        self.hole, self.skipped, self.sound_after = False, 0, None
 
     def seek(self, time: int) -> None:
         self.container.seek(time, stream=self.stream)
@@ -192,7 +194,8 @@ class _Source:
             ours = packet.stream is self.stream
             time = packet.dts if packet.pts is None or self.by_order else packet.pts
             if packet.pos is not None and packet.pos >= 0:
-                self.skipped |= self.position is not None and packet.pos - self.position > HEADER_BYTES
+                if self.position is not None:
+                    self.skipped = max(self.skipped, packet.pos - self.position)
                 self.position = packet.pos + packet.size
             if time is None:
                 if ours:
@@ -213,13 +216,15 @@ class _Source:
         """clock: the packet's decoding time. ahead: the seconds by which it ends later than all before it."""
         jump = 0 if self.clock is None else (clock - self.clock) * self.second
         step = self.step * self.second
-        self.hole = self.skipped and self.gapless and jump > 1.5 * step
+        frames = jump / step if step else 0
+        # in AVI a picture that stays on show has an empty packet, of 8 bytes, for each frame that it stays
+        self.hole = self.gapless and frames > 1.5 and self.skipped > HEADER_BYTES + 8 * frames
         self.holes += self.hole
         leaps = self.may_jump and min(jump, ahead - step) > max(CLOCK_SECONDS, 3 * step)
         if jump < -CLOCK_SECONDS or leaps:
             at = (clock - self.zero) * self.second - jump
             raise VideoError(self.path, f"its clock jumps by {jump:.1f} s at {at:.1f} s: several recordings")
-        self.clock, self.skipped = clock, False
+        self.clock, self.skipped = clock, 0
 
     def read_on(self) -> None:
         """Reads the packets that are left, so that seen_end and file_end are those of the whole file."""
@@ -248,9 +253,16 @@ class _Source:
         lost = end - self.file_end
         if self.stated_end is not None:
             lost = max(lost, self.stated_end * self.second - self.seen_end)
-        unread = os.path.getsize(self.path) - (self.position or 0)
-        if self.live and self.gapless and unread > HEADER_BYTES:
-            return f"cut short: the last {unread} bytes hold nothing whole"
+        size = os.path.getsize(self.path)
+        unread = size - (self.position or 0)
+        if (
+            self.gapless
+            and not self.by_order
+            and unread > (HEADER_BYTES if self.live else UNREAD_SHARE * size)
+        ):
+            return f"damaged or cut short: its last {unread} bytes hold nothing that can be read"
+        if self.packet_bytes and all(size % n for n in self.packet_bytes):
+            return "cut short: it ends in the middle of a packet"
         index = len(self.stream.index_entries)
         if self.outlasting and index < FRAMES_SHARE * self.stream.frames:
             return f"its index is damaged: it holds {index} of {self.stream.frames} pictures"
@@ -308,10 +320,11 @@ def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
         waiting.append(packet)
         if time is not None and time <= target:
             continue
-        if hole or source.by_order and skip:
+        if hole or skip and source.by_order and codec.has_b_frames:
             raise source.damage(target)
         if dropped:
             codec.flush_buffers()
+            clock.clear()
             yield None, None
         for undecoded in waiting:
             clock.append(undecoded.dts)
@@ -359,7 +372,7 @@ def _shown_at(source: _Source, targets: list[int], square, skip: bool) -> list:
             source.sound_after = None
         shown, shown_time = frame, time
     if shown is None:
-        raise VideoError(source.path, "no frame can be decoded")
+        raise VideoError(source.path, "no frame can be decoded: damaged, or larger than 8192x8192 pixels")
     if fault := source.fault():
         raise VideoError(source.path, fault)
     while len(chosen) < len(targets):
@@ -447,8 +460,10 @@ def check_video(path: str, needed: float = 0.0) -> dict:
                 faults.append(f"{refused} packets cannot be decoded ({cause})")
             if damaged:
                 faults.append(f"{damaged} of {frames} decoded frames are damaged")
-            if corrupt or source.holes:
-                faults.append(f"{corrupt} packets are damaged, others are missing in {source.holes} places")
+            if corrupt:
+                faults.append(f"{corrupt} packets are damaged")
+            if source.holes:
+                faults.append(f"packets are missing in {source.holes} places")
             if frames < FRAMES_SHARE * packets:
                 faults.append(f"{frames} of {packets} frames decoded")
             faults.append(source.fault())
