@@ -29,11 +29,13 @@ LATE_SHARE = 0.05  # ... but not more than this share of its duration
 CLOCK_SECONDS = 0.5  # a clock that goes back by more belongs to another recording
 FRAMES_SHARE = 0.85  # of the packets give a frame at least; some hold none that is to be shown
 HEADER_BYTES = 64  # what stands between two packets at most, in formats that are GAPLESS
-UNREAD_SHARE = 0.1  # of such a file may follow its last packet: an index, tags
+# What may follow a file's last packet in Matroska: its index, tags, attachments, chapters, table of contents
+MATROSKA_ENDS = [bytes.fromhex(x) for x in ("1c53bb6b", "1254c367", "1941a469", "1043a770", "114d9b74")]
 GAPLESS = {"matroska", "avi", "flv"}
 TS_PACKETS = (188, 192, 204)  # bytes; a file of MPEG-TS is made of packets of one of these sizes
 PLAYLISTS = {"concat", "hls", "dash", "sdp", "rtsp", "imf"}
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192
+MAX_RATE, MAX_SECONDS = 1000, 7 * 24 * 3600  # frames a second and seconds of a video
 SMALL_PIXELS = 256 * 256  # below this, starting decoder threads costs more than they save
 
 
@@ -114,7 +116,7 @@ class _Source:
     Times are ticks of the stream's time base, `tick` (a Fraction) or `second` (a float) seconds each.
     zero, end: of the file. stated_end: of its pictures, None where the container does not say. step: what a
     picture lasts on average. live: nothing states a duration. outlasting: what does states too little.
-    While the packets are read: last, the latest time of a picture; seen_end and file_end, the latest end (s)
+    While the packets are read: first and last time of a picture; seen_end and file_end, the latest end (s)
     of a picture and of a packet of any stream; times, sorted, those of the packets since the last seek; hole,
     whether bytes were skipped in front of the packet; holes, how often; sound_after, see `spoil`.
     """
@@ -134,7 +136,8 @@ class _Source:
         self.packet_bytes = TS_PACKETS if "mpegts" in formats else ()
         self.may_jump = bool(container.format.flags & Flags.ts_discont.value)  # its clock, as in MPEG-TS
         self.seconds = [float(s.time_base or 0) for s in container.streams]  # of a tick of each stream
-        self.seen_end, self.file_end, self.last, self.holes = -math.inf, -math.inf, self.zero, 0
+        self.seen_end, self.file_end, self.holes = -math.inf, -math.inf, 0
+        self.first, self.last = math.inf, -math.inf
         self.restart()
         tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))
         self.stated_end = None
@@ -158,6 +161,11 @@ class _Source:
                 raise VideoError(path, "no packet has a time stamp")
             self.end, self.live = round(self.seen_end / self.tick), True
             self.seek(self.zero)
+        seconds = (self.end - self.zero) * self.second
+        if not stream.frames / MAX_RATE <= seconds <= MAX_SECONDS:
+            raise VideoError(
+                path, f"its clock is damaged: {stream.frames or 'its'} frames in {seconds:.4g} s"
+            )
 
     def damage(self, target: int) -> VideoError:
         return VideoError(self.path, f"damaged before {(target - self.zero) * self.second:.2f} s")
@@ -205,7 +213,8 @@ class _Source:
             end = (time + (packet.duration or (self.step if ours else 0))) * self.seconds[packet.stream.index]
             self.file_end = max(self.file_end, end)
             if ours:
-                self.seen_end, self.last = max(self.seen_end, end), max(self.last, time)
+                self.seen_end = max(self.seen_end, end)
+                self.first, self.last = min(self.first, time), max(self.last, time)
                 if not packet.is_discard:
                     insort(self.times, time)
                 self._check_clock(time if packet.dts is None else packet.dts, end - before)
@@ -238,6 +247,8 @@ class _Source:
         """Whether pictures begin after the stated end, once all packets are read. If so the end is put behind
         them: FFmpeg itself writes such mp4 files where B-frames meet a variable frame rate."""
         if (self.last - self.end) * self.second > self.tolerance():
+            if self.first > self.end:
+                raise VideoError(self.path, "its clock is damaged: it ends before its first picture")
             self.end, self.outlasting = self.last + self.step, True
             return True
         return False
@@ -254,13 +265,12 @@ class _Source:
         if self.stated_end is not None:
             lost = max(lost, self.stated_end * self.second - self.seen_end)
         size = os.path.getsize(self.path)
-        unread = size - (self.position or 0)
-        if (
-            self.gapless
-            and not self.by_order
-            and unread > (HEADER_BYTES if self.live else UNREAD_SHARE * size)
-        ):
-            return f"damaged or cut short: its last {unread} bytes hold nothing that can be read"
+        if self.gapless and not self.by_order and self.position is not None:
+            with open(self.path, "rb") as file:
+                file.seek(self.position)
+                rest = file.read(HEADER_BYTES + 1)
+            if len(rest) > HEADER_BYTES and not any(mark in rest for mark in MATROSKA_ENDS):
+                return f"damaged or cut short: its last {size - self.position} bytes cannot be read"
         if self.packet_bytes and all(size % n for n in self.packet_bytes):
             return "cut short: it ends in the middle of a packet"
         index = len(self.stream.index_entries)
@@ -440,7 +450,8 @@ def check_video(path: str, needed: float = 0.0) -> dict:
     path, faults = os.fspath(path), []
     try:
         with _open_video(path) as source:
-            frames = damaged = refused = packets = corrupt = 0
+            frames = damaged = refused = packets = corrupt = backwards = 0
+            previous = -math.inf
             stream, codec = source.stream, source.stream.codec_context
             facts |= dict(codec=codec.name, width=codec.width, height=codec.height)
             for packet, _ in source:
@@ -452,6 +463,9 @@ def check_video(path: str, needed: float = 0.0) -> dict:
                     refused, cause, decoded = refused + 1, error.strerror, []
                 frames += len(decoded)
                 damaged += sum(frame.is_corrupt for frame in decoded)
+                times = [frame.pts for frame in decoded if frame.pts is not None and not source.by_order]
+                for time in times:
+                    backwards, previous = backwards + (time < previous), time
             source.outlasted()
             seconds = float((source.end - source.zero) * source.tick)
             fps = float(stream.average_rate or frames / max(seconds, 1e-3))
@@ -464,7 +478,9 @@ def check_video(path: str, needed: float = 0.0) -> dict:
                 faults.append(f"{corrupt} packets are damaged")
             if source.holes:
                 faults.append(f"packets are missing in {source.holes} places")
-            if frames < FRAMES_SHARE * packets:
+            if backwards:
+                faults.append(f"its time stamps go back in {backwards} places")
+            if not frames or frames < FRAMES_SHARE * packets:
                 faults.append(f"{frames} of {packets} frames decoded")
             faults.append(source.fault())
             if needed - seconds > LATE_SECONDS:
