@@ -32,6 +32,9 @@ HEADER_BYTES = 64  # what stands between two packets at most, in formats that ar
 # What may follow a file's last packet in Matroska: its index, tags, attachments, chapters, table of contents
 MATROSKA_ENDS = [bytes.fromhex(x) for x in ("1c53bb6b", "1254c367", "1941a469", "1043a770", "114d9b74")]
 GAPLESS = {"matroska", "avi", "flv"}
+REORDERED = (
+    16  # packets at most by which FFmpeg's decoding times may lag behind a jump of the pictures' times
+)
 TS_PACKETS = (188, 192, 204)  # bytes; a file of MPEG-TS is made of packets of one of these sizes
 PLAYLISTS = {"concat", "hls", "dash", "sdp", "rtsp", "imf"}
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192
@@ -149,8 +152,8 @@ class _Source:
             if "avi" in formats:  # counts in ticks; FFmpeg guesses the duration where the index is cut off
                 self.stated_end = start + max(stream.duration, stream.frames)
         self.live = self.outlasting = False
-        if container.duration:  # Matroska's counts from 0
-            self.end = self.ticks(container.duration) + ("matroska" not in formats) * self.zero
+        if container.duration:  # that of Matroska and FLV counts from 0
+            self.end = self.ticks(container.duration) + (not {"matroska", "flv"} & set(formats)) * self.zero
             self.end = max(self.end, self.stated_end or 0)
         elif self.stated_end:
             self.end = self.stated_end
@@ -187,7 +190,7 @@ class _Source:
     def restart(self) -> None:
         self.packets = self.container.demux()
         self.times, self.position, self.clock = [], None, None
-        self.hole, self.skipped, self.sound_after = False, 0, None
+        self.hole, self.skipped, self.since, self.sound_after = False, 0, 0, None
 
     def seek(self, time: int) -> None:
         self.container.seek(time, stream=self.stream)
@@ -202,8 +205,8 @@ class _Source:
             ours = packet.stream is self.stream
             time = packet.dts if packet.pts is None or self.by_order else packet.pts
             if packet.pos is not None and packet.pos >= 0:
-                if self.position is not None:
-                    self.skipped = max(self.skipped, packet.pos - self.position)
+                if self.position is not None and packet.pos - self.position > max(self.skipped, HEADER_BYTES):
+                    self.skipped, self.since = packet.pos - self.position, 0
                 self.position = packet.pos + packet.size
             if time is None:
                 if ours:
@@ -229,11 +232,14 @@ class _Source:
         # in AVI a picture that stays on show has an empty packet, of 8 bytes, for each frame that it stays
         self.hole = self.gapless and frames > 1.5 and self.skipped > HEADER_BYTES + 8 * frames
         self.holes += self.hole
+        self.since += 1
+        if self.hole or self.since > (0 if self.by_order else REORDERED):
+            self.skipped = 0
         leaps = self.may_jump and min(jump, ahead - step) > max(CLOCK_SECONDS, 3 * step)
         if jump < -CLOCK_SECONDS or leaps:
             at = (clock - self.zero) * self.second - jump
             raise VideoError(self.path, f"its clock jumps by {jump:.1f} s at {at:.1f} s: several recordings")
-        self.clock, self.skipped = clock, 0
+        self.clock = clock
 
     def read_on(self) -> None:
         """Reads the packets that are left, so that seen_end and file_end are those of the whole file."""
