@@ -9,6 +9,7 @@ record is a headed group of `--help`. A field's type says what the option may be
 """
 
 import argparse
+import contextlib
 import difflib
 import inspect
 import json
@@ -271,7 +272,8 @@ def remove_leftovers(folder: str) -> None:
         for name in names:
             found = re.fullmatch(r".*\.(\d+)\.[0-9a-f]{8}\.tmp", name)
             if found and not os.path.exists(f"/proc/{found[1]}"):
-                os.remove(os.path.join(place, name))
+                with contextlib.suppress(FileNotFoundError):  # another process removed it just now
+                    os.remove(os.path.join(place, name))
 
 
 def write_json(path: str, value) -> None:

@@ -6,12 +6,16 @@ VideoError.
 import math
 import os
 import re
+from bisect import bisect_right, insort
+from collections import deque
 from contextlib import contextmanager
+from fractions import Fraction
 from functools import partial
 
 import av
 import numpy as np
 import torch
+from av.format import Flags
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
@@ -21,6 +25,20 @@ CLIP_MEAN_COLOR = (122, 116, 104)  # CLIP's mean of RGB, in 0..255: what LLaVA-1
 SEEK_SECONDS = 10.0  # jump to a target farther away than this, else read on: most key frames come more often
 SEEK_MARGIN = 1.0  # seconds; some containers index decoding times, which run ahead of presentation times
 LATE_SECONDS = 1.0  # a video may end this much before it is said or asked to
+LATE_SHARE = 0.05  # ... but not more than this share of its duration
+CLOCK_SECONDS = 0.5  # a clock that goes back by more belongs to another recording
+FRAMES_SHARE = 0.85  # of the packets give a frame at least; some hold none that is to be shown
+HEADER_BYTES = 64  # what stands between two packets at most, in formats that are GAPLESS
+# What may follow a file's last packet in Matroska: its index, tags, attachments, chapters, table of contents
+MATROSKA_ENDS = [bytes.fromhex(x) for x in ("1c53bb6b", "1254c367", "1941a469", "1043a770", "114d9b74")]
+GAPLESS = {"matroska", "avi", "flv"}
+REORDERED = (
+    16  # packets at most by which FFmpeg's decoding times may lag behind a jump of the pictures' times
+)
+TS_PACKETS = (188, 192, 204)  # bytes; a file of MPEG-TS is made of packets of one of these sizes
+PLAYLISTS = {"concat", "hls", "dash", "sdp", "rtsp", "imf"}
+MAX_PIXELS = 2**26  # of a picture: 8192 x 8192
+MAX_RATE, MAX_SECONDS = 1000, 7 * 24 * 3600  # frames a second and seconds of a video
 SMALL_PIXELS = 256 * 256  # below this, starting decoder threads costs more than they save
 
 
@@ -50,49 +68,224 @@ def frame_indices(num_frames_in_file: int, k: int) -> list[int]:
 
 @contextmanager
 def _open_video(path: str):
-    """(container, video stream), closed afterwards; every FFmpeg error inside becomes a VideoError."""
+    """A `_Source`, closed afterwards. Every FFmpeg error inside becomes a VideoError."""
     if not os.path.isfile(path):
         raise VideoError(path, "no such file")
     if os.path.getsize(path) == 0:
         raise VideoError(path, "file is empty (0 bytes)")
+    limits = {"max_pixels": str(MAX_PIXELS), "protocol_whitelist": "file"}
     try:
         # an absolute path, as FFmpeg takes "a:b.mp4" for a protocol; tags in odd encodings must not stop us
-        with av.open(os.path.abspath(path), metadata_errors="ignore") as container:
+        with av.open(os.path.abspath(path), options=limits, metadata_errors="ignore") as container:
+            if container.format.name in PLAYLISTS:
+                raise VideoError(path, f"a list of other files ({container.format.name}), not a video")
             cover = av.stream.Disposition.attached_pic  # the cover of an audio file poses as a video stream
             streams = [s for s in container.streams.video if not s.disposition & cover]
             if not streams:
                 raise VideoError(path, "audio only" if container.streams.audio else "no video in it")
-            codec = streams[0].codec_context
+            best = container.streams.best("video")
+            stream = best if best in streams else streams[0]
+            codec = stream.codec_context
             if codec is None:
                 raise VideoError(path, "this build of FFmpeg has no decoder for its codec")
+            if codec.width * codec.height > MAX_PIXELS:
+                raise VideoError(path, f"its pictures of {codec.width}x{codec.height} pixels are too large")
+            for sound in container.streams.audio:
+                _open_sound(path, sound.codec_context)
             codec.thread_type = "NONE" if codec.width * codec.height <= SMALL_PIXELS else "AUTO"
-            yield container, streams[0]
+            codec.options = {"err_detect": "explode", "max_pixels": limits["max_pixels"]}
+            try:
+                yield _Source(path, container, stream)
+            finally:
+                # Waits for the decoder's threads without Python's lock. Freeing it waits as well, but with
+                # that lock, and for ever where a thread has an error to log, which takes the lock.
+                codec.flush_buffers()
     except av.FFmpegError as error:
         raise VideoError(path, f"FFmpeg cannot read it as video ({error.strerror})") from error
 
 
-def _packet_time(packet) -> int | None:
-    return packet.dts if packet.pts is None else packet.pts  # None on the empty packet that ends the stream
+def _open_sound(path: str, codec) -> None:
+    """Sound is not decoded; but a file that is damaged there is damaged."""
+    try:
+        if codec is not None:
+            codec.open(strict=False)
+    except av.FFmpegError as error:
+        raise VideoError(path, f"damaged: its sound cannot be opened ({error.strerror})") from error
 
 
-def _start_and_duration(path: str, container, stream) -> tuple[int, int]:
-    """Start and duration of the clip in ticks of stream.time_base."""
-    start = stream.start_time or 0
-    if stream.duration:
-        return start, stream.duration
-    tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))  # Matroska: the end
-    if tag:
-        seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
-        return start, round(seconds / stream.time_base) - start
-    if container.duration:
-        return start, round(container.duration / av.time_base / stream.time_base)
-    # No duration anywhere (live recordings): read all packets, decode none, take the last time stamp.
-    times = sorted(t for t in map(_packet_time, container.demux(stream)) if t is not None)
-    if not times:
-        raise VideoError(path, "no packet has a time stamp")
-    container.seek(times[0], stream=stream)
-    ticks = times[-1] - times[0]
-    return times[0], ticks + ticks // max(len(times) - 1, 1)  # the last frame stays for the average time
+class _Source:
+    """The packets of a video stream in the order of the file, with what the container says about it.
+
+    Times are ticks of the stream's time base, `tick` (a Fraction) or `second` (a float) seconds each.
+    zero, end: of the file. stated_end: of its pictures, None where the container does not say. step: what a
+    picture lasts on average. live: nothing states a duration. outlasting: what does states too little.
+    While the packets are read: first and last time of a picture; seen_end and file_end, the latest end (s)
+    of a picture and of a packet of any stream; times, sorted, those of the packets since the last seek; hole,
+    whether bytes were skipped in front of the packet; holes, how often; sound_after, see `spoil`.
+    """
+
+    def __init__(self, path: str, container, stream):
+        self.path, self.container, self.stream, self.tick = path, container, stream, stream.time_base
+        self.second = float(self.tick)
+        start, rate = stream.start_time or 0, stream.average_rate or stream.guessed_rate
+        self.zero = start if container.start_time is None else self.ticks(container.start_time)
+        if self.zero < 0:  # sound may run in before 0, pictures do not
+            self.zero = min(start, 0)
+        self.step = round(1 / rate / self.tick) if rate else 0
+        formats = container.format.name.split(",")
+        self.gapless = bool(GAPLESS & set(formats))  # packets follow each other without a byte in between
+        # AVI holds no presentation times: its n-th picture is shown when its n-th packet is to be decoded
+        self.by_order = "avi" in formats
+        self.packet_bytes = TS_PACKETS if "mpegts" in formats else ()
+        self.may_jump = bool(container.format.flags & Flags.ts_discont.value)  # its clock, as in MPEG-TS
+        self.seconds = [float(s.time_base or 0) for s in container.streams]  # of a tick of each stream
+        self.seen_end, self.file_end, self.holes = -math.inf, -math.inf, 0
+        self.first, self.last = math.inf, -math.inf
+        self.restart()
+        tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))
+        self.stated_end = None
+        if tag:  # Matroska's
+            seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
+            self.stated_end = round(seconds / self.tick)
+        elif stream.frames and stream.duration:  # FFmpeg guesses the stream's duration where nobody counted
+            self.stated_end = start + stream.duration
+            if "avi" in formats:  # counts in ticks; FFmpeg guesses the duration where the index is cut off
+                self.stated_end = start + max(stream.duration, stream.frames)
+        self.live = self.outlasting = False
+        if container.duration:  # that of Matroska and FLV counts from 0
+            self.end = self.ticks(container.duration) + (not {"matroska", "flv"} & set(formats)) * self.zero
+            self.end = max(self.end, self.stated_end or 0)
+        elif self.stated_end:
+            self.end = self.stated_end
+        else:  # no duration anywhere (live recordings): read all packets, decode none
+            for _ in self:
+                pass
+            if not self.times:
+                raise VideoError(path, "no packet has a time stamp")
+            self.end, self.live = round(self.seen_end / self.tick), True
+            self.seek(self.zero)
+        seconds = (self.end - self.zero) * self.second
+        if not stream.frames / MAX_RATE <= seconds <= MAX_SECONDS:
+            raise VideoError(
+                path, f"its clock is damaged: {stream.frames or 'its'} frames in {seconds:.4g} s"
+            )
+
+    def damage(self, target: int) -> VideoError:
+        return VideoError(self.path, f"damaged before {(target - self.zero) * self.second:.2f} s")
+
+    def spoil(self) -> None:
+        """Something could not be decoded: no frame is sound until a key frame that has not been read yet."""
+        self.sound_after = math.inf if self.by_order or not self.times else self.times[-1]
+
+    def require(self, target: int, time: int) -> None:
+        """Raises VideoError unless the frame of this time can be the one on show at the target: nothing on
+        the way was damaged, and no later packet is due, so that none was lost in the decoder."""
+        due = self.times[max(bisect_right(self.times, target) - 1, 0)] if self.times else time
+        if self.sound_after is not None or abs(time - due) > 1.5 * self.step:
+            raise self.damage(target)
+
+    def ticks(self, microseconds: int) -> int:
+        return round(Fraction(microseconds, av.time_base) / self.tick)
+
+    def restart(self) -> None:
+        self.packets = self.container.demux()
+        self.times, self.position, self.clock = [], None, None
+        self.hole, self.skipped, self.since, self.sound_after = False, 0, 0, None
+
+    def seek(self, time: int) -> None:
+        self.container.seek(time, stream=self.stream)
+        self.restart()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        """(packet, time); the time is None on the empty packet that ends the stream."""
+        for packet in self.packets:
+            ours = packet.stream is self.stream
+            time = packet.dts if packet.pts is None or self.by_order else packet.pts
+            if packet.pos is not None and packet.pos >= 0:
+                if self.position is not None and packet.pos - self.position > max(self.skipped, HEADER_BYTES):
+                    self.skipped, self.since = packet.pos - self.position, 0
+                self.position = packet.pos + packet.size
+            if time is None:
+                if ours:
+                    return packet, None
+                continue
+            before = self.file_end
+            end = (time + (packet.duration or (self.step if ours else 0))) * self.seconds[packet.stream.index]
+            self.file_end = max(self.file_end, end)
+            if ours:
+                self.seen_end = max(self.seen_end, end)
+                self.first, self.last = min(self.first, time), max(self.last, time)
+                if not packet.is_discard:
+                    insort(self.times, time)
+                self._check_clock(time if packet.dts is None else packet.dts, end - before)
+                return packet, time
+        raise StopIteration
+
+    def _check_clock(self, clock: int, ahead: float) -> None:
+        """clock: the packet's decoding time. ahead: the seconds by which it ends later than all before it."""
+        jump = 0 if self.clock is None else (clock - self.clock) * self.second
+        step = self.step * self.second
+        frames = jump / step if step else 0
+        # in AVI a picture that stays on show has an empty packet, of 8 bytes, for each frame that it stays
+        self.hole = self.gapless and frames > 1.5 and self.skipped > HEADER_BYTES + 8 * frames
+        self.holes += self.hole
+        self.since += 1
+        if self.hole or self.since > (0 if self.by_order else REORDERED):
+            self.skipped = 0
+        leaps = self.may_jump and min(jump, ahead - step) > max(CLOCK_SECONDS, 3 * step)
+        if jump < -CLOCK_SECONDS or leaps:
+            at = (clock - self.zero) * self.second - jump
+            raise VideoError(self.path, f"its clock jumps by {jump:.1f} s at {at:.1f} s: several recordings")
+        self.clock = clock
+
+    def read_on(self) -> None:
+        """Reads the packets that are left, so that seen_end and file_end are those of the whole file."""
+        try:
+            for _ in self:
+                pass
+        except av.FFmpegError:
+            pass  # what lies behind cannot be read: `fault` says whether that is too much
+
+    def outlasted(self) -> bool:
+        """Whether pictures begin after the stated end, once all packets are read. If so the end is put behind
+        them: FFmpeg itself writes such mp4 files where B-frames meet a variable frame rate."""
+        if (self.last - self.end) * self.second > self.tolerance():
+            if self.first > self.end:
+                raise VideoError(self.path, "its clock is damaged: it ends before its first picture")
+            self.end, self.outlasting = self.last + self.step, True
+            return True
+        return False
+
+    def tolerance(self) -> float:
+        """How many seconds the end may differ from the stated one."""
+        duration = (self.end - self.zero) * self.second
+        return min(LATE_SECONDS, max(LATE_SHARE * duration, 0.5 * self.step * self.second))
+
+    def fault(self) -> str:
+        """What is missing of what the container states, once all packets are read. Empty: nothing."""
+        zero, end = self.zero * self.second, self.end * self.second
+        lost = end - self.file_end
+        if self.stated_end is not None:
+            lost = max(lost, self.stated_end * self.second - self.seen_end)
+        size = os.path.getsize(self.path)
+        if self.gapless and not self.by_order and self.position is not None:
+            with open(self.path, "rb") as file:
+                file.seek(self.position)
+                rest = file.read(HEADER_BYTES + 1)
+            if len(rest) > HEADER_BYTES and not any(mark in rest for mark in MATROSKA_ENDS):
+                return f"damaged or cut short: its last {size - self.position} bytes cannot be read"
+        if self.packet_bytes and all(size % n for n in self.packet_bytes):
+            return "cut short: it ends in the middle of a packet"
+        index = len(self.stream.index_entries)
+        if self.outlasting and index < FRAMES_SHARE * self.stream.frames:
+            return f"its index is damaged: it holds {index} of {self.stream.frames} pictures"
+        if lost > self.tolerance():
+            seen = max(self.seen_end - zero, 0)
+            return f"cut short: its pictures end at {seen:.1f} s of {end - zero:.1f} s"
+        return ""
 
 
 def _to_square(frame, size: int, scaler: VideoReformatter, framing: str) -> np.ndarray:
@@ -115,78 +308,91 @@ def _to_square(frame, size: int, scaler: VideoReformatter, framing: str) -> np.n
     return np.rot90(square, turns)
 
 
-def _frames(container, stream, targets: list[int], chosen: list, skip: bool):
-    """The frames that it takes to know what is on show at targets[len(chosen)], in order of presentation,
-    while the caller appends to `chosen`; None where packets were left out before the next one.
+def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
+    """(frame, time) of those frames that it takes to know what is on show at targets[len(chosen)], in order
+    of presentation, while the caller appends to `chosen`; (None, None) where packets were left out before
+    the next one.
 
     Packets wait undecoded until one lies beyond the target. A key frame that comes before it makes older ones
     useless: they are dropped. To a far target the file is sought. skip=False decodes everything instead.
     """
-    waiting, dropped = [], False
-    sought, position, may_seek = -1, 0, skip
-    packets = container.demux(stream)
-    while (packet := next(packets, None)) is not None:
-        target, time = targets[len(chosen)], _packet_time(packet)
+    codec = source.stream.codec_context
+    waiting, dropped, hole, clock = [], False, False, deque()
+    sought, position, may_seek = -1, 0, skip and not source.may_jump
+    while (found := next(source, None)) is not None:
+        (packet, time), target = found, targets[len(chosen)]
         if may_seek and time is not None:
-            if sought < len(chosen) and (target - time) * stream.time_base > SEEK_SECONDS:
+            if sought < len(chosen) and (target - time) * source.second > SEEK_SECONDS:
                 sought, position = len(chosen), time
-                container.seek(int(target - SEEK_MARGIN / stream.time_base), stream=stream)
-                packets, waiting, dropped = container.demux(stream), [], True
+                source.seek(int(target - SEEK_MARGIN / source.tick))
+                waiting, dropped, hole = [], True, False
                 continue
             # A jump that led back: no key frame in between, or no index. From here on only read.
             may_seek = not (sought == len(chosen) and time <= position)
-        if skip and waiting and packet.is_keyframe and time is not None and time <= target:
+        starts = packet.is_keyframe and time is not None and time <= target
+        hole = (hole or source.hole) and not starts or packet.is_corrupt
+        if skip and waiting and starts:
             waiting, dropped = [], True
         waiting.append(packet)
         if time is not None and time <= target:
             continue
+        if hole or skip and source.by_order and codec.has_b_frames:
+            raise source.damage(target)
         if dropped:
-            stream.codec_context.flush_buffers()
-            yield None
+            codec.flush_buffers()
+            clock.clear()
+            yield None, None
         for undecoded in waiting:
-            yield from undecoded.decode()
+            clock.append(undecoded.dts)
+            try:
+                decoded = undecoded.decode()
+            except av.FFmpegError:
+                decoded = []
+                source.spoil()
+            for frame in decoded:
+                yield frame, clock.popleft() if source.by_order else frame.pts
         waiting, dropped = [], False
 
 
-def _shown_at(path: str, container, stream, targets: list[int], square, skip: bool) -> list | None:
-    """(pixels, pts) of the frame on show at each of the rising targets (ticks): the last with pts <= target.
-    square: frame -> pixels.
+def _shown_at(source: _Source, targets: list[int], square, skip: bool) -> list:
+    """(pixels, time) of the frame on show at each of the rising targets (ticks): the last whose time is at
+    most the target. square: frame -> pixels.
 
-    Returns None if a skip went wrong (it landed behind its target, or not on a key frame): call without skip.
+    Raises VideoError. With skip it may be one that decoding from a key frame caused: then call without skip.
     """
-    ticks = 1 / stream.time_base  # a second
-    chosen, shown, clean, skipped = [], None, True, False  # clean: no damage since the last key frame
+    chosen, shown, shown_time, skipped = [], None, None, False
 
-    def choose(frame):  # scales at once, so that no large frame is kept
-        again = chosen and chosen[-1][1] == frame.pts
-        chosen.append(chosen[-1] if again else (square(frame), frame.pts))
+    def choose(frame, time):  # scales at once, so that no large frame is kept
+        source.require(targets[len(chosen)], time)
+        again = chosen and chosen[-1][1] == time
+        chosen.append(chosen[-1] if again else (square(frame), time))
 
-    for frame in _frames(container, stream, targets, chosen, skip):
+    for frame, time in _frames(source, targets, chosen, skip):
         if frame is None:
-            shown, skipped = None, True
+            shown, skipped, source.sound_after = None, True, None
             continue
-        if frame.pts is None:
-            raise VideoError(path, "a frame has no time stamp")
-        if skipped and shown is None and (frame.pts > targets[len(chosen)] or not frame.key_frame):
-            return None
-        while frame.pts > targets[len(chosen)]:
-            if not clean:
-                raise VideoError(path, f"damaged before {float(targets[len(chosen)] / ticks):.2f} s")
-            choose(shown or frame)  # frame itself: the target lies before the first one
+        if time is None:
+            raise VideoError(source.path, "a frame has no time stamp")
+        if frame.is_corrupt or shown is not None and time < shown_time:
+            source.spoil()
+        if skipped and shown is None and (time > targets[len(chosen)] or not frame.key_frame):
+            raise source.damage(targets[len(chosen)])
+        while time > targets[len(chosen)]:
+            if shown is None:  # the target lies before the first frame
+                choose(frame, time)
+            else:
+                choose(shown, shown_time)
             if len(chosen) == len(targets):
                 return chosen
-        shown, clean = frame, (clean or frame.key_frame) and not frame.is_corrupt
-    if shown is None and skipped:
-        return None
-    if shown is None or not clean:
-        raise VideoError(path, "no frame can be decoded" if shown is None else "damaged at its end")
-    missing = float((targets[-1] - shown.pts - (shown.duration or 0)) / ticks)
-    if missing > LATE_SECONDS:
-        raise VideoError(
-            path, f"cut short: its pictures end {missing:.1f} s before the last moment asked for"
-        )
+        if source.sound_after is not None and frame.key_frame and time > source.sound_after:
+            source.sound_after = None
+        shown, shown_time = frame, time
+    if shown is None:
+        raise VideoError(source.path, "no frame can be decoded: damaged, or larger than 8192x8192 pixels")
+    if fault := source.fault():
+        raise VideoError(source.path, fault)
     while len(chosen) < len(targets):
-        choose(shown)
+        choose(shown, shown_time)
     return chosen
 
 
@@ -198,29 +404,41 @@ def read_frames(path: str, num_frames: int, size: int, framing: str = "ffmpeg", 
     from the start of the file, whatever `start` is: gold spans count so, too. Where there are fewer frames
     than K they are repeated, times included. framing: ffmpeg scales and cuts as it decodes; crop and pad are
     CLIPImageProcessor's pixels of the whole frame.
-    Raises VideoError if the file cannot be read, ends before `end`, or has damage on the way to a chosen
-    frame.
+    Raises VideoError if the file cannot be read, ends before `end`, is not as long as it says, or has damage
+    on the way to a chosen frame.
     """
     assert num_frames >= 1 and size >= 1, f"need num_frames, size >= 1, got {num_frames}, {size}"
     assert 0 <= start < (math.inf if end is None else end), f"need 0 <= start < end, got {start}, {end}"
-    path, chosen = os.fspath(path), None
-    scaler = VideoReformatter()  # keeps its tables from frame to frame
-    square = partial(_to_square, size=size, scaler=scaler, framing=framing)
-    for skip in (True, False):
-        if chosen is None:
-            with _open_video(path) as (container, stream):
-                first, duration = _start_and_duration(path, container, stream)
-                tick, low, high = stream.time_base, round(start / stream.time_base), duration
-                if end is not None:
-                    high = min(round(end / tick), duration)
-                if high < low or end is not None and end - duration * tick > LATE_SECONDS:
-                    raise VideoError(path, _too_short(float(duration * tick), end or start))
-                centres = [low + (2 * i + 1) * (high - low) // (2 * num_frames) for i in range(num_frames)]
-                targets = [first + centre for centre in centres]
-                chosen = _shown_at(path, container, stream, targets, square, skip)
-                times = [float((pts - first) * tick) for _, pts in chosen or ()]
-    frames = torch.from_numpy(np.stack([pixels for pixels, _ in chosen])).permute(0, 3, 1, 2)
+    path, square = os.fspath(path), partial(_to_square, size=size, framing=framing)
+    try:
+        frames, times = _read_once(path, num_frames, square, start, end, skip=True)
+    except VideoError:  # perhaps only because decoding began at a key frame that can not be begun with
+        frames, times = _read_once(path, num_frames, square, start, end, skip=False)
+    frames = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
     return frames.contiguous(), torch.tensor(times, dtype=torch.float32)  # (K, 3, size, size), (K,)
+
+
+def _read_once(path, num_frames, square, start, end, skip: bool, file_end: int | None = None):
+    """The pixels and the times (s) of read_frames, as two lists. file_end: the end of the file, if known."""
+    with _open_video(path) as source:
+        if file_end is not None:
+            source.end, source.outlasting = file_end, True
+        duration = source.end - source.zero
+        low, high = round(start / source.tick), duration
+        if end is not None:
+            high = min(round(end / source.tick), duration)
+        if high < low or end is not None and end - duration * source.tick > LATE_SECONDS:
+            raise VideoError(path, _too_short(float(duration * source.tick), end or start))
+        centres = [low + (2 * i + 1) * (high - low) // (2 * num_frames) for i in range(num_frames)]
+        square = partial(square, scaler=VideoReformatter())  # keeps its tables from frame to frame
+        chosen = _shown_at(source, [source.zero + centre for centre in centres], square, skip)
+        if end is None or source.may_jump:
+            source.read_on()
+            if not source.outlasting and source.outlasted():
+                return _read_once(path, num_frames, square, start, end, skip, source.end)
+            if fault := source.fault():
+                raise VideoError(path, fault)
+        return [pixels for pixels, _ in chosen], [float((t - source.zero) * source.tick) for _, t in chosen]
 
 
 def _too_short(seconds: float, end: float) -> str:
@@ -237,34 +455,45 @@ def check_video(path: str, needed: float = 0.0) -> dict:
     facts = dict.fromkeys(("frames", "fps", "duration", "codec", "width", "height"))
     path, faults = os.fspath(path), []
     try:
-        with _open_video(path) as (container, stream):
-            start, duration = _start_and_duration(path, container, stream)
-            frames = damaged = refused = 0
-            end, tick, codec = start, stream.time_base, stream.codec_context
-            for packet in container.demux(stream):
+        with _open_video(path) as source:
+            frames = damaged = refused = packets = corrupt = backwards = 0
+            previous = -math.inf
+            stream, codec = source.stream, source.stream.codec_context
+            facts |= dict(codec=codec.name, width=codec.width, height=codec.height)
+            for packet, _ in source:
+                packets += packet.size > 0 and not packet.is_discard
+                corrupt += packet.is_corrupt
                 try:
                     decoded = packet.decode()
                 except av.FFmpegError as error:
                     refused, cause, decoded = refused + 1, error.strerror, []
-                for frame in decoded:
-                    frames, damaged = frames + 1, damaged + frame.is_corrupt
-                    end = max(end, (frame.pts or 0) + (frame.duration or 0))
-            seconds, seen = float(duration * tick), float((end - start) * tick)
+                frames += len(decoded)
+                damaged += sum(frame.is_corrupt for frame in decoded)
+                times = [frame.pts for frame in decoded if frame.pts is not None and not source.by_order]
+                for time in times:
+                    backwards, previous = backwards + (time < previous), time
+            source.outlasted()
+            seconds = float((source.end - source.zero) * source.tick)
             fps = float(stream.average_rate or frames / max(seconds, 1e-3))
-            facts = dict(frames=frames, fps=fps, duration=seconds, codec=codec.name)
-            facts |= dict(width=codec.width, height=codec.height)
+            facts |= dict(frames=frames, fps=fps, duration=seconds)
             if refused:
                 faults.append(f"{refused} packets cannot be decoded ({cause})")
             if damaged:
                 faults.append(f"{damaged} of {frames} decoded frames are damaged")
-            if seconds - seen > LATE_SECONDS or not frames:
-                faults.append(f"its pictures end at {seen:.1f} s of {seconds:.1f} s")
-            if faults and stream.frames:  # not a fault by itself: edit lists leave frames out on purpose
-                faults.append(f"{frames} of {stream.frames} frames decoded")
+            if corrupt:
+                faults.append(f"{corrupt} packets are damaged")
+            if source.holes:
+                faults.append(f"packets are missing in {source.holes} places")
+            if backwards:
+                faults.append(f"its time stamps go back in {backwards} places")
+            if not frames or frames < FRAMES_SHARE * packets:
+                faults.append(f"{frames} of {packets} frames decoded")
+            faults.append(source.fault())
             if needed - seconds > LATE_SECONDS:
                 faults.append(_too_short(seconds, needed))
     except VideoError as error:
         faults.append(error.cause)
+    faults = list(filter(None, faults))
     return {"ok": not faults, "reason": "; ".join(faults), **facts}
 
 

@@ -9,10 +9,12 @@ faults on purpose, of the kind that web captions have; evaluation and the oracle
     python -m videoqa.world --out DIR --num_clips 8 --grounded  # grounded questions, in grounded.jsonl
 """
 
+import io
 import itertools
 import json
 import math
 import os
+import platform
 import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,7 +25,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from plumbing.options import ArgumentParser, run_script, write_whole
+from plumbing.options import ArgumentParser, remove_leftovers, run_script, write_whole
 
 SIZE = 48  # pixels, width and height
 FPS = 6
@@ -169,10 +171,16 @@ def draw_frame(scene, t):
 
 
 def write_clip(scene, path):
-    """Encodes the scene as an H.264 mp4 file (yuv420p, DURATION seconds at FPS), atomically."""
-    temporary = f"{path}.tmp"
-    options = {"preset": "veryfast", "crf": "16", "threads": "1", "x264-params": "log-level=none:keyint=8"}
-    with av.open(temporary, "w", format="mp4") as container:
+    """Encodes the scene as an H.264 mp4 file (yuv420p, DURATION seconds at FPS). One scene gives one file,
+    byte for byte."""
+    settings = "log-level=none:keyint=8"
+    if platform.machine() in ("x86_64", "AMD64"):
+        # With AVX-512 x264's result for so small a picture is not always the same: a third of the scenes had
+        # two kinds of file. Code that every x86-64 CPU can run has one.
+        settings += ":asm=MMX2,SSE2"
+    options = {"preset": "veryfast", "crf": "16", "threads": "1", "x264-params": settings}
+    content = io.BytesIO()
+    with av.open(content, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
@@ -181,7 +189,7 @@ def write_clip(scene, path):
             frame.pts, frame.time_base = i, Fraction(1, FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    os.replace(temporary, path)
+    write_whole(path, content.getvalue())
 
 
 # ------------------------------------------------------------------------------------- captions and questions
@@ -421,12 +429,16 @@ def make_world(folder, seeds, workers=None, grounded=False):
     """Writes the clips of these scene seeds into `folder` and their questions into `folder/questions.jsonl`,
     or, grounded, those of `grounded_questions` into `folder/grounded.jsonl`, on these clips and their twins.
 
-    Returns the path of the JSONL file. Clips that are there already are kept: a
-    scene's seed is its file name.
+    Returns the path of the JSONL file. Clips that are there already are kept: a scene's seed is its file
+    name. What a killed drawing left behind is removed. Two processes may draw one folder at the same time.
+    A folder that is drawn already is not written to.
     """
     os.makedirs(folder, exist_ok=True)
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        rows = pool.map(partial(_make_one, folder, grounded), seeds, chunksize=32)
+    remove_leftovers(folder)
+    workers = workers or os.cpu_count()
+    with ProcessPoolExecutor(workers) as pool:
+        chunk = min(32, math.ceil(len(seeds) / (4 * workers)))  # small enough that all workers end together
+        rows = pool.map(partial(_make_one, folder, grounded), seeds, chunksize=chunk)
         content = "".join(json.dumps(row) + "\n" for clip in rows for row in clip)
     path = os.path.join(folder, "grounded.jsonl" if grounded else "questions.jsonl")
     write_whole(path, content.encode())

@@ -1,10 +1,12 @@
 import json
+import multiprocessing
 import os
 import pickle
 import struct
 from fractions import Fraction
 
 import av
+import av.logging
 import numpy as np
 import pytest
 import torch
@@ -16,23 +18,48 @@ REAL_CLIPS = os.environ.get("REAL_CLIPS", "")
 needs_real_clips = pytest.mark.skipif(not os.path.isdir(REAL_CLIPS), reason="REAL_CLIPS names no folder")
 
 
-def write_video(path, all_pts, codec="libx264", gop=20, fps=10, size=(64, 64), **options):
-    """A file whose frames carry their index as 16 black or white squares: bit b in square b, row by row."""
+def write_video(path, all_pts, codec="libx264", gop=20, fps=10, size=(64, 64), sound=0, noise=0, **options):
+    """A file whose frames carry their index as 16 black or white squares: bit b in square b, row by row.
+
+    sound: seconds of silence beside them, from 0 on. noise: grey levels, so that packets are larger.
+    """
     if codec == "libx264":
         options = {"preset": "veryfast", "crf": "20"} | options  # B-frames stay on: they unorder the packets
     muxer = {"movflags": options.pop("movflags")} if "movflags" in options else {}
+    first = options.pop("first", 0)
     with av.open(str(path), "w", options=muxer) as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.width, stream.height = size
         stream.pix_fmt, stream.gop_size, stream.codec_context.time_base = "yuv420p", gop, Fraction(1, fps)
-        for index, pts in enumerate(all_pts):
-            bits = np.array([index >> b & 1 for b in range(16)], np.uint8).reshape(4, 4) * 255
-            pixels = np.kron(bits, np.ones((size[1] // 4, size[0] // 4), np.uint8))
-            frame = av.VideoFrame.from_ndarray(np.stack([pixels] * 3, axis=2), format="rgb24")
+        silence = container.add_stream("aac", rate=16000) if sound else None
+        packets = []
+        for index, pts in enumerate(all_pts, start=first):
+            pixels = picture_of(index, size)
+            if noise:
+                pixels = np.maximum(pixels, np.random.default_rng(index).integers(0, noise, pixels.shape))
+            frame = av.VideoFrame.from_ndarray(
+                np.stack([pixels] * 3, axis=2).astype(np.uint8), format="rgb24"
+            )
             frame.pts, frame.time_base = pts, Fraction(1, fps)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        for i in range(int(sound * 16000 / 1024)):
+            packets += silence.encode(silent_frame(i))
+        packets += silence.encode() if sound else []
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            container.mux(packet)
     return str(path)
+
+
+def picture_of(index, size=(64, 64)):
+    bits = np.array([index >> b & 1 for b in range(16)], np.uint8).reshape(4, 4) * 255
+    return np.kron(bits, np.ones((size[1] // 4, size[0] // 4), np.uint8))
+
+
+def silent_frame(i):
+    frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+    frame.sample_rate, frame.pts, frame.time_base = 16000, 1024 * i, Fraction(1, 16000)
+    return frame
 
 
 def index_of(pixels):
@@ -73,8 +100,8 @@ def count_decoding(monkeypatch):
         def __exit__(self, *_):
             self.real.close()
 
-        def demux(self, stream):
-            for packet in self.real.demux(stream):
+        def demux(self):
+            for packet in self.real.demux():
                 counts["packets"] += 1
                 yield Counting(packet)
 
@@ -139,8 +166,10 @@ def test_variable_frame_rate_is_sampled_by_time_not_by_index(tmp_path):
     frames, times = video.read_frames(path, 4, 32)  # 8 s in 4 parts: centres at 1, 3, 5, 7 s
     assert [index_of(frame) for frame in frames] == [8, 9, 11, 13]
     torch.testing.assert_close(times, torch.tensor([0.8, 2.0, 4.1, 6.1]), atol=1e-6, rtol=0)
-    path = write_video(tmp_path / "reordered.mp4", pts)
-    assert [index_of(frame) for frame in video.read_frames(path, 7, 32)[0]] == shown_by_definition(path, 7)[0]
+    # With B-frames it states 6.3 s, so the end is put behind the last picture: 7.9 s and an average 0.42 s.
+    frames, times = video.read_frames(write_video(tmp_path / "reordered.mp4", pts), 4, 32)
+    assert [index_of(frame) for frame in frames] == [8, 9, 11, 13]
+    torch.testing.assert_close(times, torch.tensor([0.8, 2.0, 4.1, 6.1]), atol=1e-6, rtol=0)
 
 
 def test_frame_at_exactly_the_target_is_the_one_on_show(tmp_path):
@@ -218,6 +247,57 @@ def test_rotation_of_the_display_matrix_is_applied(tmp_path):
     assert frame[:8, 24:].mean() > 200 and frame[:8, :8].mean() < 50  # a quarter turn clockwise: top right
 
 
+# ---- what containers say ----
+
+
+def shown(path, k, **part):
+    return [index_of(frame) for frame in video.read_frames(path, k, 32, **part)[0]]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mov", "mkv", "ts", "flv"])
+def test_time_counts_from_the_start_of_the_file_in_every_container(tmp_path, kind):
+    # Pictures begin 5 s after the sound, whose encoder runs in for up to 0.07 s: 6 to 9 s are pictures 10 to
+    # 39, the middles of five parts 13, 19, 25, ..
+    path = write_video(tmp_path / f"late.{kind}", range(50, 150), sound=15)
+    assert shown(path, 5, start=6.08, end=9.08) == [13, 19, 25, 31, 37]
+    assert shown(path, 3) == [0, 25, 75]  # about 2.5, 7.5 and 12.5 s
+    assert video.check_video(path)["ok"]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "flv", "ts", "avi"])
+def test_the_last_picture_stays_while_the_sound_goes_on(tmp_path, kind):
+    path = write_video(tmp_path / f"slides.{kind}", (0, 100, 200), sound=30, bf="0")
+    assert shown(path, 8) == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert video.check_video(path)["ok"]
+    path = write_video(tmp_path / f"still.{kind}", [0], sound=20, bf="0")
+    assert shown(path, 4) == [0, 0, 0, 0] and video.check_video(path)["ok"]
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("b_frames", ["0", "2"])
+def test_avi_shows_each_picture_at_its_own_time(tmp_path, codec, b_frames):
+    path = write_video(tmp_path / "a.avi", range(60), codec, fps=1, gop=12, bf=b_frames)
+    frames, times = video.read_frames(path, 8, 32)
+    assert [index_of(frame) for frame in frames] == times.tolist() == [3, 11, 18, 26, 33, 41, 48, 56]
+
+
+def test_the_stream_read_is_the_one_that_ffmpeg_takes_for_the_best(tmp_path):
+    path = str(tmp_path / "two.mp4")
+    with av.open(path, "w") as container:
+        small, main = (container.add_stream("libx264", rate=10) for _ in range(2))
+        small.disposition, main.disposition = av.stream.Disposition(0), av.stream.Disposition.default
+        for stream, side in ((small, 64), (main, 128)):
+            stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+        for i in range(40):
+            for stream, offset in ((small, 100), (main, 0)):
+                pixels = picture_of(i + offset, (stream.width, stream.height))
+                frame = av.VideoFrame.from_ndarray(np.stack([pixels] * 3, axis=2), format="rgb24")
+                frame.pts = i
+                container.mux(stream.encode(frame))
+        container.mux(small.encode() + main.encode())
+    assert shown(path, 4) == [5, 15, 25, 35]
+
+
 # ---- faults ----
 
 
@@ -225,9 +305,7 @@ def audio_only(path):
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000)
         for i in range(8):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-            frame.sample_rate, frame.pts = 16000, 1024 * i
-            container.mux(stream.encode(frame))
+            container.mux(stream.encode(silent_frame(i)))
         container.mux(stream.encode())
 
 
@@ -289,6 +367,125 @@ def test_damage_in_the_middle_is_an_error_and_never_a_neighbour(minute, tmp_path
     assert [index_of(frame) for frame in frames] == [150, 450]
     report = video.check_video(path)
     assert not report["ok"] and ("damaged" in report["reason"] or "cannot be decoded" in report["reason"])
+
+
+@pytest.fixture(scope="module")
+def bulky(tmp_path_factory):
+    """Container -> bytes of 10 s with noise, a key frame a second."""
+    folder = tmp_path_factory.mktemp("bulky")
+    options = {"mp4": {"movflags": "faststart"}}
+    return {
+        kind: open(
+            write_video(folder / f"a.{kind}", range(100), gop=10, noise=60, **options.get(kind, {})), "rb"
+        ).read()
+        for kind in ("mp4", "mkv", "flv", "avi", "ts")
+    }
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "flv", "avi", "ts"])
+def test_a_file_that_has_lost_a_part_is_refused(bulky, tmp_path, kind):
+    whole, path = bulky[kind], tmp_path / f"a.{kind}"
+    n = len(whole)
+    path.write_bytes(whole)
+    assert shown(path, 4) == [12, 37, 62, 87] and video.check_video(path)["ok"]
+    middle = slice(n * 35 // 100, n * 65 // 100)
+    for lost in (whole[: n // 5], whole[: n * 85 // 100], whole[: middle.start] + whole[middle.stop :]):
+        path.write_bytes(lost)
+        assert not video.check_video(path)["ok"], len(lost)
+        with pytest.raises(video.VideoError):
+            video.read_frames(path, 8, 32)
+
+
+def test_a_second_cut_to_three_fifths_is_refused(tmp_path):
+    for kind in ("mkv", "flv", "avi", "ts"):
+        path = tmp_path / f"a.{kind}"
+        whole = open(write_video(path, range(10), noise=60), "rb").read()
+        assert shown(path, 5) == [1, 3, 5, 7, 9] and video.check_video(path)["ok"]
+        path.write_bytes(whole[: len(whole) * 3 // 5])
+        assert not video.check_video(path)["ok"]
+        with pytest.raises(video.VideoError):
+            video.read_frames(path, 5, 32)
+
+
+def test_a_live_recording_cut_short_is_refused(bulky, tmp_path):
+    path = tmp_path / "live.mkv"
+    whole = bytearray(bulky["mkv"])
+    at = whole.index(b"\x44\x89\x88")  # Matroska's duration, then 8 bytes; 0xEC: an element without meaning
+    whole[at : at + 11] = b"\xec\x89" + bytes(9)
+    tag = whole.index(b"DURATION")
+    whole[tag : tag + 8] = b"NOTHINGS"
+    path.write_bytes(whole[: whole.index(b"\x1c\x53\xbb\x6b", len(whole) // 2)])  # without the index behind
+    assert shown(path, 4) == [12, 37, 62, 87]
+    path.write_bytes(whole[: len(whole) // 2])
+    assert not video.check_video(path)["ok"]
+    with pytest.raises(video.VideoError, match="cut short"):
+        video.read_frames(path, 4, 32)
+
+
+@pytest.mark.parametrize(
+    "kind, codec", [("ts", "libx264"), ("mkv", "libx264"), ("flv", "libx264"), ("mpg", "mpeg2video")]
+)
+def test_recordings_laid_end_to_end_are_refused(tmp_path, kind, codec):
+    parts = [write_video(tmp_path / f"{i}.{kind}", range(50), codec, fps=25, first=50 * i) for i in (0, 1)]
+    assert video.check_video(parts[1])["ok"]
+    path = tmp_path / f"joined.{kind}"
+    path.write_bytes(b"".join(open(part, "rb").read() for part in parts))
+    assert not video.check_video(path)["ok"]
+    with pytest.raises(video.VideoError):
+        video.read_frames(path, 8, 32)
+
+
+def test_a_damaged_reference_behind_the_chosen_frame_is_noticed(tmp_path):
+    path = write_video(
+        tmp_path / "a.mp4", range(40), gop=40, noise=60, **{"x264-params": "bframes=3:b-adapt=0"}
+    )
+    with av.open(path) as container:
+        packets = [p for p in container.demux(container.streams.video[0]) if p.pts is not None]
+    order = [round(p.pts * p.time_base * 10) for p in packets]
+    behind = next(i for i in range(1, 40) if order[i] > max(order[:i]) + 1)  # frames before it follow it
+    chosen = order[behind] - 1  # a B-frame, decoded after that reference and shown before it
+    assert order.index(chosen) > behind
+    content = bytearray(open(path, "rb").read())
+    reference = packets[behind]
+    for at in range(reference.pos + 40, reference.pos + reference.size, 7):
+        content[at] ^= 0x55
+    open(path, "wb").write(content)
+    with pytest.raises(video.VideoError, match="damaged"):
+        video.read_frames(path, 1, 32, start=chosen / 10, end=chosen / 10 + 0.1)
+
+
+def test_a_list_of_files_is_no_video_and_pictures_have_a_bound(tmp_path):
+    write_video(tmp_path / "a.ts", range(10))
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.ts\n")
+    side = (16000).to_bytes(2, "little")
+    gif = b"GIF89a" + side * 2 + b"\x80\0\0\0\0\0\xff\xff\xff!\xf9\4\0\0\0\0\0,\0\0\0\0" + side * 2
+    (tmp_path / "large.gif").write_bytes(gif + b"\0\2\2\x44\1\0;")
+    for name, cause in (("list.mp4", "a list of other files"), ("large.gif", "larger than 8192x8192")):
+        with pytest.raises(video.VideoError, match=cause):
+            video.read_frames(tmp_path / name, 2, 32)
+        assert not video.check_video(tmp_path / name)["ok"]
+
+
+def test_threads_that_log_an_error_do_not_stop_the_reader_for_ever(tmp_path):
+    path = write_video(tmp_path / "a.mp4", range(30), size=(320, 320), noise=60)
+    content = bytearray(open(path, "rb").read())
+    for at in range(len(content) // 4, len(content), 500):
+        content[at] ^= 0x55
+    open(path, "wb").write(content)
+
+    def read_with_log():
+        av.logging.set_level(av.logging.ERROR)
+        with av.logging.Capture(local=False):
+            for _ in range(5):
+                with pytest.raises(video.VideoError):
+                    video.read_frames(path, 8, 32)
+
+    reader = multiprocessing.get_context("fork").Process(target=read_with_log)
+    reader.start()
+    reader.join(30)
+    stopped = reader.exitcode
+    reader.kill()
+    assert stopped == 0
 
 
 def test_sound_video_is_reported_with_its_facts(minute):
