@@ -40,7 +40,7 @@ from videoqa import world
 WANTS = "name a folder that pretrain.py --stage bridge or sft wrote"
 FIRST_SCENE = 4_000_000  # seed of the first scene of the embedded world's clips for pretrained policies
 SIZES = ("bridge", "bridge_width", "bridge_heads", "num_queries", "qformer_layers", "num_frames")
-HELD_CLIPS = 64  # held-out clips that the loss is measured on
+HELD_CLIPS = 32  # held-out clips that the loss is measured on
 
 
 @dataclass

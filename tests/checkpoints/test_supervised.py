@@ -26,14 +26,14 @@ from videoqa import world
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Options that name 5 clips with 2 questions each; what is asked about only the video tells."""
+    """Options that name 5 clips with 2 questions each, a short and a longer answer."""
     home = tmp_path_factory.mktemp("taught")
     world.make_world(home, range(5), workers=1)
     rows = []
     for i in range(5):
         asked = {"video": f"clip{i:07d}.mp4", "question": "what moves?"}
         rows.append(asked | {"id": f"{i}a", "answer": "it moves"})
-        rows.append(asked | {"id": f"{i}b", "answer": "a red block does"})
+        rows.append(asked | {"id": f"{i}b", "answer": "it moves it moves"})
     (home / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return ["--data", home / "data.jsonl", "--videos", home, "--num_frames", 2, "--held_share", 0.4]
 
@@ -56,8 +56,6 @@ def test_of_a_batch_only_answers_are_learned_each_after_its_own_question():
 
 def test_the_loss_is_the_mean_surprise_of_the_answers_tokens():
     torch.manual_seed(0)
-    from clip import ClipConfig
-
     model = VideoLM(
         ModelConfig(vocab_size=16, dim=16, num_layers=1, ffn_dim=16, bridge_width=16), ClipConfig()
     )
@@ -79,7 +77,7 @@ def test_bridge_then_lora_learn_into_folders_of_their_own_that_load_as_policies(
 ):
     before = fingerprint(*folders)
     aligned, tuned = tmp_path / "aligned", tmp_path / "tuned"
-    many = ["--steps", 40, "--save_every", 20, "--batch_clips", 3, "--lr", 0.01]
+    many = ["--steps", 40, "--save_every", 20, "--batch_clips", 2, "--lr", 0.03, "--short_share", 0]
     start = ["--stage", "bridge", "--policy", folders[0], "--clip", folders[1], "--out", aligned]
     train(monkeypatch, *start, *data, *many)
     rows = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
