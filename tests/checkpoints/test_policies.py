@@ -232,7 +232,7 @@ def test_parts_that_do_not_make_a_policy_are_refused_by_name(folders, tmp_path):
         refused("config.json", "llama is no clip", load=load, folder=llama, clip=llama)
     refused("--clip", "leave --clip out", load=load_policy, folder="weights", clip=clip)
     refused("--stage bridge", "--policy", load=pretrain.Config, stage="bridge")
-    cfg = pretrain.Config(stage="bridge", policy=llava, video_tokens="pooled")
+    cfg = pretrain.Config(stage="bridge", policy=llava, video_tokens="pooled", out=str(tmp_path / "none"))
     shutil.copy(f"{llama}/tokenizer.json", tmp_path / "llava")
     refused("--video_tokens pooled", "qformer", load=pretrain.train_bridge, cfg=cfg)
     shutil.copytree(llama, tmp_path / "odd")
