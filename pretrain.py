@@ -88,8 +88,8 @@ class Config(WorldOptions, RankerOptions, SupervisedOptions, PolicyOptions):
 
 PRESETS = {
     "quick": dict(
-        num_clips=2000, clip_steps=150, caption_steps=120, annotation_steps=400, short_steps=80,
-        long_steps=80,
+        num_clips=2000, clip_steps=150, caption_steps=100, annotation_steps=300,
+        short_steps=60, long_steps=60,
     ),
 }  # fmt: skip
 

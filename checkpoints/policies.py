@@ -125,7 +125,8 @@ def load_policy(options: PolicyOptions, device="cpu") -> tuple[VideoLM, Tokenize
 
         return load_supervised(options, device)
     if kind_of(folder):
-        base = "bfloat16" if options.adapter else options.base
+        merged_first = options.adapter and options.base == "nf4"
+        base = "bfloat16" if merged_first else options.base
         model = load_pretrained(
             folder, device, clip=options.clip, num_frames=options.num_frames, base=base, seed=options.seed,
             video_tokens=options.video_tokens, random_weights=options.random_weights,

@@ -40,7 +40,7 @@ from videoqa import world
 WANTS = "name a folder that pretrain.py --stage bridge or sft wrote"
 FIRST_SCENE = 4_000_000  # seed of the first scene of the embedded world's clips for pretrained policies
 SIZES = ("bridge", "bridge_width", "bridge_heads", "num_queries", "qformer_layers", "num_frames")
-HELD_CLIPS = 64  # held-out clips that the loss is measured on
+HELD_CLIPS = 32  # held-out clips that the loss is measured on
 
 
 @dataclass
@@ -201,7 +201,7 @@ def train_supervised(cfg) -> None:
         parameters += lora.add_adapters(model.decoder, cfg.lora_r, cfg.lora_alpha, generator=generator)
     if cfg.stage == "bridge" or cfg.with_bridge:
         if not isinstance(model.bridge, Bridge):
-            raise BadInput(f"--policy {cfg.policy}: has LLaVA's own projector; add --video_tokens qformer")
+            raise BadInput(f"--video_tokens {cfg.video_tokens}: {cfg.policy} has a projector; choose qformer")
         parameters += [p.requires_grad_(True) for p in model.bridge.parameters()]
     model.decoder.compute_dtype = getattr(torch, pick_dtype("auto", device, model.cfg.dim))
     model.decoder.checkpointing = cfg.checkpointing

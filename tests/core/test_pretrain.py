@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 from test_train import MetaDevice, made_up
 
 import pretrain
-from checkpoints.policies import PolicyOptions, load_policy
-from model import Decoder
+from checkpoints.policies import PolicyOptions, load_model, load_policy
+from clip import ClipConfig
+from data import Tokenizer
+from model import Bridge, Decoder, ModelConfig
+from plumbing.options import BadInput
 
 FEW = "--num_clips 6 --clip_steps 2 --clip_batch 16 --caption_steps 2 --caption_batch 2 --annotation_steps 2"
 FEW += " --annotation_batch 2 --short_steps 2 --long_steps 2 --sft_batch 2"
@@ -60,3 +63,41 @@ def test_no_stage_on_another_device_mixes_it_with_the_cpu(home, monkeypatch):
         ranker = "--stage ranker --ranker_clips 4 --ranker_steps 1 --ranker_batch 2".split()
         run(monkeypatch, home, "meta", *ranker)
     assert (home / "meta" / "ranker" / "made.json").exists()
+
+
+@pytest.mark.parametrize("bridge", ["patches", "pooled"])
+def test_every_bridge_can_be_pretrained_in_the_world(bridge, home, monkeypatch):
+    out = run(monkeypatch, home, bridge, "--video_tokens", bridge)
+    model = load_model(str(out))
+    assert (
+        model.cfg.bridge == bridge
+        and model.bridge.num_tokens == {"patches": 8 * 36, "pooled": 8 + 36}[bridge]
+    )
+
+
+def test_a_frames_own_tokens_depend_on_no_other_frame():
+    for bridge, tokens in (("patches", 36), ("pooled", 1)):
+        model = Bridge(ModelConfig(bridge=bridge), ClipConfig())
+        patches, times = torch.randn(2, 8, 36, 96), torch.arange(8.0).expand(2, 8)
+        other = patches.clone()
+        other[:, 1:] *= -1
+        before, after = (model.frame_tokens(model(x, times)).view(2, 8, tokens, -1) for x in (patches, other))
+        torch.testing.assert_close(before[:, 0], after[:, 0], atol=1e-5, rtol=0)
+        assert (before[:, 1:] - after[:, 1:]).abs().amax(dim=(2, 3)).min() > 1e-3
+
+
+def test_new_words_of_the_world_get_new_ids_and_old_ones_keep_theirs(home, monkeypatch):
+    out = run(monkeypatch, home, "words")
+    old = Tokenizer.load(str(out / "tokenizer.json"))
+    monkeypatch.setattr(pretrain.world, "vocabulary", lambda: sorted([*old.words, "aardvark"]))
+    cfg = pretrain.Config(out=str(out), stage="sft")
+    room = load_model(str(out)).cfg.vocab_size - old.vocab_size
+    if room:
+        new = pretrain.folder_tokenizer(cfg)
+        assert new.words == [*old.words, "aardvark"]
+    many = [f"aardvark{i}" for i in range(room + 1)]
+    monkeypatch.setattr(pretrain.world, "vocabulary", lambda: sorted([*old.words, *many]))
+    with pytest.raises(BadInput, match="embeddings; make all weights anew"):
+        pretrain.folder_tokenizer(cfg)
+    with pytest.raises(BadInput, match="none/tokenizer.json"):
+        pretrain.folder_tokenizer(pretrain.Config(out=str(home / "none"), stage="align"))

@@ -50,7 +50,7 @@ def test_the_study_trains_each_line_once_goes_on_where_it_was_and_writes_its_tab
 
     lines = {"no noise": "", "bias 0.6, k = 3": study.STUDY["bias 0.6, k = 3"]}
     monkeypatch.setattr(study, "STUDY", lines)
-    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=run))
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- oracle_study -->\nold\n<!-- /oracle_study -->\nafter\n")
     where = str(tmp_path / "study"), 1, options, str(page)
@@ -85,7 +85,7 @@ def in_this_process(monkeypatch):
             patch.setattr(sys, "argv", command[1:])
             return SimpleNamespace(returncode=rooms[Path(command[1]).name]() or 0)
 
-    monkeypatch.setattr(study.subprocess, "run", run)
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=run))
     monkeypatch.chdir(ROOT)  # of the default --policy
     handler = signal.getsignal(signal.SIGINT)
     yield

@@ -1,0 +1,149 @@
+"""Supervised training of pretrained policies, on tiny decoders with random weights."""
+
+import json
+import random
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from safetensors.torch import load_file
+from test_policies import folders  # noqa: F401 (a fixture)
+
+import lora
+import pretrain
+from checkpoints import supervised
+from checkpoints.policies import PolicyOptions, load_model, load_policy, save_model
+from checkpoints.supervised import answer_batch, answer_loss
+from clip import ClipConfig
+from model import ModelConfig, VideoLM
+from plumbing.options import BadInput, parse_args
+from plumbing.run_folder import fingerprint
+from videoqa import world
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Options that name 5 clips with 2 questions each, a short and a longer answer."""
+    home = tmp_path_factory.mktemp("taught")
+    world.make_world(home, range(5), workers=1)
+    rows = []
+    for i in range(5):
+        asked = {"video": f"clip{i:07d}.mp4", "question": "what moves?"}
+        rows.append(asked | {"id": f"{i}a", "answer": "it moves"})
+        rows.append(asked | {"id": f"{i}b", "answer": "it moves it moves"})
+    (home / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--data", home / "data.jsonl", "--videos", home, "--num_frames", 2, "--held_share", 0.4]
+
+
+def train(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, options)])
+    cfg = parse_args(pretrain.Config, pretrain.PRESETS)
+    supervised.train_supervised(cfg)
+    return cfg
+
+
+def test_of_a_batch_only_answers_are_learned_each_after_its_own_question():
+    rows = [[([5, 6], [7, 2]), ([5], [8, 9, 2])], [([5, 6, 6], [7, 2])]]
+    ids, answer = answer_batch(rows, 8, random.Random(0))
+    assert ids.shape == (2, 2, 5)
+    learned = [ids[p, g][answer[p, g]].tolist() for p in range(2) for g in range(2)]
+    assert sorted(learned) == [[], [7, 2], [7, 2], [8, 9, 2]]  # the second clip has only one question
+    assert answer_batch(rows, 1, random.Random(0))[0].shape[1] == 1
+
+
+def test_the_loss_is_the_mean_surprise_of_the_answers_tokens():
+    torch.manual_seed(0)
+    model = VideoLM(
+        ModelConfig(vocab_size=16, dim=16, num_layers=1, ffn_dim=16, bridge_width=16), ClipConfig()
+    )
+    video, ids = torch.randn(1, 3, 16), torch.tensor([[[5, 6, 7]]])
+    answer = torch.tensor([[[False, True, True]]])
+    loss = answer_loss(model, [1], video, ids, answer)
+    embedded = model.decoder.embed_tokens(torch.tensor([[1, 3, 3, 3, 5, 6]])).clone()
+    embedded[:, 1:4] = video
+    states = [model.decoder(embedded[:, :n], torch.ones(1, n).bool())[0, 0, 0] for n in (5, 6)]
+    by_hand = [-(s @ model.decoder.head.T).log_softmax(dim=0)[i] for s, i in zip(states, (6, 7), strict=True)]
+    torch.testing.assert_close(loss, sum(by_hand) / 2, atol=1e-5, rtol=0)
+
+
+def test_bridge_then_lora_learn_into_folders_of_their_own_that_load_as_policies(
+    folders,  # noqa: F811
+    data,
+    tmp_path,
+    monkeypatch,
+):
+    before = fingerprint(*folders)
+    aligned, tuned = tmp_path / "aligned", tmp_path / "tuned"
+    many = ["--steps", 40, "--save_every", 20, "--batch_clips", 2, "--lr", 0.03, "--short_share", 0]
+    start = ["--stage", "bridge", "--policy", folders[0], "--clip", folders[1], "--out", aligned]
+    train(monkeypatch, *start, *data, *many)
+    rows = [json.loads(line) for line in (aligned / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [20, 40] and rows[1]["loss"] < 0.9 * rows[0]["loss"]
+    assert rows[1].keys() == {"step", "loss", "held_loss", "held_loss_other_video"}
+    train(monkeypatch, "--stage", "sft", "--policy", aligned, "--out", tuned, *data, *many)
+    assert fingerprint(*folders) == before and not (aligned / "adapter").exists()
+    first, _ = load_policy(PolicyOptions(policy=str(aligned)))
+    model, tokenizer = load_policy(PolicyOptions(policy=str(tuned)))
+    assert model.cfg.num_frames == 2 and not lora.layers(model.decoder)
+    torch.testing.assert_close(model.bridge.state_dict(), first.bridge.state_dict(), atol=0, rtol=0)
+    moved = load_file(tuned / "adapter" / "adapter_model.safetensors")
+    a, b = (next(x for k, x in moved.items() if f"layers.0.self_attn.q_proj.lora_{n}." in k) for n in "AB")
+    weights = [m.decoder.layers[0].self_attn.q_proj.weight for m in (first, model)]
+    torch.testing.assert_close(weights[1] - weights[0], 2.0 * b @ a, atol=1e-5, rtol=0)  # alpha / r = 2
+    with pytest.raises(BadInput, match="has an adapter already"):
+        train(monkeypatch, "--stage", "sft", "--policy", tuned, "--out", tmp_path / "more", *data)
+    with pytest.raises(BadInput, match="--num_frames 3: .* has 2; leave it out"):
+        load_policy(PolicyOptions(policy=str(tuned), num_frames=3))
+    config = json.loads((tuned / "config.json").read_text())
+    config["fingerprints"]["clip"] = "another"
+    (tuned / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="not the clip that"):
+        load_policy(PolicyOptions(policy=str(tuned)))
+
+
+def test_a_killed_training_resumes_to_the_same_bytes_and_starts_only_in_an_empty_folder(
+    folders,  # noqa: F811
+    data,
+    tmp_path,
+    monkeypatch,
+):
+    options = ["--stage", "sft", "--with_bridge", "--policy", folders[0], "--clip", folders[1], *data]
+    options += ["--steps", 4, "--save_every", 2, "--batch_clips", 2, "--lora_r", 4]
+    train(monkeypatch, *options, "--out", tmp_path / "whole")
+    save = supervised.save_result
+
+    def save_and_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervised, "save_result", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train(monkeypatch, *options, "--out", tmp_path / "killed")
+    monkeypatch.setattr(supervised, "save_result", save)
+    with pytest.raises(BadInput, match="exists already; .*--resume"):
+        train(monkeypatch, *options, "--out", tmp_path / "killed")
+    with pytest.raises(BadInput, match="--lr 0.5: "):
+        train(monkeypatch, *options, "--out", tmp_path / "killed", "--resume", "--lr", 0.5)
+    train(monkeypatch, *options, "--out", tmp_path / "killed", "--resume")
+    for name in ("bridge.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_a_bridge_aligned_with_one_decoder_serves_another_and_only_behind_its_own_clip(tmp_path):
+    clip = ClipConfig(vocab_size=16)
+    wide, narrow = (
+        VideoLM(ModelConfig(vocab_size=16, dim=dim, num_layers=1, num_queries=8), clip) for dim in (32, 16)
+    )
+    save_model(wide, str(tmp_path / "wide"))
+    supervised.take_bridge(narrow, str(tmp_path / "wide"))
+    given = load_model(str(tmp_path / "wide")).bridge.state_dict()
+    for name, x in narrow.bridge.state_dict().items():
+        same = x.shape == given[name].shape and torch.equal(x, given[name])
+        assert same != name.startswith(("fc1.", "fc2.")), name
+    assert narrow.bridge(torch.randn(1, 8, 36, clip.width), torch.arange(8.0)[None]).shape == (1, 8, 16)
+    strange = VideoLM(narrow.cfg, ClipConfig(vocab_size=16, width=64))
+    with pytest.raises(BadInput, match="is of another CLIP"):
+        supervised.take_bridge(strange, str(tmp_path / "wide"))
