@@ -168,7 +168,7 @@ def test_a_reply_is_bounded_may_be_compressed_and_its_count_is_no_weapon(serve, 
     ("status", "words", "remedy"),
     [
         (400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use"
-         " 'max_completion_tokens' instead.", """--oracle_body '{"max_tokens": null, "max_completion_tokens": 1024}'"""),
+         " 'max_completion_tokens' instead.", """{"max_tokens": null, "max_completion_tokens": 1024}'"""),
         (400, "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1)",
          """--oracle_body '{"temperature": null}'"""),
         (400, "System role not supported", "whose chat template takes a system message"),
