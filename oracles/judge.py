@@ -26,7 +26,7 @@ from tqdm import tqdm
 from grpo_rank import ranks_from_scores
 from oracle import Ranking, check_groups, competition_ranks
 from oracles.cache import CACHE_VERSION, Cache, lacks
-from oracles.chat import Chat, Failed
+from oracles.chat import TRIES, Chat, Failed
 from plumbing.machine import say
 from plumbing.options import BadInput, parse_json
 from videoqa.answers import Question, prompt_text
@@ -324,15 +324,18 @@ class LLMOracle:
                 self.rankings.put(key, self.judge, "check", [], self.chat.hide(reply))
 
     def _first_reply(self, request: dict, pictures: bool) -> str:
-        until, told = time.monotonic() + self.patience, False
+        until, told, drops = time.monotonic() + self.patience, False, 0
         while True:
             try:
                 return self.chat.ask(request, tries=1)[0]
             except Failed as failed:
-                if not failed.words.startswith("HTTP 503") or time.monotonic() >= until:
+                dropped = failed.words.startswith(("RemoteDisconnected", "ConnectionReset", "IncompleteRead"))
+                drops += dropped
+                busy = failed.cause == "busy" or failed.words.startswith("HTTP 503")
+                if not (busy or dropped and drops < TRIES) or time.monotonic() >= until:
                     raise BadInput(self._what_is_wrong(failed, pictures)) from failed
                 wait = LOADING_WAIT if failed.retry_after is None else failed.retry_after
-                if not told:
+                if not told and busy:
                     say(f"{self.url} is not ready ({failed}); waiting {self.patience:.0f} s at most")
             told, self.chat.in_a_row, self.chat.calls = True, 0, self.chat.calls - 1
             time.sleep(min(wait, max(0.0, until - time.monotonic())))

@@ -214,6 +214,10 @@ def test_a_server_that_is_still_loading_is_waited_for(serve, monkeypatch, capsys
     oracle.check()
     assert "is not ready (HTTP 503: Loading model); waiting 600 s at most" in capsys.readouterr().out
     assert oracle.rank([question(0)], [GROUP]).ok.all()  # waiting took nothing from the budget
+    drops = [1, 1]
+    server.brain = lambda body: ("drop", {}, "", 0) if drops and drops.pop() else perfect(body)
+    make(server).check()  # a connection cut without a word is tried again
+    assert not drops
 
 
 @pytest.mark.parametrize("key", ["0", "1", "null", "G", "sk-se/cret"])
