@@ -208,5 +208,5 @@ def test_the_oracle_in_the_readme_works_and_has_at_most_ten_lines():
     assert source.count("\n") <= 10
     exec(source, scope := {})
     question = Question("q", "v.mp4", "what?", "red")
-    ranking = FunctionOracle(scope["shortest"]).rank([question], ["a red one", "red", "blue", "red"])
+    ranking = FunctionOracle(scope["shortest"]).rank([question], [["a red one", "red", "blue", "red"]])
     assert ranking.ranks.tolist() == [[3, 0, 2, 0]] and ranking.ok.all()
