@@ -73,7 +73,7 @@ class Config(PolicyOptions, DataOptions, OracleOptions, RunOptions, MachineOptio
     max_new_tokens: Count = 10  # tokens of an answer at most
     temperature: Positive = 1.0
     top_p: PositiveShare = 1.0
-    objective: Literal["grpo_rank", "grpo"] = "grpo_rank"  # grpo: z-scored groups of the summed dual reward
+    objective: Literal["grpo_rank", "grpo"] = "grpo_rank"  # grpo: z-scores of the oracle's scores in a group
     advantage_form: Literal["ideal", "printed", "inverted"] = "ideal"  # README, "What the paper leaves open"
     gain: Literal["divided", "appendix"] = "divided"
     updates_per_rollout: Count = 2  # optimiser steps on a rollout; with 1 the clip never binds
@@ -93,9 +93,11 @@ class Config(PolicyOptions, DataOptions, OracleOptions, RunOptions, MachineOptio
             raise BadInput(f"--preset {self.preset} brings no weights: name a folder with --policy")
         if not self.num_steps and not self.num_epochs:
             raise BadInput("--num_steps 0 --num_epochs 0: there is nothing to do; give one of them")
-        wraps = self.swap_prob or self.position_bias or self.oracle_permutations > 1 or self.anchor
-        if self.objective == "grpo" and (self.oracle not in ("rule", "sum") or wraps or self.canary):
-            wrong = "--objective grpo takes the summed reward: --oracle sum, no noise, permutations, anchor"
+        wraps = self.swap_prob or self.position_bias or self.anchor
+        scored = self.oracle in ("rule", "sum", "trained") or self.oracle_asks == "scores"
+        if self.objective == "grpo" and (not scored or wraps or self.canary):
+            wrong = "--objective grpo takes scores: --oracle sum | trained, or llm with --oracle_asks scores;"
+            wrong += " no noise, no anchor"
             raise BadInput(f"{wrong}; choose these, or --objective grpo_rank")
 
 

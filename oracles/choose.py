@@ -30,6 +30,9 @@ class OracleOptions(Options):
     """The oracle: who ranks the answers, and how it is asked"""
 
     oracle: str = "rule"  # rule | sum | lexicographic | llm | trained | replay | module:function
+    oracle_asks: Literal["lists", "pairs", "tournament", "scores"] = (
+        "lists"  # duels of two; llm: 0 to 10 each
+    )
     oracle_permutations: Count = 1  # rankings asked for a group, each with the answers in another order
     oracle_gold: bool = False  # show the judge the gold answer
     oracle_url: str = ""  # llm: http://HOST:PORT/v1 of an OpenAI-compatible server; key in ORACLE_API_KEY
@@ -55,6 +58,8 @@ class OracleOptions(Options):
             raise BadInput(f"--oracle {self.oracle}: choose one of {', '.join(ORACLES)}, module:function")
         if self.oracle == "llm" and not (self.oracle_url and self.oracle_model):
             raise BadInput("--oracle llm needs --oracle_url and --oracle_model; give both")
+        if self.oracle_asks == "scores" and self.oracle not in ("llm", "replay"):
+            raise BadInput("--oracle_asks scores: only a judge is asked for scores; choose --oracle llm")
         if self.oracle == "replay" and not os.path.isfile(self.oracle_cache):
             raise BadInput(f"--oracle_cache {self.oracle_cache}: no such file to replay; name one")
 
@@ -72,7 +77,7 @@ class OracleExperiments(Options):
 
 def by_reward(cfg) -> bool:
     """Whether a run's feedback is the dual reward of Temporal-R1."""
-    return cfg.oracle in ("sum", "lexicographic") or cfg.objective == "grpo"
+    return cfg.oracle in ("sum", "lexicographic") or (cfg.objective == "grpo" and cfg.oracle == "rule")
 
 
 def choose_oracle(cfg, generator: torch.Generator, device: torch.device):
@@ -92,7 +97,8 @@ def choose_oracle(cfg, generator: torch.Generator, device: torch.device):
     elif cfg.oracle != "rule":
         oracle = FunctionOracle(load_function(cfg.oracle))
     # A judge is always shown a seeded order, so that it cannot favour the place of an answer in the batch
-    permutes = cfg.oracle_permutations > 1 or cfg.oracle in ("llm", "replay")
+    duels = cfg.oracle_asks in ("pairs", "tournament")
+    permutes = cfg.oracle_permutations > 1 or duels or cfg.oracle in ("llm", "replay")
     if not (cfg.swap_prob or cfg.position_bias or permutes or cfg.anchor or cfg.canary):
         return oracle
     from oracles import combine
@@ -101,20 +107,28 @@ def choose_oracle(cfg, generator: torch.Generator, device: torch.device):
         oracle = combine.NoisyOracle(oracle, generator, cfg.swap_prob, cfg.position_bias)
     if permutes:
         oracle = combine.PermutedOracle(oracle, cfg.oracle_permutations, cfg.oracle_agreement, cfg.seed)
+    if duels:
+        oracle = combine.DuelOracle(oracle, cfg.oracle_asks, cfg.seed)
     return combine.AnchoredOracle(oracle, cfg.anchor, cfg.canary) if cfg.anchor or cfg.canary else oracle
 
 
 def choose_judge(cfg):
     """The language model that judges, or the file that its rankings are replayed from."""
     from oracles.cache import ReplayOracle, is_cache
-    from oracles.judge import LLMOracle
+    from oracles.judge import LETTERS, LLMOracle
 
+    num_letters = len(LETTERS) - cfg.anchor - cfg.canary
+    if cfg.group_size > num_letters and cfg.oracle_asks in ("lists", "scores"):
+        raise BadInput(
+            f"--group_size {cfg.group_size}: a judge has letters for {num_letters}; give at most that"
+        )
     cache = cfg.oracle_cache or os.path.join(cfg.out, "judge.sqlite")
     if cfg.oracle == "replay" and not is_cache(cache):
         return ReplayOracle(cache)
     judge = LLMOracle(
         url=cfg.oracle_url, model=cfg.oracle_model, key=os.environ.get("ORACLE_API_KEY", ""),
         body=cfg.oracle_body, frames=cfg.oracle_frames, gold=cfg.oracle_gold,
+        scored=cfg.oracle_asks == "scores",
         concurrency=cfg.oracle_concurrency, timeout=cfg.oracle_timeout, patience=cfg.oracle_patience,
         max_calls=cfg.oracle_max_calls, max_tokens=cfg.oracle_max_tokens, cache=cache,
         replay=cfg.oracle == "replay",

@@ -6,8 +6,9 @@ import itertools
 import json
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 
@@ -99,7 +100,115 @@ class PermutedOracle:
                 counts["lost"] = len(rows) - len(kept)
                 sums = {name: value + counts[name] for name, value in sums.items()}
         weights = weights if self.agreement == "scale" else None
-        return Ranking(ranks, ok, notes, agreement=weights, dead=inner.dead, sums=inner.sums | sums)
+        scores = self._scores(inner, groups, filled_up, owners) if inner.scores is not None else None
+        return Ranking(ranks, ok, notes, scores, weights, dead=inner.dead, sums=inner.sums | sums)
+
+    def _scores(self, inner: Ranking, groups, shown, owners) -> torch.Tensor:
+        """(P, G): each text's mean score over the rankings of its group that did not fail."""
+        given = [defaultdict(list) for _ in groups]
+        for row in inner.ok.nonzero().flatten().tolist():
+            for text, score in zip(shown[row], inner.scores[row].tolist(), strict=True):
+                given[owners[row]][text].append(score)
+        means = [
+            [fmean(own[text] or [0.0]) for text in group] for own, group in zip(given, groups, strict=True)
+        ]
+        return torch.tensor(means, dtype=torch.float64)
+
+
+class DuelOracle:
+    """Another oracle, asked about two answers at a time; the duels of a group become one ranking.
+
+    asks: "pairs" (`round_robin`) or "tournament" (`knock_out`, its draw seeded). All duels that can be held
+    at once go to the other oracle in one batch. A group fails if one of its duels does.
+    """
+
+    def __init__(self, oracle, asks: str, seed: int):
+        self.oracle, self.play, self.seed = (
+            oracle,
+            {"pairs": round_robin, "tournament": knock_out}[asks],
+            seed,
+        )
+
+    def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
+        """P lists of G texts -> ranks (P, G)."""
+        check_groups(batch, texts)
+        groups = [[text.strip() for text in group] for group in texts]
+        ranks, notes, dead = torch.zeros(len(batch), len(texts[0]), dtype=torch.int64), [""] * len(batch), ""
+        plays, pairs, sums = [], {}, Counter()
+        for p, (question, group) in enumerate(zip(batch, groups, strict=True)):
+            drawn = sorted(set(group))
+            random.Random(json.dumps([self.seed, prompt_text(question), drawn])).shuffle(drawn)
+            plays.append(self.play(drawn))
+            pairs[p] = next(plays[p])
+        while pairs:  # group -> the duels of its next round
+            rows = [(p, pair) for p, own in pairs.items() for pair in own]
+            inner = self.oracle.rank([batch[p] for p, _ in rows], [list(pair) for _, pair in rows])
+            sums.update(inner.sums)
+            dead, points = inner.dead or dead, {p: [] for p in pairs}
+            for (p, _), (one, other), ok, note in zip(
+                rows, inner.ranks.tolist(), inner.ok.tolist(), inner.notes, strict=True
+            ):
+                points[p].append(0.5 if one == other else float(one < other))
+                notes[p] = notes[p] if ok else note
+            pairs = {}
+            for p, own in points.items():
+                try:
+                    if not notes[p]:
+                        pairs[p] = plays[p].send(own)
+                except StopIteration as end:
+                    ranks[p] = torch.tensor(ranks_by_text(groups[p], end.value))
+        return Ranking(ranks, torch.tensor([not note for note in notes]), notes, dead=dead, sums=dict(sums))
+
+
+def round_robin(texts: list[str]):
+    """Every two of n texts meet, n (n - 1) / 2 duels. Yields the pairs and is sent the points of the first of
+    each: 1 for a win, 1/2 for a tie, 0. Returns {text: less is better}, by points."""
+    pairs = list(itertools.combinations(texts, 2)) or [(texts[0], texts[0])]
+    points = Counter()
+    for (one, other), won in zip(pairs, (yield pairs), strict=True):
+        points[one] -= won
+        points[other] -= 1 - won
+    return {text: points[text] for text in texts}
+
+
+def knock_out(texts: list[str]):
+    """Seeded single elimination (ArenaRL, arXiv:2601.06487), 2 (n - 1) duels, yielded as by `round_robin`.
+
+    Duels against the first text seed the others. Then, in each round, the best of those left meets the worst;
+    of an odd number the best waits. Texts rank by the round that they were knocked out in, then by their mean
+    points. Differs from ArenaRL: who is knocked out by a tie takes the rank of the text that it tied with.
+    """
+    points, out, tied_with = {text: [] for text in texts}, {}, {}
+
+    def note(pairs, results):
+        for (one, other), won in zip(pairs, results, strict=True):
+            points[one].append(won)
+            points[other].append(1 - won)
+
+    def mean(text):
+        return sum(points[text]) / len(points[text])
+
+    pairs = [(texts[0], other) for other in texts[1:]] or [(texts[0], texts[0])]
+    note(pairs, (yield pairs))
+    left = sorted(texts, key=lambda text: -mean(text))
+    for number in itertools.count():
+        if len(left) == 1:
+            break
+        playing = left[len(left) % 2 :]
+        pairs = [(playing[i], playing[-1 - i]) for i in range(len(playing) // 2)]
+        results = yield pairs
+        note(pairs, results)
+        for (one, other), won in zip(pairs, results, strict=True):
+            winner, loser = (one, other) if won >= 0.5 else (other, one)
+            out[loser] = number
+            if won == 0.5:
+                tied_with[loser] = winner
+        left = [text for text in left if text not in out]
+    out[left[0]] = len(texts)
+    rank_of = {}
+    for text in sorted(texts, key=out.get, reverse=True):  # a text comes after whoever knocked it out
+        rank_of[text] = rank_of[tied_with[text]] if text in tied_with else (-out[text], -mean(text))
+    return rank_of
 
 
 class AnchoredOracle:

@@ -406,3 +406,76 @@ def test_tripwires_see_length_openings_and_refusals():
     shorter = Ranking(torch.tensor([[1, 0], [1, 0]]), torch.tensor([True, False]), ["", "cut: words"])
     numbers = feedback_means(feedback_sums(said, shorter))
     assert numbers["length_tau"] == -1.0 and numbers["failed_by_cause"] == {"cut": 1}
+
+
+# ---- duels of two
+
+
+class Counting(RuleOracle):
+    """The rule oracle, and how many groups each batch had."""
+
+    def __init__(self):
+        self.batches = []
+
+    def rank(self, batch, texts):
+        self.batches.append(len(texts))
+        return super().rank(batch, texts)
+
+
+GRADED = ["red", "red or blue", "a red circle", "blue", "not red", "red blue green", "top"]
+
+
+@unhurried
+@given(st.lists(st.sampled_from(GRADED), min_size=2, max_size=7), st.integers(0, 9))
+def test_duels_without_a_fault_find_the_oracles_best_and_pairs_its_whole_order(group, seed):
+    truth = RuleOracle().rank([COLOR], [group]).ranks[0].tolist()
+    n = len(set(group))
+    for asks, calls in (("pairs", max(n * (n - 1) // 2, 1)), ("tournament", max(2 * (n - 1), 1))):
+        counting = Counting()
+        ranks = combine.DuelOracle(counting, asks, seed).rank([COLOR], [group]).ranks[0].tolist()
+        assert sum(counting.batches) == calls and len(counting.batches) == (
+            1 if asks == "pairs" else 1 + (n - 1).bit_length()
+        )
+        assert ranks == competition_ranks(ranks)
+        assert [r == 0 for r in ranks] == [r == 0 for r in truth]  # all that tie with the best are best
+        if asks == "pairs":
+            assert ranks == truth
+
+
+def test_a_knock_out_by_hand():
+    """Strengths 4 > 3 > 2 > 1; drawn 2, 4, 1, 3: 2 meets all first. Seeds 4, 3 (a point each), 2 (1/3), 1."""
+    play, meetings = combine.knock_out([2, 4, 1, 3]), []
+    pairs = next(play)
+    while True:
+        meetings.append(pairs)
+        try:
+            pairs = play.send([float(one > other) for one, other in pairs])
+        except StopIteration as end:
+            rank_of = end.value
+            break
+    assert meetings == [[(2, 4), (2, 1), (2, 3)], [(4, 1), (3, 2)], [(4, 3)]]
+    assert sorted(rank_of, key=rank_of.get) == [4, 3, 2, 1]  # 2 and 1 left in one round: 1/4 against 0 points
+
+
+def test_a_group_with_a_failed_duel_fails_alone_and_its_cause_is_kept():
+    class Forgetful(RuleOracle):
+        def rank(self, batch, texts):
+            ok = torch.tensor([sorted(group) != ["blue", "red"] for group in texts])
+            notes = ["" if x else "cut: words" for x in ok.tolist()]
+            return Ranking(super().rank(batch, texts).ranks, ok, notes, sums={"judge_calls": len(texts)})
+
+    groups = [["red", "blue", "top"], ["top left", "top", "x"]]
+    for asks in ("pairs", "tournament"):
+        ranking = combine.DuelOracle(Forgetful(), asks, 0).rank([COLOR, PLACE], groups)
+        assert ranking.ok.tolist() == [False, True] and ranking.notes == ["cut: words", ""]
+        assert ranking.ranks[1].tolist() == [0, 1, 2] and ranking.sums["judge_calls"] >= 6
+
+
+def test_scores_of_several_permutations_are_averaged():
+    class Scoring:
+        def rank(self, batch, texts):  # the place in which it is shown, beside the length
+            scores = torch.tensor([[float(len(text) + i) for i, text in enumerate(group)] for group in texts])
+            return Ranking(torch.zeros(scores.shape, dtype=torch.int64), scores=scores)
+
+    ranking = PermutedOracle(Scoring(), 3, "off", 0).rank([COLOR], [["a", "bb", "ccc"]])
+    assert ranking.scores.tolist() == [[2.0, 3.0, 4.0]]  # each stands in each place once: 1 is added to all

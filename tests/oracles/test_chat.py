@@ -168,8 +168,7 @@ def test_a_reply_is_bounded_may_be_compressed_and_its_count_is_no_weapon(serve, 
     ("status", "words", "remedy"),
     [
         (400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use"
-         " 'max_completion_tokens' instead.",
-         """--oracle_body '{"max_tokens": null, "max_completion_tokens": 1024}'"""),
+         " 'max_completion_tokens' instead.", """{"max_tokens": null, "max_completion_tokens": 1024}'"""),
         (400, "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1)",
          """--oracle_body '{"temperature": null}'"""),
         (400, "System role not supported", "whose chat template takes a system message"),
@@ -215,6 +214,10 @@ def test_a_server_that_is_still_loading_is_waited_for(serve, monkeypatch, capsys
     oracle.check()
     assert "is not ready (HTTP 503: Loading model); waiting 600 s at most" in capsys.readouterr().out
     assert oracle.rank([question(0)], [GROUP]).ok.all()  # waiting took nothing from the budget
+    drops = [1, 1]
+    server.brain = lambda body: ("drop", {}, "", 0) if drops and drops.pop() else perfect(body)
+    make(server).check()  # a connection cut without a word is tried again
+    assert not drops
 
 
 @pytest.mark.parametrize("key", ["0", "1", "null", "G", "sk-se/cret"])

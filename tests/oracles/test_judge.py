@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from oracle import Ranking, competition_ranks
 from oracles import chat, judge
 from oracles.cache import Cache, ReplayOracle
 from oracles.choose import PatientOracle
-from oracles.combine import PermutedOracle, shown_orders
+from oracles.combine import DuelOracle, PermutedOracle, shown_orders
 from oracles.judge import (
     LETTERS,
     LLMOracle,
@@ -39,6 +40,7 @@ from oracles.judge import (
     read_verdict,
 )
 from plumbing.options import BadInput, EndedEarly
+from plumbing.run_folder import stored_options
 from videoqa import world
 from videoqa.answers import Question
 from videoqa.video import read_frames
@@ -482,6 +484,60 @@ def test_disagreement_scales_or_ties(serve):
     assert tied.ranks.tolist() == [[0, 0, 0]] and tied.agreement is None
 
 
+# ---- other questions than for a list
+
+
+@pytest.mark.parametrize(("asks", "calls"), [("pairs", 10), ("tournament", 8)])
+def test_duels_take_their_number_of_calls_and_a_small_position_bias_out(serve, asks, calls):
+    server, group = serve(perfect), [f"{x} text" for x in (3, 0, 4, 1, 2)]
+    ranking = DuelOracle(permuted(server, 1), asks, 0).rank([question(0)], [group])
+    assert len(server.requests) == ranking.sums["judge_calls"] == calls
+    assert {len(texts_shown(body["messages"])) for body in server.requests} == {2}
+    assert ranking.ranks[0, 2] == 0 and (
+        asks == "tournament" or ranking.ranks[0].tolist() == true_ranks(group)
+    )
+    firsts = {texts_shown(body["messages"])[0] for body in server.requests}
+    assert len(firsts) > 2  # the order of the two is drawn
+
+
+def scored(body) -> str:
+    shown = texts_shown(body["messages"])
+    return json.dumps({"scores": {LETTERS[i]: min(10, int(quality(text))) for i, text in enumerate(shown)}})
+
+
+def test_scores_are_asked_for_in_one_call_and_the_ranks_follow(serve, tmp_path):
+    server = serve(scored)
+    oracle = make(server, scored=True, cache=str(tmp_path / "c.sqlite"))
+    for _ in range(2):  # the second time from the cache
+        ranking = oracle.rank([question(0)], [["3 a", "9 b", "3 c", "9 b"]])
+        assert ranking.scores.tolist() == [[3, 9, 3, 9]] and ranking.ranks.tolist() == [[2, 0, 2, 0]]
+    assert len(server.requests) == 1
+    assert server.requests[0]["messages"][0]["content"] == judge.SCORES and "0, wrong, to 10" in judge.SCORES
+    assert make(server, cache=str(tmp_path / "c.sqlite")).rank([question(0)], [["3 a", "9 b"]]).scores is None
+    oracle.rankings._run("UPDATE rankings SET ranks = '[3, 11, 3]'")
+    with pytest.raises(BadInput, match="a row holds what no judge said"):
+        oracle.rank([question(0)], [["3 a", "9 b", "3 c", "9 b"]])
+
+
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        ('{"scores": {"G": 0, "H": 10}}', [0, 10]), ('{"H": 1, "G": 2}', [2, 1]),
+        ('{"scores": {"G": 1}}', "missing"), ('{"scores": {"G": 1, "H": 2, "J": 3}}', "unknown"),
+        ('{"scores": {"G": 1, "H": 11}}', "unknown"), ('{"scores": {"G": 1, "H": 2.5}}', "unknown"),
+        ('{"scores": {"G": true, "H": 1}}', "unknown"), ("[1, 2]", "not_json"), ("G: 1", "not_json"),
+        ('{"scores": {"G": 1, "H": 2, "G": 3}}', "duplicate"), ('{"scores": []}', "not_json"),
+    ],
+)  # fmt: skip
+def test_scores_are_whole_numbers_for_each_letter_or_a_typed_failure(reply, found):
+    if isinstance(found, list):
+        assert judge.read_scores(reply, "GH") == found
+        return
+    with pytest.raises(chat.Failed) as failed:
+        judge.read_scores(reply, "GH")
+    assert failed.value.cause == found
+
+
 # ---- injections
 
 
@@ -594,7 +650,8 @@ def test_the_key_is_sent_and_never_shown_or_stored(serve, tmp_path):
 @pytest.fixture
 def run(home, monkeypatch):
     """train.main in this process, which saves the seconds that importing torch takes; returns its status."""
-    handler = signal.getsignal(signal.SIGINT)
+    handler, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    torch.set_num_threads(1)  # two threads that wait for each other are slow on a busy machine
 
     def start(out, *options):
         where = ["--policy", ROOT / "weights", "--world_dir", home / "world", "--out", home / out]
@@ -604,6 +661,7 @@ def run(home, monkeypatch):
         return train.main()
 
     yield start
+    torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, handler)
 
 
@@ -666,16 +724,16 @@ def test_a_judge_that_dies_saves_the_run_which_goes_on_and_can_be_replayed_bit_f
         run("none", *again)
 
 
-def test_a_resume_sends_the_key_to_no_address_that_is_not_given_again(home, run, serve, monkeypatch):
-    server = serve(by_length)
-    assert run("keyed", "--oracle", "llm", "--oracle_url", server.url, "--oracle_model", "m") == 0
+def test_a_resume_sends_the_key_to_no_address_that_is_not_given_again(tmp_path, monkeypatch):
+    url = "http://elsewhere:8000/v1"
+    cfg = train.Config(out=str(tmp_path), oracle="llm", oracle_url=url, oracle_model="m")
+    (tmp_path / "config.json").write_text(json.dumps(asdict(cfg) | {"made": {}}))
+    given = {"resume": True, "out": str(tmp_path)}
+    assert stored_options(given, train.Config)["oracle_url"] == url
     monkeypatch.setenv("ORACLE_API_KEY", "sk-secret")
-    before = len(server.requests)
-    with pytest.raises(
-        BadInput, match=f"--oracle_url: only .*config.json names {server.url}; give the address"
-    ):
-        run("keyed", "--resume")
-    assert len(server.requests) == before
+    with pytest.raises(BadInput, match=f"--oracle_url: only .*config.json names {url}; give the address"):
+        stored_options(given, train.Config)
+    assert stored_options(given | {"oracle_url": url}, train.Config)["oracle_url"] == url
 
 
 @pytest.mark.parametrize(
