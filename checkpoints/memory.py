@@ -164,10 +164,8 @@ def table(lines: dict[str, int]) -> str:
 
 def print_plan(cfg, device: torch.device, sets):
     """Prints the plan of a run, before its policy is loaded. sets: its training and held-out questions."""
-    model_config, clip_config = policy_configs(
-        cfg.policy, clip=cfg.clip, num_frames=cfg.num_frames, video_tokens=cfg.video_tokens
-    )
-    tokenizer = load_tokenizer(cfg.policy, model_config.vocab_size, cfg.template, cfg.think)
+    model_config, clip_config = policy_configs(cfg)
+    tokenizer = load_tokenizer(cfg, model_config.vocab_size)
     longest = max(longest_text(tokenizer, questions, model_config.num_frames) for questions in sets)
     num_videos = sum(len({question.shown for question in questions}) for questions in sets)
     dtype = getattr(torch, pick_dtype(cfg.dtype, device, model_config.dim))

@@ -16,9 +16,10 @@ from checkpoints import memory
 from checkpoints.chat_tokenizer import ChatTokenizer
 from checkpoints.huggingface import load_clip, load_decoder
 from checkpoints.nf4 import NF4Linear
-from checkpoints.policies import load_policy, load_pretrained, load_tokenizer, policy_configs
+from checkpoints.policies import PolicyOptions, load_policy, load_run, load_tokenizer, policy_configs
+from checkpoints.pretrained import load_pretrained
 from data import PromptSet, longest_text
-from eval import load_run, merge_run
+from eval import merge_run
 from model import Bridge
 from plumbing.options import BadInput
 from rollout import generate
@@ -27,7 +28,16 @@ from videoqa.answers import Question
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
-from test_huggingface import QUESTION, SPELT, openai_names, saved, their_clip, their_llava, theirs  # noqa: E402
+from test_huggingface import (  # noqa: E402
+    QUESTION,
+    SPELT,
+    chosen,
+    openai_names,
+    saved,
+    their_clip,
+    their_llava,
+    theirs,
+)
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 V = 400
@@ -123,7 +133,7 @@ def test_a_text_decoder_and_a_clip_become_a_policy_with_a_new_q_former(
         clip = str(tmp_path / "ViT.safetensors")
         save_file(openai_names(their_clip("quick_gelu").state_dict()), clip)
     state = torch.random.get_rng_state()
-    model = load_pretrained(folder, clip=clip, num_frames=2, seed=3)
+    model = load_pretrained(chosen(folder, clip=clip, num_frames=2, seed=3))
     assert torch.equal(torch.random.get_rng_state(), state)
     (note,) = capsys.readouterr().out.splitlines()
     size = sum(p.numel() for p in model.bridge.parameters())
@@ -133,14 +143,16 @@ def test_a_text_decoder_and_a_clip_become_a_policy_with_a_new_q_former(
     pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     assert torch.equal(model.clip.patch_tokens(pixels), load_clip(clip).patch_tokens(pixels))
     assert not any(p.requires_grad for p in model.parameters())
-    same, other = (load_pretrained(folder, clip=clip, num_frames=2, seed=seed).bridge for seed in (3, 4))
+    same, other = (
+        load_pretrained(chosen(folder, clip=clip, num_frames=2, seed=seed)).bridge for seed in (3, 4)
+    )
     assert all(map(torch.equal, model.bridge.parameters(), same.parameters()))
     assert not torch.equal(model.bridge.queries, other.queries)
 
 
 @pytest.mark.parametrize("tokens, count", [("auto", 32), ("pooled", 3 + 4), ("patches", 3 * 4)])
 def test_a_decoder_without_an_image_token_gets_one_behind_its_vocabulary(tokens, count, folders, video):
-    policy, tokenizer = load_policy(folders[0], clip=folders[1], num_frames=3, video_tokens=tokens)
+    policy, tokenizer = load_policy(chosen(folders[0], clip=folders[1], num_frames=3, video_tokens=tokens))
     assert tokenizer.placeholder_id == V == policy.cfg.vocab_size
     asked = Question("a", video, "what does the red block do?", "it moves")
     prompts = PromptSet(policy, tokenizer, [asked])
@@ -167,7 +179,6 @@ def run_train(monkeypatch, tmp_path, *more):
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-    monkeypatch.setattr(train, "catch_interrupt", lambda: lambda: False)  # pytest keeps its Ctrl-C
     assert train.main() == 0
     return json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
 
@@ -182,14 +193,14 @@ def test_train_takes_a_step_on_a_text_decoder_and_the_merged_run_is_a_policy_aga
     assert "starts from scratch (seed 5)" in capsys.readouterr().out
     policy, tokenizer, _ = load_run(str(tmp_path / "run"))  # with the Q-Former of the run
     assert all(isinstance(x.base, NF4Linear) == (base == "nf4") for x in lora.layers(policy.decoder).values())
-    fresh, _ = load_policy(folders[0], clip=folders[1], num_frames=2, seed=5)
+    fresh, _ = load_policy(chosen(folders[0], clip=folders[1], num_frames=2, seed=5))
     assert torch.equal(policy.bridge.queries, fresh.bridge.queries)
     if base == "nf4":
         return
     merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
     lora.merge(policy.decoder)
     capsys.readouterr()
-    again, tokenizer_again = load_policy(str(tmp_path / "merged"), clip=folders[1], num_frames=2)
+    again, tokenizer_again = load_policy(chosen(str(tmp_path / "merged"), clip=folders[1], num_frames=2))
     assert capsys.readouterr().out == ""  # its Q-Former is no new one
     torch.testing.assert_close(again.state_dict(), policy.state_dict(), atol=0, rtol=0)
     assert tokenizer_again.prompt(QUESTION, 2) == tokenizer.prompt(QUESTION, 2)
@@ -205,14 +216,14 @@ def test_a_q_former_in_place_of_llavas_projector_learns_and_merges(tmp_path, mon
     row = run_train(monkeypatch, tmp_path, "--policy", base, "--video_tokens", "qformer")
     assert not row["bad"] and "the Q-Former between CLIP and decoder" in capsys.readouterr().out
     policy, _, _ = load_run(str(tmp_path / "run"))
-    plain, merged = load_pretrained(base, num_frames=2), str(tmp_path / "merged")
+    plain, merged = load_pretrained(chosen(base, num_frames=2)), str(tmp_path / "merged")
     assert isinstance(policy.bridge, Bridge) and policy.bridge.num_tokens == 32
     assert all(map(torch.equal, policy.clip.parameters(), plain.clip.parameters()))
     merge_run(str(tmp_path / "run"), merged)
     lora.merge(policy.decoder)
-    again = load_pretrained(merged, num_frames=2, video_tokens="qformer")
+    again = load_pretrained(chosen(merged, num_frames=2, video_tokens="qformer"))
     torch.testing.assert_close(again.state_dict(), policy.state_dict(), atol=0, rtol=0)
-    projector = load_pretrained(merged, num_frames=2).bridge
+    projector = load_pretrained(chosen(merged, num_frames=2)).bridge
     assert all(map(torch.equal, projector.parameters(), plain.bridge.parameters()))
 
 
@@ -232,8 +243,7 @@ def test_pretrain_aligns_a_new_q_former_with_its_frozen_decoder(base, folders, t
     pretrain.main()
     assert "--stage bridge has aligned" in capsys.readouterr().out
     assert len(losses) == 60 and losses[-1] < 0.5 * losses[0]
-    chosen = dict(clip=clip, num_frames=2)
-    before, after = (load_policy(str(place), **chosen)[0] for place in (folders[0], folder))
+    before, after = (load_policy(chosen(place, clip=clip, num_frames=2))[0] for place in (folders[0], folder))
     assert capsys.readouterr().out.count("starts from scratch") == 1
     for part in ("decoder", "clip"):
         same = (getattr(model, part).state_dict() for model in (before, after))
@@ -244,7 +254,7 @@ def test_pretrain_aligns_a_new_q_former_with_its_frozen_decoder(base, folders, t
 
 def refused(*words, load=load_pretrained, **options):
     with pytest.raises(BadInput) as caught:
-        load(**options)
+        load(PolicyOptions(**options))
     line = str(caught.value)
     assert "\n" not in line and all(word in line for word in words), line
 
@@ -253,17 +263,19 @@ def test_parts_that_do_not_make_a_policy_are_refused_by_name(folders, tmp_path):
     llama, clip = folders
     llava = saved(their_llava(image_token_index=V - 1, vocab_size=V), tmp_path / "llava")
     for load in (policy_configs, load_policy):
-        refused("config.json", "llama", "--clip", load=load, folder=llama)
-        refused("--clip", clip, "leave --clip out", load=load, folder=llava, clip=clip)
-        refused("config.json", "llama is no clip", load=load, folder=llama, clip=llama)
-    refused("--clip", "leave --clip out", load=load_policy, folder="weights", clip=clip)
-    refused("--stage bridge", "--policy", load=pretrain.Config, stage="bridge")
+        refused("config.json", "llama", "--clip", load=load, policy=llama)
+        refused("--clip", clip, "leave --clip out", load=load, policy=llava, clip=clip)
+        refused("config.json", "llama is no clip", load=load, policy=llama, clip=llama)
+    refused("--clip", "leave --clip out", load=load_policy, policy="weights", clip=clip)
+    with pytest.raises(BadInput, match="--stage bridge.*--policy"):
+        pretrain.Config(stage="bridge")
     cfg = pretrain.Config(stage="bridge", policy=llava, video_tokens="pooled")
     shutil.copy(f"{llama}/tokenizer.json", tmp_path / "llava")
-    refused("--video_tokens pooled", "qformer", load=pretrain.train_bridge, cfg=cfg)
+    with pytest.raises(BadInput, match="--video_tokens pooled.*qformer"):
+        pretrain.train_bridge(cfg)
     shutil.copytree(llama, tmp_path / "odd")
     shutil.copy(f"{clip}/model.safetensors", tmp_path / "odd" / "bridge.safetensors")
-    refused("bridge.safetensors", "is missing", folder=str(tmp_path / "odd"), clip=clip)
+    refused("bridge.safetensors", "is missing", policy=str(tmp_path / "odd"), clip=clip)
 
 
 # -------------------------------------------------------------------------------------------- random weights
@@ -271,9 +283,9 @@ def test_parts_that_do_not_make_a_policy_are_refused_by_name(folders, tmp_path):
 
 def test_weights_are_random_only_where_there_are_none_and_the_option_says_so(folders, tmp_path, capsys):
     bare, clip = llama_folder(tmp_path / "bare", weights=False), folders[1]
-    refused("model.safetensors: no such file", "--random_weights", folder=bare, clip=clip)
+    refused("model.safetensors: no such file", "--random_weights", policy=bare, clip=clip)
     options = dict(clip=clip, num_frames=2, random_weights=True)
-    models = [load_policy(bare, seed=seed, **options)[0] for seed in (7, 7, 8)]
+    models = [load_policy(chosen(bare, seed=seed, **options))[0] for seed in (7, 7, 8)]
     said = capsys.readouterr().out
     assert f"{bare} holds no weights: --random_weights draws them, seed 7" in said
     assert f"{clip} holds" not in said
@@ -288,16 +300,16 @@ def test_weights_are_random_only_where_there_are_none_and_the_option_says_so(fol
     stored = load_clip(clip).vision_model.layers[0].fc1.weight
     assert torch.equal(models[0].clip.vision_model.layers[0].fc1.weight, stored)  # what is there is read
     (tmp_path / "bare" / "pytorch_model.bin").write_bytes(b"")  # weights, if of a kind that is refused
-    refused("pytorch_model.bin", "pickle", folder=bare, **options)
+    refused("pytorch_model.bin", "pickle", policy=bare, **options)
 
 
 def test_random_weights_serve_for_llava_and_for_clip_too(folders, tmp_path, capsys):
     their_llava().config.save_pretrained(tmp_path / "llava")
     their_clip("gelu").config.save_pretrained(tmp_path / "clip")
-    llava = load_pretrained(str(tmp_path / "llava"), num_frames=2, random_weights=True)
-    pair = dict(folder=folders[0], clip=str(tmp_path / "clip"), num_frames=2)
+    llava = load_pretrained(chosen(str(tmp_path / "llava"), num_frames=2, random_weights=True))
+    pair = dict(policy=folders[0], clip=str(tmp_path / "clip"), num_frames=2)
     refused("clip/model.safetensors: no such file", "--random_weights", **pair)
-    model = load_pretrained(**pair, random_weights=True)
+    model = load_pretrained(chosen(**pair, random_weights=True))
     for tower in (llava.clip, model.clip):
         layer = tower.vision_model.layers[0]
         assert (layer.fc1.bias == 0).all() and (layer.layer_norm1.weight == 1).all()
@@ -312,7 +324,7 @@ def test_random_weights_never_stand_whole_in_more_bits_than_the_base(base, tmp_p
     sizes = dict(vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=12)
     their_llava(**sizes).config.save_pretrained(tmp_path)
     with memory.Live() as live:
-        model = load_pretrained(str(tmp_path), num_frames=2, base=base, random_weights=True)
+        model = load_pretrained(chosen(str(tmp_path), num_frames=2, base=base, random_weights=True))
     layers = 12 * (256 * (256 + 2 * 128 + 256) + 3 * 256 * 512)
     held = [*model.decoder.parameters(), *model.decoder.buffers()]
     bits = {"bfloat16": 2, "nf4": 0.516}[base]
@@ -325,9 +337,9 @@ def test_the_longest_prompt_is_known_before_any_video_and_weight_is_read(folders
     asked = [Question("a", video, "what moves?", "it")]
     asked.append(Question("b", video, QUESTION, "", spans=((1.0, 2.0),)))
     asked.append(Question("c", video, "which one of all these?", "", options=("red", "blue"), answer_index=0))
-    policy, tokenizer = load_policy(folders[0], clip=folders[1], num_frames=2)
+    policy, tokenizer = load_policy(chosen(folders[0], clip=folders[1], num_frames=2))
     texts = [len(ids) - policy.bridge.num_tokens for ids in PromptSet(policy, tokenizer, asked).prompts]
-    alone = load_tokenizer(folders[0], V)
+    alone = load_tokenizer(chosen(folders[0]), V)
     assert longest_text(alone, [asked[0]], 2) == texts[0] and longest_text(alone, [asked[2]], 2) == texts[2]
     # where the times of the frames are said, those of a long video: a few digits more
     assert texts[1] == max(texts) < longest_text(alone, asked, 2) <= texts[1] + 8
