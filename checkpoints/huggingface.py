@@ -24,7 +24,7 @@ from model import Decoder, ModelConfig
 from plumbing.options import PICKLES, BadInput, read_json, refuse_pickles, write_json, write_whole
 
 FOLDER = "name a folder in the Hugging Face layout"
-TOGETHER = "use a config.json and weights that belong together"
+TOGETHER = "use files that belong together"
 # A config.json may leave out what equals its class's default, and a nested text_config leaves out much.
 COMMON = {
     "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,

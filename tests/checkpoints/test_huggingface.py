@@ -386,7 +386,8 @@ SPELT = {  # as LLaVA's, LLaMA-2-chat's and ChatML's own documents write them, i
     f"language.\n<</SYS>>\n\n<image>\n{QUESTION} [/INST]",
     "chatml": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\n"
     f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
-    "qwen3": f"<|im_start|>user\n<image>\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+    "qwen3": f"<|im_start|>user\n<image>\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    "<think>\n\n</think>\n\n",
     "mistral": f"[INST] <image>\n{QUESTION} [/INST]",
     "plain": f"<image>\n{QUESTION}\n",
 }

@@ -82,6 +82,10 @@ def test_chat_prompts_of_a_sentencepiece_tokenizer_are_auto_tokenizers(legacy, w
         auto = sentencepiece(tmp_path, legacy, wrapped, image)
         placeholder = auto.convert_tokens_to_ids("<image>") if image else None
         for template, text in SPELT.items():
+            if "<|im_" in text:
+                with pytest.raises(BadInput, match=r"has no token <.im_start.>, which --template"):
+                    ChatTokenizer(str(tmp_path), template, placeholder, V)
+                continue
             ours = ChatTokenizer(str(tmp_path), template, placeholder, V)
             if image:
                 wanted = auto(text).input_ids
@@ -143,9 +147,8 @@ def test_a_text_decoder_and_a_clip_become_a_policy_with_a_new_q_former(
     pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     assert torch.equal(model.clip.patch_tokens(pixels), load_clip(clip).patch_tokens(pixels))
     assert not any(p.requires_grad for p in model.parameters())
-    same, other = (
-        load_pretrained(chosen(folder, clip=clip, num_frames=2, seed=seed)).bridge for seed in (3, 4)
-    )
+    options = dict(clip=clip, num_frames=2)
+    same, other = (load_pretrained(chosen(folder, seed=seed, **options)).bridge for seed in (3, 4))
     assert all(map(torch.equal, model.bridge.parameters(), same.parameters()))
     assert not torch.equal(model.bridge.queries, other.queries)
 
