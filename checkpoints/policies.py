@@ -198,7 +198,7 @@ def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-# --------------------------------------------------------------------------- the files that pretrain.py writes
+# -------------------------------------------------------------------------- the files that pretrain.py writes
 
 
 def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):
