@@ -166,7 +166,7 @@ class ChatTokenizer:
 
         try:
             return self.own.render(messages=messages, enable_thinking=self.think, **self.names, **options)
-        except TypeError:  # a template of texts was given parts
+        except (TypeError, jinja2.UndefinedError):  # a template of texts was given parts
             return ""
         except jinja2.TemplateError as error:
             raise DataError(

@@ -15,7 +15,7 @@ from checkpoints import memory, peft_files
 from checkpoints.nf4 import NF4Linear
 from checkpoints.policies import PolicyOptions, freeze_base, load_policy, load_run
 from clip import ClipConfig
-from data import Prompts
+from data import Batches, Prompts
 from grpo_rank import completion_logprobs
 from model import Decoder, KVCache, ModelConfig, VideoLM
 from rollout import Sampling, completion_states, generate, generate_in_parts
@@ -236,7 +236,7 @@ def test_a_rehearsal_changes_nothing(capsys):
     torch.manual_seed(0)
     policy, run = VideoLM(CFG, CLIP), run_config()
     policy.decoder.requires_grad_(False)
-    learner = train.Learner(policy, run)
+    learner = lora.Learner(policy.decoder, run.lora_r, run.lora_alpha)
 
     class Set:
         prompts = [[5] * n for n in (30, 34, 32)]
@@ -245,6 +245,9 @@ def test_a_rehearsal_changes_nothing(capsys):
         def __len__(self):
             return 3
 
+        def texts(self, rollout):
+            return [""] * len(rollout.ended)
+
         def __getitem__(self, rows):
             assert rows[0] == 1  # the longest first
             ids = torch.full((len(rows), 34), 5)
@@ -252,13 +255,14 @@ def test_a_rehearsal_changes_nothing(capsys):
 
     lengths = []
 
-    def update(cfg, learner, prompts, rollout, *rest):
+    def update(*who, rollout, **batch):
         lengths.append(rollout.completion_mask.sum())
-        return train.update(cfg, learner, prompts, rollout, *rest)
+        return train.update(*who, rollout=rollout, **batch)
 
     sampling = Sampling(max_new_tokens=7, end_ids=torch.arange(64), banned=torch.zeros(64, dtype=torch.bool))
     before = {name: x.clone() for name, x in learner.tensors().items()}
-    memory.rehearse(run, learner, Set(), sampling, train.reference_states, update)
+    batches = Batches(Set(), run.batch_prompts, 0, torch.Generator(), (0, 1))
+    memory.rehearse(run, policy, learner, batches, sampling, update)
     assert lengths == [2 * 5 * 7]  # a micro-batch of answers that nothing ends
     assert "rehearsal" in capsys.readouterr().out
     after = learner.tensors()
