@@ -687,3 +687,135 @@ def test_pickles_and_folders_without_config_are_refused(llama, tmp_path_factory)
     refused(tmp_path_factory.mktemp("empty"), "config.json", "Hugging Face layout")
     (llama / "ViT.pt").write_bytes(b"")
     refused(llama / "ViT.pt", "ViT.pt", "pickle", load=load_clip)
+
+
+# --------------------------------------------------------------------------------- folders as users have them
+
+LONG = torch.arange(40)[None] % 60
+
+
+def weights_of(folder, change):
+    state = load_file(folder / "model.safetensors")
+    save_file(change(state), folder / "model.safetensors", {"format": "pt"})
+
+
+@torch.no_grad()
+def gap_to_transformers(folder, model=None):
+    model = model or transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return (logits(load_decoder(str(folder)), LONG, 8) - model.eval()(LONG).logits[:, 7:-1]).abs().max()
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_a_head_beside_a_tied_config_is_taken_as_transformers_takes_it(differs, tmp_path):
+    saved(theirs("qwen2"), tmp_path)
+    head = torch.randn(60, 32, generator=torch.Generator().manual_seed(1))
+    weights_of(
+        tmp_path,
+        lambda state: (
+            state | {"lm_head.weight": head if differs else state["model.embed_tokens.weight"].clone()}
+        ),
+    )
+    assert gap_to_transformers(tmp_path) <= 1e-4
+    assert load_decoder(str(tmp_path)).cfg.tied != differs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_its_classs_default(family, tmp_path):
+    saved(theirs(family, rms_norm_eps=1e-6, num_key_value_heads=4), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias"):
+        config.pop(name, None)
+    if family.startswith("llama2"):
+        config.pop("num_key_value_heads")  # of this class alone: as many as heads
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert gap_to_transformers(tmp_path) <= 1e-4
+
+
+def test_mistrals_window_is_4096_where_it_is_left_out_and_none_where_it_is_null():
+    config = {"model_type": "mistral", "num_hidden_layers": 2}
+    assert decoder_config(config, "config.json").sliding_window == 4096
+    assert decoder_config(config | {"sliding_window": None}, "config.json").sliding_window == 0
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", ""])
+def test_whatever_stands_before_a_decoders_names_it_is_found(prefix, tmp_path):
+    model = theirs("smollm2")
+    saved(model, tmp_path)
+    weights_of(tmp_path, lambda state: {k.replace("model.", prefix, 1): x for k, x in state.items()})
+    assert gap_to_transformers(tmp_path, model) <= 1e-4
+
+
+def test_a_llava_from_a_trainers_state_dict_is_the_same_llava(tmp_path):
+    model = their_llava()
+    saved(model, tmp_path / "written")
+    shutil.copytree(tmp_path / "written", tmp_path / "trainer")
+    state = {name: x.clone().contiguous() for name, x in model.state_dict().items()}
+    save_file(state, tmp_path / "trainer" / "model.safetensors")
+    assert any(name.startswith("model.vision_tower.") for name in state)
+    one, other = (load_pretrained(chosen(tmp_path / name, num_frames=2)) for name in ("written", "trainer"))
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("where", ["top", "text"])
+def test_a_llava_is_tied_where_its_config_says_so_at_the_top_or_in_the_text(where, tmp_path):
+    saved(their_llava(tie_word_embeddings=True), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config["text_config"] if where == "top" else config).pop("tie_word_embeddings")
+    assert (config if where == "top" else config["text_config"])["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_pretrained(chosen(tmp_path, num_frames=2)).cfg.tied
+
+
+@torch.no_grad()
+def test_a_clip_whose_mlp_is_not_four_times_its_width_gives_transformers_features(tmp_path):
+    torch.manual_seed(0)
+    text, vision = (part | {"hidden_act": "gelu"} for part in (TEXT, VISION))
+    config = transformers.CLIPConfig(
+        text_config=text | {"intermediate_size": 96}, vision_config=vision | {"intermediate_size": 272},
+        projection_dim=24,
+    )  # fmt: skip
+    model = transformers.CLIPModel(config).eval()
+    clip = load_clip(saved(model, tmp_path))
+    pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    ids, lengths = torch.full((2, 9), 49), torch.tensor([9, 9])
+    ids[:, :8] = torch.randint(1, 48, (2, 8), generator=torch.Generator().manual_seed(1))
+    wanted = model(ids, pixels)
+    assert (clip.vision_model(pixels) - wanted.image_embeds).abs().max() <= 1e-5
+    assert (clip.text_model(ids, lengths) - wanted.text_embeds).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"vocab_size": "60"}, ("vocab_size is '60'", "a whole number above 0")),
+        ({"rope_parameters": None, "rope_theta": "1e4"}, ("rope_theta is '1e4'", "a number above 0")),
+        ({"num_attention_heads": 0}, ("num_attention_heads is 0",)),
+        ({"num_hidden_layers": True}, ("num_hidden_layers is True",)),
+        ({"rms_norm_eps": None}, ("rms_norm_eps is None",)),
+        ({"num_key_value_heads": 3}, ("num_attention_heads 4 is no multiple of num_key_value_heads 3",)),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ("rope type yarn is not supported",)),
+        ({"rope_parameters": "linear"}, ("rope_scaling is 'linear'",)),
+        ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config", "gptq")),
+        ({"layer_types": ["sliding_attention"] * 2}, ("a sliding window in some layers",)),
+    ],
+)
+def test_an_odd_config_is_one_line_that_names_the_true_cause(changes, words, llama):
+    change(llama, **changes)
+    refused(llama, "config.json: ", *words)
+
+
+def test_odd_weights_are_one_line_that_names_the_true_cause(tmp_path):
+    saved(theirs("llama3"), tmp_path)
+    file, sound = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(sound | {name: sound[name].clone().index_fill_(0, torch.tensor(3), torch.nan)}, file)
+    refused(tmp_path, str(file), name, "NaN")
+    save_file({k: x for k, x in sound.items() if k != "lm_head.weight"}, file)
+    refused(tmp_path, str(file), "lm_head.weight is missing", "tie_word_embeddings false")
+    wrapped = {
+        "base_model.model." + k.replace("up_proj.", "up_proj.base_layer."): x for k, x in sound.items()
+    }
+    save_file(wrapped, file)
+    refused(tmp_path, str(file), "base_layer", "merge_and_unload")
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456\n")
+    refused(tmp_path, str(file), "Git LFS", "git lfs pull")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lora
 import pretrain
@@ -16,8 +16,15 @@ from checkpoints import memory
 from checkpoints.chat_tokenizer import ChatTokenizer
 from checkpoints.huggingface import load_clip, load_decoder
 from checkpoints.nf4 import NF4Linear
-from checkpoints.policies import PolicyOptions, load_policy, load_run, load_tokenizer, policy_configs
-from checkpoints.pretrained import load_pretrained
+from checkpoints.policies import (
+    PolicyOptions,
+    load_policy,
+    load_run,
+    load_tokenizer,
+    policy_configs,
+    save_adapter_of,
+)
+from checkpoints.pretrained import know_ends, load_pretrained
 from data import PromptSet, longest_text
 from eval import merge_run
 from model import Bridge
@@ -346,3 +353,98 @@ def test_the_longest_prompt_is_known_before_any_video_and_weight_is_read(folders
     assert longest_text(alone, [asked[0]], 2) == texts[0] and longest_text(alone, [asked[2]], 2) == texts[2]
     # where the times of the frames are said, those of a long video: a few digits more
     assert texts[1] == max(texts) < longest_text(alone, asked, 2) <= texts[1] + 8
+
+
+# -------------------------------------------------------------------------------------------- merged, and old
+
+LEFT_BESIDE = {  # what a real checkpoint has beside its weights, and a merged one needs to be served
+    "generation_config.json": '{"eos_token_id": 2, "do_sample": true, "temperature": 0.6, "top_p": 0.9}',
+    "chat_template.jinja": "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}",
+    "special_tokens_map.json": '{"eos_token": "</s>"}', "added_tokens.json": "{}", "merges.txt": "a b",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_merged_run_is_the_folder_that_it_came_from_with_other_weights(dtype, folders, tmp_path, capsys):
+    source, run, out = tmp_path / "source", tmp_path / "run", tmp_path / "merged"
+    model = theirs("llama2_vicuna_tinyllama", vocab_size=V).to(getattr(torch, dtype))
+    saved(model, source, max_shard_size="20KB")
+    sentencepiece(source)
+    for name, text in LEFT_BESIDE.items():
+        (source / name).write_text(text)
+    options = chosen(source, clip=folders[1], num_frames=2)
+    policy, tokenizer = load_policy(options)
+    for parameter in lora.add_adapters(policy.decoder, 4, 8.0):
+        parameter.data += 0.02
+    save_adapter_of(policy, str(run / "adapter"))
+    (run / "config.json").write_text(json.dumps(vars(options) | {"lora_r": 4, "lora_alpha": 8.0, "made": {}}))
+    capsys.readouterr()
+    merge_run(str(run), str(out))
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"wrote {out}: ")
+    kept = {path.name for path in source.iterdir()}
+    assert {path.name for path in out.iterdir()} == kept | {"bridge.safetensors"}
+    assert not list(tmp_path.glob("*.tmp"))
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+            continue
+        before, after = load_file(path), load_file(out / path.name)
+        assert {name: (x.shape, x.dtype) for name, x in before.items()} == {
+            name: (x.shape, x.dtype) for name, x in after.items()
+        }
+        assert all(torch.equal(x, after[name]) != ("proj" in name) for name, x in before.items())
+    lora.merge(policy.decoder)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert merged.dtype == getattr(torch, dtype) and merged.generation_config.eos_token_id == 2
+    ids = torch.randint(3, V, (2, 12), generator=torch.Generator().manual_seed(1))
+    states = policy.decoder(policy.decoder.embed_tokens(ids), torch.ones_like(ids).bool())
+    gap = (states[:, 0, 0] @ policy.decoder.head.T - merged.float()(ids).logits[:, -1]).abs().max()
+    assert gap <= (1e-4 if dtype == "float32" else 0.2)  # bfloat16 rounds the merged weights
+
+
+def test_a_merged_model_knows_the_end_that_its_policy_learned(tmp_path):
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7, "bos_token_id": 1}')
+    know_ends(str(tmp_path), (7,))
+    assert not (tmp_path / "generation_config.json").exists()  # config.json says it
+    know_ends(str(tmp_path), (2, 7))
+    found = json.loads((tmp_path / "generation_config.json").read_text())
+    assert found == {"eos_token_id": [7, 2], "bos_token_id": 1}
+
+
+def test_an_adapter_merged_into_a_float32_start_loses_nothing(folders, tmp_path):
+    policy, _ = load_policy(chosen(folders[0], clip=folders[1], num_frames=2))
+    for parameter in lora.add_adapters(policy.decoder, 4, 8.0):
+        parameter.data += 0.02
+    save_adapter_of(policy, str(tmp_path))
+    lora.merge(policy.decoder)
+    again, _ = load_policy(chosen(folders[0], clip=folders[1], num_frames=2, adapter=str(tmp_path)))
+    torch.testing.assert_close(again.decoder.state_dict(), policy.decoder.state_dict(), atol=0, rtol=0)
+
+
+def test_what_an_earlier_version_wrote_is_refused_with_the_way_on(folders, tmp_path):
+    old = tmp_path / "weights"
+    shutil.copytree("weights", old)
+    config = json.loads((old / "config.json").read_text())
+    config["model"]["adapter"] = config["model"].pop("bridge")
+    (old / "config.json").write_text(json.dumps(config))
+    refused(f"{old}/config.json: ", "earlier version", "pretrain.py", load=load_policy, policy=str(old))
+    shutil.copytree(folders[0], tmp_path / "llama")
+    (tmp_path / "llama" / "video_adapter.safetensors").write_bytes(b"")
+    pair = dict(policy=str(tmp_path / "llama"), clip=folders[1])
+    refused("video_adapter.safetensors", "rename the file to bridge.safetensors", **pair)
+    run = vars(chosen("weights")) | {"lora_r": 4, "lora_alpha": 8.0}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    with pytest.raises(BadInput, match="made is missing, so an earlier version made this run.*--adapter"):
+        load_run(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(run | {"made": {}, "lora_r": "4"}))
+    with pytest.raises(BadInput, match="^--lora_r 4: give a whole number at least 1$"):
+        load_run(str(tmp_path))
+
+
+def test_a_policy_with_a_weight_that_is_no_number_is_refused_by_name(tmp_path):
+    shutil.copytree("weights", tmp_path / "weights")
+    file = tmp_path / "weights" / "model.safetensors"
+    state = load_file(file)
+    state["decoder.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(state, file)
+    refused(str(file), "down_proj", "NaN", load=load_policy, policy=str(tmp_path / "weights"))
