@@ -33,6 +33,8 @@ class ClipConfig:
     vocab_size: int = 512
     embed_dim: int = 96  # of the space that both towers share; 0: the image tower alone (LLaVA)
     activation: str = "gelu"  # gelu | quick_gelu, x * sigmoid(1.702 x) (OpenAI's weights)
+    mlp_width: int = 0  # of the image tower's layers; 0: 4 * width
+    text_mlp_width: int = 0  # 0: 4 * text_width
 
 
 def preprocess(frames: Tensor) -> Tensor:
@@ -62,12 +64,13 @@ class SelfAttention(nn.Module):
 class Layer(nn.Module):
     """Pre-norm transformer layer."""
 
-    def __init__(self, width: int, num_heads: int, causal: bool, activation: str):
+    def __init__(self, width: int, num_heads: int, causal: bool, activation: str, mlp_width: int = 0):
         super().__init__()
+        mlp_width = mlp_width or 4 * width
         self.quick = activation == "quick_gelu"
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attn = SelfAttention(width, num_heads, causal)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.fc1, self.fc2 = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.self_attn(self.layer_norm1(x)).add_(x)  # in place: new memory is dear
@@ -84,7 +87,8 @@ class ImageTower(nn.Module):
         self.position_embedding = nn.Parameter(torch.randn(1 + self.num_patches, cfg.width) * 0.1)
         self.pre_layernorm = nn.LayerNorm(cfg.width)
         self.layers = nn.ModuleList(
-            Layer(cfg.width, cfg.num_heads, False, cfg.activation) for _ in range(cfg.num_layers)
+            Layer(cfg.width, cfg.num_heads, False, cfg.activation, cfg.mlp_width)
+            for _ in range(cfg.num_layers)
         )
         self.post_layernorm = nn.LayerNorm(cfg.width)
         if cfg.embed_dim:
@@ -113,7 +117,8 @@ class TextTower(nn.Module):
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.text_width)
         self.position_embedding = nn.Parameter(torch.randn(cfg.text_length, cfg.text_width) * 0.02)
         self.layers = nn.ModuleList(
-            Layer(cfg.text_width, cfg.text_heads, True, cfg.activation) for _ in range(cfg.text_layers)
+            Layer(cfg.text_width, cfg.text_heads, True, cfg.activation, cfg.text_mlp_width)
+            for _ in range(cfg.text_layers)
         )
         self.final_layer_norm = nn.LayerNorm(cfg.text_width)
         self.projection = nn.Linear(cfg.text_width, cfg.embed_dim, bias=False)

@@ -16,17 +16,16 @@ over videos, not questions: questions of one clip are right or wrong together.
 
 import json
 import os
-import shutil
 from collections import Counter, defaultdict
 from dataclasses import fields, replace
 
 import torch
 
 import lora
-from checkpoints.policies import PolicyOptions, load_policy, save_policy
+from checkpoints.policies import load_run, save_policy
 from data import DataOptions, PromptSet, load_questions, load_sets
 from plumbing.machine import pick_device
-from plumbing.options import ArgumentParser, BadInput, read_json, run_script, write_json
+from plumbing.options import ArgumentParser, BadInput, run_script, write_json
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, grade, is_correct, read, task
 
@@ -200,19 +199,6 @@ def score(data: str, predictions: str, judge=None) -> dict:
     return summarize(questions, right, grades) | {"missing": len(questions) - len(said), "metrics": published}
 
 
-def load_run(folder: str, device="cpu"):
-    """(policy with the run's adapter, tokenizer, config) of a run folder."""
-    from checkpoints.peft_files import load_adapter
-
-    config = read_json(os.path.join(folder, "config.json"), "name a folder that train.py made")
-    names = [field.name for field in fields(PolicyOptions)]
-    options = PolicyOptions(**{name: config[name] for name in names})
-    policy, tokenizer = load_policy(options, device)
-    lora.add_adapters(policy.decoder, config["lora_r"], config["lora_alpha"])
-    load_adapter(policy.decoder, os.path.join(folder, "adapter"))
-    return policy, tokenizer, config
-
-
 def evaluate_run(folder: str, data: str, videos: str) -> str:
     """The table of a run's policy, supervised start beside it, on the run's held-out questions or on `data`,
     computed in the run's own dtype."""
@@ -236,12 +222,11 @@ def merge_run(folder: str, out: str):
     """Writes the run's policy, its adapter folded into the weights, in the layout that it came in."""
     if os.path.exists(out):
         raise BadInput(f"--out {out}: exists already; name another folder")
-    model, tokenizer, config = load_run(folder)
-    lora.merge(model.decoder)
-    save_policy(model, out, config["policy"], tokenizer)
-    for name in ("tokenizer.json", "preprocessor_config.json"):
-        if os.path.exists(os.path.join(config["policy"], name)):
-            shutil.copy(os.path.join(config["policy"], name), out)
+    policy, tokenizer, config = load_run(folder)
+    lora.merge(policy.decoder)
+    save_policy(policy, tokenizer, config["policy"], out)
+    size = sum(os.path.getsize(os.path.join(out, name)) for name in os.listdir(out))
+    print(f"wrote {out}: {size / 1e6:.1f} MB, {', '.join(sorted(os.listdir(out)))}")
 
 
 def compare(folders: list[str]) -> str:

@@ -1,45 +1,73 @@
-"""Pretrained checkpoints from paths on disk into this repository's own classes, and merged ones back.
+"""Pretrained weights in the Hugging Face layout, read into this repository's own classes.
 
-Read: the Hugging Face layout (config.json, model.safetensors or shards with an index) of CLIP and of LLaMA,
-Mistral, Qwen2 and Qwen3 decoders; and CLIP under OpenAI's names in a safetensors file. policies.py makes
-whole policies of them.
+Read: folders (config.json beside model.safetensors, or shards with an index) of CLIP and of LLaMA, Mistral,
+Qwen2 and Qwen3 decoders; and CLIP under OpenAI's names in one safetensors file. pretrained.py makes whole
+policies of them, and writes them back.
 
 A model is first built on the meta device, where it holds no memory. Every name and shape is compared with the
-files' headers; only when all of them agree are the tensors read, one by one. So nothing is ever half-loaded.
+files' headers. The tensors are read, one by one, when all of them agree, so nothing is ever half-loaded.
 """
 
 import itertools
-import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from checkpoints.nf4 import quantise_linear
 from clip import Clip, ClipConfig
 from lora import DECODER_LINEARS
 from model import Decoder, ModelConfig
-from plumbing.options import BadInput, write_json, write_whole
+from plumbing.options import PICKLES, BadInput, read_json, refuse_pickles, write_json, write_whole
 
-DECODERS = ("llama", "mistral", "qwen2", "qwen3")  # model_type; Vicuna, TinyLlama, SmolLM2: llama
-SUPPORTED = f"{', '.join(DECODERS)}, clip, llava"
-# A config.json leaves out what equals its class's default. LLaVA-1.5's text_config relies on this.
-LLAMA_DEFAULTS = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "rms_norm_eps": 1e-6,
+FOLDER = "name a folder in the Hugging Face layout"
+TOGETHER = "use files that belong together"
+# A config.json may leave out what equals its class's default, and a nested text_config leaves out much.
+COMMON = {
+    "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "hidden_act": "silu",
 }  # fmt: skip
-CLIP_DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+DECODERS = {  # model_type: defaults. Vicuna, TinyLlama and SmolLM2 are of type llama
+    "llama": COMMON | {"intermediate_size": 11008},
+    "mistral": COMMON | {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": COMMON | {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32},
+    "qwen3": COMMON | {
+        "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128,
+    },
+}  # fmt: skip
+SUPPORTED = f"{', '.join(DECODERS)}, clip, llava"
+# ModelConfig's field: the key in config.json. Read in both directions.
+DECODER_KEYS = {
+    "vocab_size": "vocab_size", "dim": "hidden_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size", "norm_eps": "rms_norm_eps",
+}  # fmt: skip
+ROPE_KEYS = {  # of ModelConfig's fields, by the type of rope
+    "default": {},
+    "linear": {"rope_factor": "factor"},
+    "llama3": {
+        "rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
+        "rope_length": "original_max_position_embeddings",
+    },
+}  # fmt: skip
+# ClipConfig's field: the key in vision_config or text_config, and the class's default
+VISION_KEYS = {
+    "image_size": ("image_size", 224), "patch_size": ("patch_size", 32), "width": ("hidden_size", 768),
+    "num_layers": ("num_hidden_layers", 12), "num_heads": ("num_attention_heads", 12),
+    "mlp_width": ("intermediate_size", 3072),
+}  # fmt: skip
+TEXT_KEYS = {
+    "text_width": ("hidden_size", 512), "text_layers": ("num_hidden_layers", 12),
+    "text_heads": ("num_attention_heads", 8), "text_length": ("max_position_embeddings", 77),
+    "vocab_size": ("vocab_size", 49408), "text_mlp_width": ("intermediate_size", 2048),
+}  # fmt: skip
 # Constants that older writers stored beside the weights; ours are computed.
 CONSTANTS = (
     "position_ids", "rotary_emb.inv_freq", "input_resolution", "context_length", "vocab_size",
 )  # fmt: skip
-
-
-PICKLES = (".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -64,25 +92,14 @@ class Source:
 # ------------------------------------------------------------------------------------------------- the files
 
 
-def read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: {error}; name a folder in the Hugging Face layout") from error
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: not a JSON object; copy the file again")
-    return value
-
-
 def weight_files(folder: str) -> list[str]:
-    """What could be a model's weights there, read or refused; adapters' files are not."""
+    """Names of the files that could hold a model's weights, of a kind that is read or one that is refused."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return [n for n in names if n.startswith("model") and ".safetensors" in n or n.endswith(PICKLES)]
 
 
 class Tensors:
-    """The tensors of a safetensors file or of a folder with one file or shards, by name; read when asked."""
+    """The tensors of a safetensors file, or of a folder with one file or shards, by name. Read when asked."""
 
     def __init__(self, path: str):
         self.file_of, self.handles = {}, {}
@@ -92,39 +109,41 @@ class Tensors:
             self.open(path)
         elif os.path.exists(index):
             self.path = index
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-                raise BadInput(f"{index}: weight_map is no table of file names; copy the file again")
-            for file in sorted(set(weight_map.values())):
-                self.open(os.path.join(path, os.path.basename(file)))
-            for name, file in weight_map.items():
-                if self.file_of.get(name) != os.path.join(path, os.path.basename(file)):
-                    raise BadInput(f"{index}: {name} is not in {file}; copy index and shards again, together")
+            self.open_shards(path, index)
         else:
-            self.refuse_pickles(path)
+            refuse_pickles(path)
             self.path = os.path.join(path, "model.safetensors")
             if not os.path.exists(self.path):
                 raise BadInput(f"{self.path}: no such file; copy the weights there, or give --random_weights")
             self.open(self.path)
 
-    def refuse_pickles(self, folder: str):
-        pickles = sorted(name for name in weight_files(folder) if name.endswith(PICKLES))
-        if pickles and not os.path.exists(os.path.join(folder, "model.safetensors")):
-            raise BadInput(
-                f"{os.path.join(folder, pickles[0])}: a pickle, which can run code; trust it? convert it:"
-                " safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
-            )
+    def open_shards(self, folder: str, index: str):
+        weight_map = read_json(index, "copy the file again").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise BadInput(f"{index}: weight_map is no table of file names; copy the file again")
+        for file in sorted(set(weight_map.values())):
+            self.open(os.path.join(folder, os.path.basename(file)))
+        for name, file in weight_map.items():
+            if self.file_of.get(name) != os.path.join(folder, os.path.basename(file)):
+                raise BadInput(f"{index}: {name} is not in {file}; copy index and shards again, together")
 
     def open(self, file: str):
-        if file.endswith(PICKLES):
-            self.refuse_pickles(os.path.dirname(file))
-            raise BadInput(f"{file}: a pickle, which can run code; convert it to safetensors")
+        refuse_pickles(file)
         try:
             self.handles[file] = safe_open(file, "pt")
         except (OSError, SafetensorError) as error:
+            if os.path.isfile(file) and os.path.getsize(file) < 1000:
+                with open(file, "rb") as content:
+                    if content.read(40).startswith(b"version https://git-lfs"):
+                        raise BadInput(f"{file}: a pointer of Git LFS; git lfs pull fetches it") from error
             raise BadInput(f"{file}: {error}; missing, cut short or damaged: copy it again") from error
         for name in self.handles[file].keys():
             self.file_of[name] = file
+
+    def prefix(self, ending: str, usual: str) -> str:
+        """What stands before `ending` in the one name that ends so; `usual` where there is none such."""
+        found = [name.removesuffix(ending) for name in self.file_of if name.endswith(ending)]
+        return found[0] if len(found) == 1 else usual
 
     def shape(self, name: str) -> tuple:
         return tuple(self.handles[self.file_of[name]].get_slice(name).get_shape())
@@ -134,54 +153,71 @@ class Tensors:
 
 
 def fill(model, tensors, sources: dict[str, Source], device, dtype, spare=(), base="", seed=0):
-    """Reads the parameters named in `sources` of a model on the meta device, floating to `dtype`; without
-    `tensors` (None) draws them (`drawn`). base: in what a VideoLM's decoder is held instead, float32 |
-    bfloat16 | nf4; a layer is quantised as soon as it is there. A projector is held in 16 bits beside the
-    last two.
+    """Reads the parameters named in `sources` into a model on the meta device; without `tensors` (None) draws
+    them (`drawn`).
 
-    BadInput names the file and the tensor that is missing, extra (but CONSTANTS, and what begins as one of
-    `spare` does) or misshapen; all of this before the first tensor is read.
+    dtype: of all parameters but a VideoLM's decoder, which is held in `base` (float32 | bfloat16 | nf4) if
+    given. A layer is quantised as soon as it is there. A projector is held in 16 bits beside the last two.
+
+    Raises BadInput, before reading any tensor, if one is missing, has the wrong shape, or is not expected.
+    Extra tensors are allowed if named in CONSTANTS or starting with a prefix in `spare`. Raises it too for a
+    weight that is NaN or infinite.
     """
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name in sources}
     if tensors is not None:
         check_tensors(shapes, tensors, sources, spare)
     generator = torch.Generator(device).manual_seed(seed)
     for path, names in itertools.groupby(shapes, key=lambda name: name.rpartition(".")[0]):
-        module, decoder = model.get_submodule(path), bool(base) and path.startswith("decoder.")
-        few = bool(base) and base != "float32" and path.startswith(("decoder.", "bridge."))
-        kind = torch.bfloat16 if few else dtype
+        module, in_decoder = model.get_submodule(path), bool(base) and path.startswith("decoder.")
+        in_16_bits = base in ("bfloat16", "nf4") and path.startswith(("decoder.", "bridge."))
+        kept_in = torch.bfloat16 if in_16_bits else dtype
         for name in names:
             if tensors is None:
-                read = drawn(name, shapes[name], generator, kind)
+                value = drawn(name, shapes[name], generator, kept_in)
             else:
-                read = sources[name].take(tensors[sources[name].name]).to(device, kind).contiguous()
-            setattr(module, name.rpartition(".")[2], nn.Parameter(read, requires_grad=False))
-            del read  # or it would outlive its layer's quantisation, until the next one is read
+                value = read_tensor(tensors, sources[name]).to(device, kept_in).contiguous()
+            setattr(module, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
+            del value  # or it would outlive its layer's quantisation, until the next one is read
         owner, _, last = path.rpartition(".")
-        if decoder and base == "nf4" and last in DECODER_LINEARS:
-            setattr(model.get_submodule(owner), last, quantise_linear(module))
+        if in_decoder and base == "nf4" and last in DECODER_LINEARS:
+            from checkpoints import nf4
+
+            setattr(model.get_submodule(owner), last, nf4.quantise_linear(module))
+
+
+def read_tensor(tensors: Tensors, source: Source) -> Tensor:
+    value = source.take(tensors[source.name])
+    if not value.sum(dtype=torch.float32).isfinite():
+        file = tensors.file_of[source.name]
+        raise BadInput(f"{file}: {source.name} holds NaN or infinity; use a sound copy of these weights")
+    return value
 
 
 def check_tensors(shapes: dict[str, tuple], tensors: Tensors, sources: dict[str, Source], spare: tuple):
+    wrapped = next((name for name in tensors.file_of if ".base_layer." in name), None)
+    if wrapped:
+        raise BadInput(
+            f"{tensors.path}: {wrapped} was saved with PEFT's adapters around it; merge_and_unload() first"
+        )
     for name, wanted in shapes.items():
         source = sources[name]
         if source.name not in tensors.file_of:
-            raise BadInput(f"{tensors.path}: tensor {source.name} is missing; use files that belong together")
+            raise BadInput(f"{tensors.path}: tensor {source.name} is missing; {TOGETHER}")
         stored = tensors.shape(source.name)
         if source.shape(stored) != wanted:
             raise BadInput(
-                f"{tensors.file_of[source.name]}: tensor {source.name} has shape {stored}, its config.json"
-                f" wants {wanted} for it: use files that belong together"
+                f"{tensors.file_of[source.name]}: tensor {source.name} has shape {stored}, config.json's"
+                f" sizes make it {wanted}; {TOGETHER}"
             )
     used = {source.name for source in sources.values()}
     for name, file in tensors.file_of.items():
         if name not in used and not name.startswith(spare) and not name.endswith(CONSTANTS):
-            raise BadInput(f"{file}: tensor {name} is extra, config.json has no place for it")
+            raise BadInput(f"{file}: tensor {name} is extra, config.json has no place for it; {TOGETHER}")
 
 
 def drawn(name: str, shape: tuple, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """A parameter as published models start: gains 1, biases 0, all else normal with deviation 0.02. On the
-    generator's device, whose draws are its own."""
+    """A parameter as published models start: gains 1, biases 0, all else normal with deviation 0.02. It is
+    drawn on the generator's device, and another device gives other draws."""
     if len(shape) == 1 and name.endswith((".weight", ".bias")):
         return torch.full(shape, float(name.endswith(".weight")), device=generator.device, dtype=dtype)
     return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).mul_(0.02)
@@ -190,96 +226,99 @@ def drawn(name: str, shape: tuple, generator: torch.Generator, dtype: torch.dtyp
 # ----------------------------------------------------------------------------------------------- the configs
 
 
+def number(config: dict, key: str, where: str, kind=int):
+    """The positive number under a key. BadInput: it is missing or something else."""
+    value = config.get(key)
+    if type(value) not in (int, kind) or value <= 0:
+        words = "a whole number" if kind is int else "a number"
+        raise BadInput(f"{where}: {key} is {value!r}; it must be {words} above 0")
+    return value
+
+
 def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
-    """ModelConfig of a decoder's config.json, or of the text_config in LLaVA's. BadInput: not supported."""
+    """ModelConfig of a decoder's config.json, or of the text_config in LLaVA's. ours: fields that the file
+    does not know. BadInput: not supported, or no number where one is needed."""
     kind = config.get("model_type")
     if kind not in DECODERS:
         raise BadInput(f"{where}: model_type {kind} is not supported; those that are: {SUPPORTED}")
-    config = (LLAMA_DEFAULTS if kind == "llama" else {}) | config
+    config = DECODERS[kind] | config
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise BadInput(f"{where}: rope_scaling is {rope!r}; it must be an object")
     scaling = rope.get("rope_type", rope.get("type", "default"))
-    refused = {
-        "attention_bias": config.get("attention_bias", False),
-        "mlp_bias": config.get("mlp_bias", False),
-        "use_sliding_window": config.get("use_sliding_window", False),
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "rope_scaling": scaling not in ("default", "linear", "llama3"),
+    refuse_unsupported(config, where, kind, scaling)
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = config["num_attention_heads"]
+    sizes = {
+        field: number(config, key, where, float if field == "norm_eps" else int)
+        for field, key in DECODER_KEYS.items()
     }
-    for key, bad in refused.items():
-        if bad:
-            value = config.get(key, rope)
-            raise BadInput(f"{where}: {key} {value} is not supported; use a checkpoint without it")
-    try:
-        if scaling == "llama3":
-            ours |= {
-                "rope_low": rope["low_freq_factor"],
-                "rope_high": rope["high_freq_factor"],
-                "rope_length": rope["original_max_position_embeddings"],
-            }
-        return ModelConfig(
-            vocab_size=config["vocab_size"],
-            dim=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-            ffn_dim=config["intermediate_size"],
-            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-            norm_eps=config["rms_norm_eps"],
-            head_dim=config.get("head_dim") or 0,
-            tied=config.get("tie_word_embeddings", False),
-            qkv_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3",
-            sliding_window=(config.get("sliding_window") or 0) if kind == "mistral" else 0,
-            rope_scaling=scaling,
-            rope_factor=rope.get("factor", 1.0),
-            **ours,
+    if config.get("head_dim") is not None:
+        sizes["head_dim"] = number(config, "head_dim", where)
+    elif sizes["dim"] % sizes["num_heads"]:
+        raise BadInput(f"{where}: hidden_size {sizes['dim']} is no multiple of {sizes['num_heads']} heads")
+    if sizes["num_heads"] % sizes["num_kv_heads"]:
+        raise BadInput(
+            f"{where}: num_attention_heads {sizes['num_heads']} is no multiple of num_key_value_heads"
+            f" {sizes['num_kv_heads']}; copy the model's own config.json"
         )
-    except KeyError as error:
-        raise BadInput(f"{where}: {error} is missing; copy the file again") from error
+    for field, key in ROPE_KEYS[scaling].items():
+        sizes[field] = number(rope, key, where, float)
+    sizes["rope_theta"] = number(rope if "rope_theta" in rope else config, "rope_theta", where, float)
+    if kind == "mistral" and config["sliding_window"] is not None:
+        sizes["sliding_window"] = number(config, "sliding_window", where)
+    return ModelConfig(
+        tied=bool(config["tie_word_embeddings"]), qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
+        rope_scaling=scaling, **sizes, **ours,
+    )  # fmt: skip
+
+
+def refuse_unsupported(config: dict, where: str, kind: str, scaling: str):
+    """BadInput for what would make our decoder compute something else than the checkpoint's own code."""
+    layer_types = config.get("layer_types") or []
+    if config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
+        first = config.get("max_window_layers", 28)
+        layer_types = layer_types or ["sliding_attention"] * (config["num_hidden_layers"] > first)
+    packed = config.get("quantization_config")
+    causes = {
+        "attention_bias true": config.get("attention_bias"),
+        "mlp_bias true": config.get("mlp_bias"),
+        f"hidden_act {config['hidden_act']}": config["hidden_act"] != "silu",
+        "a sliding window in some layers": kind != "mistral" and "sliding_attention" in layer_types,
+        f"rope type {scaling}": scaling not in ROPE_KEYS,
+        f"quantization_config (packed weights, {packed})": packed,
+    }
+    for cause, holds in causes.items():
+        if holds:
+            raise BadInput(f"{where}: {cause} is not supported; use a checkpoint without it")
 
 
 def clip_config(vision: dict, where: str, text: dict | None = None, embed_dim: int = 0) -> ClipConfig:
-    """ClipConfig of the vision_config and text_config in config.json; without text the image tower alone."""
-    vision, text = CLIP_DEFAULTS | vision, CLIP_DEFAULTS | (text or {})
-    activations = {"quick_gelu": "quick_gelu", "gelu": "gelu"}
-    if vision["hidden_act"] not in activations or vision["layer_norm_eps"] != 1e-5:
-        raise BadInput(f"{where}: CLIP needs hidden_act gelu or quick_gelu and layer_norm_eps 1e-5")
-    if embed_dim and (text["hidden_act"], text["layer_norm_eps"]) != (vision["hidden_act"], 1e-5):
-        raise BadInput(f"{where}: CLIP's two towers need the same hidden_act and layer_norm_eps 1e-5")
-    try:
-        sizes = {
-            "image_size": vision["image_size"],
-            "patch_size": vision["patch_size"],
-            "width": vision["hidden_size"],
-            "num_layers": vision["num_hidden_layers"],
-            "num_heads": vision["num_attention_heads"],
-        }
-        if embed_dim:
-            sizes |= {
-                "text_width": text["hidden_size"],
-                "text_layers": text["num_hidden_layers"],
-                "text_heads": text["num_attention_heads"],
-                "text_length": text["max_position_embeddings"],
-                "vocab_size": text["vocab_size"],
-            }
-    except KeyError as error:
-        raise BadInput(f"{where}: {error} is missing from CLIP's sizes; copy the file again") from error
-    return ClipConfig(**sizes, embed_dim=embed_dim, activation=vision["hidden_act"])
+    """ClipConfig of a vision_config and a text_config in config.json; of the image tower if embed_dim is 0.
+    BadInput: not supported, or no number where one is needed."""
+    sizes, activations = {}, []
+    towers = [(vision, VISION_KEYS), (text or {}, TEXT_KEYS)]
+    for given, keys in towers if embed_dim else towers[:1]:
+        tower = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5} | dict(keys.values()) | given
+        sizes |= {field: number(tower, key, where) for field, (key, _) in keys.items()}
+        activations.append(tower["hidden_act"])
+        if tower["hidden_act"] not in ("gelu", "quick_gelu") or tower["layer_norm_eps"] != 1e-5:
+            raise BadInput(f"{where}: CLIP needs hidden_act gelu or quick_gelu and layer_norm_eps 1e-5")
+    if len(set(activations)) > 1:
+        raise BadInput(f"{where}: CLIP's towers need the same hidden_act, not {' and '.join(activations)}")
+    return ClipConfig(**sizes, embed_dim=embed_dim, activation=activations[0])
 
 
 def openai_clip_config(tensors: Tensors) -> ClipConfig:
-    """Sizes from the weights alone; every published OpenAI ViT has heads of 64 and QuickGELU."""
+    """Sizes from the weights themselves; every published OpenAI ViT has heads of 64 and QuickGELU."""
 
     def layers(prefix):
-        found = {n[len(prefix) :].split(".")[0] for n in tensors.file_of if n.startswith(prefix)}
-        return len(found)
+        return len({n[len(prefix) :].split(".")[0] for n in tensors.file_of if n.startswith(prefix)})
 
     try:
         width, _, patch_size, _ = tensors.shape("visual.conv1.weight")
-        places, text_width = (
-            tensors.shape("visual.positional_embedding")[0],
-            tensors.shape("ln_final.weight")[0],
-        )
+        places = tensors.shape("visual.positional_embedding")[0]
+        text_width = tensors.shape("ln_final.weight")[0]
         return ClipConfig(
             image_size=math.isqrt(places - 1) * patch_size,
             patch_size=patch_size,
@@ -296,6 +335,21 @@ def openai_clip_config(tensors: Tensors) -> ClipConfig:
         )
     except KeyError as error:
         raise BadInput(f"{tensors.path}: tensor {error} is missing; this is no OpenAI CLIP ViT") from error
+
+
+def hf_config(cfg: ModelConfig, dtype=torch.float32) -> dict:
+    """The config.json of a decoder, as transformers reads it."""
+    kind = "mistral" if cfg.sliding_window else "llama"
+    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else kind
+    rope = {"rope_type": cfg.rope_scaling, "rope_theta": cfg.rope_theta}
+    rope |= {key: getattr(cfg, field) for field, key in ROPE_KEYS[cfg.rope_scaling].items()}
+    config = {key: getattr(cfg, field) for field, key in DECODER_KEYS.items()} | {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind,
+        "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
+        "head_dim": cfg.head_dim or cfg.dim // cfg.num_heads, "tie_word_embeddings": cfg.tied,
+        "rope_parameters": rope, "rope_theta": cfg.rope_theta,  # readers before rope_parameters look here
+    }  # fmt: skip
+    return config | ({"sliding_window": cfg.sliding_window} if cfg.sliding_window else {})
 
 
 # ------------------------------------------------------------------------------------------------- the names
@@ -334,11 +388,10 @@ OPENAI_CLIP = {
 }
 
 
-def hf_clip_source(name: str) -> Source:
-    return Source(renamed(name, HF_CLIP))
-
-
-def openai_clip_source(name: str) -> Source:
+def clip_source(name: str, path: str) -> Source:
+    """Where a parameter of our Clip lies in that folder, or in that file under OpenAI's names."""
+    if not os.path.isfile(path):
+        return Source(renamed(name, HF_CLIP))
     if name.endswith("projection.weight"):
         return Source("visual.proj" if "vision" in name else "text_projection", transposed=True)
     name = renamed(name, OPENAI_CLIP)
@@ -348,12 +401,31 @@ def openai_clip_source(name: str) -> Source:
     return Source(name)
 
 
-def clip_source(name: str, path: str) -> Source:
-    return openai_clip_source(name) if os.path.isfile(path) else hf_clip_source(name)
+HEAD = "lm_head.weight"
 
 
-def decoder_source(name: str, prefix: str = "") -> Source:
-    return Source(prefix + (name if name.startswith("lm_head") else f"model.{name}"))
+def decoder_sources(names, tensors: Tensors | None) -> dict[str, Source]:
+    """Where our Decoder's parameters lie, whatever stands before their names: model. in a causal language
+    model, model.language_model. or language_model.model. where it was part of a larger model."""
+    body = tensors.prefix("embed_tokens.weight", "model.") if tensors else "model."
+    head = tensors.prefix(HEAD, "") if tensors else ""
+    return {name: Source((head if name == HEAD else body) + name) for name in names}
+
+
+def with_own_head(cfg: ModelConfig, tensors: Tensors | None) -> ModelConfig:
+    """Not tied where config.json says so but the files hold a head that differs from the embedding, which
+    transformers then takes. BadInput: there should be a head of its own, and there is none."""
+    head = decoder_sources([HEAD], tensors)[HEAD].name
+    if tensors is None or (head in tensors.file_of) != cfg.tied:
+        return cfg
+    if not cfg.tied:
+        raise BadInput(
+            f"{tensors.path}: tensor {HEAD} is missing and config.json says tie_word_embeddings false: no"
+            " language model's head was saved; use a checkpoint that a ..ForCausalLM class saved"
+        )
+    embedding = decoder_sources(["embed_tokens.weight"], tensors)["embed_tokens.weight"].name
+    same = embedding in tensors.file_of and torch.equal(tensors[head], tensors[embedding])
+    return cfg if same else replace(cfg, tied=False)
 
 
 # ------------------------------------------------------------------------------------------------ the models
@@ -362,13 +434,23 @@ def decoder_source(name: str, prefix: str = "") -> Source:
 def load_decoder(folder: str, device="cpu", dtype=torch.float32) -> Decoder:
     """A decoder in the Hugging Face layout, frozen. BadInput: see `fill` and `decoder_config`."""
     where = os.path.join(folder, "config.json")
-    cfg = decoder_config(read_json(where), where)
+    cfg = decoder_config(read_json(where, FOLDER), where)
     tensors = Tensors(folder)
+    cfg = with_own_head(cfg, tensors)
     with torch.device("meta"):
         model = Decoder(cfg)
-    sources = {name: decoder_source(name) for name in model.state_dict()}
-    fill(model, tensors, sources, device, dtype, spare=("lm_head.weight",) if cfg.tied else ())
+    sources = decoder_sources(model.state_dict(), tensors)
+    fill(model, tensors, sources, device, dtype, spare=(tensors.prefix(HEAD, "") + HEAD,))
     return model.eval()
+
+
+def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32):
+    """Writes a decoder as config.json and model.safetensors, as transformers reads them."""
+    sources, state = decoder_sources(decoder.state_dict(), None), decoder.state_dict()
+    tensors = {sources[name].name: x.to("cpu", dtype).contiguous() for name, x in state.items()}
+    os.makedirs(folder, exist_ok=True)
+    write_whole(os.path.join(folder, "model.safetensors"), save(tensors, metadata={"format": "pt"}))
+    write_json(os.path.join(folder, "config.json"), hf_config(decoder.cfg, dtype))
 
 
 def read_clip_config(path: str) -> ClipConfig:
@@ -376,11 +458,11 @@ def read_clip_config(path: str) -> ClipConfig:
     if os.path.isfile(path):
         return openai_clip_config(Tensors(path))
     where = os.path.join(path, "config.json")
-    config = read_json(where)
+    config = read_json(where, FOLDER)
     if config.get("model_type") != "clip":
         raise BadInput(f"{where}: model_type {config.get('model_type')} is no clip: name CLIP's folder")
-    text, embed_dim = config.get("text_config", {}), config.get("projection_dim", 512)
-    return clip_config(config.get("vision_config", {}), where, text, embed_dim)
+    embed_dim = number({"projection_dim": 512} | config, "projection_dim", where)
+    return clip_config(config.get("vision_config") or {}, where, config.get("text_config") or {}, embed_dim)
 
 
 def load_clip(path: str, device="cpu", dtype=torch.float32) -> Clip:
@@ -390,76 +472,3 @@ def load_clip(path: str, device="cpu", dtype=torch.float32) -> Clip:
     sources = {name: clip_source(name, path) for name in model.state_dict()}
     fill(model, Tensors(path), sources, device, dtype)
     return model.eval()
-
-
-# ------------------------------------------------------------------------------------------------ back again
-
-
-def hf_config(cfg: ModelConfig, dtype=torch.float32) -> dict:
-    """The config.json of a decoder, as transformers reads it."""
-    kind = (
-        "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "mistral" if cfg.sliding_window else "llama"
-    )
-    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
-    rope = {"rope_type": cfg.rope_scaling, "rope_theta": cfg.rope_theta}
-    if cfg.rope_scaling != "default":
-        rope["factor"] = cfg.rope_factor
-    if cfg.rope_scaling == "llama3":
-        rope |= {"low_freq_factor": cfg.rope_low, "high_freq_factor": cfg.rope_high}
-        rope["original_max_position_embeddings"] = cfg.rope_length
-    config = {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": kind,
-        "dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.dim,
-        "intermediate_size": cfg.ffn_dim,
-        "num_hidden_layers": cfg.num_layers,
-        "num_attention_heads": cfg.num_heads,
-        "num_key_value_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_dim or cfg.dim // cfg.num_heads,
-        "rms_norm_eps": cfg.norm_eps,
-        "hidden_act": "silu",
-        "tie_word_embeddings": cfg.tied,
-        "rope_parameters": rope,
-        "rope_theta": cfg.rope_theta,  # readers before rope_parameters look here
-    }
-    if cfg.sliding_window:
-        config["sliding_window"] = cfg.sliding_window
-    return config
-
-
-def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32, shard_bytes: int = 4 * 2**30):
-    """Writes a decoder without adapters (`lora.merge` first) in the Hugging Face layout."""
-    tensors = {decoder_source(name).name: x for name, x in decoder.state_dict().items()}
-    save_tensors(tensors, folder, dtype, shard_bytes)
-    write_json(os.path.join(folder, "config.json"), hf_config(decoder.cfg, dtype))
-
-
-def save_tensors(tensors: dict[str, Tensor], folder: str, dtype: torch.dtype, shard_bytes: int = 4 * 2**30):
-    """model.safetensors, or shards of at most `shard_bytes` (or one tensor) and an index; files whole."""
-    if any("lora_" in name for name in tensors):
-        raise ValueError("the decoder has adapters: merge them first")
-    shards, room = [[]], shard_bytes
-    for name, x in tensors.items():
-        size = x.numel() * dtype.itemsize
-        if size > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    os.makedirs(folder, exist_ok=True)
-    weight_map = {}
-    for i, shard in enumerate(shards):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        content = save(
-            {n: tensors[n].to("cpu", dtype).contiguous() for n in shard}, metadata={"format": "pt"}
-        )
-        write_whole(os.path.join(folder, file), content)
-        weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        total = sum(x.numel() for x in tensors.values()) * dtype.itemsize
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(os.path.join(folder, "model.safetensors.index.json"), index)

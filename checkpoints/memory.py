@@ -19,10 +19,10 @@ from checkpoints import nf4
 from checkpoints.policies import freeze_base, load_tokenizer, policy_configs
 from clip import ClipConfig
 from data import clips_at_once, longest_text
-from grpo_rank import sampling_logprobs, token_stats
+from grpo_rank import nucleus, sampling_logprobs, token_stats
 from model import Decoder, KVCache, ModelConfig, Projector, VideoLM
 from plumbing.machine import pick_dtype, say
-from rollout import EVALUATED_AT_ONCE, answer, reference_states
+from rollout import EVALUATED_AT_ONCE, answer, draw, reference_states
 
 CHUNK = 1024  # rows that completion_logprobs takes through the head at once
 
@@ -65,8 +65,8 @@ def plan(
     """Bytes by purpose. `run`: train.py's Config; dtype: of the matrix products; text_tokens: of the longest
     prompt beside its video.
 
-    The peak is what stays and the largest of what does not coincide: embedding videos, sampling, update, the
-    last two with their logits. An allocator keeps some more for itself, about a tenth on a GPU.
+    The peak is what stays and the largest of what does not coincide: embedding videos, sampling, update. An
+    allocator keeps some more for itself, about a tenth on a GPU.
     """
     with torch.device("meta"):
         whole = VideoLM(cfg, clip)
@@ -78,11 +78,8 @@ def plan(
     rest = sum(p.numel() for p in whole.decoder.parameters()) - quantised
     num_adapters = sum(run.lora_r * (x.in_features + x.out_features) for x in linears)
     N_video = whole.bridge.num_tokens
-    P, G, T = (
-        run.sample_prompts or max(run.batch_prompts, EVALUATED_AT_ONCE),
-        max(run.group_size, run.eval_samples),
-        run.max_new_tokens,
-    )
+    P = run.sample_prompts or max(run.batch_prompts, EVALUATED_AT_ONCE)
+    G, T = max(run.group_size, run.eval_samples), run.max_new_tokens
     S = N_video + text_tokens
     codes = quantised // 2 + quantised // nf4.BLOCK + 4 * quantised // (nf4.BLOCK * nf4.GROUP)
     stays = {
@@ -103,13 +100,15 @@ def plan(
     each = (b + (cfg.num_layers - 3) * (b - a) for a, b in zip(few, more, strict=True))
     cache, prefill, step, update = each
     logits, embedding = logits_peak(cfg, run), embedding_peak(cfg, clip)
+    draw_peak, between = sampling_logits(cfg, run, P * G)
+    sampling = max(prefill, cache + draw_peak, step + between)
     return stays | {
         "embedding videos": embedding,
         f"KV cache ({P} prompts, {G} completions each)": cache,
-        "sampling, beside the cache": max(prefill, step) - cache,
+        f"sampling, beside the cache (logits of {P * G} answers)": sampling - cache,
         f"activations of the update ({run.micro_batch_prompts or run.batch_prompts} prompts)": update,
-        "logits": logits,
-        "peak": sum(stays.values()) + max(embedding, max(prefill, step, update) + logits),
+        "logits of the update": logits,
+        "peak": sum(stays.values()) + max(embedding, sampling, update + logits),
     }
 
 
@@ -142,6 +141,24 @@ def embedding_peak(cfg: ModelConfig, clip: ClipConfig) -> int:
     return live.peak
 
 
+def sampling_logits(cfg: ModelConfig, run, rows: int) -> tuple[int, int]:
+    """Bytes that one draw for `rows` answers takes at most, and those that it leaves until the next one: the
+    loop of rollout.generate from a state to a token. Log-probabilities, (rows, V), are there three times and
+    more, the cumulative ones in float64."""
+    with FakeTensorMode(), Live() as live:
+        state, banned = torch.zeros(rows, cfg.dim), torch.zeros(cfg.vocab_size, dtype=torch.bool)
+        head, uniforms = torch.zeros(cfg.vocab_size, cfg.dim), torch.zeros(rows)
+        for _ in range(2):  # the second draw begins while the first one's log-probabilities are still there
+            scores = sampling_logprobs(state @ head.T, run.temperature, banned, None)
+            if run.top_p < 1:
+                support = nucleus(scores, run.top_p)
+                scores = sampling_logprobs(scores, 1.0, None, support)
+            draw(scores, uniforms)
+    spared = num_bytes([head]) if run.base == "float32" else 0  # the model's own head serves
+    supports = 2 * run.max_new_tokens * rows * -(-cfg.vocab_size // 8) if run.top_p < 1 else 0
+    return live.peak - spared + supports, live.live - spared + supports
+
+
 def logits_peak(cfg: ModelConfig, run) -> int:
     """Peak bytes of a chunk of rows on its way through the head and back, the reference's beside it; and of
     a float32 copy of the head, where it is of 16 bits."""
@@ -164,10 +181,8 @@ def table(lines: dict[str, int]) -> str:
 
 def print_plan(cfg, device: torch.device, sets):
     """Prints the plan of a run, before its policy is loaded. sets: its training and held-out questions."""
-    model_config, clip_config = policy_configs(
-        cfg.policy, clip=cfg.clip, num_frames=cfg.num_frames, video_tokens=cfg.video_tokens
-    )
-    tokenizer = load_tokenizer(cfg.policy, model_config.vocab_size, cfg.template, cfg.think)
+    model_config, clip_config = policy_configs(cfg)
+    tokenizer = load_tokenizer(cfg, model_config.vocab_size)
     longest = max(longest_text(tokenizer, questions, model_config.num_frames) for questions in sets)
     num_videos = sum(len({question.shown for question in questions}) for questions in sets)
     dtype = getattr(torch, pick_dtype(cfg.dtype, device, model_config.dim))

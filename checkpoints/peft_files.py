@@ -1,6 +1,5 @@
 """Adapters in PEFT's files, both ways: adapter_config.json and adapter_model.safetensors."""
 
-import json
 import os
 import re
 
@@ -10,13 +9,14 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import lora
-from plumbing.options import BadInput, write_json, write_whole
+from plumbing.options import BadInput, read_json, refuse_pickles, write_json, write_whole
 
+SAVED = "name a folder with an adapter that train.py or PEFT saved"
 PREFIX = "base_model.model."  # PEFT's prefix; without it PEFT loads nothing and warns once
 # Where a decoder stands in the model that PEFT wrapped: a causal LM of transformers, a LLaVA of transformers
 # 5 and one of transformers 4, the decoder itself.
 PATHS = ("model.", "model.language_model.", "language_model.model.", "")
-# PEFT's settings that make of its tensors something else than (alpha / r) B A, with the values that do not
+# PEFT's settings that we support only at these values; with others the update is not (alpha / r) B A.
 PLAIN = {
     "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 } | dict.fromkeys(
@@ -55,30 +55,28 @@ def save_adapter(model: nn.Module, folder: str, path: str = PATHS[0]):
 
 
 def read_adapter(folder: str) -> tuple[dict, dict[str, Tensor]]:
-    """(adapter_config.json, tensors) of an adapter that PEFT or `save_adapter` wrote. BadInput: files
-    that are missing or broken, settings that are not plain LoRA. A dropout is of PEFT's training alone
-    and is ignored."""
-    path = os.path.join(folder, "adapter_config.json")
-    pickle, weights = (os.path.join(folder, f"adapter_model.{kind}") for kind in ("bin", "safetensors"))
-    if os.path.exists(pickle) and not os.path.exists(weights):
-        raise BadInput(f"{pickle}: a pickle, which can run code; let PEFT write it anew as safetensors")
+    """(adapter_config.json, tensors) of an adapter that PEFT or `save_adapter` wrote; r and lora_alpha are 8
+    where PEFT leaves them out. A dropout matters to PEFT's training only and is ignored. BadInput: files that
+    are missing or broken, settings that are not plain LoRA."""
+    refuse_pickles(folder, "adapter_model.safetensors")
+    config_path = os.path.join(folder, "adapter_config.json")
+    path = os.path.join(folder, "adapter_model.safetensors")
+    config = {"r": 8, "lora_alpha": 8} | read_json(config_path, SAVED)
+    r, alpha = config["r"], config["lora_alpha"]
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float):
+        raise BadInput(f"{config_path}: r is {r!r}, lora_alpha is {alpha!r}; both must be numbers above 0")
+    for name, plain in PLAIN.items():
+        if name in config and config[name] not in plain:
+            raise BadInput(
+                f"{config_path}: {name} {config[name]} is not supported; only plain LoRA and rsLoRA are"
+            )
     try:
-        with open(path) as file:
-            config = json.load(file)
-        r, alpha = config["r"], config["lora_alpha"]
-        if not (isinstance(r, int) and r > 0 and isinstance(alpha, int | float)):
-            raise ValueError(f"r {r}, lora_alpha {alpha}")
-        odd = [k for k, plain in PLAIN.items() if k in config and config[k] not in plain]
-        path = weights
         tensors = load_file(path)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise BadInput(
-            f"{path}: {error}; name a folder with an adapter that train.py or PEFT saved"
-        ) from error
-    if odd:
-        raise BadInput(
-            f"{folder}: {odd[0]} {config[odd[0]]} is not supported; only plain LoRA and rsLoRA are"
-        )
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: {error}; {SAVED}") from error
+    unsound = next((name for name, x in tensors.items() if not x.isfinite().all()), None)
+    if unsound:
+        raise BadInput(f"{path}: {unsound} holds NaN or infinity; use a sound copy of this adapter")
     return config, tensors
 
 
@@ -92,27 +90,26 @@ def load_adapter(model: nn.Module, folder: str) -> list[nn.Parameter]:
     adapted = lora.layers(model)
     bases = {name: layer.base for name, layer in adapted.items()}
     bases = bases or {name: model.get_submodule(name) for name in lora.linears(model)}
-    sizes = {name: (base.out_features, base.in_features) for name, base in bases.items()}
     r, alpha, rslora = config["r"], config["lora_alpha"], bool(config.get("use_rslora"))
 
-    def name_of(key):
+    def layer_of(key):
         """The model's layer that a tensor belongs to, "" for none."""
         found = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_[AB]\.weight", key)
         names = (found[1].removeprefix(start) for start in PATHS if found and found[1].startswith(start))
-        return next((name for name in names if name in sizes), "")
+        return next((name for name in names if name in bases), "")
 
-    names = {key: name_of(key) for key in stored}
-    wanted = {(name, part) for name in (adapted or names.values()) for part in "AB"}
-    have = {(name, key.removesuffix(".weight")[-1]): key for key, name in names.items()}
-    odd = [f"{k} fits no layer" for k, name in names.items() if not name]
-    odd += [f"lora_{part} of {name} is missing" for name, part in sorted(wanted - have.keys())]
-    if odd or not stored or len(have) < len(stored):
-        what = f"the first: {odd[0]}" if odd else "or it holds none"
+    layers = {key: layer_of(key) for key in stored}
+    wanted = {(name, part) for name in (adapted or layers.values()) for part in "AB"}
+    key_of = {(name, key.removesuffix(".weight")[-1]): key for key, name in layers.items()}
+    problems = [f"{key} fits no layer" for key, name in layers.items() if not name]
+    problems += [f"lora_{part} of {name} is missing" for name, part in sorted(wanted - key_of.keys())]
+    if problems or not stored or len(key_of) < len(stored):
+        what = f"the first: {problems[0]}" if problems else "or it holds none"
         raise BadInput(
             f"{path}: its names differ from the model's layers, {what}; use the policy it was made for"
         )
-    for (name, part), key in have.items():
-        shape = (r, sizes[name][1]) if part == "A" else (sizes[name][0], r)
+    for (name, part), key in key_of.items():
+        shape = (r, bases[name].in_features) if part == "A" else (bases[name].out_features, r)
         if stored[key].shape != shape:
             raise BadInput(
                 f"{path}: {key} has shape {tuple(stored[key].shape)}, not {shape}: use its own --policy"
@@ -124,8 +121,8 @@ def load_adapter(model: nn.Module, folder: str) -> list[nn.Parameter]:
                 f" {layer.rslora}: use the run's own --lora_r and --lora_alpha"
             )
     if not adapted:
-        lora.add_adapters(model, r, alpha, set(names.values()), torch.Generator(), rslora)
+        lora.add_adapters(model, r, alpha, set(layers.values()), torch.Generator(), rslora)
     adapted = lora.layers(model)
-    for (name, part), key in have.items():
+    for (name, part), key in key_of.items():
         getattr(adapted[name], f"lora_{part}").copy_(stored[key])
     return [p for layer in adapted.values() for p in (layer.lora_A, layer.lora_B)]

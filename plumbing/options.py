@@ -240,6 +240,22 @@ def read_jsonl(path: str, wants: str) -> Iterator[tuple[str, dict]]:
             yield where, row
 
 
+PICKLES = (".bin", ".pt", ".pth")
+
+
+def refuse_pickles(path: str, wanted: str = "model.safetensors") -> None:
+    """Raises BadInput for a file that is a pickle, and for a folder with a pickle and no file `wanted`."""
+    path = os.fspath(path)
+    pickles = [path] if path.endswith(PICKLES) else []
+    if os.path.isdir(path) and not os.path.exists(os.path.join(path, wanted)):
+        pickles = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name.endswith(PICKLES)]
+    if pickles:
+        raise BadInput(
+            f"{pickles[0]}: a pickle, which can run code; trust it? convert it:"
+            f" safetensors.torch.save_file(torch.load(FILE, weights_only=True), {wanted!r})"
+        )
+
+
 def temporary_name(path: str) -> str:
     """A name beside path that no other process takes, and that tells whose it is."""
     return f"{path}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"

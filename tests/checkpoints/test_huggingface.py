@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 
 import lora
 import train
-from checkpoints import huggingface, peft_files
+from checkpoints import huggingface, nf4, peft_files
 from checkpoints.chat_tokenizer import ChatTokenizer
 from checkpoints.huggingface import decoder_config, load_clip, load_decoder, save_decoder
 from checkpoints.nf4 import NF4Linear
-from checkpoints.policies import load_policy, load_pretrained, policy_configs, save_llava
+from checkpoints.policies import PolicyOptions, load_policy, load_run, policy_configs
+from checkpoints.pretrained import load_pretrained, save_pretrained
 from clip import Clip, ClipConfig, preprocess
 from data import Prompts, PromptSet
-from eval import load_run, merge_run
+from eval import merge_run
 from model import Decoder
 from plumbing.options import BadInput
 from rollout import generate
@@ -62,6 +63,10 @@ def theirs(family, **more):
     for parameter in (p for n, p in model.named_parameters() if p.dim() == 1):
         parameter.data += 0.3 * torch.randn_like(parameter)  # biases of 0 and gains of 1 would hide an error
     return model
+
+
+def chosen(policy, **options):
+    return PolicyOptions(policy=str(policy), **options)
 
 
 def saved(model, folder, **options):
@@ -105,8 +110,7 @@ def test_sharded_half_precision_files_load_as_stored(dtype, tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("shard_bytes", [10_000, 2**30])
-def test_merged_is_a_plain_checkpoint_that_transformers_loads(family, shard_bytes, tmp_path):
+def test_a_merged_decoder_is_a_plain_checkpoint_that_transformers_loads(family, tmp_path):
     decoder = load_decoder(saved(theirs(family), tmp_path / "base"))
     lora.add_adapters(decoder, 4, 8.0, generator=torch.Generator().manual_seed(2))
     for layer in lora.layers(decoder).values():
@@ -116,7 +120,7 @@ def test_merged_is_a_plain_checkpoint_that_transformers_loads(family, shard_byte
     with lora.using(decoder, "off"):
         assert (logits(decoder, ids, 8) - adapted).abs().max() > 0.1  # the adapter does something
     lora.merge(decoder)
-    save_decoder(decoder, tmp_path / "merged", shard_bytes=shard_bytes)
+    save_decoder(decoder, tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert (merged(ids).logits[:, 7:-1] - adapted).abs().max() <= 1e-4
     again = load_decoder(str(tmp_path / "merged"))
@@ -262,7 +266,7 @@ def test_frames_reach_a_llava_policy_as_clip_image_processor_makes_them(
         (path,) = map(str, tmp_path.glob("*.mp4"))
     else:
         path = drawn_clip(tmp_path, clip)
-    policy, tokenizer = load_policy(str(tmp_path), num_frames=4)
+    policy, tokenizer = load_policy(chosen(str(tmp_path), num_frames=4))
     seen, patch_tokens = [], policy.clip.patch_tokens
     policy.clip.patch_tokens = lambda pixels, layer: seen.append(pixels) or patch_tokens(pixels, layer)
     PromptSet(policy, tokenizer, [Question("a", path, "what does the red block do?", "it moves")])
@@ -292,7 +296,7 @@ def test_llava_gives_transformers_logits_on_two_frames(tmp_path):
     model = their_llava()
     for tokens in ("patches", "pooled"):
         pooled = tokens == "pooled"
-        ours = load_pretrained(saved(model, tmp_path), video_tokens=tokens, num_frames=2)
+        ours = load_pretrained(chosen(saved(model, tmp_path), video_tokens=tokens, num_frames=2))
         generator = torch.Generator().manual_seed(1)
         frames = torch.randint(0, 256, (1, 2, 3, 28, 28), dtype=torch.uint8, generator=generator)
         words = torch.randint(2, 59, (1, 10), generator=generator)
@@ -318,16 +322,14 @@ def test_llava_gives_transformers_logits_on_two_frames(tmp_path):
 
 @torch.no_grad()
 def test_a_merged_llava_is_a_plain_checkpoint_that_transformers_loads(tmp_path):
-    model = load_pretrained(saved(their_llava(), tmp_path / "base"), num_frames=2)
+    model = load_pretrained(chosen(saved(their_llava(), tmp_path / "base"), num_frames=2))
     lora.add_adapters(model.decoder, 4, 8.0, generator=torch.Generator().manual_seed(2))
     for layer in lora.layers(model.decoder).values():
         layer.lora_B.normal_(generator=torch.Generator().manual_seed(3))
     ids = torch.randint(2, 59, (2, 30), generator=torch.Generator().manual_seed(1))
     adapted = logits(model.decoder, ids, 8)
-    with pytest.raises(ValueError, match="merge them first"):
-        save_llava(model, str(tmp_path / "merged"), 59)
     lora.merge(model.decoder)
-    save_llava(model, str(tmp_path / "merged"), 59)
+    save_pretrained(model, str(tmp_path / "base"), str(tmp_path / "merged"), end_ids=(2,))
     merged = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged")
     assert (merged(ids).logits[:, 7:-1] - adapted).abs().max() <= 1e-4
     pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(4))
@@ -342,7 +344,7 @@ def test_published_llava_names_and_defaults_load_too(tmp_path):
     state = load_file(folder / "model.safetensors")
     state = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in state.items()}
     save_file(state, folder / "model.safetensors")
-    model = load_pretrained(str(folder), num_frames=2)
+    model = load_pretrained(chosen(folder, num_frames=2))
     wanted = state["vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"]
     assert torch.equal(model.clip.vision_model.layers[1].fc1.weight, wanted)
     # the published text_config names next to nothing: the rest are LLaMA-7B's own sizes
@@ -384,6 +386,9 @@ SPELT = {  # as LLaVA's, LLaMA-2-chat's and ChatML's own documents write them, i
     f"language.\n<</SYS>>\n\n<image>\n{QUESTION} [/INST]",
     "chatml": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\n"
     f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n",
+    "qwen3": f"<|im_start|>user\n<image>\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+    "<think>\n\n</think>\n\n",
+    "mistral": f"[INST] <image>\n{QUESTION} [/INST]",
     "plain": f"<image>\n{QUESTION}\n",
 }
 
@@ -401,7 +406,10 @@ def test_chat_prompts_are_auto_tokenizers_with_the_placeholder_repeated(template
     assert [3 if i == 310 else i for i in apart.prompt(QUESTION, 1)] == wanted
     assert ours.decode([*ours.encode(QUESTION), *ours.end_ids]) == QUESTION
     banned = ours.banned_ids(320)
-    assert banned[[0, 1, 3, 4]].all() and not banned[[2, 5]].any() and not banned[6 : ours.vocab_size].any()
+    # the turn's end first, then eos_token; another template's end is never drawn
+    assert ours.end_ids == ((5, 2) if template in ("chatml", "qwen3") else (2,))
+    assert banned[[0, 1, 3, 4]].all() and banned[5] == (5 not in ours.end_ids)
+    assert not banned[2] and not banned[6 : ours.vocab_size].any()
     assert banned[ours.vocab_size :].all() and apart.banned_ids(320)[310]
     with pytest.raises(BadInput, match="^question .*holds the special token <image>; take it out$"):
         ours.prompt("is <image> here?", 5)
@@ -414,7 +422,7 @@ def test_a_chat_model_is_told_the_answer_format_and_the_times_behind_its_questio
     saved(their_llava(image_token_index=3, vocab_size=320), tmp_path)
     shutil.copy(tokenizer_files / "tokenizer.json", tmp_path)
     world.make_world(tmp_path / "videos", range(1), workers=1)
-    policy, tokenizer = load_policy(str(tmp_path), num_frames=3, think=think)
+    policy, tokenizer = load_policy(chosen(str(tmp_path), num_frames=3, think=think))
     (video,) = (tmp_path / "videos").glob("*.mp4")
     asked = Question("a", str(video), "when does it move?", "", spans=((1.0, 2.0),))
     (prompt,) = PromptSet(policy, tokenizer, [asked]).prompts
@@ -426,16 +434,16 @@ def test_a_chat_model_is_told_the_answer_format_and_the_times_behind_its_questio
 def test_a_runs_policy_merges_into_a_checkpoint_of_its_kind(tokenizer_files, tmp_path):
     saved(their_llava(image_token_index=3, vocab_size=320), tmp_path / "base")
     shutil.copy(tokenizer_files / "tokenizer.json", tmp_path / "base")
-    policy, _ = load_policy(str(tmp_path / "base"), num_frames=2)
+    policy, _ = load_policy(chosen(str(tmp_path / "base"), num_frames=2))
     lora.add_adapters(policy.decoder, 4, 8.0)
     for layer in lora.layers(policy.decoder).values():
         layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(3))
-    run = {"policy": str(tmp_path / "base"), "lora_r": 4, "lora_alpha": 8.0, "num_frames": 2}
+    run = vars(chosen(tmp_path / "base", num_frames=2)) | {"lora_r": 4, "lora_alpha": 8.0, "made": {}}
     peft_files.save_adapter(policy.decoder, str(tmp_path / "run" / "adapter"))
     (tmp_path / "run" / "config.json").write_text(json.dumps(run))
     merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
     lora.merge(policy.decoder)
-    again, tokenizer = load_policy(str(tmp_path / "merged"), num_frames=2)
+    again, tokenizer = load_policy(chosen(str(tmp_path / "merged"), num_frames=2))
     torch.testing.assert_close(again.state_dict(), policy.state_dict(), atol=0, rtol=0)
     assert again.cfg.video_start == tokenizer.video_start and tokenizer.placeholder_id == 3
     with pytest.raises(BadInput, match="exists already; name another folder"):
@@ -459,7 +467,7 @@ def test_a_llava_folder_is_a_policy_that_answers_and_never_samples_the_placehold
     saved(their_llava(image_token_index=3, vocab_size=320), tmp_path)
     shutil.copy(tokenizer_files / "tokenizer.json", tmp_path)
     world.make_world(tmp_path / "videos", range(1))
-    policy, tokenizer = load_policy(str(tmp_path), video_tokens=video_tokens, num_frames=3)
+    policy, tokenizer = load_policy(chosen(str(tmp_path), video_tokens=video_tokens, num_frames=3))
     (video,) = (tmp_path / "videos").glob("*.mp4")
     question = Question("a", str(video), "what does the red block do?", "it moves")
     prompts = PromptSet(policy, tokenizer, [question])
@@ -497,7 +505,6 @@ def test_train_takes_a_step_on_a_llava_in_every_base_and_peft_reads_its_adapter(
     options += ["--max_new_tokens", 4, "--oracle", "longest:first", "--out", tmp_path / "run"]
     options += ["--dtype", "float32" if base == "float32" else "bfloat16"]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-    monkeypatch.setattr(train, "catch_interrupt", lambda: lambda: False)  # pytest keeps its Ctrl-C
     assert train.main() == 0
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert not row["bad"] and row["grad_norm"] > 0
@@ -525,7 +532,7 @@ def test_a_4_bit_llava_is_read_one_full_precision_layer_at_a_time(llava_folder, 
         weakref.finalize(tensor.untyped_storage(), alive.subtract, [name])
         most.append(sum(count > 0 for count in alive.values()))
 
-    read, quantise, last = huggingface.Tensors.__getitem__, huggingface.quantise_linear, []
+    read, quantise, last = huggingface.Tensors.__getitem__, nf4.quantise_linear, []
 
     def read_watched(tensors, name):
         tensor = read(tensors, name)
@@ -539,8 +546,8 @@ def test_a_4_bit_llava_is_read_one_full_precision_layer_at_a_time(llava_folder, 
         return quantise(linear)
 
     monkeypatch.setattr(huggingface.Tensors, "__getitem__", read_watched)
-    monkeypatch.setattr(huggingface, "quantise_linear", quantise_watched)
-    model = load_pretrained(str(llava_folder), num_frames=2, base="nf4")
+    monkeypatch.setattr(nf4, "quantise_linear", quantise_watched)
+    model = load_pretrained(chosen(llava_folder, num_frames=2, base="nf4"))
     assert len(alive) == len(last) == 2 * 7 and len(most) == 2 * 2 * 7 and max(most) == 1
     assert not +alive and sum(isinstance(m, NF4Linear) for m in model.modules()) == 2 * 7
 
@@ -643,7 +650,8 @@ def test_a_folder_that_is_no_policy_is_refused_with_what_a_policy_is(kind, tmp_p
         (tmp_path / "config.json").write_text(json.dumps({"model_type": kind} if kind else {"sizes": {}}))
         save_file({}, tmp_path / "model.safetensors")
     for load in (policy_configs, load_policy):
-        refused(tmp_path, "config.json", kind or "'model'", "pretrain.py", "LLaVA-1.5", load=load)
+        words = ("config.json", kind or "'model'", "pretrain.py", "LLaVA-1.5")
+        refused(tmp_path, *words, load=lambda folder, load=load: load(chosen(folder)))
 
 
 def test_an_unsupported_architecture_lists_the_supported_ones(llama):
@@ -679,3 +687,135 @@ def test_pickles_and_folders_without_config_are_refused(llama, tmp_path_factory)
     refused(tmp_path_factory.mktemp("empty"), "config.json", "Hugging Face layout")
     (llama / "ViT.pt").write_bytes(b"")
     refused(llama / "ViT.pt", "ViT.pt", "pickle", load=load_clip)
+
+
+# --------------------------------------------------------------------------------- folders as users have them
+
+LONG = torch.arange(40)[None] % 60
+
+
+def weights_of(folder, change):
+    state = load_file(folder / "model.safetensors")
+    save_file(change(state), folder / "model.safetensors", {"format": "pt"})
+
+
+@torch.no_grad()
+def gap_to_transformers(folder, model=None):
+    model = model or transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return (logits(load_decoder(str(folder)), LONG, 8) - model.eval()(LONG).logits[:, 7:-1]).abs().max()
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_a_head_beside_a_tied_config_is_taken_as_transformers_takes_it(differs, tmp_path):
+    saved(theirs("qwen2"), tmp_path)
+    head = torch.randn(60, 32, generator=torch.Generator().manual_seed(1))
+    weights_of(
+        tmp_path,
+        lambda state: (
+            state | {"lm_head.weight": head if differs else state["model.embed_tokens.weight"].clone()}
+        ),
+    )
+    assert gap_to_transformers(tmp_path) <= 1e-4
+    assert load_decoder(str(tmp_path)).cfg.tied != differs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_its_classs_default(family, tmp_path):
+    saved(theirs(family, rms_norm_eps=1e-6, num_key_value_heads=4), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias"):
+        config.pop(name, None)
+    if family.startswith("llama2"):
+        config.pop("num_key_value_heads")  # of this class alone: as many as heads
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert gap_to_transformers(tmp_path) <= 1e-4
+
+
+def test_mistrals_window_is_4096_where_it_is_left_out_and_none_where_it_is_null():
+    config = {"model_type": "mistral", "num_hidden_layers": 2}
+    assert decoder_config(config, "config.json").sliding_window == 4096
+    assert decoder_config(config | {"sliding_window": None}, "config.json").sliding_window == 0
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", ""])
+def test_whatever_stands_before_a_decoders_names_it_is_found(prefix, tmp_path):
+    model = theirs("smollm2")
+    saved(model, tmp_path)
+    weights_of(tmp_path, lambda state: {k.replace("model.", prefix, 1): x for k, x in state.items()})
+    assert gap_to_transformers(tmp_path, model) <= 1e-4
+
+
+def test_a_llava_from_a_trainers_state_dict_is_the_same_llava(tmp_path):
+    model = their_llava()
+    saved(model, tmp_path / "written")
+    shutil.copytree(tmp_path / "written", tmp_path / "trainer")
+    state = {name: x.clone().contiguous() for name, x in model.state_dict().items()}
+    save_file(state, tmp_path / "trainer" / "model.safetensors")
+    assert any(name.startswith("model.vision_tower.") for name in state)
+    one, other = (load_pretrained(chosen(tmp_path / name, num_frames=2)) for name in ("written", "trainer"))
+    torch.testing.assert_close(one.state_dict(), other.state_dict(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("where", ["top", "text"])
+def test_a_llava_is_tied_where_its_config_says_so_at_the_top_or_in_the_text(where, tmp_path):
+    saved(their_llava(tie_word_embeddings=True), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config["text_config"] if where == "top" else config).pop("tie_word_embeddings")
+    assert (config if where == "top" else config["text_config"])["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_pretrained(chosen(tmp_path, num_frames=2)).cfg.tied
+
+
+@torch.no_grad()
+def test_a_clip_whose_mlp_is_not_four_times_its_width_gives_transformers_features(tmp_path):
+    torch.manual_seed(0)
+    text, vision = (part | {"hidden_act": "gelu"} for part in (TEXT, VISION))
+    config = transformers.CLIPConfig(
+        text_config=text | {"intermediate_size": 96}, vision_config=vision | {"intermediate_size": 272},
+        projection_dim=24,
+    )  # fmt: skip
+    model = transformers.CLIPModel(config).eval()
+    clip = load_clip(saved(model, tmp_path))
+    pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
+    ids, lengths = torch.full((2, 9), 49), torch.tensor([9, 9])
+    ids[:, :8] = torch.randint(1, 48, (2, 8), generator=torch.Generator().manual_seed(1))
+    wanted = model(ids, pixels)
+    assert (clip.vision_model(pixels) - wanted.image_embeds).abs().max() <= 1e-5
+    assert (clip.text_model(ids, lengths) - wanted.text_embeds).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"vocab_size": "60"}, ("vocab_size is '60'", "a whole number above 0")),
+        ({"rope_parameters": None, "rope_theta": "1e4"}, ("rope_theta is '1e4'", "a number above 0")),
+        ({"num_attention_heads": 0}, ("num_attention_heads is 0",)),
+        ({"num_hidden_layers": True}, ("num_hidden_layers is True",)),
+        ({"rms_norm_eps": None}, ("rms_norm_eps is None",)),
+        ({"num_key_value_heads": 3}, ("num_attention_heads 4 is no multiple of num_key_value_heads 3",)),
+        ({"rope_parameters": {"rope_type": "yarn"}}, ("rope type yarn is not supported",)),
+        ({"rope_parameters": "linear"}, ("rope_scaling is 'linear'",)),
+        ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config", "gptq")),
+        ({"layer_types": ["sliding_attention"] * 2}, ("a sliding window in some layers",)),
+    ],
+)
+def test_an_odd_config_is_one_line_that_names_the_true_cause(changes, words, llama):
+    change(llama, **changes)
+    refused(llama, "config.json: ", *words)
+
+
+def test_odd_weights_are_one_line_that_names_the_true_cause(tmp_path):
+    saved(theirs("llama3"), tmp_path)
+    file, sound = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(sound | {name: sound[name].clone().index_fill_(0, torch.tensor(3), torch.nan)}, file)
+    refused(tmp_path, str(file), name, "NaN")
+    save_file({k: x for k, x in sound.items() if k != "lm_head.weight"}, file)
+    refused(tmp_path, str(file), "lm_head.weight is missing", "tie_word_embeddings false")
+    wrapped = {
+        "base_model.model." + k.replace("up_proj.", "up_proj.base_layer."): x for k, x in sound.items()
+    }
+    save_file(wrapped, file)
+    refused(tmp_path, str(file), "base_layer", "merge_and_unload")
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123456\n")
+    refused(tmp_path, str(file), "Git LFS", "git lfs pull")

@@ -104,6 +104,8 @@ def test_importing_train_loads_nothing_that_the_default_run_does_not_need():
     chosen_later = {
         "oracles.judge", "oracles.chat", "oracles.cache", "oracles.ranker", "videoqa.datasets",
         "videoqa.scores", "checkpoints.nf4", "checkpoints.memory",
+        "checkpoints.huggingface", "checkpoints.pretrained", "checkpoints.chat_tokenizer",
+        "checkpoints.peft_files",
     }  # fmt: skip
     assert not loaded & chosen_later
 

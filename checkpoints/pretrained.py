@@ -1,0 +1,232 @@
+"""Policies in the Hugging Face layout: LLaVA-1.5, or a text decoder behind a CLIP; merged runs back again.
+
+A text decoder has never been shown anything: between it and CLIP stands this repository's own Bridge, read
+from BRIDGE_FILE in the decoder's folder where that exists, from scratch otherwise. LLaVA brings a projector,
+and can have a Q-Former in its place.
+"""
+
+import os
+import shutil
+from dataclasses import replace
+
+import torch
+from safetensors.torch import save, save_file
+
+from checkpoints.huggingface import (
+    DECODERS,
+    FOLDER,
+    HEAD,
+    Source,
+    Tensors,
+    clip_config,
+    clip_source,
+    decoder_config,
+    decoder_sources,
+    fill,
+    read_clip_config,
+    weight_files,
+    with_own_head,
+)
+from checkpoints.policies import POLICIES
+from clip import ClipConfig
+from model import Bridge, ModelConfig, VideoLM
+from plumbing.machine import say
+from plumbing.options import BadInput, read_json, write_json, write_whole
+
+FRAMES = 50  # K of a pretrained policy, as VLM-RLAIF was tuned
+BRIDGE_FILE = "bridge.safetensors"  # a Bridge beside a pretrained decoder's weights
+OLD_BRIDGE_FILE = "video_adapter.safetensors"  # its name before
+CLIP_TEXT = (  # the parts of a CLIP checkpoint that are not its image tower, in either layout
+    "text_model.", "text_projection", "visual_projection", "logit_scale", "transformer.", "token_embedding.",
+    "positional_embedding", "ln_final.", "visual.proj",
+)  # fmt: skip
+LLAVA_VISION = {  # what LLaVA's config takes where it has no vision_config at all: CLIP ViT-L/14-336
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+COPIED = (".json", ".jinja", ".model", ".txt")  # a policy's files beside its weights
+
+
+# ----------------------------------------------------------------------------------------------- the configs
+
+
+def pretrained_configs(options) -> tuple[ModelConfig, ClipConfig]:
+    """The sizes of what `load_pretrained` would load, from the config files. BadInput: not supported."""
+    folder, num_frames = options.policy, options.num_frames or FRAMES
+    where = os.path.join(folder, "config.json")
+    config = read_json(where, FOLDER)
+    kind = config.get("model_type")
+    if kind == "llava":
+        if options.clip:
+            raise BadInput(
+                f"--clip {options.clip}: {folder} is no text decoder and has its own; leave --clip out"
+            )
+        return llava_configs(config, where, num_frames, options.video_tokens)
+    if kind not in DECODERS:
+        raise BadInput(f"{where}: model_type {kind} is no policy; {POLICIES} ({', '.join(DECODERS)})")
+    if not options.clip:
+        raise BadInput(f"{where}: model_type {kind} is a text decoder: name its CLIP with --clip; {POLICIES}")
+    bridge = "qformer" if options.video_tokens == "auto" else options.video_tokens
+    ours = dict(bridge=bridge, num_frames=num_frames, framing=framing(options.clip))
+    return decoder_config(config, where, **ours), replace(read_clip_config(options.clip), embed_dim=0)
+
+
+def llava_configs(config: dict, where: str, num_frames: int, video_tokens: str):
+    """(ModelConfig, ClipConfig). pooled, auto: VLM-RLAIF's K + N video tokens; patches: all K * N."""
+    supported = {
+        "projector_hidden_act": "gelu", "vision_feature_select_strategy": "default",
+        "multimodal_projector_bias": True, "quantization_config": None,
+    }  # fmt: skip
+    for key, value in supported.items():
+        if config.get(key, value) != value:
+            raise BadInput(f"{where}: {key} {config.get(key)} is not supported; {key} must be {value}")
+    layer = config.get("vision_feature_layer", -2)
+    if type(layer) is not int:
+        raise BadInput(f"{where}: vision_feature_layer {layer} is not supported; one layer, a whole number")
+    text, vision = config.get("text_config") or {}, config.get("vision_config") or LLAVA_VISION
+    if vision.get("model_type", "clip_vision_model") != "clip_vision_model":
+        raise BadInput(f"{where}: an image tower {vision['model_type']} is not supported; CLIP's is")
+    text = {"model_type": "llama"} | text
+    text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    bridge = {"qformer": "qformer", "patches": "llava"}.get(video_tokens, "llava_pooled")
+    ours = dict(bridge=bridge, framing=framing(os.path.dirname(where)), clip_layer=layer)
+    return decoder_config(text, where, num_frames=num_frames, **ours), clip_config(vision, where)
+
+
+def framing(folder: str) -> str:
+    """How CLIP was shown its pictures in training. do_pad is LlavaImageProcessor's name for it."""
+    path = os.path.join(folder, "preprocessor_config.json")
+    return "pad" if os.path.exists(path) and read_json(path, FOLDER).get("do_pad") else "crop"
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def load_pretrained(options, device="cpu") -> VideoLM:
+    """LLaVA-1.5, or a text decoder with the image tower of options.clip, as a frozen VideoLM: float32, but
+    the decoder held in options.base (`fill`). options: PolicyOptions. BadInput: see `fill`."""
+    cfg, clip_cfg = pretrained_configs(options)
+    tensors = open_weights(options.policy, options)
+    cfg = with_own_head(cfg, tensors)
+    with torch.device("meta"):
+        model = VideoLM(cfg, clip_cfg)
+    own_bridge = isinstance(model.bridge, Bridge)
+    parts = {part: list(getattr(model, part).state_dict()) for part in ("clip", "bridge", "decoder")}
+    sources = {
+        f"decoder.{name}": source for name, source in decoder_sources(parts["decoder"], tensors).items()
+    }
+    spare = (tensors.prefix(HEAD, "") + HEAD,) if tensors else ()
+    if options.clip:
+        tower = {f"clip.{name}": clip_source(name, options.clip) for name in parts["clip"]}
+        clip_tensors = open_weights(options.clip, options)
+        fill(model, clip_tensors, tower, device, torch.float32, CLIP_TEXT, seed=options.seed)
+    else:
+        sources |= llava_sources(parts, tensors, own_bridge)
+        projector = tensors.prefix("linear_1.weight", "multi_modal_projector.") if tensors else ""
+        spare += (projector,) * own_bridge
+    fill(model, tensors, sources, device, torch.float32, spare, options.base, options.seed)
+    if own_bridge:
+        model.bridge = load_bridge(options.policy, cfg, clip_cfg, options.seed).to(device)
+    return model.eval()
+
+
+def open_weights(path: str, options) -> Tensors | None:
+    """None, and a note, where there are none and --random_weights is given."""
+    if not options.random_weights or os.path.isfile(path) or weight_files(path):
+        return Tensors(path)
+    drawn = f"--random_weights draws them, seed {options.seed}; answers will mean nothing"
+    say(f"{path} holds no weights: {drawn}")
+    return None
+
+
+def llava_sources(
+    parts: dict[str, list[str]], tensors: Tensors | None, own_bridge: bool
+) -> dict[str, Source]:
+    """Where a LLaVA's image tower and projector lie. Published files say vision_tower.vision_model., newer
+    ones leave the second word out, and a trainer's state_dict has model. before all."""
+    tower, projector = "vision_tower.", "multi_modal_projector."
+    if tensors:
+        tower = tensors.prefix("embeddings.patch_embedding.weight", tower)
+        projector = tensors.prefix("linear_1.weight", projector)
+    sources = {
+        f"clip.{name}": Source(tower + clip_source(name, "").name.removeprefix("vision_model."))
+        for name in parts["clip"]
+    }
+    if own_bridge:
+        return sources
+    return sources | {f"bridge.{name}": Source(projector + name) for name in parts["bridge"]}
+
+
+def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int) -> Bridge:
+    """The folder's bridge; where it has none a new one, the same for the same seed, and a note. Frozen."""
+    path, old = os.path.join(folder, BRIDGE_FILE), os.path.join(folder, OLD_BRIDGE_FILE)
+    if os.path.exists(old) and not os.path.exists(path):
+        raise BadInput(f"{old}: an earlier version's name for the bridge; rename the file to {BRIDGE_FILE}")
+    with torch.random.fork_rng(devices=[]):  # the layers' own initialisation draws from the global generator
+        torch.manual_seed(seed)
+        bridge = Bridge(cfg, clip_cfg).requires_grad_(False)
+    if os.path.exists(path):
+        sources = {name: Source(name) for name in bridge.state_dict()}
+        fill(bridge, Tensors(path), sources, "cpu", torch.float32)
+        return bridge
+    name = "Q-Former" if cfg.bridge == "qformer" else f"projector ({cfg.bridge} video tokens)"
+    size = sum(p.numel() for p in bridge.parameters())
+    say(
+        f"note: the {name} between CLIP and decoder, {size:,} parameters, starts from scratch (seed {seed})"
+        " and train.py updates the decoder's LoRA alone: until python pretrain.py --stage bridge has aligned"
+        f" it with this decoder, into {path}, noise stands in the video's place"
+    )
+    return bridge
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def save_bridge(bridge: Bridge, folder: str) -> None:
+    tensors = {name: x.detach().cpu().contiguous() for name, x in bridge.state_dict().items()}
+    write_whole(os.path.join(folder, BRIDGE_FILE), save(tensors))
+
+
+def save_pretrained(model: VideoLM, source: str, folder: str, end_ids) -> None:
+    """Writes a policy, its LoRA merged, as the folder that it was read from: the same files, names, shards
+    and dtypes, with the decoder's weights replaced, and the bridge beside them if it is ours.
+
+    end_ids: the ids that end an answer. Those that the source's generation_config.json does not know are
+    added to it, so that the model ends its turns wherever it is served. `folder` must not exist. Raises
+    BadInput for a source without weights.
+    """
+    if not weight_files(source):
+        raise BadInput(f"{source}: holds no weights (--random_weights drew them); there is nothing to merge")
+    tensors = Tensors(source)
+    os.makedirs(folder)
+    state = model.decoder.state_dict()
+    changed = {place.name: state[name] for name, place in decoder_sources(state, tensors).items()}
+    for file in sorted(tensors.handles):
+        content = {name: tensors[name] for name, of in tensors.file_of.items() if of == file}
+        content |= {
+            name: changed[name].to("cpu", stored.dtype).contiguous()
+            for name, stored in content.items()
+            if name in changed
+        }
+        save_file(content, os.path.join(folder, os.path.basename(file)), metadata={"format": "pt"})
+    for name in sorted(os.listdir(source)):
+        if name.endswith(COPIED) and os.path.isfile(os.path.join(source, name)):
+            shutil.copy(os.path.join(source, name), folder)
+    if isinstance(model.bridge, Bridge):
+        save_bridge(model.bridge, folder)
+    know_ends(folder, end_ids)
+
+
+def know_ends(folder: str, end_ids) -> None:
+    """Adds end ids to generation_config.json, where neither it nor, in its absence, config.json has them."""
+    path, config = os.path.join(folder, "generation_config.json"), os.path.join(folder, "config.json")
+    if os.path.exists(path):
+        generation = read_json(path, FOLDER)
+    else:
+        defaults = read_json(config, FOLDER)
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = {key: defaults[key] for key in keys if defaults.get(key) is not None}
+    known = generation.get("eos_token_id")
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    if not set(end_ids) <= set(known):
+        write_json(path, generation | {"eos_token_id": [*known, *(i for i in end_ids if i not in known)]})
