@@ -25,18 +25,9 @@ from tqdm import tqdm
 
 from checkpoints.policies import PolicyOptions, load_policy
 from data import PromptSet, load_questions
+from plumbing import options
 from plumbing.machine import pick_device
-from plumbing.options import (
-    ArgumentParser,
-    BadInput,
-    Bounds,
-    Count,
-    PositiveShare,
-    add_options,
-    read_jsonl,
-    run_script,
-    write_whole,
-)  # fmt: skip
+from plumbing.options import BadInput, Bounds, Count, PositiveShare, read_jsonl, run_script, write_whole
 from plumbing.run_folder import fingerprint
 from rollout import Sampling, answer
 from videoqa.answers import Reward, reward, task
@@ -116,9 +107,8 @@ def sample(policy, tokenizer, questions: list, first: int, cfg: Config) -> list[
     """k answers to each of these questions, of which the first is number `first` of the file. Every question
     draws from its own generator, so that its answers do not depend on the batch."""
     seeds = [cfg.seed * 1_000_003 + first + i for i in range(len(questions))]
-    uniforms = [
-        torch.rand(cfg.k, cfg.max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds
-    ]
+    shape, generator = (cfg.k, cfg.max_new_tokens), torch.Generator()
+    uniforms = [torch.rand(shape, generator=generator.manual_seed(seed)) for seed in seeds]
     prompts, rows = PromptSet(policy, tokenizer, questions), torch.arange(len(questions))
     sampling = Sampling.of(policy, tokenizer, max_new_tokens=cfg.max_new_tokens)
     uniforms = torch.stack(uniforms).to(prompts.video_embeds.device)
@@ -132,11 +122,8 @@ def _resume(path: str, settings: dict, batch: int) -> list[list[str]]:
         with open(path, encoding="utf-8") as file:
             lines = file.readlines()
         if lines and lines[0] != header:
-            raise BadInput(
-                f"{path}: begun with other settings; repeat those, or remove the file to start anew"
-            )
-        whole = [line for line in lines[1:] if line.endswith("\n")]
-        done = [json.loads(line) for line in whole]
+            raise BadInput(f"{path}: begun with other settings; repeat those, or remove it to start anew")
+        done = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
         if len(done) < settings["questions"]:
             done = done[: len(done) // batch * batch]
     rows = "".join(json.dumps(texts, ensure_ascii=False) + "\n" for texts in done)
@@ -166,9 +153,9 @@ def settings_of(cfg: Config, data: str, num_questions: int) -> dict:
 
 
 def main() -> int:
-    parser = ArgumentParser(description=__doc__)
+    parser = options.ArgumentParser(description=__doc__)
     parser.add_argument("data", help="questions, one JSON object a line")
-    add_options(parser, Config)
+    options.add_options(parser, Config)
     given = vars(parser.parse_args())
     data = given.pop("data")
     cfg = Config(**given)

@@ -201,7 +201,7 @@ def train_supervised(cfg) -> None:
         parameters += lora.add_adapters(model.decoder, cfg.lora_r, cfg.lora_alpha, generator=generator)
     if cfg.stage == "bridge" or cfg.with_bridge:
         if not isinstance(model.bridge, Bridge):
-            raise BadInput(f"--video_tokens {cfg.video_tokens}: {cfg.policy} has a projector; choose qformer")
+            raise BadInput(f"--policy {cfg.policy}: has a projector; a bridge needs --video_tokens qformer")
         parameters += [p.requires_grad_(True) for p in model.bridge.parameters()]
     model.decoder.compute_dtype = getattr(torch, pick_dtype("auto", device, model.cfg.dim))
     model.decoder.checkpointing = cfg.checkpointing
