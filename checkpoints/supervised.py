@@ -60,7 +60,9 @@ class SupervisedOptions(Options):
     short_share: Share = 0.3  # share of the steps, the first, that learn only the shorter half of the answers
     lora_r: Count = 16
     lora_alpha: Positive = 32.0
-    checkpointing: bool = True  # keep only a layer's input for the backward pass: less memory, a third slower
+    checkpointing: bool = (
+        False  # keep only a layer's input for the backward pass: less memory, a third slower
+    )
     save_every: Count = 100  # steps between saves, and between losses on held-out clips
     resume: bool = False  # continue in --out from the last save
 
