@@ -113,7 +113,7 @@ def plan(
 def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int) -> tuple[int, int, int, int]:
     """Bytes of the KV cache, and the peaks of prefill, of a sampling step and of a micro-batch's forward and
     backward, without weights and gradients."""
-    with Live() as live, lora.folded(decoder):  # as in generate
+    with Live() as live, lora.joined(decoder):  # as in generate
         cache = KVCache(torch.ones(P, S, dtype=torch.bool), G, T)
         prompt = decoder.embed_tokens(torch.zeros(P, S, dtype=torch.int64))
         decoder(prompt, cache.prompt_mask, cache=cache)
