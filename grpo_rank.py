@@ -121,9 +121,8 @@ def rank_advantages(
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
     """KL per token from the sampled token alone, d = logprobs - ref_logprobs. Any shape -> same shape, nats.
 
-    k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (joschu.net/blog/kl-approx.html; k2 and k3 are >= 0).
-    Over tokens drawn from pi the *values* of k1 and k3 average to KL(pi || ref), k2 nearly. Their *gradients*
-    (all that a loss uses) do not follow: k1 gives 0, k2 that of KL(pi || ref), k3 that of KL(ref || pi).
+    k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (joschu.net/blog/kl-approx.html). Over tokens drawn from pi the
+    values of k1 and k3 average to KL(pi || ref). The gradient of k3 as a loss is that of KL(ref || pi).
     """
     if estimator not in ("k1", "k2", "k3"):
         raise ValueError(f"estimator must be k1, k2 or k3 (exact: token_stats), got {estimator!r}")
@@ -297,11 +296,10 @@ class Objective:
     constant: float | None = None
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
-    compile: Callable | None = None  # (function, device type) -> the function compiled: machine.compiled
 
 
 class Tokens(NamedTuple):
-    """The sampled tokens that count, n of them in a flat list."""
+    """The n sampled tokens that count, in a flat list."""
 
     ids: Tensor  # (n,) int64
     old_logprobs: Tensor  # (n,)
@@ -310,7 +308,7 @@ class Tokens(NamedTuple):
     support: Tensor | None  # (n, ceil(V / 8)) uint8 of pack_support
 
 
-class _Known(torch.autograd.Function):
+class KnownGradient(torch.autograd.Function):
     """Gives autograd a loss whose gradient in `hidden` is known already."""
 
     @staticmethod
@@ -324,129 +322,118 @@ class _Known(torch.autograd.Function):
         return ctx.saved_tensors[0] * grad, None, None
 
 
-def _logits_to_gradient(buffers, tokens: Tokens, objective: Objective, temperature, banned, kl: bool):
-    """One chunk between its products, in three buffers (n, V) that are overwritten. Math: README, equation
+def logits_to_gradient(buffers, tokens: Tokens, objective: Objective, temperature, banned, has_ref: bool):
+    """The part of a chunk between its products, in two or three buffers (n, V) that it overwrites.
 
         c = dL / dlog p(y) = -w A rho, 0 where the clip binds
         dL/dz = (c (onehot(y) - p) + w kl_coef (p - q) + w entropy_coef p (log p + H)) / temperature
 
-    Returns (logprobs, entropy, kl or None), each (n,), and dL/dz (n, V) in one of the buffers.
+    z, p: logits and probabilities of the policy, q: probabilities of the reference, y: the sampled id, w: the
+    token's weight. buffers: z, and if has_ref the reference's logits and a spare one, else the spare one.
+    Returns (3, n) log p(y), H and KL (0 without reference); and dL/dz in one of the buffers.
     """
-    logits, ref_logits, spare = buffers[0], buffers[1], buffers[-1]
-    support = None if tokens.support is None else unpack_support(tokens.support, logits.shape[1])
-    same = temperature, banned, support
-    logp = sampling_logprobs(logits, *same, reuse=True)
-    divergence = None
-    if kl:
-        ref_logp = sampling_logprobs(ref_logits, *same, reuse=True)
-        q = torch.exp(ref_logp, out=spare)
-        divergence = torch.einsum("nv,nv->n", q, ref_logp.sub_(logp))
-    p = torch.exp(logp, out=ref_logits)
+    logp, other, spare = buffers[0], buffers[1], buffers[-1]
+    support = None if tokens.support is None else unpack_support(tokens.support, logp.shape[1])
+    for logits in buffers[: 1 + has_ref]:
+        sampling_logprobs(logits, temperature, banned, support, reuse=True)
+    kl = torch.zeros_like(tokens.weights)
+    if has_ref:
+        q = torch.exp(other, out=spare)
+        kl = torch.einsum("nv,nv->n", q, other.sub_(logp))
+    p = torch.exp(logp, out=other)
     entropy = -torch.einsum("nv,nv->n", p, logp)
     ids = tokens.ids[:, None]
     logprobs = logp.gather(1, ids).squeeze(1)
 
-    chosen = logprobs, tokens.old_logprobs, tokens.advantages
-    ratio, _, binds = clipped_surrogate(*chosen, objective.clip_eps)
+    ratio, _, binds = clipped_surrogate(logprobs, *tokens[1:3], objective.clip_eps)
     flat = binds | ((logprobs - tokens.old_logprobs).abs() > MAX_LOG_RATIO)
     weights = tokens.weights / temperature
     c = (-weights * tokens.advantages * ratio).masked_fill(flat, 0.0)
-    kl_weights = weights * objective.kl_coef
-    slope = (kl_weights - c)[:, None]  # what p is multiplied by
-    if objective.entropy_coef:  # clamped: p is 0 there, and 0 * inf would not be
-        slope = logp.add_(entropy[:, None]).clamp_(min=-1e4)
-        slope = slope.mul_((weights * objective.entropy_coef)[:, None]).add_((kl_weights - c)[:, None])
+    slope = (objective.kl_coef * weights - c)[:, None]  # what p is multiplied by
+    if objective.entropy_coef:  # clamped, because 0 * inf would not be 0
+        of_entropy = logp.add_(entropy[:, None]).clamp_(min=-1e4)
+        slope = of_entropy.mul_((objective.entropy_coef * weights)[:, None]).add_(slope)
     gradient = p.mul_(slope)
     if objective.kl_coef:
-        gradient.addcmul_(q, kl_weights[:, None], value=-1)
-    return logprobs, entropy, divergence, gradient.scatter_add_(1, ids, c[:, None])
-
-
-@torch.no_grad()
-def walk(
-    hidden: Tensor, ref_hidden: Tensor | None, head: Tensor, tokens: Tokens, objective: Objective,
-    temperature: float, banned: Tensor | None,
-):  # fmt: skip
-    """hidden, ref_hidden (n, D) -> (logprobs, entropy, kl or None, gradient of the loss in hidden). Chunks
-    of as many rows as fill CHUNK_BYTES share three buffers, and nothing is computed twice."""
-    n, V = len(hidden), head.shape[0]
-    size = max(1, min(n, CHUNK_BYTES // (V * hidden.element_size())))
-    buffers = hidden.new_zeros(2 if ref_hidden is None else 3, size, V)
-    middle = _logits_to_gradient
-    if objective.compile is not None:  # one shape, one compilation: the last chunk is filled up
-        middle = objective.compile(_logits_to_gradient, hidden.device.type)
-        filler = -n % size if n else size
-        pads = [(0, 0) * (x.dim() - 1) + (0, filler) if x is not None else () for x in tokens]
-        tokens = Tokens(*(x if x is None else F.pad(x, p) for x, p in zip(tokens, pads, strict=True)))
-    gradient, parts = torch.empty_like(hidden), []
-    for start in range(0, max(n, 1), size):
-        stop = min(start + size, n)
-        used = stop - start if objective.compile is None else size
-        rows = Tokens(*(None if x is None else x[start : start + used] for x in tokens))
-        chunk = buffers[:, :used]
-        for states, logits in zip((hidden, ref_hidden), chunk, strict=False):
-            if states is not None:
-                product(states[start:stop], head.T, out=logits[: stop - start])
-        *terms, slopes = middle(chunk, rows, objective, temperature, banned, ref_hidden is not None)
-        parts.append(terms)
-        product(slopes[: stop - start], head, out=gradient[start:stop])
-    return *(None if x[0] is None else torch.cat(x)[:n] for x in zip(*parts, strict=True)), gradient
+        gradient.addcmul_(q, (objective.kl_coef * weights)[:, None], value=-1)
+    return torch.stack([logprobs, entropy, kl]), gradient.scatter_add_(1, ids, c[:, None])
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b. With b in bfloat16 the product is in bfloat16: faster, and off in the third digit."""
+    """out = a @ b. If b is bfloat16, so is the product: faster, and off in the third digit."""
     if a.dtype == b.dtype:
         torch.mm(a, b, out=out)
     else:
         out.copy_(a.to(b.dtype) @ b)
 
 
+@torch.no_grad()
+def walk(
+    hidden: Tensor, ref_hidden: Tensor | None, head: Tensor, tokens: Tokens, objective: Objective,
+    temperature: float, banned: Tensor | None, compile: Callable | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """hidden, ref_hidden (n, D), head (V, D) -> (3, n) log-probabilities, entropy and KL, and the gradient of
+    the loss in hidden, (n, D). Chunks of CHUNK_BYTES share their buffers, and nothing is computed twice."""
+    (n, _), V, has_ref = hidden.shape, head.shape[0], ref_hidden is not None
+    chunks = -(-n * V * hidden.element_size() // CHUNK_BYTES)
+    size = -(-n // max(chunks, 1))  # rows of a chunk, as even as can be
+    buffers, values, gradient = (
+        hidden.new_empty(2 + has_ref, size, V), hidden.new_empty(3, n), torch.empty_like(hidden)
+    )  # fmt: skip
+    middle = compile(logits_to_gradient, hidden.device.type) if compile else logits_to_gradient
+    for rows in (slice(start, start + size) for start in range(0, n, max(size, 1))):
+        chunk = Tokens(*(None if x is None else x[rows] for x in tokens))
+        used = buffers[:, : len(chunk.ids)]
+        product(hidden[rows], head.T, out=used[0])
+        if has_ref:
+            product(ref_hidden[rows], head.T, out=used[1])
+        values[:, rows], slopes = middle(used, chunk, objective, temperature, banned, has_ref)
+        product(slopes, head, out=gradient[rows])
+    return values, gradient
+
+
 def rollout_loss(
     hidden: Tensor, head: Tensor, completions, advantages: Tensor, objective: Objective, *,
-    ref_hidden: Tensor | None = None, num_tokens=None, num_sequences=None,
+    ref_hidden: Tensor | None = None, num_tokens=None, num_sequences=None, compile: Callable | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """`policy_loss` of a micro-batch from its hidden states, with the gradient in them, in one walk.
 
-    hidden (B, T, D) float32 or float64: the state that predicts each token; ref_hidden: that of the
-    frozen reference, None: no KL. head (V, D), frozen, of the same dtype or bfloat16. advantages (B,).
-    completions: a rollout.Completions. KL is the exact KL(pi_ref || pi) over the vocabulary, the objective's
-    direction. Returns (loss, stats) of `policy_loss`, and in stats "gap", the largest |log pi - log pi_old|
-    of a token: a maximum, not a sum. ValueError: shape, dtype, a head that learns.
+    hidden (B, T, D) float32 or float64: the state that predicts each token; ref_hidden: that of the frozen
+    reference, None: no KL. head (V, D), frozen, of the same dtype or bfloat16. advantages (B,). completions:
+    a rollout.Completions. KL is the exact KL(pi_ref || pi) over the vocabulary. compile: machine.compiled.
+    Returns (loss, stats) of `policy_loss`, and in stats "gap", the largest |log pi - log pi_old| of a token:
+    a maximum, not a sum. ValueError: shape, dtype, a head that learns.
     """
     fits = hidden.dim() == 3 and head.dim() == 2 and hidden.shape[2] == head.shape[1]
     if not fits or head.dtype not in (hidden.dtype, torch.bfloat16) or head.requires_grad:
         got = [(tuple(x.shape), x.dtype, x.requires_grad) for x in (hidden, head)]
         raise ValueError(f"hidden, head must be (B, T, D), (V, D) of one dtype, head frozen, got {got}")
     (B, T, _), V, mask = hidden.shape, head.shape[0], completions.completion_mask
-    _expect("completion_ids", completions.completion_ids, (B, T), torch.int64)
+    ids, old, support = completions.completion_ids, completions.logprobs, completions.support
+    _expect("completion_ids", ids, (B, T), torch.int64)
     _expect("advantages", advantages, (B,), torch.float32, torch.float64)
     _expect("banned", completions.banned, (V,), torch.bool)
-    _expect("support", completions.support, (B, T, (V + 7) // 8), torch.uint8)
+    _expect("support", support, (B, T, (V + 7) // 8), torch.uint8)
     _expect("ref_hidden", ref_hidden, hidden.shape, hidden.dtype)
     if objective.kl_coef and ref_hidden is None:
         raise ValueError(f"kl_coef {objective.kl_coef} needs ref_hidden, got None")
 
-    o, counts = objective, {"num_tokens": num_tokens, "num_sequences": num_sequences}
-    weights = token_weights(mask, o.norm, o.constant, **counts).to(hidden.dtype)
-    grids = (
-        completions.completion_ids, completions.logprobs, advantages[:, None].expand(B, T), weights,
-        completions.support, hidden.detach(), ref_hidden,
-    )  # fmt: skip
+    counts = {"num_tokens": num_tokens, "num_sequences": num_sequences}
+    weights = token_weights(mask, objective.norm, objective.constant, **counts).to(hidden.dtype)
+    grids = hidden.detach(), ref_hidden, ids, old, advantages[:, None].expand(B, T), weights, support
     positions = mask.flatten().nonzero().squeeze(1)  # (n,)
     rows = [None if x is None else x.flatten(0, 1).index_select(0, positions) for x in grids]
     sampling = completions.temperature, completions.banned
-    *values, gradient = walk(*rows[5:], head, Tokens(*rows[:5]), objective, *sampling)
+    values, gradient = walk(*rows[:2], head, Tokens(*rows[2:]), objective, *sampling, compile)
 
     def grid(values):  # (n, ..) -> (B, T, ..)
-        if values is None:
-            return None
-        zeros = values.new_zeros(B * T, *values.shape[1:])
-        return zeros.index_copy_(0, positions, values).unflatten(0, (B, T))
+        return (
+            values.new_zeros(B * T, *values.shape[1:]).index_copy_(0, positions, values).unflatten(0, (B, T))
+        )
 
     logprobs, entropy, kl = map(grid, values)
-    loss, stats = policy_loss(
-        logprobs, completions.logprobs, advantages, mask, clip_eps=o.clip_eps, norm=o.norm,
-        constant=o.constant, kl=kl, kl_coef=o.kl_coef, entropy=entropy, entropy_coef=o.entropy_coef, **counts,
-    )  # fmt: skip
-    stats["gap"] = (logprobs - completions.logprobs).masked_fill(~mask, 0.0).abs().amax()
-    return _Known.apply(hidden, loss, grid(gradient)), stats
+    kl = None if ref_hidden is None else kl
+    terms = {"kl": kl, "entropy": entropy} | vars(objective) | counts
+    loss, stats = policy_loss(logprobs, old, advantages, mask, **terms)
+    stats["gap"] = (logprobs - old).masked_fill(~mask, 0.0).abs().amax()
+    return KnownGradient.apply(hidden, loss, grid(gradient)), stats

@@ -190,16 +190,20 @@ def update(
     num_tokens, num_sequences = reduce_sum(mask.sum(), mask.any(dim=1).sum(), device=device)
     sums, gap, head = dict.fromkeys(STATS, 0.0), 0.0, policy.decoder.head.float()  # logits in float32
     objective = Objective(
-        clip_eps=cfg.clip_eps, norm=cfg.norm, constant=cfg.max_new_tokens, kl_coef=cfg.kl_coef,
-        entropy_coef=cfg.entropy_coef, compile=compiled if cfg.compile or device.type == "cuda" else None,
-    )  # fmt: skip
+        cfg.clip_eps,
+        cfg.norm,
+        constant=cfg.max_new_tokens,
+        kl_coef=cfg.kl_coef,
+        entropy_coef=cfg.entropy_coef,
+    )
+    compile = compiled if cfg.compile or device.type == "cuda" else None
     for u in range(cfg.updates_per_rollout):
         for p, ref_hidden in zip(micro, ref_states, strict=True):
             part = rollout[rows_of(p, G)]
             loss, stats = rollout_loss(
                 completion_states(policy, prompts[p], part), head, part, advantages[p].flatten(),
                 objective, ref_hidden=ref_hidden.to(device),
-                num_tokens=num_tokens, num_sequences=num_sequences,
+                num_tokens=num_tokens, num_sequences=num_sequences, compile=compile,
             )  # fmt: skip
             loss.backward()
             sums = {name: value + stats[name] for name, value in sums.items()}

@@ -129,7 +129,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float)
 
 @functools.cache
 def compiled(fn, device_type: str):
-    """torch.compile(fn), static shapes, made once; fn itself, said on stderr, where the tools are missing."""
+    """torch.compile(fn), made once; fn itself, said on stderr, where the tools are missing."""
     compiler = os.environ.get("CC", "gcc") if device_type == "cuda" else os.environ.get("CXX", "g++")
     header = os.path.join(sysconfig.get_path("include"), "Python.h")  # of Debian's python3-dev
     tools = {
@@ -139,7 +139,7 @@ def compiled(fn, device_type: str):
     }
     missing = [name for name, found in tools.items() if not found]
     if not missing:
-        return torch.compile(fn, dynamic=False)
+        return torch.compile(fn)
     print(f"compile: no {', no '.join(missing)}; {fn.__name__} runs uncompiled", file=sys.stderr)
     return fn
 
