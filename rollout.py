@@ -84,7 +84,7 @@ def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
 
 def _search(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     """weights (n, m) >= 0, shares (n,) float64 in [0, 1] of their sum -> the first place (n,), of weight > 0,
-    whose cumulative weight lies above the share; and how far into that place's weight the share goes, (n,)."""
+    whose cumulative weight lies above the share; and how far into its weight the share goes, (n,)."""
     cdf = weights.double().cumsum(dim=1)
     total = cdf[:, -1:]
     point = (shares[:, None] * total).clamp(max=torch.nextafter(total, torch.zeros_like(total)))
