@@ -166,7 +166,9 @@ def test_the_plan_counts_the_logits_of_sampling(base, top_p):
     options = dict(end_ids=torch.tensor([], dtype=torch.int64), uniforms=torch.full((40, 5, 4), 0.5))
     with memory.Live() as live:
         generate(policy, prompts, 5, 4, top_p=top_p, banned=torch.zeros(5000, dtype=torch.bool), **options)
-    assert of["sampling, beside the cache"] > 40 * 5 * 5000 * 8  # log-probabilities and probabilities, float32
+    assert (
+        of["sampling, beside the cache"] > 40 * 5 * 5000 * 8
+    )  # log-probabilities and probabilities, float32
     assert live.peak == pytest.approx(of["KV cache"] + of["sampling, beside the cache"], rel=0.1)
 
 
