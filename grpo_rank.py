@@ -2,9 +2,9 @@
 
     gain       DCG(r) = 1 / ((1 + r) * log2(2 + r))                                  dcg
     advantage  A_i = mean_j(delta_j) - delta_i, penalty delta_i = 1 - nDCG_i         rank_advantages
-    ratio      rho_t = pi(y_t | y_<t) / pi_old(y_t | y_<t)                           completion_logprobs
+    ratio      rho_t = pi(y_t | y_<t) / pi_old(y_t | y_<t)                           sampling_logprobs
     loss       -min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A)
-               + kl_coef * KL(pi_ref || pi) - entropy_coef * H(pi)                   policy_loss
+               + kl_coef * KL(pi_ref || pi) - entropy_coef * H(pi)                   policy_loss, rollout_loss
 
 Shape letters, here and in every other file, used for nothing else:
     P prompts   G group_size   B = P * G completions, prompt-major   S prompt tokens   T completion tokens
@@ -12,20 +12,19 @@ Shape letters, here and in every other file, used for nothing else:
 and n, the token positions in a flat list of them. Masks are bool, True = counts.
 """
 
-import functools
-import os
-import shutil
-import sys
-import sysconfig
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._triton import has_triton
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 # Bound on log-ratios before exp: no inf. Only a broken run moves a token by e^20 = 5e8 within a few steps.
 MAX_LOG_RATIO = 20.0
+# Bytes of a buffer of the walk: enough rows that a product is worth reading the head for.
+CHUNK_BYTES = 2**26
 # "Impossible" as a finite number: exp gives exactly 0, and no gradient meets inf - inf as with -inf.
 IMPOSSIBLE = torch.finfo(torch.float32).min
 
@@ -73,7 +72,7 @@ def _shared_gains(name: str, ranks: Tensor, gain: str) -> Tensor:
         raise ValueError(f"{name} must be competition ranks, 0 = best: {should}, got {got}")
     places = torch.arange(ranks.shape[1], device=ranks.device)
     first = ranks[:, :, None]
-    ties = (first == ranks[:, None, :]).sum(dim=2, keepdim=True)  # (P, G, 1), itself counted
+    ties = (first == ranks[:, None, :]).sum(dim=2, keepdim=True)  # (P, G, 1), itself mask
     fills = (places >= first) & (places < first + ties)  # (P, G, G): completion, place
     return (fills * dcg(places, gain)).sum(dim=2) / ties.squeeze(2)
 
@@ -122,12 +121,11 @@ def rank_advantages(
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
     """KL per token from the sampled token alone, d = logprobs - ref_logprobs. Any shape -> same shape, nats.
 
-    k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (joschu.net/blog/kl-approx.html; k2 and k3 are >= 0).
-    Over tokens drawn from pi the *values* of k1 and k3 average to KL(pi || ref), k2 nearly. Their *gradients*
-    (all that a loss uses) do not follow: k1 gives 0, k2 that of KL(pi || ref), k3 that of KL(ref || pi).
+    k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (joschu.net/blog/kl-approx.html). Over tokens drawn from pi the
+    values of k1 and k3 average to KL(pi || ref). The gradient of k3 as a loss is that of KL(ref || pi).
     """
     if estimator not in ("k1", "k2", "k3"):
-        raise ValueError(f"estimator must be k1, k2 or k3 (exact: completion_logprobs), got {estimator!r}")
+        raise ValueError(f"estimator must be k1, k2 or k3 (exact: token_stats), got {estimator!r}")
     d = logprobs - ref_logprobs.detach()
     k3 = torch.expm1((-d).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + d
     return {"k1": d, "k2": d.square() / 2, "k3": k3}[estimator]
@@ -147,6 +145,33 @@ def group_zscores(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     return scores.masked_fill(tied, 0.0).float()
 
 
+def token_weights(mask: Tensor, norm: str, constant: float | None, num_tokens, num_sequences) -> Tensor:
+    """(B, T) float64 share of each token in the step's mean, 0 outside the mask. Norms: see `policy_loss`."""
+    if norm not in ("sequence", "token", "constant") or (norm == "constant" and not constant):
+        raise ValueError(f"norm must be sequence, token, or constant with {constant=} set, got {norm!r}")
+    count, other = (num_tokens, num_sequences) if norm == "token" else (num_sequences, num_tokens)
+    if count is None and other is not None:
+        raise ValueError(f"norm {norm!r} needs the step's other count, got {num_tokens=}, {num_sequences=}")
+    lengths = mask.sum(dim=1, keepdim=True)  # (B, 1)
+    if count is None:
+        count = lengths.sum() if norm == "token" else (lengths > 0).sum()
+    count = max(count, 1)  # no token in the step: loss 0, gradient 0
+    if norm == "sequence":
+        count = count * lengths.clamp(min=1)
+    elif norm == "constant":
+        count = count * constant
+    return mask.double() / count
+
+
+def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_eps: float) -> tuple:
+    """(rho, min(rho A, clip(rho) A), whether the clip binds), all of the shape of logprobs."""
+    # Detached here: an old_logprobs with a graph would cancel the gradient and learn nothing, silently.
+    log_ratio = logprobs - old_logprobs.detach()
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    return ratio, torch.minimum(unclipped, clipped), clipped < unclipped
+
+
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
     clip_eps: float, norm: str = "sequence", constant: float | None = None,
@@ -154,6 +179,9 @@ def policy_loss(
     num_tokens: int | Tensor | None = None, num_sequences: int | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """-min(rho A, clip(rho, 1 - eps, 1 + eps) A) + kl_coef KL - entropy_coef H per token, then normalised.
+
+    This is the readable equation, over values that exist already. `rollout_loss` computes the same loss from
+    hidden states, with its gradient, and never holds (B, T, V).
 
     logprobs, old_logprobs, kl, entropy (B, T) float32 or float64, nats; advantages (B,) likewise; mask (B, T)
     bool, the end token inside. What mask leaves out is never read, not even a NaN. Dead groups, whose answers
@@ -179,57 +207,46 @@ def policy_loss(
     _expect("mask", mask, logprobs.shape, torch.bool)
     if (kl_coef and kl is None) or (entropy_coef and entropy is None):
         raise ValueError(f"{kl_coef=} and {entropy_coef=} need kl and entropy, got None")
-    if norm not in ("sequence", "token", "constant") or (norm == "constant" and not constant):
-        raise ValueError(f"norm must be sequence, token, or constant with {constant=} set, got {norm!r}")
-    count, other = (num_tokens, num_sequences) if norm == "token" else (num_sequences, num_tokens)
-    if count is None and other is not None:
-        raise ValueError(f"norm {norm!r} needs the step's other count, got {num_tokens=}, {num_sequences=}")
+    weights = token_weights(mask, norm, constant, num_tokens, num_sequences).to(logprobs.dtype)
 
-    lengths = mask.sum(dim=1)  # (B,)
-    tokens, sequences = lengths.sum(), (lengths > 0).sum()
-
-    # Detached here: an old_logprobs with a graph would cancel the gradient and learn nothing, silently.
-    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~mask, 0.0)
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    logprobs, old_logprobs = (x.masked_fill(~mask, 0.0) for x in (logprobs, old_logprobs))
     advantage = advantages.detach()[:, None]  # the same for every token of a completion
-    unclipped = ratio * advantage
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage
-    surrogate = torch.minimum(unclipped, clipped)
-
+    ratio, surrogate, clipped = clipped_surrogate(logprobs, old_logprobs, advantage, clip_eps)
     per_token = -surrogate
     if kl_coef:
         per_token = per_token + kl_coef * kl
     if entropy_coef:
         per_token = per_token - entropy_coef * entropy
-    per_token = per_token.masked_fill(~mask, 0.0)
-    shares = {"sequence": lengths.clamp(min=1)[:, None], "token": 1, "constant": constant}
-    if count is None:
-        count = tokens if norm == "token" else sequences
-    loss = (per_token / shares[norm]).sum() / max(count, 1)  # no token in the step: loss 0, gradient 0
+    loss = (per_token.masked_fill(~mask, 0.0) * weights).sum()
 
-    sums = {"ratio": ratio, "surrogate": surrogate, "clipped": clipped < unclipped}
-    sums |= {"kl": kl, "entropy": entropy}
+    sums = {"ratio": ratio, "surrogate": surrogate, "clipped": clipped, "kl": kl, "entropy": entropy}
     stats = {k: x.detach().masked_fill(~mask, 0).sum() for k, x in sums.items() if x is not None}
-    return loss, {"tokens": tokens, "sequences": sequences, "loss": loss.detach(), **stats}
+    counts = {"tokens": mask.sum(), "sequences": mask.any(dim=1).sum()}
+    return loss, counts | stats | {"loss": loss.detach()}
 
 
-# ---- 3. from hidden states to log-probabilities
+# ---- 3. from logits to log-probabilities
 
 
-def sampling_logprobs(logits: Tensor, temperature: float, banned: Tensor | None, support: Tensor | None):
+def sampling_logprobs(
+    logits: Tensor, temperature: float, banned: Tensor | None, support: Tensor | None, reuse: bool = False
+) -> Tensor:
     """The distribution that is sampled from and trained: rollout and loss both call this one function.
 
     logits (n, V); banned (V,) bool: ids without probability; support (n, V) bool: the only ids with any.
     Returns (n, V) float32 log softmax(logits / temperature) over what is left, IMPOSSIBLE elsewhere.
+    reuse: the result takes the memory of logits, float32 without gradient. float64 stays float64.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0 (greedy decoding is an argmax), got {temperature}")
-    logits = logits.float() / temperature
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    out = logits if reuse else None
+    logits = torch.div(logits, temperature, out=out)
     if banned is not None:
-        logits = logits.masked_fill(banned, IMPOSSIBLE)
+        logits = logits.masked_fill_(banned, IMPOSSIBLE)
     if support is not None:
-        logits = logits.masked_fill(~support, IMPOSSIBLE)
-    return F.log_softmax(logits, dim=-1)
+        logits = logits.masked_fill_(~support, IMPOSSIBLE)
+    return torch.log_softmax(logits, dim=-1, out=out)
 
 
 def nucleus(logprobs: Tensor, top_p: float) -> Tensor:
@@ -267,79 +284,156 @@ def token_stats(logprobs: Tensor, ref_logprobs: Tensor | None, ids: Tensor) -> t
     return logprobs.gather(-1, ids[:, None]).squeeze(-1), entropy, kl
 
 
-def _chunk_stats(hidden, ref_hidden, ids, bits, head, banned, temperature):
-    """token_stats of one chunk of rows: the only place where rows are V wide, and none outlives the call."""
-    support = None if bits is None else unpack_support(bits, head.shape[0])
-    logprobs = sampling_logprobs(hidden @ head.T, temperature, banned, support)
-    if ref_hidden is None:
-        return token_stats(logprobs, None, ids)
-    ref_logits = (ref_hidden @ head.T).detach()  # frozen, though the head may learn
-    return token_stats(logprobs, sampling_logprobs(ref_logits, temperature, banned, support), ids)
+# ---- 4. from hidden states to the loss and its gradient, in one walk
 
 
-def completion_logprobs(
-    hidden: Tensor, head: Tensor, completion_ids: Tensor, completion_mask: Tensor, *,
-    temperature: float = 1.0, banned: Tensor | None = None, support: Tensor | None = None,
-    ref_hidden: Tensor | None = None, chunk_size: int = 1024, compile: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(logprobs, entropy, kl) of a completion's tokens, (B, T) float32 each, nats, 0 outside the mask.
+@dataclass(frozen=True)
+class Objective:
+    """The settings of the loss; each means what it means in `policy_loss`."""
 
-    hidden (B, T, D): the state that predicts token t of completion_ids (B, T) int64; head (V, D), same dtype.
-    completion_mask (B, T) bool. banned (V,) bool and support (B, T, ceil(V / 8)) uint8 of pack_support: those
-    of the sampling, so that both sides of the ratio are one distribution at any temperature and top_p.
-    ref_hidden (B, T, D): the frozen reference's states, taken through the same head (which adapters leave
-    alone) over the same support, without gradient. Without it kl is None.
+    clip_eps: float = 0.2
+    norm: str = "sequence"
+    constant: float | None = None
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
 
-    kl is the exact KL(pi_ref || pi) = sum_v ref_v (log ref_v - log pi_v): the direction of the objective, and
-    the one whose gradient k3 as a loss estimates. Its gradient in the logits is (pi - pi_ref) / temperature.
-    Memory: the n masked positions go through head chunk_size rows at a time, each chunk recomputed in the
-    backward, so neither (B, T, V) nor (n, V) ever exists. compile: see compiled(). ValueError: shape, dtype.
+
+class Tokens(NamedTuple):
+    """The n sampled tokens that count, in a flat list."""
+
+    ids: Tensor  # (n,) int64
+    old_logprobs: Tensor  # (n,)
+    advantages: Tensor  # (n,)
+    weights: Tensor  # (n,) of token_weights
+    support: Tensor | None  # (n, ceil(V / 8)) uint8 of pack_support
+
+
+class KnownGradient(torch.autograd.Function):
+    """Gives autograd a loss whose gradient in `hidden` is known already."""
+
+    @staticmethod
+    def forward(ctx, hidden, loss, gradient):
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] * grad, None, None
+
+
+def logits_to_gradient(buffers, tokens: Tokens, objective: Objective, temperature, banned, has_ref: bool):
+    """The part of a chunk between its products, in two or three buffers (n, V) that it overwrites.
+
+        c = dL / dlog p(y) = -w A rho, 0 where the clip binds
+        dL/dz = (c (onehot(y) - p) + w kl_coef (p - q) + w entropy_coef p (log p + H)) / temperature
+
+    z, p: logits and probabilities of the policy, q: probabilities of the reference, y: the sampled id, w: the
+    token's weight. buffers: z, and if has_ref the reference's logits and a spare one, else the spare one.
+    Returns (3, n) log p(y), H and KL (0 without reference); and dL/dz in one of the buffers.
     """
-    if hidden.dim() != 3 or head.dim() != 2 or hidden.shape[2] != head.shape[1] or hidden.dtype != head.dtype:
-        got = [(tuple(x.shape), x.dtype) for x in (hidden, head)]
-        raise ValueError(f"hidden, head must be (B, T, D), (V, D) of one dtype, got {got}")
-    (B, T, _), V = hidden.shape, head.shape[0]
-    _expect("completion_ids", completion_ids, (B, T), torch.int64)
-    _expect("completion_mask", completion_mask, (B, T), torch.bool)
-    _expect("banned", banned, (V,), torch.bool)
+    logp, other, spare = buffers[0], buffers[1], buffers[-1]
+    support = None if tokens.support is None else unpack_support(tokens.support, logp.shape[1])
+    for logits in buffers[: 1 + has_ref]:
+        sampling_logprobs(logits, temperature, banned, support, reuse=True)
+    kl = torch.zeros_like(tokens.weights)
+    if has_ref:
+        q = torch.exp(other, out=spare)
+        kl = torch.einsum("nv,nv->n", q, other.sub_(logp))
+    p = torch.exp(logp, out=other)
+    entropy = -torch.einsum("nv,nv->n", p, logp)
+    ids = tokens.ids[:, None]
+    logprobs = logp.gather(1, ids).squeeze(1)
+
+    ratio, _, binds = clipped_surrogate(logprobs, *tokens[1:3], objective.clip_eps)
+    flat = binds | ((logprobs - tokens.old_logprobs).abs() > MAX_LOG_RATIO)
+    weights = tokens.weights / temperature
+    c = (-weights * tokens.advantages * ratio).masked_fill(flat, 0.0)
+    slope = (objective.kl_coef * weights - c)[:, None]  # what p is multiplied by
+    if objective.entropy_coef:  # clamped, because 0 * inf would not be 0
+        of_entropy = logp.add_(entropy[:, None]).clamp_(min=-1e4)
+        slope = of_entropy.mul_((objective.entropy_coef * weights)[:, None]).add_(slope)
+    gradient = p.mul_(slope)
+    if objective.kl_coef:
+        gradient.addcmul_(q, (objective.kl_coef * weights)[:, None], value=-1)
+    return torch.stack([logprobs, entropy, kl]), gradient.scatter_add_(1, ids, c[:, None])
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b. If b is bfloat16, so is the product: faster, and off in the third digit."""
+    if a.dtype == b.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a.to(b.dtype) @ b)
+
+
+@torch.no_grad()
+def walk(
+    hidden: Tensor, ref_hidden: Tensor | None, head: Tensor, tokens: Tokens, objective: Objective,
+    temperature: float, banned: Tensor | None, compile: Callable | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """hidden, ref_hidden (n, D), head (V, D) -> (3, n) log-probabilities, entropy and KL, and the gradient of
+    the loss in hidden, (n, D). Chunks of CHUNK_BYTES share their buffers, and nothing is computed twice."""
+    (n, _), V, has_ref = hidden.shape, head.shape[0], ref_hidden is not None
+    chunks = -(-n * V * hidden.element_size() // CHUNK_BYTES)
+    size = -(-n // max(chunks, 1))  # rows of a chunk, as even as can be
+    buffers, values, gradient = (
+        hidden.new_empty(2 + has_ref, size, V), hidden.new_empty(3, n), torch.empty_like(hidden)
+    )  # fmt: skip
+    middle = compile(logits_to_gradient, hidden.device.type) if compile else logits_to_gradient
+    for rows in (slice(start, start + size) for start in range(0, n, max(size, 1))):
+        chunk = Tokens(*(None if x is None else x[rows] for x in tokens))
+        used = buffers[:, : len(chunk.ids)]
+        product(hidden[rows], head.T, out=used[0])
+        if has_ref:
+            product(ref_hidden[rows], head.T, out=used[1])
+        values[:, rows], slopes = middle(used, chunk, objective, temperature, banned, has_ref)
+        product(slopes, head, out=gradient[rows])
+    return values, gradient
+
+
+def rollout_loss(
+    hidden: Tensor, head: Tensor, completions, advantages: Tensor, objective: Objective, *,
+    ref_hidden: Tensor | None = None, num_tokens=None, num_sequences=None, compile: Callable | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """`policy_loss` of a micro-batch from its hidden states, with the gradient in them, in one walk.
+
+    hidden (B, T, D) float32 or float64: the state that predicts each token; ref_hidden: that of the frozen
+    reference, None: no KL. head (V, D), frozen, of the same dtype or bfloat16. advantages (B,). completions:
+    a rollout.Completions. KL is the exact KL(pi_ref || pi) over the vocabulary. compile: machine.compiled.
+    Returns (loss, stats) of `policy_loss`, and in stats "gap", the largest |log pi - log pi_old| of a token:
+    a maximum, not a sum. ValueError: shape, dtype, a head that learns.
+    """
+    fits = hidden.dim() == 3 and head.dim() == 2 and hidden.shape[2] == head.shape[1]
+    if not fits or head.dtype not in (hidden.dtype, torch.bfloat16) or head.requires_grad:
+        got = [(tuple(x.shape), x.dtype, x.requires_grad) for x in (hidden, head)]
+        raise ValueError(f"hidden, head must be (B, T, D), (V, D) of one dtype, head frozen, got {got}")
+    (B, T, _), V, mask = hidden.shape, head.shape[0], completions.completion_mask
+    ids, old, support = completions.completion_ids, completions.logprobs, completions.support
+    _expect("completion_ids", ids, (B, T), torch.int64)
+    _expect("advantages", advantages, (B,), torch.float32, torch.float64)
+    _expect("banned", completions.banned, (V,), torch.bool)
     _expect("support", support, (B, T, (V + 7) // 8), torch.uint8)
     _expect("ref_hidden", ref_hidden, hidden.shape, hidden.dtype)
+    if objective.kl_coef and ref_hidden is None:
+        raise ValueError(f"kl_coef {objective.kl_coef} needs ref_hidden, got None")
 
-    positions = completion_mask.flatten().nonzero().squeeze(1)  # (n,)
-    n = len(positions)
-    flat = [None if x is None else x.flatten(0, 1) for x in (hidden, ref_hidden, completion_ids, support)]
-    chunk_stats, filled = _chunk_stats, positions
-    if compile:  # one shape, one compilation: fill up with position 0, whose results are dropped
-        chunk_stats = compiled(_chunk_stats, hidden.device.type)
-        filled = F.pad(positions, (0, -n % chunk_size if n else chunk_size))
-    chunks = []
-    for chosen in filled.split(chunk_size):  # with n = 0 one empty chunk: a gradient of 0, not none at all
-        rows = [None if x is None else x.index_select(0, chosen) for x in flat]
-        args = (chunk_stats, *rows, head, banned, temperature)
-        chunks.append(checkpoint(*args, use_reentrant=False, preserve_rng_state=False))
+    counts = {"num_tokens": num_tokens, "num_sequences": num_sequences}
+    weights = token_weights(mask, objective.norm, objective.constant, **counts).to(hidden.dtype)
+    grids = hidden.detach(), ref_hidden, ids, old, advantages[:, None].expand(B, T), weights, support
+    positions = mask.flatten().nonzero().squeeze(1)  # (n,)
+    rows = [None if x is None else x.flatten(0, 1).index_select(0, positions) for x in grids]
+    sampling = completions.temperature, completions.banned
+    values, gradient = walk(*rows[:2], head, Tokens(*rows[2:]), objective, *sampling, compile)
 
-    def grid(parts: tuple) -> Tensor | None:  # [(chunk_size,), ..] -> (B, T)
-        if parts[0] is None:
-            return None
-        values = torch.cat(parts)[:n]
-        return values.new_zeros(B * T).index_copy(0, positions, values).view(B, T)
+    def grid(values):  # (n, ..) -> (B, T, ..)
+        return (
+            values.new_zeros(B * T, *values.shape[1:]).index_copy_(0, positions, values).unflatten(0, (B, T))
+        )
 
-    logprobs, entropy, kl = map(grid, zip(*chunks, strict=True))
-    return logprobs, entropy, kl
-
-
-@functools.cache
-def compiled(fn, device_type: str):
-    """torch.compile(fn), static shapes, made once; fn itself, said on stderr, where the tools are missing."""
-    compiler = os.environ.get("CC", "gcc") if device_type == "cuda" else os.environ.get("CXX", "g++")
-    header = os.path.join(sysconfig.get_path("include"), "Python.h")  # of Debian's python3-dev
-    tools = {
-        "Triton for this GPU": device_type != "cuda" or has_triton(),
-        f"compiler {compiler!r}": shutil.which(compiler),
-        header: os.path.isfile(header),
-    }
-    missing = [name for name, found in tools.items() if not found]
-    if not missing:
-        return torch.compile(fn, dynamic=False)
-    print(f"compile: no {', no '.join(missing)}; {fn.__name__} runs uncompiled", file=sys.stderr)
-    return fn
+    logprobs, entropy, kl = map(grid, values)
+    kl = None if ref_hidden is None else kl
+    terms = {"kl": kl, "entropy": entropy} | vars(objective) | counts
+    loss, stats = policy_loss(logprobs, old, advantages, mask, **terms)
+    stats["gap"] = (logprobs - old).masked_fill(~mask, 0.0).abs().amax()
+    return KnownGradient.apply(hidden, loss, grid(gradient)), stats

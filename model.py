@@ -20,6 +20,9 @@ from clip import Clip, ClipConfig, preprocess
 
 # The score of what may not be seen. Finite, so that a row of padding, which sees nothing, has no NaN.
 HIDDEN = -1e30
+# The same as a key's extra channel, before the scale: far below any score, and exact in 16 bits.
+HIDDEN_KEY = -(2.0**14)
+LONG = 256  # prompt tokens from which the fused kernels are faster, in both dtypes, forward and backward
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prefix=None) -> Tensor
     return y + (own.flatten(3, 4) @ v).unflatten(3, (rep, T))
 
 
+def attend_long(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int) -> Tensor:
+    """Causal attention of a long prompt to itself, by PyTorch's fused kernels: memory linear in S.
+
+    q (P, kv, rep, S, h), k, v (P, kv, S, h), mask (P, S) left-padded; window: the sliding window, 0: none.
+    Returns (P, kv, rep, S, h). The kernels know no padding of rows beside causality, so padding is hidden by
+    one more channel of the keys. A window is taken in blocks of queries, whose bias is the same for all.
+    """
+    P, kv, rep, S, h = q.shape
+    extra = F.pad((~mask).to(k.dtype).mul(HIDDEN_KEY)[:, None, :, None], (0, 7))  # 8: kernels like multiples
+    k = torch.cat([k, extra.expand(P, kv, S, 8)], dim=-1)
+    q, v = F.pad(q, (0, 8), value=1.0).flatten(1, 2), F.pad(v, (0, 8))
+    k, v = (x[:, :, None].expand(P, kv, rep, S, h + 8).flatten(1, 2) for x in (k, v))
+    if not 0 < window < S:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=h**-0.5)
+        return y[..., :h].unflatten(1, (kv, rep))
+    size = max(window, LONG)  # queries of a block; they see the window before it
+    ahead = torch.arange(size, device=q.device)[:, None] - torch.arange(-window, size, device=q.device)
+    bias = bias_of((ahead >= 0) & (ahead < window)).to(q.dtype)  # (size, window + size)
+    blocks = []
+    for start in range(0, S, size):
+        stop, first = min(start + size, S), max(start - window, 0)
+        part = bias[: stop - start, first - start + window : stop - start + window]
+        block = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
+        blocks.append(F.scaled_dot_product_attention(*block, attn_mask=part, scale=h**-0.5))
+    return torch.cat(blocks, dim=2)[..., :h].unflatten(1, (kv, rep))
+
+
 class KVCache:
     """Static cache of sampling: per layer the prompt's keys and values once, (P, kv, S, h), and room for T
     own tokens of each completion, (P, kv, G, T, h). A step writes its slot in place, reads all until it."""
@@ -148,16 +178,23 @@ class SelfAttention(nn.Module):
             RMSNorm(self.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity() for _ in range(2)
         )
         self.o_proj = nn.Linear(cfg.num_heads * self.head_dim, cfg.dim, bias=False)
+        self.joined = None  # lora.joined: q_proj, k_proj and v_proj in one product, and o_proj
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor, first: int):
         """x (P, L, D), cos, sin (P, L, h) -> q (P, kv, rep, L - first, h), k and v (P, kv, L, h), rotated."""
-        q = self.q_proj(x[:, first:].contiguous()).unflatten(-1, (self.num_kv_heads, self.rep, self.head_dim))
-        q = rotate(
-            self.q_norm(q).permute(0, 2, 3, 1, 4), cos[:, None, None, first:], sin[:, None, None, first:]
-        )
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        if self.joined is None:
+            q, k, v = self.q_proj(x[:, first:].contiguous()), self.k_proj(x), self.v_proj(x)
+        else:
+            q, k, v = self.joined[0].parts(x)
+            q = q[:, first:]
+        q = self.q_norm(q.unflatten(-1, (self.num_kv_heads, self.rep, self.head_dim))).permute(0, 2, 3, 1, 4)
+        q = rotate(q, cos[:, None, None, first:], sin[:, None, None, first:])
+        k = self.k_norm(k.unflatten(-1, (self.num_kv_heads, self.head_dim))).transpose(1, 2)
+        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         return q, rotate(k, cos[:, None], sin[:, None]), v
+
+    def out(self, y: Tensor) -> Tensor:
+        return self.o_proj(y) if self.joined is None else self.joined[1](y)
 
 
 class MLP(nn.Module):
@@ -168,8 +205,12 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
         self.up_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
         self.down_proj = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
+        self.joined = None  # lora.joined: gate_proj and up_proj in one product, and down_proj
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.joined is not None:
+            gate, up = self.joined[0].parts(x)
+            return self.joined[1](F.silu(gate).mul_(up))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -185,7 +226,7 @@ class Layer(nn.Module):
         `attention` maps q, k, v to (P, kv, rep, L - first, h)."""
         q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin, first)
         y = attention(q, k, v).permute(0, 3, 1, 2, 4).flatten(2)  # (P, L - first, heads * h)
-        x = x[:, first:] + self.self_attn.o_proj(y)
+        x = x[:, first:] + self.self_attn.out(y)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -234,9 +275,9 @@ class Decoder(nn.Module):
         positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)  # padding does not count
         own_positions = positions[:, -1:] + 1 + torch.arange(T, device=prompt.device).repeat(G)  # (P, G*T)
         cos, sin = self.rotary(torch.cat([positions, own_positions], dim=1))
-        causal = torch.ones(S, S, dtype=torch.bool, device=prompt.device).tril()
-        seen = causal & prompt_mask[:, None] & self.near(positions, positions)
-        prompt_bias = bias_of(seen).view(P, 1, 1, 1, S, S)
+        asking = positions[:, -1:] if S > LONG else positions  # the prompt's last state needs one row
+        seen = prompt_mask[:, None] & self.near(asking, positions) & (asking[..., None] >= positions[:, None])
+        prompt_bias = bias_of(seen).view(P, 1, 1, 1, -1, S)
         own = own_positions[:, :T]  # (P, T), the same for all G
         own_causal = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril()
         own_bias = bias_of(own_causal & self.near(own, own)).view(P, 1, 1, 1, T, T)
@@ -245,7 +286,11 @@ class Decoder(nn.Module):
         def attention(q, k, v):
             asking = q.shape[3] - G * T  # prompt positions whose state is needed: all, in the last layer one
             q0, k0, v0 = q[..., :asking, :], k[:, :, :S], v[:, :, :S]
-            y = attend(q0[:, :, None], k0[:, :, None], v0[:, :, None], prompt_bias[..., -asking:, :])[:, :, 0]
+            if S > LONG and asking > 1:
+                y = attend_long(q0, k0, v0, prompt_mask, self.cfg.sliding_window)
+            else:
+                alone = (x[:, :, None] for x in (q0, k0, v0))
+                y = attend(*alone, prompt_bias[..., -asking:, :])[:, :, 0]
             if cache is not None:
                 cache.prompt.append((k0.contiguous(), v0.contiguous()))  # read again in every step
             if G == 0:

@@ -5,6 +5,7 @@ use one function from states to log-probabilities (`grpo_rank.sampling_logprobs`
 temperature, top-p and set of banned ids; train.py logs the largest difference of every step.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -71,10 +72,26 @@ def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     The uniforms come from outside, so a draw depends on its own row alone: neither on the batch it runs in,
     nor on how prompts are split over processes, nor on the device.
     """
-    cdf = logprobs.double().exp().cumsum(dim=-1)
+    n, V = logprobs.shape
+    block = math.ceil(V**0.5)
+    probs = logprobs.new_zeros(n, -(-V // block) * block)
+    torch.exp(logprobs, out=probs[:, :V])
+    probs = probs.view(n, -1, block)
+    chosen, rest = _search(probs.sum(dim=2), uniforms.double())  # first the block, then the id in it
+    probs = probs.gather(1, chosen[:, None, None].expand(n, 1, block)).squeeze(1)
+    return chosen * block + _search(probs, rest)[0]
+
+
+def _search(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """weights (n, m) >= 0, shares (n,) float64 in [0, 1] of their sum -> the first place (n,), of weight > 0,
+    whose cumulative weight lies above the share; and how far into its weight the share goes, (n,)."""
+    cdf = weights.double().cumsum(dim=1)
     total = cdf[:, -1:]
-    point = (uniforms.double()[:, None] * total).clamp(max=torch.nextafter(total, cdf.new_zeros(1)))
-    return torch.searchsorted(cdf, point, right=True).squeeze(1)  # the first id whose cdf lies above it
+    point = (shares[:, None] * total).clamp(max=torch.nextafter(total, torch.zeros_like(total)))
+    place = torch.searchsorted(cdf, point, right=True)
+    above = cdf.gather(1, place)
+    weight = weights.gather(1, place).double()
+    return place.squeeze(1), (1 - (above - point) / weight).clamp(0, 1).squeeze(1)
 
 
 def generate(
@@ -97,7 +114,7 @@ def generate(
     decoder = model.decoder
     P, G, T, device = len(prompts.prompt_ids), group_size, max_new_tokens, prompts.prompt_ids.device
     # Inference mode: no bookkeeping for views and versions, a tenth of the time where tensors are small.
-    with torch.inference_mode(), lora.folded(decoder):
+    with torch.inference_mode(), lora.joined(decoder):
         cache = KVCache(prompts.prompt_mask, G, T)
         prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
         state = decoder(prompt, prompts.prompt_mask, cache=cache).flatten(0, 2)  # (P, D)
@@ -107,8 +124,10 @@ def generate(
         mask = torch.zeros(P * G, T, dtype=torch.bool, device=device)
         ended, supports = torch.zeros(P * G, dtype=torch.bool, device=device), []
         head = decoder.head.to(state.dtype)  # float32; a copy where the base is of 16 bits
+        logits = state.new_empty(P * G, len(head))
         for t in range(T):
-            scores = sampling_logprobs(state @ head.T, temperature, banned, None)
+            torch.mm(state, head.T, out=logits)
+            scores = sampling_logprobs(logits, temperature, banned, None, reuse=True)
             if top_p < 1:
                 support = nucleus(scores, top_p)
                 supports.append(pack_support(support))
@@ -195,6 +214,6 @@ def reference_states(policy: VideoLM, prompts: Prompts, completions: Completions
     """The frozen reference's states of the completions, (b * G, T, D) for each micro-batch of `size` prompts.
     They wait in host memory: in the 7b preset they are 4.7 GB."""
     G = len(completions.ended) // max(len(prompts.prompt_ids), 1)
-    with lora.using(policy.decoder, "reference"), lora.folded(policy.decoder):
+    with lora.using(policy.decoder, "reference"), lora.joined(policy.decoder):
         micro = micro_batches(len(prompts.prompt_ids), size)
         return [completion_states(policy, prompts[p], completions[rows_of(p, G)]).cpu() for p in micro]

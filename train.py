@@ -19,7 +19,7 @@ import lora
 from checkpoints.policies import PolicyOptions, load_policy, save_adapter_of
 from data import Batches, DataOptions, Prompts, PromptSet, draw_world, load_sets
 from eval import evaluate, gains, table
-from grpo_rank import completion_logprobs, group_zscores, policy_loss, rank_advantages, ranks_from_scores
+from grpo_rank import Objective, group_zscores, rank_advantages, ranks_from_scores, rollout_loss
 from lora import Learner
 from model import VideoLM
 from oracle import Ranking, rewards_of, weighed
@@ -27,6 +27,7 @@ from oracles.choose import OracleExperiments, OracleOptions, PatientOracle, by_r
 from oracles.feedback import examples_of, feedback_numbers, reward_numbers
 from plumbing.machine import (
     MachineOptions,
+    compiled,
     describe,
     first_process,
     optimizer_step,
@@ -188,23 +189,25 @@ def update(
     mask = rollout.completion_mask
     num_tokens, num_sequences = reduce_sum(mask.sum(), mask.any(dim=1).sum(), device=device)
     sums, gap, head = dict.fromkeys(STATS, 0.0), 0.0, policy.decoder.head.float()  # logits in float32
+    objective = Objective(
+        cfg.clip_eps,
+        cfg.norm,
+        constant=cfg.max_new_tokens,
+        kl_coef=cfg.kl_coef,
+        entropy_coef=cfg.entropy_coef,
+    )
+    compile = compiled if cfg.compile or device.type == "cuda" else None
     for u in range(cfg.updates_per_rollout):
         for p, ref_hidden in zip(micro, ref_states, strict=True):
             part = rollout[rows_of(p, G)]
-            logprobs, entropy, kl = completion_logprobs(
-                completion_states(policy, prompts[p], part), head, part.completion_ids,
-                part.completion_mask, temperature=part.temperature, banned=part.banned, support=part.support,
-                ref_hidden=ref_hidden.to(device), compile=cfg.compile,
-            )  # fmt: skip
-            loss, stats = policy_loss(
-                logprobs, part.logprobs, advantages[p].flatten(), part.completion_mask, clip_eps=cfg.clip_eps,
-                norm=cfg.norm, constant=cfg.max_new_tokens, kl=kl, kl_coef=cfg.kl_coef, entropy=entropy,
-                entropy_coef=cfg.entropy_coef, num_tokens=num_tokens, num_sequences=num_sequences,
+            loss, stats = rollout_loss(
+                completion_states(policy, prompts[p], part), head, part, advantages[p].flatten(),
+                objective, ref_hidden=ref_hidden.to(device),
+                num_tokens=num_tokens, num_sequences=num_sequences, compile=compile,
             )  # fmt: skip
             loss.backward()
             sums = {name: value + stats[name] for name, value in sums.items()}
-            if u == 0:
-                gap = max(gap, (logprobs - part.logprobs).abs().max().item())
+            gap = max(gap, stats["gap"].item()) if u == 0 else gap
         lr = cfg.lr * (1 - step / cfg.num_steps)
         grad_norm = optimizer_step(learner.optimizer, lr, cfg.max_grad_norm)
         if not grad_norm < float("inf"):  # in one process or another

@@ -19,12 +19,10 @@ from checkpoints import nf4
 from checkpoints.policies import freeze_base, load_tokenizer, policy_configs
 from clip import ClipConfig
 from data import clips_at_once, longest_text
-from grpo_rank import nucleus, sampling_logprobs, token_stats
+from grpo_rank import Objective, Tokens, nucleus, sampling_logprobs, walk
 from model import Decoder, KVCache, ModelConfig, Projector, VideoLM
 from plumbing.machine import pick_dtype, say
 from rollout import EVALUATED_AT_ONCE, answer, draw, reference_states
-
-CHUNK = 1024  # rows that completion_logprobs takes through the head at once
 
 
 class Live(TorchDispatchMode):
@@ -115,7 +113,7 @@ def plan(
 def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int) -> tuple[int, int, int, int]:
     """Bytes of the KV cache, and the peaks of prefill, of a sampling step and of a micro-batch's forward and
     backward, without weights and gradients."""
-    with Live() as live, lora.folded(decoder):  # as in generate
+    with Live() as live, lora.joined(decoder):  # as in generate
         cache = KVCache(torch.ones(P, S, dtype=torch.bool), G, T)
         prompt = decoder.embed_tokens(torch.zeros(P, S, dtype=torch.int64))
         decoder(prompt, cache.prompt_mask, cache=cache)
@@ -143,13 +141,15 @@ def embedding_peak(cfg: ModelConfig, clip: ClipConfig) -> int:
 
 def sampling_logits(cfg: ModelConfig, run, rows: int) -> tuple[int, int]:
     """Bytes that one draw for `rows` answers takes at most, and those that it leaves until the next one: the
-    loop of rollout.generate from a state to a token. Log-probabilities, (rows, V), are there three times and
-    more, the cumulative ones in float64."""
+    loop of rollout.generate from a state to a token. Log-probabilities, (rows, V) float32, take the memory of
+    the logits, which is used again in every step; a draw and a nucleus need tables of that size beside it."""
     with FakeTensorMode(), Live() as live:
         state, banned = torch.zeros(rows, cfg.dim), torch.zeros(cfg.vocab_size, dtype=torch.bool)
         head, uniforms = torch.zeros(cfg.vocab_size, cfg.dim), torch.zeros(rows)
+        logits = torch.zeros(rows, cfg.vocab_size)
         for _ in range(2):  # the second draw begins while the first one's log-probabilities are still there
-            scores = sampling_logprobs(state @ head.T, run.temperature, banned, None)
+            torch.mm(state, head.T, out=logits)
+            scores = sampling_logprobs(logits, run.temperature, banned, None, reuse=True)
             if run.top_p < 1:
                 support = nucleus(scores, run.top_p)
                 scores = sampling_logprobs(scores, 1.0, None, support)
@@ -160,18 +160,13 @@ def sampling_logits(cfg: ModelConfig, run, rows: int) -> tuple[int, int]:
 
 
 def logits_peak(cfg: ModelConfig, run) -> int:
-    """Peak bytes of a chunk of rows on its way through the head and back, the reference's beside it; and of
-    a float32 copy of the head, where it is of 16 bits."""
+    """Peak bytes of `grpo_rank.walk` over a micro-batch's states, the reference's beside them; and of a
+    float32 copy of the head, where it is of 16 bits."""
+    n = (run.micro_batch_prompts or run.batch_prompts) * run.group_size * run.max_new_tokens
     with FakeTensorMode(), Live() as live:
-        rows = min(
-            CHUNK, (run.micro_batch_prompts or run.batch_prompts) * run.group_size * run.max_new_tokens
-        )
-        hidden = torch.zeros(rows, cfg.dim, requires_grad=True)
-        head, ids = torch.zeros(cfg.vocab_size, cfg.dim), torch.zeros(rows, dtype=torch.int64)
-        policy, reference = (
-            sampling_logprobs(x @ head.T, 1.0, None, None) for x in (hidden, hidden.detach())
-        )
-        sum(x.sum() for x in token_stats(policy, reference, ids)).backward()
+        hidden, head, ones = torch.zeros(2, n, cfg.dim), torch.zeros(cfg.vocab_size, cfg.dim), torch.ones(n)
+        objective = Objective(kl_coef=1.0, entropy_coef=1.0)
+        walk(*hidden, head, Tokens(ones.long(), ones, ones, ones, None), objective, 1.0, None)
     return live.peak - (num_bytes([head]) if run.base == "float32" else 0)
 
 

@@ -6,7 +6,10 @@ and of its parts, loading, CLIP and sampling, beside the libraries that they wou
     python -m experiments.bench --dtype float32 --peer none  # this code alone
     python -m experiments.bench --what load  # a checkpoint, against load_file and a plain read
     python -m experiments.bench --what clip --size full  # image tower, against CLIPVisionModel with sdpa
-    python -m experiments.bench --what decoder --size 125m --device cuda  # against generate
+    python -m experiments.bench --what decoder --size smollm  # sampling, against generate
+    python -m experiments.bench --what loss --size 49k  # the walk, against a whole (B, T, V) table
+    python -m experiments.bench --what draw --size 49k  # against torch.multinomial
+    python -m experiments.bench --what growth  # time and memory as one size grows, with exponents
 
 A step, both sides: 8 prompts of 96 tokens, 5 completions of exactly 32 tokens, a decoder of random weights
 with LoRA on all seven linear layers, one AdamW update with KL to the start, no gradient checkpointing. Both
@@ -14,13 +17,14 @@ take turns in one process, with the same number of threads; the median counts. T
 """
 
 import json
+import math
 import platform
 import re
 import statistics
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,13 +36,22 @@ import torch
 import lora
 import train
 from checkpoints.huggingface import hf_config, load_decoder, save_decoder
+from checkpoints.memory import Live
 from checkpoints.policies import freeze_base
 from clip import ClipConfig, ImageTower
 from data import Prompts
-from grpo_rank import rank_advantages, ranks_from_scores
-from model import Decoder, ModelConfig, VideoLM
+from grpo_rank import (
+    Objective,
+    policy_loss,
+    rank_advantages,
+    ranks_from_scores,
+    rollout_loss,
+    sampling_logprobs,
+    token_stats,
+)
+from model import Bridge, Decoder, ModelConfig, VideoLM
 from plumbing.options import BadInput, Count, Options, parse_args, run_script, write_json
-from rollout import generate
+from rollout import Completions, draw, generate, reference_states
 
 MODEL = ModelConfig(dim=256, num_layers=6, num_heads=8, num_kv_heads=8, ffn_dim=688, vocab_size=512)
 P, G, S, T = 8, 5, 96, 32
@@ -48,6 +61,7 @@ DTYPES = {"float32": ("float32",), "bfloat16": ("bfloat16",), "both": ("float32"
 PACKAGES = {"trl": ("torch", "trl", "transformers", "peft"), "none": ("torch",)}
 PACKAGES |= {"load": ("torch", "safetensors"), "clip": ("torch", "transformers")}
 PACKAGES["decoder"] = PACKAGES["clip"]
+PACKAGES |= dict.fromkeys(("loss", "draw", "growth"), PACKAGES["none"])
 SIZES = {  # by --what and --size
     "step": {"small": MODEL},
     "load": {  # 67 MB and 1.1 GB in float32
@@ -57,20 +71,29 @@ SIZES = {  # by --what and --size
         "small": ClipConfig(112, 14, 256, 4, 4, embed_dim=0, activation="quick_gelu"),
         "full": ClipConfig(336, 14, 1024, 24, 16, embed_dim=0, activation="quick_gelu"),
     },
-    "decoder": {  # 4.9 M, 124 M, 1.1 G parameters
+    "decoder": {  # 4.9 M, 124 M, 135 M, 1.1 G parameters
         "small": MODEL, "125m": ModelConfig(32000, 768, 12, 12, 12, 2560),
+        "smollm": ModelConfig(49152, 576, 30, 9, 3, 1536),
         "1b": ModelConfig(32000, 2048, 22, 32, 4, 5632, tied=False),
     },
+    "loss": {"small": 512, "49k": 49152, "152k": 151936},  # V
+    "draw": {"small": 512, "49k": 49152, "152k": 151936},
+    "growth": {"small": MODEL},
 }  # fmt: skip
-FRAMES = 8
+FRAMES, ROWS = 8, 2560
+GROWTH = {  # the sizes that one letter takes while the others stay (`growing`)
+    "P": (2, 4, 8), "G": (4, 8, 16), "T": (16, 32, 64), "S": (512, 1024, 2048, 4096),
+    "V": (2048, 8192, 32768), "K": (8, 16, 32),
+}  # fmt: skip
+NO_END = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
 class Config(Options):
     """What is measured, and how"""
 
-    what: Literal["step", "load", "clip", "decoder"] = "step"
-    size: str = "small"  # small | full (load, clip) | 125m | 1b (decoder)
+    what: Literal["step", "load", "clip", "decoder", "loss", "draw", "growth"] = "step"
+    size: str = "small"  # small | full (load, clip) | 125m | smollm | 1b (decoder) | 49k | 152k (loss, draw)
     device: Literal["cpu", "cuda"] = "cpu"  # a step and loading are measured on the CPU only
     dtype: Literal["float32", "bfloat16", "both"] = "both"  # in a step bfloat16 is autocast on both sides
     repeats: Count = 10  # timed steps a side
@@ -112,35 +135,38 @@ def score(completion_ids: list[int]) -> float:
 
 def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
     """prompt_ids (P, S) int64 -> a function that takes one step of train.py with them."""
-    policy = SimpleNamespace(cfg=MODEL, decoder=Decoder(MODEL))  # a VideoLM without eyes: text alone
-    policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
-    policy.decoder.compute_dtype = getattr(torch, dtype)
-    trainable = lora.add_adapters(policy.decoder, STEP.lora_r, STEP.lora_alpha)
-    lora.freeze_reference(policy.decoder)
-    optimizer = torch.optim.AdamW(trainable, lr=STEP.lr, weight_decay=0.0)
+    policy = text_policy(MODEL, dtype)
+    learner = lora.Learner(policy.decoder, STEP.lora_r, STEP.lora_alpha)
     prompts = Prompts(prompt_ids, torch.ones_like(prompt_ids).bool(), torch.zeros(P, 0, MODEL.dim))
-    no_end = torch.empty(0, dtype=torch.int64)
 
     def step():
         with watch("step"):
             with watch("sample"):
-                rollout = generate(policy, prompts, G, T, end_ids=no_end, uniforms=torch.rand(P, G, T))
+                rollout = generate(policy, prompts, G, T, end_ids=NO_END, uniforms=torch.rand(P, G, T))
             with watch("rank"):
                 scores = torch.tensor([score(ids) for ids in rollout.completion_ids.tolist()]).view(P, G)
-                ranks = ranks_from_scores(scores)
-                live = (ranks != ranks[:, :1]).any(dim=1).repeat_interleave(G)
-                signal = rank_advantages(ranks).flatten(), live, None
+                advantages = rank_advantages(ranks_from_scores(scores))
             with watch("update"):
                 with watch("reference, part of update"):
-                    ref_states = train.reference_states(STEP, policy, prompts, rollout)
-                args = prompts, rollout, ref_states, *signal
-                numbers = train.update(STEP, policy, trainable, optimizer, *args)
+                    ref_states = reference_states(policy, prompts, rollout, size=0)
+                numbers = train.update(
+                    STEP, policy, learner, prompts=prompts, rollout=rollout, advantages=advantages,
+                    ref_states=ref_states, step=0,
+                )  # fmt: skip
         assert rollout.completion_mask.sum() == P * G * T and not numbers["bad"], numbers
         # A part of the step once more, by itself
         with watch("prefill, part of sample"):
-            generate(policy, prompts, G, 1, end_ids=no_end)
+            generate(policy, prompts, G, 1, end_ids=NO_END)
 
     return step
+
+
+def text_policy(cfg: ModelConfig, dtype: str, device: str = "cpu") -> SimpleNamespace:
+    """A VideoLM without eyes, of random weights: text alone."""
+    policy = SimpleNamespace(cfg=cfg, decoder=Decoder(cfg).to(device))
+    policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
+    policy.decoder.compute_dtype = getattr(torch, dtype)
+    return policy
 
 
 def run_trl(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch, num_steps: int, between, folder: str):
@@ -292,11 +318,8 @@ def compare_decoder(cfg: Config, dtype: str) -> dict:
 
     kind, device = getattr(torch, dtype), cfg.device
     torch.manual_seed(0)
-    policy = SimpleNamespace(decoder=Decoder(SIZES["decoder"][cfg.size]).to(device))
-    policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
-    policy.cfg = policy.decoder.cfg
+    policy = text_policy(SIZES["decoder"][cfg.size], dtype, device)
     freeze_base(policy.decoder, dtype)
-    policy.decoder.compute_dtype = kind
     config = hf_config(policy.decoder.cfg)
     peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
     peer = peer.to(device, kind).eval()
@@ -319,7 +342,108 @@ def compare_decoder(cfg: Config, dtype: str) -> dict:
     })  # fmt: skip
 
 
+def compare_loss(cfg: Config, dtype: str) -> dict:
+    """The loss and its gradient in ROWS hidden states, by the walk and over a whole (B, T, V) table; and the
+    peak bytes of the tensors that each makes. dtype is the head's; the logits are compared in float32."""
+    V, D, tokens = SIZES["loss"][cfg.size], 256, (ROWS // T, T)
+    torch.manual_seed(0)
+    hidden, ref_hidden = torch.randn(*tokens, D, requires_grad=True), torch.randn(*tokens, D)
+    head, advantages = torch.randn(V, D) * D**-0.5, torch.randn(tokens[0])
+    whole = torch.ones(tokens, dtype=torch.bool), torch.full(tokens, -math.log(V))
+    rollout = Completions(torch.randint(V, tokens), *whole, None, whole[0][:, 0])
+    objective = Objective(kl_coef=STEP.kl_coef)
+
+    def walk():
+        kind = head.to(getattr(torch, dtype))
+        rollout_loss(hidden, kind, rollout, advantages, objective, ref_hidden=ref_hidden)[0].backward()
+
+    def plain():
+        tables = [
+            sampling_logprobs((x @ head.T).flatten(0, 1), 1.0, None, None) for x in (hidden, ref_hidden)
+        ]
+        values = token_stats(*tables, rollout.completion_ids.flatten())
+        logprobs, entropy, kl = (x.view(tokens) for x in values)
+        grids = {"kl": kl, "entropy": entropy}
+        policy_loss(logprobs, whole[1], advantages, whole[0], **grids, **vars(objective))[0].backward()
+
+    result = take_turns(cfg, dtype, {"loss": (walk, plain)})
+    peaks = [peak_bytes(function) for function in (walk, plain)]
+    print(f"  peak of tensors: ours {peaks[0] / 1e6:.0f} MB, theirs {peaks[1] / 1e6:.0f} MB")
+    return result | {"peak": peaks, "peak_ratio": round(peaks[0] / peaks[1], 4)}
+
+
+def compare_draw(cfg: Config, dtype: str) -> dict:
+    """An id for each of P * G rows of log-probabilities, against torch.multinomial, which depends on the rows
+    beside it. dtype changes nothing: both draw in float32."""
+    torch.manual_seed(0)
+    logprobs = torch.randn(P * G, SIZES["draw"][cfg.size]).log_softmax(dim=1)
+    uniforms = torch.rand(P * G)
+    pair = partial(draw, logprobs, uniforms), lambda: torch.multinomial(logprobs.exp(), 1)
+    return take_turns(cfg, dtype, {"draw": pair})
+
+
+def peak_bytes(function) -> int:
+    """Bytes of tensors alive at once within function(), at most, that it made itself."""
+    with Live() as live:
+        function()
+    return live.peak
+
+
+def growth(cfg: Config, dtype: str) -> dict:
+    """A step's seconds and peak bytes as P, G, T, S and V grow alone, and those of a bridge as K does, with
+    exponents: the slope of log(seconds) over log(size), by least squares."""
+    result = {"dtype": dtype}
+    print(f"\ngrowth, {dtype}, medians of {cfg.repeats}")
+    for name, sizes in GROWTH.items():
+        seconds, peaks = [], []
+        for size in sizes:
+            function = growing(dtype, **{name: size})
+            watch = Stopwatch()
+            for _ in range(cfg.warmup + cfg.repeats):
+                with watch("step"):
+                    function()
+            seconds.append(watch.medians(cfg.warmup)["step"])
+            peaks.append(peak_bytes(function))
+        slopes = [slope(sizes, values) for values in (seconds, peaks)]
+        result[name] = dict(sizes=sizes, seconds=seconds, peak=peaks, exponents=slopes)
+        shown = ", ".join(
+            f"{n}: {s:.3f} s {b / 1e6:.0f} MB" for n, s, b in zip(sizes, seconds, peaks, strict=True)
+        )
+        print(f"  {name}  time {slopes[0]:5.2f}  memory {slopes[1]:5.2f}   {shown}", flush=True)
+    return result
+
+
+def slope(sizes, values) -> float:
+    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (sizes, values))
+    x = x - x.mean()
+    return round(float((x * y).sum() / (x * x).sum()), 3)
+
+
+def growing(dtype: str, P=2, G=4, T=16, S=64, V=512, K=0):
+    """A function that samples and updates at these sizes; with K the bridge reads K frames of 36 patches."""
+    torch.manual_seed(0)
+    if K:
+        cfg, clip = replace(MODEL, num_frames=K), ClipConfig(48, 8, 128, 1, 4, embed_dim=0)
+        bridge, patches = Bridge(cfg, clip), torch.randn(2, K, 36, clip.width)
+        return lambda: bridge(patches, torch.arange(K).expand(2, K) * 0.5).sum().backward()
+    policy = text_policy(replace(MODEL, num_layers=2, vocab_size=V), dtype)
+    learner = lora.Learner(policy.decoder, STEP.lora_r, STEP.lora_alpha)
+    ids = torch.randint(2, V, (P, S))
+    prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.zeros(P, 0, MODEL.dim))
+    advantages = rank_advantages(torch.arange(G).expand(P, G))
+    step = replace(STEP, group_size=G, max_new_tokens=T)
+
+    def function():
+        rollout = generate(policy, prompts, G, T, end_ids=NO_END, uniforms=torch.rand(P, G, T))
+        states = reference_states(policy, prompts, rollout, size=0)
+        told = dict(prompts=prompts, rollout=rollout, advantages=advantages, ref_states=states, step=0)
+        train.update(step, policy, learner, **told)
+
+    return function
+
+
 COMPARE = {"step": compare, "load": compare_load, "clip": compare_clip, "decoder": compare_decoder}
+COMPARE |= {"loss": compare_loss, "draw": compare_draw, "growth": growth}
 
 
 def describe(peer: str) -> dict:
@@ -337,7 +461,15 @@ def main() -> int:
         result["gpu"] = torch.cuda.get_device_name()
     print(", ".join(f"{key} {value}" for key, value in result.items()))
     result |= {"what": cfg.what, "size": cfg.size, "repeats": cfg.repeats}
-    result |= {"P": P, "G": G, "S": S, "T": T, "frames": FRAMES, "model": asdict(SIZES[cfg.what][cfg.size])}
+    size = SIZES[cfg.what][cfg.size]
+    result |= {
+        "P": P,
+        "G": G,
+        "S": S,
+        "T": T,
+        "frames": FRAMES,
+        "model": asdict(size) if is_dataclass(size) else size,
+    }
     result["runs"] = [COMPARE[cfg.what](cfg, dtype) for dtype in DTYPES[cfg.dtype]]
     if cfg.json:
         write_json(cfg.json, result)

@@ -1,11 +1,16 @@
 """The machine: device, dtype, processes, and a step of an optimizer over all of them."""
 
+import functools
 import os
+import shutil
+import sys
+import sysconfig
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.utils._triton import has_triton
 
 from plumbing.options import BadInput, CountOrNone, Options
 
@@ -120,6 +125,23 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
+
+
+@functools.cache
+def compiled(fn, device_type: str):
+    """torch.compile(fn), made once; fn itself, said on stderr, where the tools are missing."""
+    compiler = os.environ.get("CC", "gcc") if device_type == "cuda" else os.environ.get("CXX", "g++")
+    header = os.path.join(sysconfig.get_path("include"), "Python.h")  # of Debian's python3-dev
+    tools = {
+        "Triton for this GPU": device_type != "cuda" or has_triton(),
+        f"compiler {compiler!r}": shutil.which(compiler),
+        header: os.path.isfile(header),
+    }
+    missing = [name for name, found in tools.items() if not found]
+    if not missing:
+        return torch.compile(fn)
+    print(f"compile: no {', no '.join(missing)}; {fn.__name__} runs uncompiled", file=sys.stderr)
+    return fn
 
 
 def describe(device: torch.device) -> str:

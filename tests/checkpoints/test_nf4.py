@@ -175,8 +175,8 @@ def test_adapters_learn_on_a_4_bit_base_that_does_not_change():
     assert not torch.equal(decoder(X, MASK), start)
     with lora.using(decoder, "off"), torch.no_grad():
         assert torch.equal(decoder(X, MASK), start)
-        with lora.folded(decoder):  # a 4-bit base is never unfolded into a float32 one
-            assert all(layer.folded is None for layer in lora.layers(decoder).values())
+        with lora.joined(decoder):  # a 4-bit base is never unfolded into one of more bits
+            assert all(layer.mlp.joined is None for layer in decoder.layers)
 
 
 def test_a_merged_4_bit_base_is_the_adapted_one():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import grpo_rank
 from grpo_rank import (
-    completion_logprobs,
+    Objective,
     dcg,
     kl_estimate,
     nucleus,
@@ -21,10 +22,12 @@ from grpo_rank import (
     policy_loss,
     rank_advantages,
     ranks_from_scores,
+    rollout_loss,
     sampling_logprobs,
     token_stats,
     unpack_support,
 )
+from plumbing import machine
 
 BEST_FIRST = [0, 1, 2, 3, 4]
 
@@ -370,12 +373,15 @@ def test_at_step_zero_ratio_is_one_kl_zero_and_the_loss_of_full_groups_zero(norm
     generator = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(10, 4, 8, generator=generator), torch.randn(20, 8, generator=generator)
     ids, mask = torch.randint(20, (10, 4), generator=generator), torch.ones(10, 4, dtype=torch.bool)
-    logprobs, _, kl = completion_logprobs(hidden.requires_grad_(), head, ids, mask, ref_hidden=hidden)
     a = rank_advantages(torch.tensor([[0, 1, 2, 3, 4], [2, 0, 0, 3, 3]])).flatten()
-    loss, stats = policy_loss(
-        logprobs, logprobs.detach(), a, mask, clip_eps=0.2, norm=norm, constant=4, kl=kl, kl_coef=0.5
+    old = sampling_logprobs(hidden @ head.T, 1.0, None, None).gather(-1, ids[..., None]).squeeze(-1)
+    objective = Objective(norm=norm, constant=4, kl_coef=0.5)
+    hidden.requires_grad_()
+    loss, stats = rollout_loss(
+        hidden, head, sampled(ids, mask, old), a, objective, ref_hidden=hidden.detach()
     )
-    assert stats["ratio"] == 40 and stats["kl"] == 0
+    assert_close(stats["ratio"].item(), 40.0, atol=1e-4, rtol=0)
+    assert stats["kl"] == 0 and stats["gap"] < 1e-5
     assert abs(loss.item()) < 1e-6
     (grad,) = torch.autograd.grad(loss, hidden)
     assert grad.abs().max() > 1e-3  # and yet it learns
@@ -439,64 +445,112 @@ def head_inputs(B=3, T=5, D=6, V=19, seed=0):
     return hidden, head, ref_hidden, ids, mask, banned, allowed
 
 
-@pytest.mark.parametrize("chunk_size", [1, 4, 64])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("use_banned, use_support", [(False, False), (True, False), (True, True)])
-def test_chunks_equal_the_plain_path_in_values_and_gradients(
-    chunk_size, temperature, use_banned, use_support
+def sampled(ids, mask, old, temperature=1.0, banned=None, support=None):
+    """What `rollout_loss` reads of a rollout."""
+    tensors = dict(completion_ids=ids, completion_mask=mask, logprobs=old, support=support)
+    return SimpleNamespace(**tensors, temperature=temperature, banned=banned)
+
+
+def changed(completions, **fields):
+    return SimpleNamespace(**(vars(completions) | fields))
+
+
+def plain_loss(hidden, head, completions, advantages, objective, ref_hidden=None, **counts):
+    """The equations one by one, on a whole (B, T, V) table, with autograd's gradient."""
+    (B, T), V = completions.completion_ids.shape, head.shape[0]
+    support = completions.support
+    support = None if support is None else unpack_support(support, V).flatten(0, 1)
+    same = completions.temperature, completions.banned, support
+    logprobs = sampling_logprobs((hidden @ head.T).flatten(0, 1), *same)
+    ref = None if ref_hidden is None else sampling_logprobs((ref_hidden @ head.T).flatten(0, 1), *same)
+    values = token_stats(logprobs, ref, completions.completion_ids.flatten())
+    logprobs, entropy, kl = (x if x is None else x.view(B, T) for x in values)
+    return policy_loss(
+        logprobs, completions.logprobs, advantages, completions.completion_mask, clip_eps=objective.clip_eps,
+        norm=objective.norm, constant=objective.constant, kl=kl, kl_coef=objective.kl_coef, entropy=entropy,
+        entropy_coef=objective.entropy_coef, **counts,
+    )  # fmt: skip
+
+
+def walk_inputs(use_support, dtype=torch.float64, seed=0):
+    """A rollout whose old log-probabilities are off by up to some tenths, so that the clip binds on both
+    sides for both signs of the advantage."""
+    hidden, head, ref_hidden, ids, mask, banned, allowed = head_inputs(seed=seed)
+    hidden, head, ref_hidden = (x.detach().to(dtype) for x in (hidden, head, ref_hidden))
+    support = allowed.flatten(0, 1) if use_support else None
+    logprobs = sampling_logprobs((hidden @ head.T).flatten(0, 1), 0.7, banned, support)
+    now = logprobs.gather(1, ids.view(-1, 1)).view(3, 5)
+    shift = torch.tensor([[0.5, -0.5, 0.1, -0.1, 0.0], [0.4, -0.6, 0, 0, 0], [-0.05, 0.6, -0.7, 0, 0]])
+    support = pack_support(allowed) if use_support else None
+    completions = sampled(ids, mask, now + shift, 0.7, banned, support)
+    advantages = torch.tensor([0.7, -0.4, -0.3], dtype=dtype)
+    return hidden.requires_grad_(), head, ref_hidden, completions, advantages
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("kl_coef, entropy_coef", [(0.0, 0.0), (0.3, 0.0), (0.0, 0.2), (0.3, 0.2)])
+@pytest.mark.parametrize("use_support", [False, True])
+@pytest.mark.parametrize("chunk_rows", [1, 4, 64])
+def test_the_walk_is_the_equation_in_value_gradient_and_stats(
+    norm, kl_coef, entropy_coef, use_support, chunk_rows, monkeypatch
 ):
-    hidden, head, ref_hidden, ids, mask, banned, allowed = head_inputs()
-    V = head.shape[0]
-    keep = torch.ones(3, 5, V, dtype=torch.bool)
-    keep &= ~banned if use_banned else True
-    keep &= allowed if use_support else True
-
-    # plain: the whole (B, T, V) table, the distribution taken over the kept ids only
-    scores = (hidden @ head.T / temperature).masked_fill(~keep, -1e9)
-    ref = (ref_hidden @ head.T.detach() / temperature).masked_fill(~keep, -1e9).log_softmax(-1)
-    logp = scores.log_softmax(-1)
-    plain = (
-        logp.gather(-1, ids[..., None]).squeeze(-1),
-        -(logp.exp() * logp * keep).sum(-1),
-        (ref.exp() * (ref - logp) * keep).sum(-1),
-    )
-    got = completion_logprobs(
-        hidden,
-        head,
-        ids,
-        mask,
-        temperature=temperature,
-        banned=banned if use_banned else None,
-        support=pack_support(allowed) if use_support else None,
-        ref_hidden=ref_hidden,
-        chunk_size=chunk_size,
-    )
-    weights = 5 * torch.randn(3, 3, 5, generator=torch.Generator().manual_seed(1))
-    for value, wanted, weight in zip(got, plain, weights, strict=True):
-        wanted = wanted * mask
-        assert value.dtype == torch.float32 and value.shape == (3, 5)
-        assert_close(value, wanted, atol=1e-5, rtol=0)
-        grads = torch.autograd.grad((value * weight).sum(), [hidden, head], retain_graph=True)
-        wanted_grads = torch.autograd.grad((wanted * weight).sum(), [hidden, head], retain_graph=True)
-        assert_close(grads, wanted_grads, atol=2e-4, rtol=1e-4)
-        assert wanted_grads[0].abs().max() > 0.01
+    hidden, head, ref_hidden, completions, advantages = walk_inputs(use_support)
+    monkeypatch.setattr(grpo_rank, "CHUNK_BYTES", chunk_rows * 8 * head.shape[0])
+    objective = Objective(
+        clip_eps=0.2, norm=norm, constant=7, kl_coef=kl_coef, entropy_coef=entropy_coef
+    )  # fmt: skip
+    ref_hidden = ref_hidden if kl_coef else None
+    args = hidden, head, completions, advantages, objective
+    for counts in ({}, {"num_tokens": 31, "num_sequences": 9}):
+        loss, stats = rollout_loss(*args, ref_hidden=ref_hidden, **counts)
+        wanted, wanted_stats = plain_loss(*args, ref_hidden=ref_hidden, **counts)
+        (grad,), (wanted_grad,) = (torch.autograd.grad(3 * x, hidden) for x in (loss, wanted))
+        assert_close(loss, wanted, atol=1e-12, rtol=0)
+        assert_close(grad, wanted_grad, atol=1e-12, rtol=0)
+        assert wanted_grad.abs().max() > 1e-3 and grad[~completions.completion_mask].eq(0).all()
+        assert_close(stats.pop("gap").item(), 0.7, atol=1e-6, rtol=0)
+        assert_close(stats, wanted_stats, atol=1e-11, rtol=0)
+        assert 0 < stats["clipped"] < stats["tokens"]
 
 
-def test_without_a_reference_there_is_no_kl_and_no_gradient_means_the_same_values():
-    hidden, head, _, ids, mask, _, _ = head_inputs()
-    logprobs, entropy, kl = completion_logprobs(hidden, head, ids, mask)
-    assert kl is None
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+def test_walks_over_micro_batches_add_up_to_the_step(norm):
+    hidden, head, ref_hidden, completions, advantages = walk_inputs(True)
+    objective = Objective(norm=norm, constant=7, kl_coef=0.3)
+    whole, stats = rollout_loss(hidden, head, completions, advantages, objective, ref_hidden=ref_hidden)
+    (wanted,) = torch.autograd.grad(whole, hidden)
+    for i in range(3):
+        cut = ("completion_ids", "completion_mask", "logprobs", "support")
+        part = changed(completions, **{name: getattr(completions, name)[i : i + 1] for name in cut})
+        rollout_loss(
+            hidden[i : i + 1], head, part, advantages[i : i + 1], objective, ref_hidden=ref_hidden[i : i + 1],
+            num_tokens=stats["tokens"], num_sequences=stats["sequences"],
+        )[0].backward()  # fmt: skip
+    assert_close(hidden.grad, wanted, atol=1e-12, rtol=0)
+
+
+def test_a_walk_over_nothing_keeps_a_gradient_of_zero_and_without_gradient_gives_the_same_values():
+    hidden, head, ref_hidden, completions, advantages = walk_inputs(False, torch.float32)
+    completions.completion_mask = completions.completion_mask & False
+    loss, stats = rollout_loss(hidden, head, completions, advantages, Objective(), ref_hidden=ref_hidden)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert loss == 0 and grad.eq(0).all() and stats["tokens"] == stats["gap"] == 0
+    hidden, head, ref_hidden, completions, advantages = walk_inputs(False, torch.float32)
+    loss, stats = rollout_loss(hidden, head, completions, advantages, Objective())
     with torch.no_grad():
-        again = completion_logprobs(hidden, head, ids, mask)
-    assert again[0].equal(logprobs) and again[1].equal(entropy) and not again[0].requires_grad
+        again, _ = rollout_loss(hidden, head, completions, advantages, Objective())
+    assert "kl" not in stats and again == loss and not again.requires_grad and loss.requires_grad
 
 
-def test_the_reference_gets_no_gradient():
-    hidden, head, ref_hidden, ids, mask, _, _ = head_inputs()
-    ref_hidden.requires_grad_()
-    _, _, kl = completion_logprobs(hidden, head, ids, mask, ref_hidden=ref_hidden)
-    grads = torch.autograd.grad(kl.sum(), [hidden, ref_hidden], allow_unused=True)
-    assert grads[0].abs().max() > 0 and grads[1] is None
+def test_tokens_that_became_impossible_or_certain_leave_the_walk_finite():
+    hidden, head, ref_hidden, completions, advantages = walk_inputs(False, torch.float32)
+    hidden = (200 * hidden.detach()).requires_grad_()  # probabilities of exactly 0 and 1
+    completions.logprobs = torch.full((3, 5), -300.0)
+    for entropy_coef in (0.0, 5.0):
+        objective = Objective(kl_coef=0.3, entropy_coef=entropy_coef)
+        loss, _ = rollout_loss(hidden, head, completions, advantages, objective, ref_hidden=ref_hidden)
+        (grad,) = torch.autograd.grad(loss, hidden)
+        assert loss.isfinite() and grad.isfinite().all()
 
 
 def test_the_gradient_of_kl_in_the_logits_is_policy_minus_reference():
@@ -507,14 +561,6 @@ def test_the_gradient_of_kl_in_the_logits_is_policy_minus_reference():
     _, _, kl = token_stats(sampling_logprobs(logits, 0.5, None, None), ref, torch.zeros(4, dtype=torch.int64))
     kl.sum().backward()
     assert_close(logits.grad, ((logits / 0.5).softmax(-1) - ref.exp()).detach() / 0.5, atol=1e-6, rtol=0)
-
-
-def test_a_fully_masked_batch_keeps_a_gradient_of_zero():
-    hidden, head, ref_hidden, ids, mask, _, _ = head_inputs()
-    values = completion_logprobs(hidden, head, ids, mask & False, ref_hidden=ref_hidden)
-    assert all(value.eq(0).all() and value.shape == (3, 5) for value in values)
-    (grad,) = torch.autograd.grad(sum(value.sum() for value in values), hidden)
-    assert grad.eq(0).all()
 
 
 def test_banned_and_unsupported_ids_have_probability_zero_and_no_gradient():
@@ -543,37 +589,31 @@ class Shapes(TorchDispatchMode):
         return out
 
 
-def kept_and_largest(chunked, V, B=8, T=16, D=4, chunk_size=8):
-    """Elements kept by autograd for the backward, and of the largest tensor ever made, head aside."""
-    hidden = torch.randn(B, T, D, requires_grad=True)
-    head = torch.randn(V, D)
+def kept_and_largest(loss_of, V, B=8, T=16, D=4):
+    """Elements that autograd keeps for the backward, and of the largest tensor ever made, head aside."""
+    hidden, ref_hidden = torch.randn(B, T, D, requires_grad=True), torch.randn(B, T, D)
+    head, kept = torch.randn(V, D), []
     ids, mask = torch.zeros(B, T, dtype=torch.int64), torch.ones(B, T, dtype=torch.bool)
-    ref_hidden, kept = torch.randn(B, T, D), []
+    completions = sampled(ids, mask, torch.full((B, T), -3.0))
 
     def keep(tensor):
         kept.append(0 if tensor.data_ptr() == head.data_ptr() else tensor.numel())
         return tensor
 
     with Shapes() as shapes, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        if chunked:
-            values = completion_logprobs(
-                hidden, head, ids, mask, ref_hidden=ref_hidden, chunk_size=chunk_size
-            )
-        else:
-            logprobs, ref_logprobs = (
-                sampling_logprobs((h @ head.T).flatten(0, 1), 1.0, None, None) for h in (hidden, ref_hidden)
-            )
-            values = token_stats(logprobs, ref_logprobs, ids.flatten())
-        sum(value.sum() for value in values).backward()
+        objective = Objective(kl_coef=0.1)
+        loss, _ = loss_of(hidden, head, completions, torch.ones(B), objective, ref_hidden=ref_hidden)
+        loss.backward()
     return sum(kept), shapes.largest
 
 
-def test_memory_grows_with_chunk_times_vocabulary_not_with_positions_times_vocabulary():
-    kept, largest = kept_and_largest(chunked=True, V=100)
-    kept_wide, largest_wide = kept_and_largest(chunked=True, V=1000)
-    assert kept_wide == kept  # what waits for the backward does not know V
-    assert largest_wide == 8 * 1000  # chunk_size x V, forward and backward
-    plain_kept, plain_largest = kept_and_largest(chunked=False, V=1000)
+def test_memory_is_three_buffers_of_a_chunk_whatever_the_vocabulary(monkeypatch):
+    monkeypatch.setattr(grpo_rank, "CHUNK_BYTES", 4 * 8000)
+    kept, largest = kept_and_largest(rollout_loss, V=100)
+    kept_wide, largest_wide = kept_and_largest(rollout_loss, V=1000)
+    assert kept == kept_wide == 8 * 16 * 4  # the gradient in the states
+    assert largest == 3 * 64 * 100 and largest_wide == 3 * 8000  # of the buffers, forward and backward
+    plain_kept, plain_largest = kept_and_largest(plain_loss, V=1000)
     assert plain_kept > 8 * 16 * 1000 and plain_largest == 8 * 16 * 1000  # the yardstick sees the difference
 
 
@@ -598,90 +638,56 @@ def test_support_survives_its_packing_into_bits(V):
     assert pack_support(torch.arange(9) == 8).tolist() == [0, 1]  # lowest id in the lowest bit
 
 
-def test_training_log_probabilities_are_those_of_the_sampler_at_any_top_p():
-    hidden, head, _, _, mask, banned, _ = head_inputs()
-    with torch.no_grad():
-        logits = (hidden @ head.T).flatten(0, 1)
-        support = nucleus(sampling_logprobs(logits, 0.8, banned, None), 0.6)
-        sampler = sampling_logprobs(logits, 0.8, banned, support)
-        ids = torch.multinomial(sampler.exp(), 1, generator=torch.Generator().manual_seed(0))
-    logprobs, entropy, _ = completion_logprobs(
-        hidden,
-        head,
-        ids.view(3, 5),
-        mask,
-        temperature=0.8,
-        banned=banned,
-        support=pack_support(support).view(3, 5, -1),
-        chunk_size=4,
-    )
-    assert_close(logprobs[mask], sampler.gather(1, ids).view(3, 5)[mask], atol=1e-6, rtol=0)
-    assert entropy[mask].min() >= 0
-    without, _, _ = completion_logprobs(hidden, head, ids.view(3, 5), mask, temperature=0.8, banned=banned)
-    assert (logprobs - without)[mask].max() > 0.1  # the nucleus matters here
+def test_a_head_in_bfloat16_is_an_option_with_a_known_error():
+    hidden, head, ref_hidden, completions, advantages = walk_inputs(False, torch.float32)
+    objective = Objective()
+    _, exact = rollout_loss(hidden, head, completions, advantages, objective)
+    _, rough = rollout_loss(hidden, head.bfloat16(), completions, advantages, objective)
+    assert 0 < abs(rough["gap"] - exact["gap"]) < 0.1  # of log-probabilities of up to 7 nats
 
 
-def test_bfloat16_states_give_float32_log_probabilities():
-    hidden, head, _, ids, mask, _, _ = head_inputs()
-    logprobs, _, _ = completion_logprobs(hidden.bfloat16(), head.bfloat16(), ids, mask)
-    assert logprobs.dtype == torch.float32
-    exact, _, _ = completion_logprobs(hidden, head, ids, mask)
-    assert_close(logprobs, exact, atol=0.1, rtol=0)
-
-
-def test_wrong_arguments_of_completion_logprobs_are_refused():
-    hidden, head, ref_hidden, ids, mask, banned, allowed = head_inputs()
-    good = dict(hidden=hidden, head=head, completion_ids=ids, completion_mask=mask)
-    for wrong in (
-        dict(hidden=hidden[0]),
-        dict(head=head.T),
-        dict(head=head.bfloat16()),
-        dict(completion_ids=ids[:, :1]),
-        dict(completion_ids=ids.int()),
-        dict(completion_mask=mask.long()),
-        dict(banned=banned[1:]),
-        dict(support=allowed),
-        dict(support=pack_support(allowed)[..., :1]),
-        dict(ref_hidden=ref_hidden[:1]),
-        dict(temperature=0.0),
+def test_wrong_arguments_of_the_walk_are_refused():
+    hidden, head, ref_hidden, completions, advantages = walk_inputs(True, torch.float32)
+    good = dict(hidden=hidden, head=head, completions=completions, advantages=advantages)
+    good |= dict(objective=Objective(), ref_hidden=ref_hidden)
+    rollout_loss(**good)
+    learns = head.clone().requires_grad_()
+    wrong = [dict(hidden=hidden[0]), dict(hidden=hidden.bfloat16(), head=head.bfloat16()), dict(head=head.T)]
+    wrong += [dict(head=learns), dict(ref_hidden=ref_hidden[:1]), dict(ref_hidden=ref_hidden.double())]
+    wrong += [dict(advantages=advantages[:1]), dict(objective=Objective(kl_coef=0.1), ref_hidden=None)]
+    wrong += [dict(objective=Objective(norm="mean")), dict(objective=Objective(), num_tokens=9)]
+    for name, value in (
+        ("completion_ids", completions.completion_ids[:, :1]),
+        ("completion_ids", completions.completion_ids.int()),
+        ("completion_mask", completions.completion_mask.long()),
+        ("logprobs", completions.logprobs.bfloat16()),
+        ("support", unpack_support(completions.support, head.shape[0])),
+        ("support", completions.support[..., :1]),
+        ("temperature", 0.0),
+        ("banned", completions.banned[1:]),
     ):
+        wrong.append(dict(completions=changed(completions, **{name: value})))
+    for change in wrong:
         with pytest.raises(ValueError):
-            completion_logprobs(**(good | wrong))
+            rollout_loss(**(good | change))
 
 
 def test_compile_falls_back_where_the_tools_are_missing_and_says_so_once(monkeypatch, capsys):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    grpo_rank.compiled.cache_clear()
-    hidden, head, ref_hidden, ids, mask, _, _ = head_inputs()
-    eager = completion_logprobs(hidden, head, ids, mask, ref_hidden=ref_hidden)
-    for _ in range(2):  # chunks of 8 are filled up: 11 positions are not a multiple
-        padded = completion_logprobs(
-            hidden, head, ids, mask, ref_hidden=ref_hidden, chunk_size=8, compile=True
-        )
-    assert_close(padded, eager, atol=1e-6, rtol=0)
-    assert_close(
-        torch.autograd.grad(padded[0].sum(), hidden),
-        torch.autograd.grad(eager[0].sum(), hidden),
-        atol=1e-5,
-        rtol=0,
-    )
+    machine.compiled.cache_clear()
+    hidden, head, ref_hidden, completions, advantages = walk_inputs(True)
+    monkeypatch.setattr(grpo_rank, "CHUNK_BYTES", 4 * 8 * head.shape[0])  # 4 rows: 11 are no multiple
+    results = []
+    args = hidden, head, completions, advantages, Objective(kl_coef=0.3, entropy_coef=0.1)
+    for compile in (None, machine.compiled, machine.compiled):
+        loss, _ = rollout_loss(*args, ref_hidden=ref_hidden, compile=compile)
+        results.append((loss, *torch.autograd.grad(loss, hidden)))
+    assert_close(results[1:], [results[0]] * 2, atol=1e-12, rtol=0)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "no-such-compiler" in said
-    nothing = completion_logprobs(hidden, head, ids, mask & False, chunk_size=8, compile=True)
-    assert nothing[0].eq(0).all()
-    grpo_rank.compiled.cache_clear()
-
-
-def test_compile_is_asked_for_where_the_tools_are_there(monkeypatch):
-    monkeypatch.setenv("CXX", "sh")  # any program that exists
-    monkeypatch.setattr(grpo_rank.os.path, "isfile", lambda path: True)
-    seen = []
-    monkeypatch.setattr(torch, "compile", lambda fn, **options: seen.append(options) or fn)
-    grpo_rank.compiled.cache_clear()
-    assert grpo_rank.compiled(F.relu, "cpu") is F.relu and seen == [{"dynamic": False}]
-    monkeypatch.setattr(grpo_rank, "has_triton", lambda: False)
-    assert grpo_rank.compiled(F.relu, "cuda") is F.relu and len(seen) == 1  # no Triton: not even tried
-    grpo_rank.compiled.cache_clear()
+    completions.completion_mask = completions.completion_mask & False
+    assert rollout_loss(*args, ref_hidden=ref_hidden, compile=machine.compiled)[0] == 0
+    machine.compiled.cache_clear()
 
 
 # ---- scalar GRPO ----
@@ -699,3 +705,15 @@ def test_group_zscores_of_worked_cases():
 def test_equal_rewards_and_rounding_noise_have_no_advantage():
     rewards = torch.tensor([[0.5] * 4, [0.3, 0.3 + 1e-7, 0.3, 0.3]], dtype=torch.float64)
     assert grpo_rank.group_zscores(rewards).tolist() == [[0.0] * 4] * 2
+
+
+def test_compile_is_asked_for_where_the_tools_are_there(monkeypatch):
+    monkeypatch.setenv("CXX", "sh")  # any program that exists
+    monkeypatch.setattr(machine.os.path, "isfile", lambda path: True)
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: seen.append(options) or fn)
+    machine.compiled.cache_clear()
+    assert machine.compiled(F.relu, "cpu") is F.relu and seen == [{}]
+    monkeypatch.setattr(machine, "has_triton", lambda: False)
+    assert machine.compiled(F.relu, "cuda") is F.relu and len(seen) == 1  # no Triton: not even tried
+    machine.compiled.cache_clear()

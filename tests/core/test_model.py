@@ -3,7 +3,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import model
 from checkpoints.policies import load_model, save_model
 from clip import ClipConfig
 from model import Bridge, Decoder, KVCache, ModelConfig, VideoLM, pool
@@ -48,6 +50,53 @@ def test_shared_prefix_gives_the_unshared_values_and_gradients():
     for shared, slow in zip(*results, strict=True):
         assert slow.abs().max() > 1e-3  # something to compare
         torch.testing.assert_close(shared, slow, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [0, 3, 5, 300])
+@pytest.mark.parametrize("kv", [2, 4])
+def test_long_prompts_give_the_values_and_gradients_of_short_ones(window, kv, monkeypatch):
+    decoder = build(cfg=replace(CFG, sliding_window=window, num_kv_heads=kv))
+    generator = torch.Generator().manual_seed(7)
+    prompt = torch.randn(P, 23, CFG.dim, generator=generator)
+    completions = torch.randn(P, G, T, CFG.dim, generator=generator)
+    mask, results = torch.arange(23) >= torch.tensor([[6], [0]]), []
+    weights = torch.randn(P, G, T, CFG.dim, generator=generator)
+    for limit in (256, 4):  # prompt tokens from which a prompt is long
+        monkeypatch.setattr(model, "LONG", limit)
+        inputs = prompt.clone().requires_grad_(), completions.clone().requires_grad_()
+        states = decoder(inputs[0], mask, inputs[1])
+        learn = [p for name, p in decoder.named_parameters() if name != "embed_tokens.weight"]
+        results.append([states, *torch.autograd.grad((states * weights).sum(), [*inputs, *learn])])
+    for short, long in zip(*results, strict=True):
+        assert short.abs().max() > 1e-3
+        torch.testing.assert_close(long, short, atol=1e-4, rtol=1e-4)
+    assert (results[1][1][~mask] == 0).all()  # padding has no gradient
+
+
+class Largest(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation makes, forward or backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("window", [0, 200])
+def test_the_largest_tensor_grows_as_the_prompt_not_as_its_square(window):
+    decoder, largest = build(cfg=replace(CFG, sliding_window=window)), []
+    for length in (600, 1200):
+        prompt = torch.randn(1, length, CFG.dim, requires_grad=True)
+        with Largest() as seen:
+            decoder(
+                prompt, torch.ones(1, length, dtype=torch.bool), torch.zeros(1, 2, 3, CFG.dim)
+            ).sum().backward()
+        largest.append(seen.elements)
+    assert largest[1] < 2.1 * max(largest[0], 256 * 456) and largest[1] < 1200**2 / 8
 
 
 def test_padding_changes_nothing_and_has_no_gradient():

@@ -225,10 +225,13 @@ def test_dead_and_failed_groups_are_decided_in_one_place():
 
 def test_a_non_finite_loss_changes_nothing_and_says_so(small_step, monkeypatch):
     cfg, *batch = small_step
-    real = train.completion_logprobs
-    monkeypatch.setattr(
-        train, "completion_logprobs", lambda *a, **k: [x * float("nan") for x in real(*a, **k)]
-    )
+    real = train.rollout_loss
+
+    def broken(*args, **options):
+        loss, stats = real(*args, **options)
+        return loss * float("nan"), stats
+
+    monkeypatch.setattr(train, "rollout_loss", broken)
     numbers, change = update(cfg, *batch)
     assert numbers["bad"] and change.eq(0).all()
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+import grpo_rank
 from clip import ClipConfig
 from experiments import bench
 from model import ModelConfig
@@ -9,19 +10,34 @@ from plumbing.options import BadInput
 
 TINY = ModelConfig(vocab_size=32, dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=16)
 PARTS = {"load": {"map", "read"}, "clip": {"encode"}, "decoder": {"prefill", "whole"}}
+PARTS |= {"loss": {"loss"}, "draw": {"draw"}}
 
 
 @pytest.mark.parametrize("what", PARTS)
 def test_each_part_is_compared_with_its_peer(what, monkeypatch):
-    if what != "load":
+    if what in ("clip", "decoder"):
         pytest.importorskip("transformers")
-    size = ClipConfig(28, 14, 64, 1, 1, embed_dim=0) if what == "clip" else TINY
+    sizes = {"clip": ClipConfig(28, 14, 64, 1, 1, embed_dim=0), "loss": 2000, "draw": 40}
+    size = sizes.get(what, TINY)
+    monkeypatch.setattr(bench, "ROWS", 96)
+    monkeypatch.setattr(grpo_rank, "CHUNK_BYTES", 2000 * 4 * 12)
     monkeypatch.setitem(bench.SIZES, what, {"small": size})
     cfg = bench.Config(what=what, dtype="float32", repeats=1, warmup=1)
     result = bench.COMPARE[what](cfg, "float32")
     assert result["ratio"].keys() == PARTS[what] and all(s > 0 for s in result["ours"].values())
+    if what == "loss":
+        assert result["peak_ratio"] < 0.2  # eight chunks, three buffers
     if what == "load":
         assert result["bytes"] > 4 * (32 * 16 + 4 * 16 * 16 + 3 * 16 * 16)  # embedding, attention, MLP
+
+
+def test_growth_gives_an_exponent_for_each_size(monkeypatch):
+    assert bench.slope([1, 2, 4], [3.0, 12.0, 48.0]) == 2
+    monkeypatch.setattr(bench, "MODEL", TINY)
+    monkeypatch.setattr(bench, "GROWTH", {"V": (32, 64), "S": (4, 8), "K": (2, 4)})
+    result = bench.growth(bench.Config(what="growth", repeats=1, warmup=1), "float32")
+    assert result.keys() == {"dtype", "V", "S", "K"}
+    assert all(len(result[name]["exponents"]) == 2 and min(result[name]["peak"]) > 0 for name in "VSK")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
