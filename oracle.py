@@ -138,7 +138,7 @@ class FunctionOracle:
             places = [0] * len(distinct)
             try:
                 places = self._ask(question, distinct) if len(distinct) > 1 else places
-            except Exception as error:  # a user's code may raise anything, and no group may end the run
+            except (Exception, SystemExit) as error:  # a user's code may raise anything
                 note = one_line(f"function: {type(error).__name__}: {error}")
             ranks.append(ranks_by_text(group, dict(zip(distinct, places, strict=True))))
             notes.append(note)

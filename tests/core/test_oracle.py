@@ -1,5 +1,6 @@
 import itertools
 import random
+import sys
 
 import pytest
 import torch
@@ -197,6 +198,12 @@ def test_a_function_in_a_file_outside_the_repository_is_an_oracle(tmp_path, monk
     oracle = FunctionOracle(load_function("my_judge:shortest"))
     ranking = oracle.rank([COLOR], [["bb", "a", "ccc", " a ", "dd"]])
     assert ranking.ranks.tolist() == [[2, 0, 4, 0, 2]] and ranking.ok.tolist() == [True]
+
+
+def test_a_function_that_leaves_the_program_or_spoils_its_list_fails_its_group():
+    for function in (lambda question, texts, **_: sys.exit(3), lambda question, texts, **_: texts.clear()):
+        ranking = FunctionOracle(function).rank([COLOR], [["a", "b"]])
+        assert ranking.ok.tolist() == [False] and ranking.notes[0].startswith("function: ")
 
 
 def test_a_function_that_takes_an_item_is_given_the_whole_question():
