@@ -319,9 +319,13 @@ def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
     codec = source.stream.codec_context
     waiting, dropped, hole, clock = [], False, False, deque()
     sought, position, may_seek = -1, 0, skip and not source.may_jump
+    settled, behind = 0, -1
     while (found := next(source, None)) is not None:
-        (packet, time), target = found, targets[len(chosen)]
-        if may_seek and time is not None:
+        (packet, time), target = found, targets[min(len(chosen), len(targets) - 1)]
+        if settled < len(chosen):  # what a chosen frame was made from may be shown, and be damaged, after it
+            settled, behind = len(chosen), codec.reorder_depth
+        behind -= 1
+        if may_seek and time is not None and behind < 0:
             if sought < len(chosen) and (target - time) * source.second > SEEK_SECONDS:
                 sought, position = len(chosen), time
                 source.seek(int(target - SEEK_MARGIN / source.tick))
@@ -334,7 +338,7 @@ def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
         if skip and waiting and starts:
             waiting, dropped = [], True
         waiting.append(packet)
-        if time is not None and time <= target:
+        if time is not None and time <= target and behind < 0:
             continue
         if hole or skip and source.by_order and codec.has_b_frames:
             raise source.damage(target)
@@ -361,6 +365,8 @@ def _shown_at(source: _Source, targets: list[int], square, skip: bool) -> list:
     Raises VideoError. With skip it may be one that decoding from a key frame caused: then call without skip.
     """
     chosen, shown, shown_time, skipped = [], None, None, False
+    reorder = source.stream.codec_context.reorder_depth  # so many frames later a reference is shown at most
+    behind = reorder  # frames since the last choice
 
     def choose(frame, time):  # scales at once, so that no large frame is kept
         source.require(targets[len(chosen)], time)
@@ -368,29 +374,34 @@ def _shown_at(source: _Source, targets: list[int], square, skip: bool) -> list:
         chosen.append(chosen[-1] if again else (square(frame), time))
 
     for frame, time in _frames(source, targets, chosen, skip):
+        if frame is not None and time is None:
+            raise VideoError(source.path, "a frame has no time stamp")
+        if frame is not None and (frame.is_corrupt or shown is not None and time < shown_time):
+            source.spoil()
+        if behind < reorder and source.sound_after is not None:
+            raise source.damage(targets[len(chosen) - 1])
         if frame is None:
             shown, skipped, source.sound_after = None, True, None
             continue
-        if time is None:
-            raise VideoError(source.path, "a frame has no time stamp")
-        if frame.is_corrupt or shown is not None and time < shown_time:
-            source.spoil()
-        if skipped and shown is None and (time > targets[len(chosen)] or not frame.key_frame):
-            raise source.damage(targets[len(chosen)])
-        while time > targets[len(chosen)]:
-            if shown is None:  # the target lies before the first frame
-                choose(frame, time)
-            else:
-                choose(shown, shown_time)
-            if len(chosen) == len(targets):
-                return chosen
+        behind += 1
+        if len(chosen) < len(targets):
+            if skipped and shown is None and (time > targets[len(chosen)] or not frame.key_frame):
+                raise source.damage(targets[len(chosen)])
+            before = (frame, time) if shown is None else (shown, shown_time)  # the first, for an early target
+            while len(chosen) < len(targets) and time > targets[len(chosen)]:
+                choose(*before)
+                behind = 1
+        if len(chosen) == len(targets) and behind >= reorder:
+            return chosen
         if source.sound_after is not None and frame.key_frame and time > source.sound_after:
             source.sound_after = None
         shown, shown_time = frame, time
     if shown is None:
         raise VideoError(source.path, "no frame can be decoded: damaged, or larger than 8192x8192 pixels")
-    if fault := source.fault():
+    if len(chosen) < len(targets) and (fault := source.fault()):
         raise VideoError(source.path, fault)
+    if behind < reorder and source.sound_after is not None:
+        raise source.damage(targets[len(chosen) - 1])
     while len(chosen) < len(targets):
         choose(shown, shown_time)
     return chosen
