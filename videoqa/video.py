@@ -118,7 +118,7 @@ class _Source:
 
     Times are ticks of the stream's time base, `tick` (a Fraction) or `second` (a float) seconds each.
     zero, end: of the file. stated_end: of its pictures, None where the container does not say. step: what a
-    picture lasts on average. live: nothing states a duration. outlasting: what does states too little.
+    picture lasts on average. outlasting: pictures begin after the stated end.
     While the packets are read: first and last time of a picture; seen_end and file_end, the latest end (s)
     of a picture and of a packet of any stream; times, sorted, those of the packets since the last seek; hole,
     whether bytes were skipped in front of the packet; holes, how often; sound_after, see `spoil`.
@@ -151,7 +151,7 @@ class _Source:
             self.stated_end = start + stream.duration
             if "avi" in formats:  # counts in ticks; FFmpeg guesses the duration where the index is cut off
                 self.stated_end = start + max(stream.duration, stream.frames)
-        self.live = self.outlasting = False
+        self.outlasting = False
         if container.duration:  # that of Matroska and FLV counts from 0
             self.end = self.ticks(container.duration) + (not {"matroska", "flv"} & set(formats)) * self.zero
             self.end = max(self.end, self.stated_end or 0)
@@ -162,7 +162,7 @@ class _Source:
                 pass
             if not self.times:
                 raise VideoError(path, "no packet has a time stamp")
-            self.end, self.live = round(self.seen_end / self.tick), True
+            self.end = round(self.seen_end / self.tick)
             self.seek(self.zero)
         seconds = (self.end - self.zero) * self.second
         if not stream.frames / MAX_RATE <= seconds <= MAX_SECONDS:
