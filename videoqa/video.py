@@ -173,6 +173,10 @@ class _Source:
     def damage(self, target: int) -> VideoError:
         return VideoError(self.path, f"damaged before {(target - self.zero) * self.second:.2f} s")
 
+    def goes_back(self, before: int, after: int) -> bool:
+        """Whether these times of two frames are out of order. MPEG-PS states few; FFmpeg guesses the rest."""
+        return after < before - 1.5 * self.step
+
     def spoil(self) -> None:
         """Something could not be decoded: no frame is sound until a key frame that has not been read yet."""
         self.sound_after = math.inf if self.by_order or not self.times else self.times[-1]
@@ -376,7 +380,9 @@ def _shown_at(source: _Source, targets: list[int], square, skip: bool) -> list:
     for frame, time in _frames(source, targets, chosen, skip):
         if frame is not None and time is None:
             raise VideoError(source.path, "a frame has no time stamp")
-        if frame is not None and (frame.is_corrupt or shown is not None and time < shown_time):
+        if frame is not None and (
+            frame.is_corrupt or shown is not None and source.goes_back(shown_time, time)
+        ):
             source.spoil()
         if behind < reorder and source.sound_after is not None:
             raise source.damage(targets[len(chosen) - 1])
@@ -482,7 +488,7 @@ def check_video(path: str, needed: float = 0.0) -> dict:
                 damaged += sum(frame.is_corrupt for frame in decoded)
                 times = [frame.pts for frame in decoded if frame.pts is not None and not source.by_order]
                 for time in times:
-                    backwards, previous = backwards + (time < previous), time
+                    backwards, previous = backwards + source.goes_back(previous, time), time
             source.outlasted()
             seconds = float((source.end - source.zero) * source.tick)
             fps = float(stream.average_rate or frames / max(seconds, 1e-3))

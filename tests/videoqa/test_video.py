@@ -426,7 +426,9 @@ def test_a_live_recording_cut_short_is_refused(bulky, tmp_path):
     "kind, codec", [("ts", "libx264"), ("mkv", "libx264"), ("flv", "libx264"), ("mpg", "mpeg2video")]
 )
 def test_recordings_laid_end_to_end_are_refused(tmp_path, kind, codec):
-    parts = [write_video(tmp_path / f"{i}.{kind}", range(50), codec, fps=25, first=50 * i) for i in (0, 1)]
+    parts = [
+        write_video(tmp_path / f"{i}.{kind}", range(50), codec, fps=25, first=50 * i, bf="2") for i in (0, 1)
+    ]
     assert video.check_video(parts[1])["ok"]
     path = tmp_path / f"joined.{kind}"
     path.write_bytes(b"".join(open(part, "rb").read() for part in parts))
