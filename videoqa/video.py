@@ -118,7 +118,7 @@ class _Source:
 
     Times are ticks of the stream's time base, `tick` (a Fraction) or `second` (a float) seconds each.
     zero, end: of the file. stated_end: of its pictures, None where the container does not say. step: what a
-    picture lasts on average. live: nothing states a duration. outlasting: what does states too little.
+    picture lasts on average. outlasting: pictures begin after the stated end.
     While the packets are read: first and last time of a picture; seen_end and file_end, the latest end (s)
     of a picture and of a packet of any stream; times, sorted, those of the packets since the last seek; hole,
     whether bytes were skipped in front of the packet; holes, how often; sound_after, see `spoil`.
@@ -151,7 +151,7 @@ class _Source:
             self.stated_end = start + stream.duration
             if "avi" in formats:  # counts in ticks; FFmpeg guesses the duration where the index is cut off
                 self.stated_end = start + max(stream.duration, stream.frames)
-        self.live = self.outlasting = False
+        self.outlasting = False
         if container.duration:  # that of Matroska and FLV counts from 0
             self.end = self.ticks(container.duration) + (not {"matroska", "flv"} & set(formats)) * self.zero
             self.end = max(self.end, self.stated_end or 0)
@@ -162,7 +162,7 @@ class _Source:
                 pass
             if not self.times:
                 raise VideoError(path, "no packet has a time stamp")
-            self.end, self.live = round(self.seen_end / self.tick), True
+            self.end = round(self.seen_end / self.tick)
             self.seek(self.zero)
         seconds = (self.end - self.zero) * self.second
         if not stream.frames / MAX_RATE <= seconds <= MAX_SECONDS:
@@ -172,6 +172,10 @@ class _Source:
 
     def damage(self, target: int) -> VideoError:
         return VideoError(self.path, f"damaged before {(target - self.zero) * self.second:.2f} s")
+
+    def goes_back(self, before: int, after: int) -> bool:
+        """Whether these times of two frames are out of order. MPEG-PS states few; FFmpeg guesses the rest."""
+        return after < before - 1.5 * self.step
 
     def spoil(self) -> None:
         """Something could not be decoded: no frame is sound until a key frame that has not been read yet."""
@@ -319,9 +323,13 @@ def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
     codec = source.stream.codec_context
     waiting, dropped, hole, clock = [], False, False, deque()
     sought, position, may_seek = -1, 0, skip and not source.may_jump
+    settled, behind = 0, -1
     while (found := next(source, None)) is not None:
-        (packet, time), target = found, targets[len(chosen)]
-        if may_seek and time is not None:
+        (packet, time), target = found, targets[min(len(chosen), len(targets) - 1)]
+        if settled < len(chosen):  # what a chosen frame was made from may be shown, and be damaged, after it
+            settled, behind = len(chosen), codec.reorder_depth
+        behind -= 1
+        if may_seek and time is not None and behind < 0:
             if sought < len(chosen) and (target - time) * source.second > SEEK_SECONDS:
                 sought, position = len(chosen), time
                 source.seek(int(target - SEEK_MARGIN / source.tick))
@@ -334,7 +342,7 @@ def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
         if skip and waiting and starts:
             waiting, dropped = [], True
         waiting.append(packet)
-        if time is not None and time <= target:
+        if time is not None and time <= target and behind < 0:
             continue
         if hole or skip and source.by_order and codec.has_b_frames:
             raise source.damage(target)
@@ -361,6 +369,8 @@ def _shown_at(source: _Source, targets: list[int], square, skip: bool) -> list:
     Raises VideoError. With skip it may be one that decoding from a key frame caused: then call without skip.
     """
     chosen, shown, shown_time, skipped = [], None, None, False
+    reorder = source.stream.codec_context.reorder_depth  # so many frames later a reference is shown at most
+    behind = reorder  # frames since the last choice
 
     def choose(frame, time):  # scales at once, so that no large frame is kept
         source.require(targets[len(chosen)], time)
@@ -368,29 +378,36 @@ def _shown_at(source: _Source, targets: list[int], square, skip: bool) -> list:
         chosen.append(chosen[-1] if again else (square(frame), time))
 
     for frame, time in _frames(source, targets, chosen, skip):
+        if frame is not None and time is None:
+            raise VideoError(source.path, "a frame has no time stamp")
+        if frame is not None and (
+            frame.is_corrupt or shown is not None and source.goes_back(shown_time, time)
+        ):
+            source.spoil()
+        if behind < reorder and source.sound_after is not None:
+            raise source.damage(targets[len(chosen) - 1])
         if frame is None:
             shown, skipped, source.sound_after = None, True, None
             continue
-        if time is None:
-            raise VideoError(source.path, "a frame has no time stamp")
-        if frame.is_corrupt or shown is not None and time < shown_time:
-            source.spoil()
-        if skipped and shown is None and (time > targets[len(chosen)] or not frame.key_frame):
-            raise source.damage(targets[len(chosen)])
-        while time > targets[len(chosen)]:
-            if shown is None:  # the target lies before the first frame
-                choose(frame, time)
-            else:
-                choose(shown, shown_time)
-            if len(chosen) == len(targets):
-                return chosen
+        behind += 1
+        if len(chosen) < len(targets):
+            if skipped and shown is None and (time > targets[len(chosen)] or not frame.key_frame):
+                raise source.damage(targets[len(chosen)])
+            before = (frame, time) if shown is None else (shown, shown_time)  # the first, for an early target
+            while len(chosen) < len(targets) and time > targets[len(chosen)]:
+                choose(*before)
+                behind = 1
+        if len(chosen) == len(targets) and behind >= reorder:
+            return chosen
         if source.sound_after is not None and frame.key_frame and time > source.sound_after:
             source.sound_after = None
         shown, shown_time = frame, time
     if shown is None:
         raise VideoError(source.path, "no frame can be decoded: damaged, or larger than 8192x8192 pixels")
-    if fault := source.fault():
+    if len(chosen) < len(targets) and (fault := source.fault()):
         raise VideoError(source.path, fault)
+    if behind < reorder and source.sound_after is not None:
+        raise source.damage(targets[len(chosen) - 1])
     while len(chosen) < len(targets):
         choose(shown, shown_time)
     return chosen
@@ -471,7 +488,7 @@ def check_video(path: str, needed: float = 0.0) -> dict:
                 damaged += sum(frame.is_corrupt for frame in decoded)
                 times = [frame.pts for frame in decoded if frame.pts is not None and not source.by_order]
                 for time in times:
-                    backwards, previous = backwards + (time < previous), time
+                    backwards, previous = backwards + source.goes_back(previous, time), time
             source.outlasted()
             seconds = float((source.end - source.zero) * source.tick)
             fps = float(stream.average_rate or frames / max(seconds, 1e-3))

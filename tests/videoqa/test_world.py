@@ -1,6 +1,8 @@
 import functools
 import hashlib
 import json
+import multiprocessing
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -132,6 +134,46 @@ def test_a_written_clip_is_h264_and_shows_the_scene(tmp_path):
                     assert np.argmin(
                         [abs(frame[shown].max(axis=0) - rgb).sum() for rgb in COLORS.values()]
                     ) == list(COLORS).index(thing.color), (thing, t)
+
+
+def test_one_scene_gives_one_file_byte_for_byte(tmp_path):
+    for scene in map(
+        make_scene, (7, 100, 101)
+    ):  # of scene 7 some x264 code makes two kinds of file, by chance
+        contents = set()
+        for i in range(10):
+            world.write_clip(scene, tmp_path / f"{i}.mp4")
+            contents.add((tmp_path / f"{i}.mp4").read_bytes())
+        assert len(contents) == 1, scene
+
+
+def test_two_may_draw_one_world_at_the_same_time(tmp_path):
+    both = multiprocessing.get_context("fork")
+    runs = [both.Process(target=world.make_world, args=(tmp_path / "a", range(6), 1)) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(60)
+    assert [run.exitcode for run in runs] == [0, 0]
+    world.make_world(tmp_path / "b", range(6), workers=2)
+    alone = {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
+    assert len(alone) == 7 and alone == {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+
+
+def test_a_drawn_world_is_not_written_to_and_leftovers_of_killed_drawings_go(tmp_path):
+    def states():
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+
+    world.make_world(tmp_path, range(3), workers=1)
+    drawn = states()
+    ended = multiprocessing.get_context("fork").Process(target=int)
+    ended.start()
+    ended.join()
+    (tmp_path / f"clip0000009.mp4.{ended.pid}.0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / f"clip0000008.mp4.{os.getpid()}.0123abcd.tmp").write_bytes(b"being written")
+    world.make_world(tmp_path, range(3), workers=1)
+    left = states()
+    assert left.pop(f"clip0000008.mp4.{os.getpid()}.0123abcd.tmp") and left == drawn
 
 
 def test_corpus_faults_are_the_stated_ones():
