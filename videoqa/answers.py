@@ -46,12 +46,10 @@ _LETTER = re.compile(
     rf"(?<![\w'])(?<!\w-)(?!{_ARTICLE})([A-Z])(?!['-]?\w)|\(([a-z])\)"
     r"|\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\s*(?:is\b|:|=)?\s*([a-z])(?=\s*(?:[.,;:!*]|$))"
 )
-_NEGATED = (
-    r"(?:\b(?:not|never|except|nor|neither)|n't|不是|不选|不是选项)\s*(?:the\s+)?(?:option\s*|answer\s*)?"
-)
-_NEGATED_LETTER = re.compile(
-    rf"{_NEGATED}[(\[*\"']*[A-Z](?![\w'])"
-    r"|(?<![\w'])[A-Z]\b[)\]*\"']*\s+(?:(?:is|are|was|can|could|does)\s*(?:not\b|n't\b|never\b)|cannot\b)"
+_NOT = r"(?:\b(?:not|never|except|nor|neither)|n't|不是|不选)\s*(?:the\s+)?(?:option\s*|answer\s*)?"
+_WRONG = r"(?:(?:is|are|was|can|could|does)\s*(?:not\b|n't\b|never\b)|cannot\b)"
+_NEGATED = re.compile(
+    rf"{_NOT}[(\[*\"']*([A-Z])(?![\w'])|(?<![\w'])([A-Z])\b[)\]*\"']*\s+{_WRONG}"  # "not (A)", "A is not"
 )
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 _FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}  # "Ｂ" and "：" as "B" and ":"
@@ -72,8 +70,10 @@ _OTHER_UNITS = (
     r"%|(?:minutes?|mins?|m|hours?|hrs?|h|frames?|fps|percent)\b"  # left unread rather than misread
 )
 _UNIT = rf"\s*+((?:{_SECONDS}|{_MILLISECONDS})\b)?+(?!\s*(?:{_OTHER_UNITS}))"
-_TIME = rf"(?<![\w.:])(?<!\d,)({_NUMBER})(?![.:,]?\d){_UNIT}"
-_LISTED_TIME = rf"(?<![\w.:])({_PLAIN})(?![.:]?\d){_UNIT}"  # of "[3,9]", where the comma stands between two
+_TIME = rf"(?<![\w.])(?<!\d[:,])({_NUMBER})(?![.:,]?\d){_UNIT}"
+_LISTED_TIME = (
+    rf"(?<![\w.])(?<!\d:)({_PLAIN})(?![.:]?\d){_UNIT}"  # of "[3,9]", where the comma stands between two
+)
 _ABOUT = r"(?:(?:about|around|approximately|approx\.?|roughly|second)\s+)?"
 _TO = r"(?:(?:up\s+)?(?:to|until|till)\b|through\b|-{1,2}>|→|-)"
 _BOUND = rf"\w*\W*?(?:(?:time|at|is)\W+?)?{_TIME}"  # behind "start": '_time": "6.0"', "s at 6", " time = 6"
@@ -173,8 +173,8 @@ def instruction(question: Question, think: bool, times: list[float] | tuple = ()
 
 
 def _blocks(text: str, tag: str) -> tuple[list[str], str]:
-    """The contents of the closed blocks <tag>..</tag>, and the text with a space in the place of each. Linear:
-    a tag without its end is looked for once."""
+    """The contents of the closed blocks <tag>..</tag>, and the text with a space in the place of each.
+    Linear: a tag without its end is looked for once."""
     inside, outside, at = [], [], 0
     opening, closing = f"<{tag}>", f"</{tag}>"
     while (start := text.find(opening, at)) >= 0:
@@ -271,19 +271,23 @@ def _grade_words(text: str, question: Question) -> float:
 
 
 def spread(text: str) -> str:
-    """Full-width letters, digits and signs as plain ones, and spaces for Chinese, Japanese and Korean words, so
-    that "答案是Ｂ" is " B"."""
+    """Full-width letters, digits and signs as plain ones, and spaces for Chinese, Japanese and Korean words:
+    "答案是Ｂ" becomes " B"."""
     return _CJK.sub(" ", text.translate(_FULL_WIDTH))
 
 
 def _letters(text: str, num_options: int) -> set[int]:
     body = final_answer(text)
     if not body.isascii():
-        if _NEGATED_LETTER.search(body.translate(_FULL_WIDTH)):
-            return set()
         body = spread(body)
     letters = re.findall(r"\A\W*([A-Za-z])\W*\Z", body) or ["".join(found) for found in _LETTER.findall(body)]
     return {ord(letter.upper()) - ord("A") for letter in letters} & set(range(num_options))
+
+
+def negated_letters(text: str) -> set[int]:
+    """Indices of the letters that a text says not to be the answer: "It is not (A)", "A is not right"."""
+    found = _NEGATED.findall(text.translate(_FULL_WIDTH))
+    return {ord("".join(pair)) - ord("A") for pair in found}
 
 
 def parse_letter(text: str, num_options: int) -> int | None:
@@ -298,8 +302,8 @@ def parse_letter(text: str, num_options: int) -> int | None:
 
 @lru_cache(maxsize=1 << 16)
 def _option_words(options: tuple[str, ...]) -> tuple[list[list[str]], list[str]]:
-    """Of each option its words, none where it is a single letter (it is chosen by its place, as the others), and
-    its folded words between spaces."""
+    """Each option's words, and its folded words between spaces. An option that is a single letter has no words:
+    it is chosen by the letter of its place."""
     words = [_tokens(option) for option in options]
     exact = [
         [] if len(option) == 1 and len(option[0]) == 1 and option[0].isalpha() else option for option in words
@@ -321,14 +325,15 @@ def equal_option(text: str, options: tuple[str, ...]) -> int | None:
 
 
 def _chosen_option(text: str, question: Question) -> int | None:
-    """The option a text chooses: equal to it, else by its mark or letter, else the only one the text names."""
+    """The option that a text chooses: equal to it, else by mark or letter, else the only one that it names."""
     options = question.options
     equal = equal_option(text, options)
     if equal is not None:
         return equal
     letters = _marked(text, question.marks) or _letters(text, len(options))
     if letters:
-        return letters.pop() if len(letters) == 1 and not _NEGATED_LETTER.search(text) else None
+        only = letters.pop() if len(letters) == 1 else None
+        return None if only in negated_letters(text) else only
     parts = _option_words(options)[1]
     said = f" {' '.join(normalize(text))} "
     named = [part for part in parts if part.strip() and part in said and f" no{part}" not in said]
@@ -403,11 +408,11 @@ def parse_span(text: str) -> Interval | None:
     """(start, end) in seconds, the last of the final answer (or <glue> block); None if there is none.
 
     Reads "from 1 to 2.5 seconds", "1.0 - 2.5" with any dash, "between 3 and 9 s", "0:05 to 1:10",
-    "1:00:00.5", "[3, 9]", "starts at 3, ends at 9", "begins at 3, finishes at 9", "1m5s to 1m20s", "500 to 900
-    ms", "3,5 to 9,25", "1,003 to 1,009", SRT's "00:00:03,500 --> 00:00:09,250", JSON with start_time and
-    end_time, and "3 and 9" or "3, 9" where nothing else is said. Frames, minutes, hours and percents are left
-    unread, whether the unit stands in front or behind. Reversed bounds stay reversed: their IoU is 0. Times past
-    the video's end stay as they are.
+    "1:00:00.5", "[3, 9]", "starts at 3, ends at 9", "begins at 3, finishes at 9", "1m5s to 1m20s",
+    "500 to 900 ms", "3,5 to 9,25", "1,003 to 1,009", SRT's "00:00:03,500 --> 00:00:09,250", JSON with
+    start_time and end_time, and "3 and 9" or "3, 9" where nothing else is said. Frames, minutes, hours and
+    percents are left unread, whether the unit stands in front or behind. Reversed bounds stay reversed: their
+    IoU is 0. Times past the video's end stay as they are.
     """
     return _read_span(text)[0]
 
