@@ -302,8 +302,8 @@ def parse_letter(text: str, num_options: int) -> int | None:
 
 @lru_cache(maxsize=1 << 16)
 def _option_words(options: tuple[str, ...]) -> tuple[list[list[str]], list[str]]:
-    """Each option's words, and its folded words between spaces. An option that is a single letter has no words:
-    it is chosen by the letter of its place."""
+    """Each option's words, and its folded words between spaces. An option that is a single letter has no
+    words: it is chosen by the letter of its place."""
     words = [_tokens(option) for option in options]
     exact = [
         [] if len(option) == 1 and len(option[0]) == 1 and option[0].isalpha() else option for option in words

@@ -319,13 +319,16 @@ def tempcompass(path):
         pairs = re.findall(mark_and_text, question, flags=re.MULTILINE)
         marks, options = [mark for mark, _ in pairs], [text.strip() for _, text in pairs]
         chosen = re.match(mark_and_text, answer)
-        if not chosen or chosen[1] not in marks:
+        letters = [
+            mark[-1] for mark in marks
+        ]  # captioning: "Information A: .." in the question, "A. .." here
+        if not chosen or chosen[1][-1] not in letters:
             raise BadInput(f"{where}: answer {answer!r} names no option; correct the row")
         if task == "captioning":  # to be written, not an option to be named: judged against the right option
             yield where, out | {"answer": chosen[2]}
             continue
         out["question"] = question.split("\n")[0]
-        yield where, out | _choice(where, options, marks.index(chosen[1])) | {"marks": marks}
+        yield where, out | _choice(where, options, letters.index(chosen[1][-1])) | {"marks": marks}
 
 
 def video_chatgpt(path):

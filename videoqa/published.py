@@ -118,8 +118,8 @@ def _whole_option(text: str, question: Question) -> int | None:
 
 
 def last_statement(text: str, question: Question) -> int | None:
-    """The option of the last conclusion; without one that of the strict reading, of a mark ("Option 2", "the
-    second option"), of a letter in front, or of the last sentence."""
+    """The option of the last conclusion; without one that of the strict reading, of a mark ("Option 2", "the second
+    option"), of a letter in front, or of the last sentence."""
     body = final_answer(text)
     yes_no = [option.strip(" .").lower() for option in question.options]
     if sorted(yes_no) == ["no", "yes"] and (word := first_word(body)):

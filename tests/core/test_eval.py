@@ -85,7 +85,7 @@ def test_scoring_counts_a_question_without_prediction_as_wrong(script, tmp_path)
 @pytest.mark.parametrize(
     ("predictions", "words"),
     [
-        ('{"id": "q0"}', ["pred.jsonl:1", "prediction"]),
+        ('{"id": "q0"}', ["pred.jsonl, line 1", "prediction"]),
         ('{"id": "zz", "prediction": "x"}', ["zz", "data.jsonl"]),
     ],
 )
