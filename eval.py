@@ -160,8 +160,8 @@ def judged(questions, texts, judge) -> dict:
 
 
 def read_predictions(path: str, of: dict, data: str) -> dict[str, str]:
-    """Text by id of a file of lines {"id", "prediction"}; `of`: the questions by id. Raises BadInput for a line
-    that is no prediction, an unknown or a repeated id."""
+    """Text by id of a file of lines {"id", "prediction"}; `of`: the questions by id. Raises BadInput for a
+    line that is no prediction, an unknown or a repeated id."""
     from videoqa import scores
 
     said, wants = {}, 'each line is {"id", "prediction"}'
@@ -177,9 +177,7 @@ def read_predictions(path: str, of: dict, data: str) -> dict[str, str]:
         said[name] = scores.prediction_text(row["prediction"], of[name])
         if said[name] is None:
             shown = json.dumps(row["prediction"])[:60]
-            raise BadInput(
-                f"{where}: prediction {shown} is unclear; give a text, an index or a span"
-            )
+            raise BadInput(f"{where}: prediction {shown} is unclear; give a text, an index or a span")
     return said
 
 

@@ -325,7 +325,7 @@ def equal_option(text: str, options: tuple[str, ...]) -> int | None:
 
 
 def _chosen_option(text: str, question: Question) -> int | None:
-    """The option that a text chooses: equal to it, else by mark or letter, else the only one that it names."""
+    """The option that a text chooses: equal to it, else by mark or letter, else the only one named."""
     options = question.options
     equal = equal_option(text, options)
     if equal is not None:

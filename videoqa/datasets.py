@@ -125,8 +125,8 @@ def _rows(path: str) -> list[tuple[str, dict]]:
 
 
 def _choice(where: str, options: list[str], index: int | str) -> dict:
-    """Columns of a question with options whose right one is given by its index, 0-based, or, where the data set
-    has no index, by its text; of two options of that text the first is taken."""
+    """Columns of a question whose right option is given by its index (0 = the first) or, where there is
+    none, by its text; of two options of that text the first is taken."""
     if isinstance(index, str):
         if index not in options:
             raise BadInput(f"{where}: answer {index!r} is none of the options {options}; correct the row")

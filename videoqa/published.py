@@ -51,6 +51,7 @@ _LISTED = re.compile(r"(?<![\w'])\(?([A-Z])[.):\]]")
 _SO = re.compile(
     r"\W*(?:so|therefore|thus|hence|in conclusion|overall|it must be|it has to be|所以|因此)\b", re.IGNORECASE
 )
+_SENTENCE_END = re.compile(r"[.!?。\n]+(?=\s|$)|,\s+(?=(?:so|therefore|thus|hence)\b)")
 _VERBS = {"is", "as", "because", "since", "and", "or", "but", "with", "where", "for", "which"}
 
 
@@ -82,7 +83,7 @@ def read_published(text: str, question: Question) -> int | str | None:
 
 def first_word(text: str) -> str | None:
     """ "yes" or "no", if the answer begins with it; not "no" for a refusal ("No idea")."""
-    ends = re.match(r"\W*(?:yes|no)\b\s*(?:\W|$)", text, re.IGNORECASE)
+    ends = re.match(r"\W*(?:yes|no)\b\s*(?:[^\w\s]|$)", text, re.IGNORECASE)
     return leading_yes_no(text) if ends or not is_refusal(text) else None
 
 
@@ -118,8 +119,8 @@ def _whole_option(text: str, question: Question) -> int | None:
 
 
 def last_statement(text: str, question: Question) -> int | None:
-    """The option of the last conclusion; without one that of the strict reading, of a mark ("Option 2", "the second
-    option"), of a letter in front, or of the last sentence."""
+    """The option of the last conclusion; without one that of the strict reading, of a mark ("Option 2"), of a
+    letter in front, or of the last sentence."""
     body = final_answer(text)
     yes_no = [option.strip(" .").lower() for option in question.options]
     if sorted(yes_no) == ["no", "yes"] and (word := first_word(body)):
@@ -165,19 +166,24 @@ def _concluded(body: str, question: Question) -> int | None:
 
 
 def _marked(body: str, question: Question) -> int | None:
-    """The only option that "Option 2", "Caption A" or "the second option" names, unless it is said not to be."""
+    """The only option that "Option 2" or "the second option" names, unless it is said not to be."""
     found = set()
     for match in _MARK.finditer(body):
         one, ordinal = match.groups()
         index = _NUMBER_OF[ordinal.lower()] if ordinal else int(one) - 1 if one.isdigit() else _index(one)
-        if not re.search(r"(?:\bnot|n't|\bneither|\bexcept)\s+(?:the\s+)?$", body[: match.start()]):
+        before, behind = body[: match.start()], body[match.end() :]
+        several = re.match(r"\W*(?:and|or|nor)\b|\W*[,/]\s*\(?[A-Z\d]\b", behind)
+        negated = re.search(r"(?:\bnot|n't|\bneither|\bexcept)\s+(?:the\s+)?$", before[-20:])
+        if several:
+            return None
+        if not negated and not re.match(r"\W*(?:is|are|does|do|can)\s*(?:not\b|n't)", behind):
             found.add(index)
     found &= set(range(len(question.options)))
     return found.pop() if len(found) == 1 else None
 
 
 def _last_sentence(body: str, question: Question) -> int | None:
-    sentences = [part.strip() for part in re.split(r"[.!?。\n]+(?=\s|$)", body) if part.strip()]
+    sentences = [part.strip() for part in _SENTENCE_END.split(body) if part.strip()]
     if not sentences:
         return None
     last = spread(sentences[-1])

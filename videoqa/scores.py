@@ -66,7 +66,7 @@ def prediction_text(prediction, question: Question) -> str | None:
     """A prediction as text; None if it has no single meaning, and the file must say which one it has.
 
     A whole number, 1.0 too, is the index of an option where there are options (0 = the first). [5, 12],
-    [[5, 12]] and [[5, 12, 0.9]] (a window with its confidence) are a span in seconds; several windows are None.
+    [[5, 12]] and [[5, 12, 0.9]] (a window with its confidence) are a span in seconds; several are None.
     null is "", which counts as unreadable.
     """
     if prediction is None or isinstance(prediction, str):
@@ -92,8 +92,8 @@ def is_unreadable(text: str, question: Question, reading: Reading) -> bool:
 
 
 def rows(questions: list[Question], texts: list[str]) -> list[dict]:
-    """What `eval.py score --rows` writes, a row a question: the prediction, what either rule reads in it, whether
-    that is right, and the overlaps of its span. Options are indices, 0 = the first."""
+    """A row a question, as `eval.py score --rows` writes them: the prediction, what either rule reads in it,
+    whether that is right, and the overlaps of its span. Options are indices, 0 = the first."""
     out = []
     for question, text in zip(questions, texts, strict=True):
         reading, row = read(text, question), {"id": question.id, "prediction": text}
@@ -127,10 +127,11 @@ def _by_rule(questions: list[Question], texts: list[str]) -> dict:
 
 
 def score(questions: list[Question], texts: list[str]) -> dict:
-    """Every metric that the questions have, by task, and the count of predictions that cannot be read strictly.
+    """Every metric that the questions have, by task, and the count of predictions that the strict rule leaves
+    unread.
 
-    "accuracy" is the strict reading's, as in rewards. "published" is by the benchmark's own rule, which is what
-    a paper's table holds (docs/metrics.md).
+    "accuracy" is by the strict reading, as in rewards. "published" is by the benchmark's own rule, which a
+    paper's table uses (docs/metrics.md).
     """
     readings = [read(text, question) for text, question in zip(texts, questions, strict=True)]
     found = list(zip(questions, texts, readings, strict=True))

@@ -104,7 +104,10 @@ def test_the_score_command_counts_and_refuses_by_line(tmp_path):
     for line, cause in (
         ('{"id": "z", "prediction": "A"}', ", line 1: id 'z' is not in"),
         ('{"id": "a"}', ", line 1: field 'prediction' is missing"),
-        ('{"id": "a", "prediction": 0}\n{"id": "a", "prediction": 1}', ", line 2: id 'a' was predicted before"),
+        (
+            '{"id": "a", "prediction": 0}\n{"id": "a", "prediction": 1}',
+            ", line 2: id 'a' was predicted before",
+        ),
         ("[", ", line 1: not JSON"),
     ):
         said.write_text(line)
