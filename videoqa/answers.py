@@ -330,7 +330,8 @@ def _chosen_option(text: str, question: Question) -> int | None:
     equal = equal_option(text, options)
     if equal is not None:
         return equal
-    letters = _marked(text, question.marks) or _letters(text, len(options))
+    letters = _marked(text, question.marks) if question.marks else set()
+    letters = letters or _letters(text, len(options))
     if letters:
         only = letters.pop() if len(letters) == 1 else None
         return None if only in negated_letters(text) else only
