@@ -80,6 +80,11 @@ def _read_question(row: dict, videos_dir: str, where: str) -> Question:
         need(good, "clip", "the start must be before the end, both within the video")
         good = all(clip[0] <= start and end <= clip[1] for start, end in spans or ())
         need(good, field, f"it is not within 'clip' {clip}, all that is shown; correct one of them")
+    need(isinstance(row.get("benchmark", ""), str), "benchmark", "give a text or leave it out")
+    marks = row.get("marks")
+    good = marks is None or isinstance(marks, list) and len(marks) == len(options or ())
+    good = good and all(map(_is_text, marks or ()))
+    need(good, "marks", "give a text for each of 'options' or leave it out")
     video, spans = os.path.join(videos_dir, row["video"]), tuple(map(tuple, spans or ()))
     rest = (
         row.get("category", ""),
@@ -89,6 +94,8 @@ def _read_question(row: dict, videos_dir: str, where: str) -> Question:
         duration,
         row.get("duration_class", ""),
         tuple(clip) if clip else None,
+        row.get("benchmark", ""),
+        tuple(marks or ()),
     )
     return Question(row["id"], video, row["question"], row["answer"], *rest)
 

@@ -25,7 +25,14 @@ import lora
 from checkpoints.policies import load_run, save_policy
 from data import DataOptions, PromptSet, load_questions, load_sets
 from plumbing.machine import pick_device
-from plumbing.options import ArgumentParser, BadInput, run_script, write_json
+from plumbing.options import (
+    ArgumentParser,
+    BadInput,
+    read_jsonl,
+    run_script,
+    write_json,
+    write_whole,
+)
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, grade, is_correct, read, task
 
@@ -155,40 +162,48 @@ def judged(questions, texts, judge) -> dict:
     }
 
 
-def score(data: str, predictions: str, judge=None) -> dict:
-    """R of any model's predictions, and under "metrics" the published ones (metrics.py), in percent; with a
+def read_predictions(path: str, of: dict, data: str) -> dict[str, str]:
+    """Text by id of a file of lines {"id", "prediction"}; `of`: the questions by id. Raises BadInput for a
+    line that is no prediction, an unknown or a repeated id."""
+    from videoqa import scores
+
+    said, wants = {}, 'each line is {"id", "prediction"}'
+    for where, row in read_jsonl(path, wants):
+        missing = {"id", "prediction"} - row.keys()
+        if missing:
+            raise BadInput(f"{where}: field {sorted(missing)[0]!r} is missing; {wants}")
+        name = str(row["id"])
+        if name not in of:
+            raise BadInput(f"{where}: id {name!r} is not in {data}; give predictions of that file")
+        if name in said:
+            raise BadInput(f"{where}: id {name!r} was predicted before; keep one line a question")
+        said[name] = scores.prediction_text(row["prediction"], of[name])
+        if said[name] is None:
+            shown = json.dumps(row["prediction"])[:60]
+            raise BadInput(f"{where}: prediction {shown} is unclear; give a text, an index or a span")
+    return said
+
+
+def score(data: str, predictions: str, judge=None, rows: str = "") -> dict:
+    """R of any model's predictions, and under "metrics" the published ones (scores.py), in percent; with a
     judge also "judged" beside those of open-ended and of grounded questions without options.
 
-    A question without a prediction counts as wrong ("missing"); a prediction that cannot be read is counted
-    under "parse_failures". Raises BadInput for a line that is no prediction, an unknown or a repeated id.
+    rows: a file to write what was read in each prediction to, a line a question. A question without a
+    prediction counts as wrong ("missing"); one that cannot be read is counted under "parse_failures".
+    Raises BadInput for a bad line, and where not one prediction can be read.
     """
     from videoqa import scores
 
-    questions, said = load_questions(data, ""), {}
+    questions = load_questions(data, "")
     if judge and not any(map(is_open, questions)):
         raise BadInput(f"--judge_url: {data} has no open-ended question to judge; leave the judge out")
-    of = {q.id: q for q in questions}
-    if not os.path.isfile(predictions):
-        raise BadInput(f'{predictions}: no such file; give lines {{"id", "prediction"}}')
-    with open(predictions, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where, wants = f"{predictions}:{number}", 'each line is {"id", "prediction"}'
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise BadInput(f"{where}: not JSON ({error}); {wants}") from error
-            missing = {"id", "prediction"} - (row.keys() if isinstance(row, dict) else set())
-            if missing:
-                raise BadInput(f"{where}: field {sorted(missing)[0]!r} is missing; {wants}")
-            name = str(row["id"])
-            if name not in of:
-                raise BadInput(f"{where}: id {name!r} is not in {data}; give predictions of that file")
-            if name in said:
-                raise BadInput(f"{where}: id {name!r} was predicted before; keep one line a question")
-            said[name] = scores.prediction_text(row["prediction"], of[name])
+    said = read_predictions(predictions, {q.id: q for q in questions}, data)
     texts = [said.get(q.id, "") for q in questions]
+    if all(scores.unread_by_both(questions, texts)):
+        raise BadInput(
+            f"{predictions}: not one of its {len(said)} predictions can be read as an answer to {data}; "
+            "look at its first lines, and at docs/scoring.md for what is read"
+        )
     grades = [grade(t, q) for t, q in zip(texts, questions, strict=True)]
     right = [float(is_correct(t, q)) for t, q in zip(texts, questions, strict=True)]
     published = scores.score(questions, texts)
@@ -196,6 +211,9 @@ def score(data: str, predictions: str, judge=None) -> dict:
         chosen = [(q, t) for q, t in zip(questions, texts, strict=True) if is_open(q) and task(q) == kind]
         if judge and chosen:
             published[name]["judged"] = judged(*zip(*chosen, strict=True), judge)
+    if rows:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows(questions, texts))
+        write_whole(rows, "".join(lines).encode(errors="replace"))
     return summarize(questions, right, grades) | {"missing": len(questions) - len(said), "metrics": published}
 
 
@@ -276,6 +294,7 @@ def main() -> int:
     scorer.add_argument("--data", required=True)
     scorer.add_argument("--predictions", required=True)
     scorer.add_argument("--json", default="")
+    scorer.add_argument("--rows", default="", help="JSONL to write: what was read in each prediction")
     scorer.add_argument("--judge_url", default="", help="of an OpenAI-compatible server; key: ORACLE_API_KEY")
     scorer.add_argument("--judge_model", default="")
     scorer.add_argument("--judge_body", default="", help="JSON merged into every request; null takes out")
@@ -293,7 +312,10 @@ def main() -> int:
     elif args.command == "compare":
         print(compare(args.runs))
     else:
-        result = score(args.data, args.predictions, judge_of(args))
+        from videoqa import scores
+
+        result = score(args.data, args.predictions, judge_of(args), args.rows)
+        print(scores.table(result["metrics"]))
         print(json.dumps(result, indent=1))
         if args.json:
             write_json(args.json, result)

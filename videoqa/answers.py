@@ -39,24 +39,71 @@ _SYNONYMS = """grey=gray colour=color violet=purple disc=circle disk=circle bike
 _SYNONYMS = dict(pair.split("=") for pair in _SYNONYMS.split())
 _ORDER_WORDS = {"to", "then", "before", "after"}  # in a gold answer: "left to right" is not "right to left"
 _ASKS = r"(?:which|what|who|where|when|how|why)\b"
-# A capital that stands alone, but not the article of "A man" or the "I" of "I think"; or a bracketed letter.
+# A capital that stands alone, but not the article of "A man" or the "I" of "I think"; or a bracketed letter;
+# or a small one at the end of "answer: b".
 _ARTICLE = r"[AI]\s+(?!(?:and|or|is|because|since|as|but)\b)[a-z]"
-_LETTER = re.compile(rf"(?<![\w'])(?<!\w-)(?!{_ARTICLE})([A-Z])(?!['-]?\w)|\(([a-z])\)")
-_NUMBER = r"-?(?:\d++(?::\d{1,2}){1,2}(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)"  # m:ss, h:mm:ss or seconds
-_OTHER_UNITS = r"%|(?:minutes?|mins?|m|hours?|h|frames?|percent)\b"  # left unread rather than misread
-_TIME = rf"(?<![\w.:])({_NUMBER})(?![.:]?\d)\s*+(?:(?:seconds?|secs?|s)\b)?+(?!\s*(?:{_OTHER_UNITS}))"
+_LETTER = re.compile(
+    rf"(?<![\w'])(?<!\w-)(?!{_ARTICLE})([A-Z])(?!['-]?\w)|\(([a-z])\)"
+    r"|\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\s*(?:is\b|:|=)?\s*([a-z])(?=\s*(?:[.,;:!*]|$))"
+)
+_NOT = r"(?:\b(?:not|never|except|nor|neither)|n't|不是|不选)\s*(?:the\s+)?(?:option\s*|answer\s*)?"
+_WRONG = r"(?:(?:is|are|was|can|could|does)\s*(?:not\b|n't\b|never\b)|cannot\b)"
+_NEGATED = re.compile(
+    rf"{_NOT}[(\[*\"']*([A-Z])(?![\w'])|(?<![\w'])([A-Z])\b[)\]*\"']*\s+{_WRONG}"  # "not (A)", "A is not"
+)
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+_FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}  # "Ｂ" and "：" as "B" and ":"
+_REFUSAL = re.compile(  # "I'm not sure", "there is no way to tell": says nothing, and above all not "no"
+    r"\b(?:not|no|never|cannot|can't|don't|doesn't|didn't|isn't|couldn't|unable|hard|impossible|difficult)\b"
+    r".*\b(?:sure|clear|clearly|certain|certainty|know|known|tell|determined?|determinable|say|idea|information|"
+    r"decide|enough|evident|obvious|confident|answer|provided?|mentioned|specified|identify|confirm|way|able|"
+    r"possible|visible|apparent|assist|help|view|access|sufficient|see)\b|\b(?:unclear|unknown|unsure|uncertain)\b"
+)
+
+# m:ss, h:mm:ss or seconds. A comma stands before decimals ("3,5", "00:00:03,500") or thousands ("1,003").
+_PLAIN = r"-?(?:\d++(?::\d{1,2}){1,2}(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)"
+_NUMBER = (
+    rf"(?:-?\d++(?::\d{{1,2}}){{1,2}},\d++|-?\d{{1,3}}(?:,\d{{3}})+(?:\.\d++)?|-?\d++,\d{{1,2}}|{_PLAIN})"
+)
+_SECONDS, _MILLISECONDS = r"seconds?|secs?|s", r"milliseconds?|millisecs?|msecs?|ms"
+_OTHER_UNITS = (
+    r"%|(?:minutes?|mins?|m|hours?|hrs?|h|frames?|fps|percent)\b"  # left unread rather than misread
+)
+_UNIT = rf"\s*+((?:{_SECONDS}|{_MILLISECONDS})\b)?+(?!\s*(?:{_OTHER_UNITS}))"
+_TIME = rf"(?<![\w.])(?<!\d[:,])({_NUMBER})(?![.:,]?\d){_UNIT}"
+_LISTED_TIME = (
+    rf"(?<![\w.])(?<!\d:)({_PLAIN})(?![.:]?\d){_UNIT}"  # of "[3,9]", where the comma stands between two
+)
+_ABOUT = r"(?:(?:about|around|approximately|approx\.?|roughly|second)\s+)?"
+_TO = r"(?:(?:up\s+)?(?:to|until|till)\b|through\b|-{1,2}>|→|-)"
 _BOUND = rf"\w*\W*?(?:(?:time|at|is)\W+?)?{_TIME}"  # behind "start": '_time": "6.0"', "s at 6", " time = 6"
 _SPANS = (
-    re.compile(rf"\bbetween\s+{_TIME}\s*and\s+{_TIME}", re.IGNORECASE),
-    re.compile(rf"(?:\bfrom\s+)?(?<!\d-){_TIME}\s*(?:to|until|till|-)\s*{_TIME}(?!-\d)", re.IGNORECASE),
-    re.compile(rf"[\[(]\s*{_TIME}\s*,\s*{_TIME}\s*[\])]", re.IGNORECASE),
+    re.compile(rf"\bbetween\s+{_ABOUT}{_TIME}\s*and\s+{_ABOUT}{_TIME}", re.IGNORECASE),
+    re.compile(rf"(?:\bfrom\s+)?{_ABOUT}(?<!\d-){_TIME}\s*{_TO}\s*{_ABOUT}{_TIME}(?!-\d)", re.IGNORECASE),
+    re.compile(rf"[\[(]\s*{_LISTED_TIME}\s*,\s*{_LISTED_TIME}\s*[\])]", re.IGNORECASE),
 )
-_START, _END = (re.compile(rf"\b{word}{_BOUND}", re.IGNORECASE) for word in ("start", "end"))
+_BARE_SPAN = re.compile(rf"\W*{_LISTED_TIME}(?:\s*(?:and|&)\s*|,\s+){_LISTED_TIME}\W*", re.IGNORECASE)
+_COUNTED = r"(?!\w*(?:frame|f_?idx|index|ms\b|milli|min|hour|percent|pct))"  # "start_frame": no seconds
+_START, _END = (re.compile(rf"\b{word}{_COUNTED}{_BOUND}", re.IGNORECASE) for word in ("start", "end"))
+_BEGIN, _FINISH = (
+    re.compile(rf"\b(?:{words}){_COUNTED}{_BOUND}", re.IGNORECASE)
+    for words in ("start|begin|began|commence", "end|finish|stop|conclude")
+)
+_UNIT_IN_FRONT = re.compile(
+    r"\b(?:frames?|minutes?|mins?|hours?|percent|percentages?|milliseconds?|msecs?|ms|confidence|scores?|"
+    r"probability|pages?|steps?)(?:_\w+)?\W*(?:(?:from|range|numbers?|no|between|index|indices|interval)\W*)*$",
+    re.IGNORECASE,
+)
+_COMPOUND = re.compile(  # "1m5s", "1 hour 2 minutes and 3 s"
+    rf"(?<![\w.:,])(?:(\d+)\s*(?:hours?|hrs?|h)\s*,?\s*(?:and\s+)?)?"
+    rf"(\d+)\s*(?:minutes?|mins?|m)\s*,?\s*(?:and\s+)?(\d+(?:\.\d+)?)\s*(?:{_SECONDS})\b",
+    re.IGNORECASE,
+)
 _DASHES = str.maketrans(dict.fromkeys("‐‑‒–—―−﹣－~～", "-"))
 _NUMBER_WORD = re.compile(rf"\b(?:{'|'.join(_NUMBERS)})\b", re.IGNORECASE)
 _BLOCK = r"<answer>((?:(?!</?(?:answer|think)>).)+)</answer>"
-_WELL_FORMED = re.compile(rf"\s*<think>(?:(?!</?(?:answer|think)>).)+</think>\s*{_BLOCK}\s*", re.DOTALL)
-_BARE = re.compile(rf"\s*(?:{_BLOCK}|[^<>]+)\s*", re.DOTALL)
+_WELL_FORMED = re.compile(rf"<think>(?:(?!</?(?:answer|think)>).)+</think>\s*{_BLOCK}", re.DOTALL)
+_BARE = re.compile(rf"{_BLOCK}|[^<>]+", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -74,6 +121,8 @@ class Question:
     duration: float | None = None  # seconds
     duration_class: str = ""  # of the data set, as "short" in Video-MME
     clip: Interval | None = None  # seconds of the file; the part of it that the question is about, None: all
+    benchmark: str = ""  # whose published rule reads its answers, as "tempcompass yes_no": docs/scoring.md
+    marks: tuple[str, ...] = ()  # the data set's own names of the options, as "Caption A"; (): the letters
 
     @property
     def shown(self) -> tuple:
@@ -94,7 +143,11 @@ def task(question: Question) -> str:
 
 
 def prompt_text(question: Question) -> str:
-    """The question's text and, where there are options, a second line "(A) red (B) blue"."""
+    """The question's text and, where there are options, a second line "(A) red (B) blue", or a line for each
+    option behind the data set's own mark, "Caption A: red"."""
+    if question.marks:
+        lines = (f"{mark}: {option}" for mark, option in zip(question.marks, question.options, strict=True))
+        return "\n".join([question.question, *lines])
     choices = " ".join(f"({chr(ord('A') + i)}) {option}" for i, option in enumerate(question.options))
     return f"{question.question}\n{choices}".strip()
 
@@ -104,7 +157,12 @@ def instruction(question: Question, think: bool, times: list[float] | tuple = ()
 
     times: seconds at which the frames that it sees are shown, said only where a span is asked for.
     """
-    wanted = ["the letter of the right option" if question.options else "a few words"]
+    mark = (
+        f"the right option's mark, as {question.marks[0]}"
+        if question.marks
+        else "the letter of the right option"
+    )
+    wanted = [mark if question.options else "a few words"]
     if question.spans:
         span = "the time span as: from START to END seconds"
         wanted = [span] if task(question) == "grounding" else [*wanted, f"then {span}"]
@@ -114,13 +172,30 @@ def instruction(question: Question, think: bool, times: list[float] | tuple = ()
     return f"{shown}{first} only the answer inside <answer></answer>: {', '.join(wanted)}."
 
 
+def _blocks(text: str, tag: str) -> tuple[list[str], str]:
+    """The contents of the closed blocks <tag>..</tag>, and the text with a space in the place of each.
+    Linear: a tag without its end is looked for once."""
+    inside, outside, at = [], [], 0
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    while (start := text.find(opening, at)) >= 0:
+        end = text.find(closing, start + len(opening))
+        if end < 0:
+            break
+        inside.append(text[start + len(opening) : end])
+        outside.append(text[at:start])
+        at = end + len(closing)
+    return inside, " ".join([*outside, text[at:]])
+
+
 def final_answer(text: str) -> str:
     """The part of a completion that counts: its last <answer>..</answer>, else all but its <think> part."""
     if "<" not in text:
         return text.strip()
-    text = re.sub(r"<think>.*?</think>", " ", text, flags=re.DOTALL)
-    blocks = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    return (blocks[-1] if blocks else re.sub(r"<think>.*|</?answer>", " ", text, flags=re.DOTALL)).strip()
+    text = _blocks(text, "think")[1]
+    blocks = _blocks(text, "answer")[0]
+    if blocks:
+        return blocks[-1].strip()
+    return re.sub(r"</?answer>", " ", text.partition("<think>")[0]).strip()
 
 
 def _tokens(text: str) -> list[str]:
@@ -167,8 +242,26 @@ def _gold_words(question: Question) -> tuple[list[str], set[str], bool]:
     return gold, asked, not _ORDER_WORDS.isdisjoint(_tokens(question.answer))
 
 
+def leading_yes_no(text: str, hedged: bool = True) -> str | None:
+    """ "yes" or "no" where a text begins with it: "No, it moves down." -> "no".
+
+    hedged=False: None where the text goes on to say the opposite or its negation ("yes and no", "yes, it is
+    not red"), and where it does not stop behind the word ("no idea").
+    """
+    found = re.match(r"\W*(yes|no)\b(.*)", text, re.IGNORECASE | re.DOTALL)
+    if not found:
+        return None
+    word, rest = found[1].lower(), found[2]
+    opposite = "yes" if word == "no" else "no"
+    if not hedged and (opposite in map(_fold, _tokens(rest)) or not re.match(r"\s*(?:[,.;:!\n-]|$)", rest)):
+        return None
+    return word
+
+
 def _grade_words(text: str, question: Question) -> float:
     gold, asked, ordered = _gold_words(question)
+    if gold in (["yes"], ["no"]) and leading_yes_no(text, hedged=False) is not None:
+        return float([leading_yes_no(text, hedged=False)] == gold)
     words = [word for word in normalize(text, gold) if word in gold or word not in asked]
     if len(set(gold)) == 1:
         return float(set(words) == set(gold))
@@ -177,10 +270,24 @@ def _grade_words(text: str, question: Question) -> float:
     return 2 * (Counter(words) & Counter(gold)).total() / max(len(words) + len(gold), 1)
 
 
+def spread(text: str) -> str:
+    """Full-width letters, digits and signs as plain ones, and spaces for Chinese, Japanese and Korean words:
+    "答案是Ｂ" becomes " B"."""
+    return _CJK.sub(" ", text.translate(_FULL_WIDTH))
+
+
 def _letters(text: str, num_options: int) -> set[int]:
     body = final_answer(text)
-    letters = re.findall(r"\A\W*([A-Za-z])\W*\Z", body) or ["".join(pair) for pair in _LETTER.findall(body)]
+    if not body.isascii():
+        body = spread(body)
+    letters = re.findall(r"\A\W*([A-Za-z])\W*\Z", body) or ["".join(found) for found in _LETTER.findall(body)]
     return {ord(letter.upper()) - ord("A") for letter in letters} & set(range(num_options))
+
+
+def negated_letters(text: str) -> set[int]:
+    """Indices of the letters that a text says not to be the answer: "It is not (A)", "A is not right"."""
+    found = _NEGATED.findall(text.translate(_FULL_WIDTH))
+    return {ord("".join(pair)) - ord("A") for pair in found}
 
 
 def parse_letter(text: str, num_options: int) -> int | None:
@@ -195,49 +302,106 @@ def parse_letter(text: str, num_options: int) -> int | None:
 
 @lru_cache(maxsize=1 << 16)
 def _option_words(options: tuple[str, ...]) -> tuple[list[list[str]], list[str]]:
-    return [_tokens(option) for option in options], [f" {' '.join(normalize(option))} " for option in options]
+    """Each option's words, and its folded words between spaces. An option that is a single letter has no
+    words: it is chosen by the letter of its place."""
+    words = [_tokens(option) for option in options]
+    exact = [
+        [] if len(option) == 1 and len(option[0]) == 1 and option[0].isalpha() else option for option in words
+    ]
+    return exact, [f" {' '.join(normalize(option))} " for option in options]
 
 
-def _chosen_option(text: str, options: tuple[str, ...]) -> int | None:
-    """The option a text chooses: equal to it, else by its letter, else the only one that the text names."""
-    exact, parts = _option_words(options)
+def _marked(text: str, marks: tuple[str, ...]) -> set[int]:
+    """The options that a text names by the data set's own marks."""
+    body = f" {' '.join(_tokens(text))} "
+    return {i for i, mark in enumerate(marks) if f" {' '.join(_tokens(mark))} " in body}
+
+
+def equal_option(text: str, options: tuple[str, ...]) -> int | None:
+    """The only option that has the words of the text, in their order."""
     words = _tokens(text)
-    equal = [i for i, option in enumerate(exact) if option and option == words]
-    if len(equal) == 1:
-        return equal[0]
-    letters = _letters(text, len(options))
+    equal = [i for i, option in enumerate(_option_words(options)[0]) if option and option == words]
+    return equal[0] if len(equal) == 1 else None
+
+
+def _chosen_option(text: str, question: Question) -> int | None:
+    """The option that a text chooses: equal to it, else by mark or letter, else the only one named."""
+    options = question.options
+    equal = equal_option(text, options)
+    if equal is not None:
+        return equal
+    letters = _marked(text, question.marks) if question.marks else set()
+    letters = letters or _letters(text, len(options))
     if letters:
-        return letters.pop() if len(letters) == 1 else None
+        only = letters.pop() if len(letters) == 1 else None
+        return None if only in negated_letters(text) else only
+    parts = _option_words(options)[1]
     said = f" {' '.join(normalize(text))} "
     named = [part for part in parts if part.strip() and part in said and f" no{part}" not in said]
     # "red ball" names the option "red ball", not the option "red" as well
     named = [part for part in named if not any(part in other and part != other for other in named)]
-    return parts.index(named[0]) if len(named) == 1 else None
+    if len(named) != 1 or (named == [" no "] and not leading_yes_no(text, hedged=False) and is_refusal(text)):
+        return None
+    return parts.index(named[0])
+
+
+def is_refusal(text: str) -> bool:
+    """Declines to answer: "I'm not sure", "It is not clear", "There is no way to tell"."""
+    return bool(_REFUSAL.search(text.casefold().replace("’", "'")))
+
+
+def _seconds(number: str, unit: str | None, other_unit: str | None = None) -> float:
+    """Of "1:05", "3,5", "1,003" or, with the unit of this number or of its partner, "500 ms"."""
+    if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", number):
+        number = number.replace(",", "")
+    parts = reversed(number.replace(",", ".").split(":"))  # seconds, minutes, hours
+    seconds = sum(float(x) * 60**i for i, x in enumerate(parts))
+    return seconds / 1000 if (unit or other_unit or "s").casefold().startswith(("ms", "mill")) else seconds
+
+
+def _compound(found: re.Match) -> str:
+    hours, minutes, seconds = found.groups()
+    return f"{int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds):.12g} s"
+
+
+def _in_seconds(found: re.Match) -> bool:
+    """No other unit stands in front, unless seconds are named behind: "frames 150 to 360" is no time."""
+    named = found[2] or found[4]
+    return bool(named) or not _UNIT_IN_FRONT.search(found.string[max(0, found.start() - 40) : found.start()])
 
 
 def _split_span(body: str) -> tuple[Interval | None, str]:
     """The last span of a text, in seconds, and the text without it."""
     if not any(map(str.isdigit, body)) and not _NUMBER_WORD.search(body):
         return None, body
-    body = _NUMBER_WORD.sub(lambda m: _DIGITS[m[0].casefold()], body.translate(_DASHES))
-    found = [m for pattern in _SPANS for m in pattern.finditer(body)]
+    body = body.translate(_DASHES).translate(_FULL_WIDTH)
+    if bare := _BARE_SPAN.fullmatch(body):
+        return (_seconds(bare[1], bare[2], bare[4]), _seconds(bare[3], bare[4])), ""
+    body = _NUMBER_WORD.sub(lambda m: _DIGITS[m[0].casefold()], body)
+    body = _COMPOUND.sub(_compound, body)
+    found = [m for pattern in _SPANS for m in pattern.finditer(body) if _in_seconds(m)]
     last = max(found, key=lambda m: m.start(), default=None)
-    bounds = [list(pattern.finditer(body)) for pattern in (_START, _END)] if "tart" in body.lower() else [[]]
+    lower, bounds = body.lower(), [[]]
+    if "start" in lower or "beg" in lower or "commence" in lower:
+        bounds = [list(pattern.finditer(body)) for pattern in (_START, _END)]
+        rest = (_END, _START)
+        if not all(bounds):
+            bounds, rest = [list(pattern.finditer(body)) for pattern in (_BEGIN, _FINISH)], (_FINISH, _BEGIN)
     if all(bounds) and (not last or max(m[-1].end() for m in bounds) > last.end()):
-        times = [matches[-1][1] for matches in bounds]  # "starts at 3, ends at 9", in either order
-        rest = _END.sub(" ", _START.sub(" ", body))
+        starts, ends = (matches[-1] for matches in bounds)  # "starts at 3, ends at 9", in either order
+        times = starts[1], starts[2], ends[1], ends[2]
+        rest = rest[0].sub(" ", rest[1].sub(" ", body))
     elif last:
         times, rest = last.groups(), body[: last.start()] + " " + body[last.end() :]
     else:
         return None, body
-    parts = [reversed(time.split(":")) for time in times]  # seconds, minutes, hours
-    return tuple(sum(float(x) * 60**i for i, x in enumerate(time)) for time in parts), rest
+    return (_seconds(times[0], times[1], times[3]), _seconds(times[2], times[3])), rest
 
 
 def _read_span(text: str) -> tuple[Interval | None, str]:
     """The span of a completion and the rest of its final answer."""
     span, rest = _split_span(final_answer(text))
-    blocks = re.findall(r"<glue>(.*?)</glue>", text, flags=re.DOTALL) if "<glue>" in text else []
+    blocks = _blocks(text, "glue")[0] if "<glue>" in text else []
     return (_split_span(blocks[-1])[0] if blocks else span), rest  # VideoChat-R1 writes its spans so
 
 
@@ -245,8 +409,11 @@ def parse_span(text: str) -> Interval | None:
     """(start, end) in seconds, the last of the final answer (or <glue> block); None if there is none.
 
     Reads "from 1 to 2.5 seconds", "1.0 - 2.5" with any dash, "between 3 and 9 s", "0:05 to 1:10",
-    "1:00:00.5", "[3, 9]", "starts at 3, ends at 9", JSON with start_time and end_time. Reversed bounds stay
-    reversed: their IoU is 0. Times past the video's end stay as they are.
+    "1:00:00.5", "[3, 9]", "starts at 3, ends at 9", "begins at 3, finishes at 9", "1m5s to 1m20s",
+    "500 to 900 ms", "3,5 to 9,25", "1,003 to 1,009", SRT's "00:00:03,500 --> 00:00:09,250", JSON with
+    start_time and end_time, and "3 and 9" or "3, 9" where nothing else is said. Frames, minutes, hours and
+    percents are left unread, whether the unit stands in front or behind. Reversed bounds stay reversed: their
+    IoU is 0. Times past the video's end stay as they are.
     """
     return _read_span(text)[0]
 
@@ -303,7 +470,7 @@ class Reading:
 def read(text: str, question: Question) -> Reading:
     """The one reading of a completion, for grades, rewards and metrics alike; never raises."""
     span, rest = _read_span(text) if question.spans else (None, final_answer(text))
-    return Reading(_chosen_option(rest, question.options) if question.options else None, span, rest)
+    return Reading(_chosen_option(rest, question) if question.options else None, span, rest)
 
 
 def gold_option(question: Question) -> int:
@@ -371,7 +538,7 @@ def reward(text: str, question: Question, overlap: str = "iou", think: bool = Fa
         continuous = best_iou if overlap == "iou" or not span or span[0] >= span[1] else best_iop
     if task(question) != "grounding":
         discrete = float(_grade(reading, question) >= 1)
-    well_formed = (_WELL_FORMED if think else _BARE).fullmatch(text) and reading.is_whole(question)
+    well_formed = (_WELL_FORMED if think else _BARE).fullmatch(text.strip()) and reading.is_whole(question)
     return Reward(discrete, continuous, float(bool(well_formed)))
 
 

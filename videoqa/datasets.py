@@ -14,7 +14,7 @@ import os
 import re
 from collections import defaultdict
 
-from plumbing.options import BadInput, write_whole
+from plumbing.options import BadInput, parse_json, write_whole
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
 ACTIVITYNET_TYPES = "motion spatial temporal yes/no color object location number other".split()
@@ -29,15 +29,46 @@ MVBENCH_FOLDERS = {
 MVBENCH_FOLDER_OF = {task: folder for folder, tasks in MVBENCH_FOLDERS.items() for task in tasks}
 
 
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+# what a column may hold, and how it is named to someone whose file holds something else
+KINDS = {
+    "text": (lambda value: isinstance(value, str) and value.strip() != "", "a text"),
+    "key": (
+        lambda value: type(value) is int or isinstance(value, str) and value.strip() != "",
+        "a text or an id",
+    ),
+    "seconds": (lambda value: _is_number(value) and value > 0, "a number of seconds"),
+    "texts": (
+        lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
+        "a list of texts",
+    ),
+    "list": (lambda value: isinstance(value, list), "a list"),
+    "object": (lambda value: isinstance(value, dict), "an object"),
+}
+
+
 def _need(row, where: str, *columns: str) -> list:
-    """The values of these columns; BadInput names the first that is not there."""
+    """The values of these columns, each "name" or "name:kind" of KINDS (text by default, ids as texts).
+    BadInput names the first column that is not there or holds something else."""
+    values = []
     for column in columns:
-        if not isinstance(row, dict) or row.get(column) is None:
+        name, _, kind = column.partition(":")
+        if not isinstance(row, dict) or row.get(name) is None:
             has = ", ".join(map(str, row)) if isinstance(row, dict) else "no columns"
             raise BadInput(
-                f"{where}: column '{column}' is missing (there: {has[:200]}); give the data set's own file"
+                f"{where}: column '{name}' is missing (there: {has[:200]}); give the data set's own file"
             )
-    return [row[column] for column in columns]
+        value, (good, words) = row[name], KINDS[kind or "text"]
+        if value == "":
+            raise BadInput(f"{where}: column '{name}' is empty; correct the row")
+        if not good(value):
+            shown = json.dumps(value, ensure_ascii=False)[:60]
+            raise BadInput(f"{where}: column '{name}' is {shown}, not {words}; give the data set's own file")
+        values.append(str(value) if kind == "key" else value)
+    return values
 
 
 def _text(path: str) -> str:
@@ -52,16 +83,9 @@ def _text(path: str) -> str:
             ) from error
 
 
-def _json(where: str, text: str):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise BadInput(f"{where}: not JSON ({error}); give the original file") from error
-
-
 def _videos(path: str) -> dict:
     """A JSON object by video."""
-    videos = _json(path, _text(path))
+    videos = parse_json(_text(path), path, "give the original file")
     if not isinstance(videos, dict):
         raise BadInput(f"{path}: not an object of videos; give the file of the named version")
     return videos
@@ -85,25 +109,41 @@ def _rows(path: str) -> list[tuple[str, dict]]:
         return [(f"{path}, line {table.line_num}", row) for row in table]
     if path.endswith(".jsonl"):
         lines = [(f"{path}, line {i}", line) for i, line in enumerate(_text(path).split("\n"), 1)]
-        return [(where, _json(where, line)) for where, line in lines if line.strip()]
-    rows = _parquet(path) if path.endswith(".parquet") else _json(path, _text(path))
+        return [
+            (where, parse_json(line, where, "give the original file"))
+            for where, line in lines
+            if line.strip()
+        ]
+    rows = (
+        _parquet(path)
+        if path.endswith(".parquet")
+        else parse_json(_text(path), path, "give the original file")
+    )
     if not isinstance(rows, list):
         raise BadInput(f"{path}: not a list of rows; give the file of the named version")
     return [(f"{path}, row {i}", row) for i, row in enumerate(rows)]
 
 
-def _choice(where: str, options: list[str], answer: str) -> dict:
-    if answer not in options:
-        raise BadInput(f"{where}: answer {answer!r} is none of the options {options}; correct the row")
-    return {"answer": answer, "options": options, "answer_index": options.index(answer)}
+def _choice(where: str, options: list[str], index: int | str) -> dict:
+    """Columns of a question whose right option is given by its index (0 = the first) or, where there is
+    none, by its text; of two options of that text the first is taken."""
+    if isinstance(index, str):
+        if index not in options:
+            raise BadInput(f"{where}: answer {index!r} is none of the options {options}; correct the row")
+        index = options.index(index)
+    empty = [i for i, option in enumerate(options) if not option.strip()]
+    if empty:
+        raise BadInput(f"{where}: option {empty[0]} is empty; correct the row")
+    return {"answer": options[index], "options": options, "answer_index": index}
 
 
-def _index(where: str, value, options: list[str]) -> str:
-    if not str(value).isdigit() or int(value) >= len(options):
+def _index(where: str, value: str, num_options: int) -> int:
+    digits = re.fullmatch(r"\s*(\d+)(?:\.0)?\s*", value, re.ASCII)  # 2.0: pandas' column with a gap in it
+    if not digits or int(digits[1]) >= num_options:
         raise BadInput(
             f"{where}: column 'answer' is {value!r}, no index of an option; give the named version"
         )
-    return options[int(value)]
+    return int(digits[1])
 
 
 # Each reader yields (place, row): an output row with "videos", the names its file may have, for "video".
@@ -118,17 +158,20 @@ def msvd_qa(path):
             question, answer, key, clip = _need(row, where, "question", "answer", "question_id", "video_name")
             names, key = (clip, f"vid{row['video_id']}"), key.rpartition("_")[2]
         else:
-            question, answer, key, video = _need(row, where, "question", "answer", "id", "video_id")
+            question, answer, key, video = _need(row, where, "question", "answer", "id:key", "video_id:key")
             names = (clip_of.get(f"vid{video}", f"vid{video}"), f"vid{video}")
-        yield where, {"id": str(key), "videos": names, "question": question, "answer": answer}
+        kind = question.split()[0].lower()  # what, who, how, when, where: the published columns
+        yield where, {"id": key, "videos": names, "question": question, "answer": answer, "category": kind}
 
 
 def msrvtt_qa(path):
-    for where, row in _rows(path):
-        key = "question_id" if path.endswith(".csv") else "id"
-        question, answer, key, video = _need(row, where, "question", "answer", key, "video_id")
-        video = f"video{str(video).removeprefix('video')}"
-        yield where, {"id": str(key), "videos": (video,), "question": question, "answer": answer}
+    for i, (where, row) in enumerate(_rows(path)):
+        key = "question_id:key" if path.endswith(".csv") else "id:key"
+        if "answer_type" in row and "id" not in row:  # a re-export without ids: they are the row's number
+            key, row = "id:key", row | {"id": i}
+        question, answer, key, video = _need(row, where, "question", "answer", key, "video_id:key")
+        video, kind = f"video{video.removeprefix('video')}", question.split()[0].lower()
+        yield where, {"id": key, "videos": (video,), "question": question, "answer": answer, "category": kind}
 
 
 def activitynet_qa(path):
@@ -136,16 +179,18 @@ def activitynet_qa(path):
         rows, answers = _rows(path), {}
     else:
         rows, beside = _rows(path), re.sub(r"_q(?=\.json$)", "_a", path)
-        answers = {_need(row, where, "question_id")[0]: (where, row) for where, row in _rows(beside)}
+        answers = {_need(row, where, "question_id:key")[0]: (where, row) for where, row in _rows(beside)}
     for where, row in rows:
-        question, key, video = _need(row, where, "question", "question_id", "video_name")
+        question, key, video = _need(row, where, "question", "question_id:key", "video_name")
         if answers and key not in answers:
             raise BadInput(
                 f"{where}: question_id {key!r} has no answer in {beside}; give both files of one split"
             )
         place, other = answers[key] if answers else (where, row)
-        answer, kind = _need(other, place, "answer", "question_type" if not answers else "type")
+        answer, kind = _need(other, place, "answer", "type:key" if answers else "question_type:key")
         video = video.removeprefix("v_")
+        if kind not in map(str, range(len(ACTIVITYNET_TYPES))):
+            raise BadInput(f"{place}: question type {kind!r} is none of 0 to 8; give the data set's own file")
         names, kind = (f"v_{video}", video), ACTIVITYNET_TYPES[int(kind)]
         yield where, {"id": key, "videos": names, "question": question, "answer": answer, "category": kind}
 
@@ -153,9 +198,9 @@ def activitynet_qa(path):
 def next_qa(path):
     for where, row in _rows(path):
         video, question, answer, key, kind, *options = _need(
-            row, where, *"video question answer qid type a0 a1 a2 a3 a4".split()
+            row, where, *"video:key question answer:key qid:key type a0 a1 a2 a3 a4".split()
         )
-        choice = _choice(where, options, _index(where, answer, options))
+        choice = _choice(where, options, _index(where, answer, len(options)))
         names = (video,)
         yield (
             where,
@@ -169,11 +214,11 @@ def next_gqa(path):
     located = _videos(spans_path)
     for where, row in _rows(path):
         video, question, answer, key, kind, *options = _need(
-            row, where, *"video_id question answer qid type a0 a1 a2 a3 a4".split()
+            row, where, *"video_id:key question answer:key qid:key type a0 a1 a2 a3 a4".split()
         )
         place = f"{spans_path}, video {video}"
-        duration, location = _need(located.get(video), place, "duration", "location")
-        (spans,) = _need(location, place, key)
+        duration, location = _need(located.get(video), place, "duration:seconds", "location:object")
+        (spans,) = _need(location, place, f"{key}:list")
         out = {"id": f"{video}_{key}", "videos": (video,), "question": question, "category": kind}
         yield where, out | _choice(where, options, answer) | {"spans": spans, "duration": duration}
 
@@ -212,11 +257,14 @@ def _moment(sentence: str, span: list[float]) -> dict:
 def activitynet_captions(path):
     for video, row in _videos(path).items():
         place = f"{path}, video {video}"
-        duration, spans, sentences = _need(row, place, "duration", "timestamps", "sentences")
+        duration, spans, sentences = _need(
+            row, place, "duration:seconds", "timestamps:list", "sentences:texts"
+        )
         if len(spans) != len(sentences):
             raise BadInput(f"{place}: {len(spans)} timestamps, {len(sentences)} sentences; correct the video")
         for i, (span, sentence) in enumerate(zip(spans, sentences, strict=True)):
-            names = (video, video.removeprefix("v_"))
+            bare = video.removeprefix("v_")
+            names = (f"v_{bare}", bare)
             out = {"id": f"{video}_{i}", "videos": names, "duration": duration, **_moment(sentence, span)}
             yield f"{place}, moment {i}", out
 
@@ -224,10 +272,13 @@ def activitynet_captions(path):
 def video_mme(path):
     for where, row in _rows(path):
         key, video, length, kind, question, lettered, answer = _need(
-            row, where, *"question_id videoID duration task_type question options answer".split()
+            row, where, *"question_id:key videoID duration task_type question options:texts answer".split()
         )
         options = [re.sub(r"^[A-Z]\.\s*", "", option) for option in lettered]
-        choice = _choice(where, options, _index(where, ord(answer[0]) - ord("A"), options))
+        letter = re.fullmatch(r"\s*([A-Z])\.?\s*", answer)
+        if not letter or ord(letter[1]) - ord("A") >= len(options):
+            raise BadInput(f"{where}: column 'answer' is {answer!r}, no letter of an option; correct the row")
+        choice = _choice(where, options, ord(letter[1]) - ord("A"))
         out = {"id": key, "videos": (video,), "question": question, "category": kind} | choice
         yield where, out | {"duration_class": length}
 
@@ -235,11 +286,13 @@ def video_mme(path):
 def mvbench(path):
     task = os.path.basename(path).removesuffix(".json")
     for i, (where, row) in enumerate(_rows(path)):
-        video, question, options, answer = _need(row, where, "video", "question", "candidates", "answer")
+        video, question, options, answer = _need(
+            row, where, "video", "question", "candidates:texts", "answer"
+        )
         out = {"id": f"{task}_{i}", "videos": (video,), "question": question, "category": task}
         # five rows of the data set offer a single candidate: no choice, so they are asked openly
         out |= _choice(where, options, answer) if len(options) > 1 else {"answer": answer}
-        cut = {"clip": [row["start"], row["end"]]} if "start" in row else {}
+        cut = {"clip": [row["start"], row.get("end")]} if "start" in row else {}
         yield where, out | cut | {"folder": MVBENCH_FOLDER_OF.get(task, "")}
 
 
@@ -255,24 +308,27 @@ def _tempcompass_rows(path):
 
 def tempcompass(path):
     task = os.path.basename(path).removesuffix(".json")
-    mark_and_text = r"^(?:(?:Option|Sentence|Caption|Information) )?([A-Z1-9])[.:]\s*(.*)"
+    mark_and_text = r"^((?:Option|Sentence|Caption|Information) [A-Z1-9]|[A-Z1-9])[.:]\s*(.*)"
     for where, video, aspect, i, row in _tempcompass_rows(path):
         question, answer = _need(row, where, "question", "answer")
         out = {"id": f"{video}_{task}_{aspect}_{i}", "videos": (video,), "question": question}
-        out |= {"answer": answer, "category": f"{task}, {aspect}"}
+        out |= {"answer": answer, "category": f"{task}, {aspect}", "benchmark": f"tempcompass {task}"}
         if task == "yes_no":
             yield where, out
             continue
         pairs = re.findall(mark_and_text, question, flags=re.MULTILINE)
         marks, options = [mark for mark, _ in pairs], [text.strip() for _, text in pairs]
         chosen = re.match(mark_and_text, answer)
-        if not chosen or chosen[1] not in marks:
+        letters = [
+            mark[-1] for mark in marks
+        ]  # captioning: "Information A: .." in the question, "A. .." here
+        if not chosen or chosen[1][-1] not in letters:
             raise BadInput(f"{where}: answer {answer!r} names no option; correct the row")
         if task == "captioning":  # to be written, not an option to be named: judged against the right option
             yield where, out | {"answer": chosen[2]}
             continue
         out["question"] = question.split("\n")[0]
-        yield where, out | _choice(where, options, options[marks.index(chosen[1])])
+        yield where, out | _choice(where, options, letters.index(chosen[1][-1])) | {"marks": marks}
 
 
 def video_chatgpt(path):
@@ -282,7 +338,8 @@ def video_chatgpt(path):
         *questions, answer, video = _need(row, where, *wordings, "A", "video_name")
         for wording, question in zip(wordings, questions, strict=True):
             key = f"{part}_{i}{wording[1:] and '_' + wording[1:]}"
-            names = (video, video.removeprefix("v_"))
+            bare = video.removeprefix("v_")
+            names = (f"v_{bare}", bare)
             yield (
                 where,
                 {"id": key, "videos": names, "question": question, "answer": answer, "category": part},
@@ -359,19 +416,30 @@ def _place_video(names: tuple[str, ...], folder: str, found: dict, where: str) -
 
 
 OUTSIDE = "outside the video"
+SPAN_TOLERANCE = 1e-6  # s; a span may exceed its video by so much, which is float noise, and is cut there
 
 
-def _span_fault(row: dict) -> str:
+def _cut(row: dict, most: float) -> dict:
+    """The row with its spans cut at the video's bounds, if none exceeds them by more than `most` seconds."""
+    spans, duration = row.get("spans"), row.get("duration", math.inf)
+    if not spans or _span_fault(row | {"duration": duration + most}, -most):
+        return row
+    spans = [[max(start, 0), min(end, duration)] for start, end in spans]
+    if spans != row["spans"] and row["category"] == "Temporal Grounding":
+        row = row | {"answer": "from {} to {} seconds".format(*spans[0])}
+    return row | {"spans": spans}
+
+
+def _span_fault(row: dict, first: float = 0) -> str:
     spans, duration = (*row.get("spans", ()), *([row["clip"]] if "clip" in row else ())), row.get("duration")
     for span in spans:
-        numbers = isinstance(span, list) and len(span) == 2 and all(type(x) in (int, float) for x in span)
-        if not numbers or not all(map(math.isfinite, span)):
+        if not isinstance(span, list) or len(span) != 2 or not all(map(_is_number, span)):
             return f"span {span} is not two numbers"
     for start, end in spans:
         if not start < end:
             return f"span {[start, end]} is reversed or empty"
     for start, end in spans:
-        if start < 0 or (duration is not None and end > duration):
+        if start < first or (duration is not None and end > duration):
             return f"span {[start, end]} is partly {OUTSIDE}, 0 to {duration} s"
     return ""
 
@@ -395,17 +463,11 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
         names, folder = row.pop("videos"), row.pop("folder", "")
         video, there = _place_video(names, folder, found, where)
         (used.add if there else missing.setdefault)(video)
-        row = {"id": row.pop("id"), "video": video, **row}
-        for field in ("question", "answer"):
-            if not isinstance(row[field], str) or not row[field].strip():
-                raise BadInput(f"{where}: column '{field}' is empty; correct the row")
+        row = {"id": row.pop("id"), "video": video, "benchmark": key, **row}
+        row = _cut(row, most=SPAN_TOLERANCE)
         fault = _span_fault(row)
         if bad_spans == "clip" and OUTSIDE in fault:
-            row["spans"] = [
-                [max(start, 0), min(end, row.get("duration", end))] for start, end in row["spans"]
-            ]
-            if row["category"] == "Temporal Grounding":
-                row["answer"] = "from {} to {} seconds".format(*row["spans"][0])
+            row = _cut(row, most=math.inf)
             fault, num_clipped = _span_fault(row), num_clipped + 1
         if fault:
             faults.append(f"{where}: {fault}")

@@ -4,10 +4,12 @@ All figures are percent over ALL questions: one without a prediction, or with on
 as wrong, overlap 0. Thresholds are inclusive. Duplicate annotations count as often as they are written.
 """
 
+import json
 from collections import defaultdict
 from statistics import fmean
 
-from videoqa.answers import Question, grade, is_correct, read, task
+from videoqa.answers import Question, Reading, final_answer, grade, is_correct, read, task
+from videoqa.published import is_right_published, read_published, rule_of
 
 # Video-MME's classes, upper bounds in seconds: for questions that name a duration and no class
 DURATION_CLASSES = (("short", 120.0), ("medium", 900.0), ("long", float("inf")))
@@ -60,27 +62,81 @@ def accuracy_table(questions: list[Question], right: list[bool], scores: list[in
     return out
 
 
-def prediction_text(prediction, question: Question) -> str:
-    """A prediction as text; a whole number is the index of an option where there are options (0 = the first).
+def prediction_text(prediction, question: Question) -> str | None:
+    """A prediction as text; None if it has no single meaning, and the file must say which one it has.
 
-    Anything else than text and numbers becomes "", which counts as unreadable.
+    A whole number, 1.0 too, is the index of an option where there are options (0 = the first). [5, 12],
+    [[5, 12]] and [[5, 12, 0.9]] (a window with its confidence) are a span in seconds; several are None.
+    null is "", which counts as unreadable.
     """
-    if type(prediction) is int and question.options:
-        return f"({chr(ord('A') + prediction)})" if 0 <= prediction < len(question.options) else ""
-    return str(prediction) if isinstance(prediction, (str, int, float)) else ""
+    if prediction is None or isinstance(prediction, str):
+        return prediction or ""
+    if type(prediction) in (int, float):
+        if question.options and prediction == int(prediction):
+            inside = 0 <= prediction < len(question.options)
+            return f"({chr(ord('A') + int(prediction))})" if inside else ""
+        return None if question.options else str(prediction)
+    if isinstance(prediction, list) and question.spans:
+        window = prediction[0] if len(prediction) == 1 else prediction
+        numbers = isinstance(window, list) and all(type(x) in (int, float) for x in window)
+        if numbers and (len(window) == 2 or len(window) == 3 and window is not prediction):
+            return json.dumps(window[:2])
+    return None
+
+
+def is_unreadable(text: str, question: Question, reading: Reading) -> bool:
+    """The answer says not all that is asked for: no option, no span, or no word."""
+    no_option = bool(question.options) and reading.option is None
+    no_span = bool(question.spans) and reading.span is None
+    return no_option or no_span or not text.strip()
+
+
+def rows(questions: list[Question], texts: list[str]) -> list[dict]:
+    """A row a question, as `eval.py score --rows` writes them: the prediction, what either rule reads in it,
+    whether that is right, and the overlaps of its span. Options are indices, 0 = the first."""
+    out = []
+    for question, text in zip(questions, texts, strict=True):
+        reading, row = read(text, question), {"id": question.id, "prediction": text}
+        if task(question) != "grounding":
+            strict = reading.option if question.options else reading.rest
+            row |= {"strict": {"reading": strict, "right": is_correct(text, question)}}
+            by_rule = {"reading": read_published(text, question), "right": is_right_published(text, question)}
+            row |= {"published": {"rule": rule_of(question)} | by_rule}
+            if not question.options:
+                row |= {"exact_match": final_answer(text) == question.answer.strip()}
+        if question.spans:
+            row |= {"span": reading.span} | dict(zip(("iou", "iop"), reading.overlaps(question), strict=True))
+        out.append(row)
+    return out
+
+
+def unread_by_both(questions: list[Question], texts: list[str]) -> list[bool]:
+    """Whether neither the strict nor the published rule reads anything."""
+    return [
+        is_unreadable(t, q, read(t, q)) and (bool(q.spans) or read_published(t, q) is None)
+        for q, t in zip(questions, texts, strict=True)
+    ]
+
+
+def _by_rule(questions: list[Question], texts: list[str]) -> dict:
+    """The accuracies by the benchmarks' own rules; "rule" names them."""
+    right = [is_right_published(t, q) for q, t in zip(questions, texts, strict=True)]
+    unread = sum(read_published(t, q) is None for q, t in zip(questions, texts, strict=True))
+    names = sorted({rule_of(question) for question in questions})
+    return {"rule": ", ".join(names)} | accuracy_table(questions, right) | {"parse_failures": unread}
 
 
 def score(questions: list[Question], texts: list[str]) -> dict:
-    """Every metric that the questions have, by task, and the count of predictions that cannot be read."""
+    """Every metric that the questions have, by task, and the count of predictions that the strict rule leaves
+    unread.
+
+    "accuracy" is by the strict reading, as in rewards. "published" is by the benchmark's own rule, which a
+    paper's table uses (docs/scoring.md).
+    """
     readings = [read(text, question) for text, question in zip(texts, questions, strict=True)]
-    rows = list(zip(questions, texts, readings, strict=True))
-    unreadable = 0
-    for question, text, reading in rows:
-        no_option = bool(question.options) and reading.option is None
-        no_span = bool(question.spans) and reading.span is None
-        unreadable += no_option or no_span or not text.strip()
-    out = {"n": len(questions), "parse_failures": unreadable}
-    parts = {name: [row for row in rows if task(row[0]) == name] for name in ("qa", "grounding", "grounded")}
+    found = list(zip(questions, texts, readings, strict=True))
+    out = {"n": len(questions), "parse_failures": sum(is_unreadable(t, q, r) for q, t, r in found)}
+    parts = {name: [row for row in found if task(row[0]) == name] for name in ("qa", "grounding", "grounded")}
     if parts["grounding"]:
         out["grounding"] = grounding([r.overlaps(q)[0] for q, _, r in parts["grounding"]])
     if parts["grounded"]:
@@ -93,4 +149,37 @@ def score(questions: list[Question], texts: list[str]) -> dict:
             out[name] = accuracy_table(some, [is_correct(t, q) for q, t in chosen])
             if not wanted:  # normalised match; longer gold answers also get their words' F1
                 out[name]["mean_grade"] = percent(grade(t, q) for q, t in zip(some, said, strict=True))
+                out[name]["exact_match"] = percent(final_answer(t) == q.answer.strip() for q, t in chosen)
+            out[name]["published"] = _by_rule(some, said)
     return out
+
+
+def table(result: dict) -> str:
+    """The figures as aligned columns, a line each: name, per cent, questions."""
+    lines = []
+
+    def add(name, value, n=""):
+        lines.append((name, f"{value:.2f}", str(n)))
+
+    for part, figures in result.items():
+        if not isinstance(figures, dict):
+            continue
+        for name, value in figures.items():
+            if isinstance(value, float) and name != "accuracy":
+                add(f"{part}: {name}", value)
+        readings = (
+            [
+                ("strict, normalised match", figures),
+                (f"published, {figures['published']['rule']}", figures["published"]),
+            ]
+            if "published" in figures
+            else []
+        )
+        for reading, of in readings:
+            add(f"{part}: {reading}", of["accuracy"], of["n"])
+            for group in ("by_task_type", "by_duration"):
+                for name, row in of[group].items():
+                    add(f"  {name}", row["accuracy"], row["n"])
+    width = max((len(name) for name, _, _ in lines), default=0)
+    head = f"{'':<{width}}  {'%':>7}  {'n':>6}"
+    return "\n".join([head, *(f"{name:<{width}}  {value:>7}  {n:>6}" for name, value, n in lines)])

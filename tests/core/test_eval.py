@@ -85,7 +85,7 @@ def test_scoring_counts_a_question_without_prediction_as_wrong(script, tmp_path)
 @pytest.mark.parametrize(
     ("predictions", "words"),
     [
-        ('{"id": "q0"}', ["pred.jsonl:1", "prediction"]),
+        ('{"id": "q0"}', ["pred.jsonl, line 1", "prediction"]),
         ('{"id": "zz", "prediction": "x"}', ["zz", "data.jsonl"]),
     ],
 )
@@ -93,3 +93,27 @@ def test_bad_predictions_are_one_line_and_status_2(script, tmp_path, predictions
     done = score(script, tmp_path, predictions)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert all(word in done.stderr for word in words) and not (tmp_path / "out.json").exists()
+
+
+def test_the_score_command_prints_a_table_and_writes_a_row_a_question(script, tmp_path):
+    rows = [{"id": f"q{i}", "video": "a.mp4", "question": "color?", "answer": "red"} for i in range(2)]
+    rows.append(
+        {"id": "q2", "video": "a.mp4", "question": "when?", "answer": "from 5 to 12 s", "span": [5, 12]}
+    )
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    said = [{"id": "q0", "prediction": "A red one."}, {"id": "q2", "prediction": [[5, 12]]}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, said)))
+    command = ["eval.py", "score", "--data", tmp_path / "d.jsonl", "--predictions", tmp_path / "p.jsonl"]
+    done = script(main, *command, "--rows", tmp_path / "rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "open_ended: published, exact match" in done.stdout.partition("{")[0]
+    out = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in out] == ["q0", "q1", "q2"] and out[2]["iou"] == 1
+    assert (out[0]["strict"]["right"], out[0]["published"]["right"]) == (True, False)
+
+
+def test_predictions_that_all_say_nothing_are_bad_input(script, tmp_path):
+    done = score(script, tmp_path, '{"id": "q0", "prediction": null}\n{"id": "q1", "prediction": " "}\n')
+    assert done.returncode == 2 and "not one of its 2 predictions can be read" in done.stderr
+    done = score(script, tmp_path, '{"id": "q0", "prediction": {"label": "red"}}\n')
+    assert done.returncode == 2 and 'line 1: prediction {"label": "red"} is unclear' in done.stderr

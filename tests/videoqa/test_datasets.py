@@ -6,7 +6,7 @@ import pytest
 
 from data import load_questions
 from plumbing.options import BadInput
-from videoqa.answers import task
+from videoqa.answers import prompt_text, task
 from videoqa.datasets import NAMES, convert
 
 REAL_CLIPS = os.environ.get("REAL_CLIPS", "")
@@ -172,3 +172,76 @@ def test_an_unknown_data_set_names_the_known_ones(tmp_path):
     with pytest.raises(BadInput, match="'imagenet' is not known.*video_mme") as error:
         convert("imagenet", [], str(tmp_path), "out")
     assert all(name in str(error.value) for name in NAMES)
+
+
+def write_and_convert(tmp_path, name, file, content):
+    (tmp_path / file).write_text(content, encoding="utf-8")
+    out = str(tmp_path / "out.jsonl")
+    report = convert(name, [str(tmp_path / file)], str(tmp_path), out)
+    return load_questions(out, ""), report
+
+
+def test_the_data_sets_own_answer_key_stays_where_two_options_share_a_text(tmp_path):
+    rows = "\ufeffvideo,question,answer,qid,type,a0,a1,a2,a3,a4\n1,q,3,0,CW,sit,run,eat,run,fly\n"
+    (question,) = write_and_convert(tmp_path, "next_qa", "val.csv", rows)[0]
+    assert (question.answer_index, question.answer, question.benchmark) == (3, "run", "next_qa")
+    row = {"question_id": "119-1", "videoID": "v", "duration": "short", "task_type": "OCR", "question": "q"}
+    row |= {"options": ["A. two", "B. one", "C. two", "D. six"], "answer": "C"}
+    (question,) = write_and_convert(tmp_path, "video_mme", "a.jsonl", json.dumps(row))[0]
+    assert question.answer_index == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "row", "cause"),
+    [
+        (
+            "video_mme",
+            "a.jsonl",
+            {"options": "['A. red' 'B. blue']"},
+            "line 1: column 'options' is .* list of texts",
+        ),
+        (
+            "video_mme",
+            "a.jsonl",
+            {"options": ["A. red"]},
+            "line 1: column 'answer' is 'B', no letter of an option",
+        ),
+        ("msvd_qa", "val_qa.json", {"answer": 2}, "row 0: column 'answer' is 2, not a text"),
+        ("msvd_qa", "val_qa.json", {"answer": " "}, "row 0: column 'answer' is \" \", not a text"),
+    ],
+)
+def test_a_column_of_another_type_is_refused_by_row_and_column(tmp_path, name, file, row, cause):
+    whole = dict.fromkeys("question_id videoID duration task_type question answer id video_id".split(), "x")
+    row = whole | {"options": ["A. red", "B. blue"], "answer": "B"} | row
+    with pytest.raises(BadInput, match=cause):
+        write_and_convert(tmp_path, name, file, json.dumps(row if file.endswith("l") else [row]))
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_durations_as_text_are_refused_and_float_noise_behind_the_end_is_cut(tmp_path):
+    video = {"duration": 9.5, "timestamps": [[1, 9.5000004]], "sentences": [" One."]}
+    ((question,), _) = write_and_convert(
+        tmp_path, "activitynet_captions", "a.json", json.dumps({"v_a": video})
+    )
+    assert question.spans == ((1, 9.5),) and question.answer == "from 1 to 9.5 seconds"
+    with pytest.raises(BadInput, match="moment 0: span .* is partly outside"):
+        late = video | {"timestamps": [[1, 9.50001]]}
+        write_and_convert(tmp_path, "activitynet_captions", "a.json", json.dumps({"v_a": late}))
+    with pytest.raises(BadInput, match="video v_a: column 'duration' is \"9.5\", not a number of seconds"):
+        text = json.dumps({"v_a": video | {"duration": "9.5"}})
+        write_and_convert(tmp_path, "activitynet_captions", "a.json", text)
+
+
+def test_one_video_under_two_names_is_missing_once(tmp_path):
+    rows = [{"Q": "q", "A": "a", "video_name": name} for name in ("v_abc", "abc")]
+    _, report = write_and_convert(tmp_path, "video_chatgpt", "generic_qa.json", json.dumps(rows))
+    assert report.count("missing video:") == 1 and "1 videos: 0 found, 1 missing" in report
+
+
+@needs_excerpts
+def test_a_re_export_of_msrvtt_without_ids_and_tempcompass_own_marks_are_read(tmp_path):
+    questions, report = converted(tmp_path, "msrvtt", "msrvtt_qa/msrvtt_qa_val.jsonl")
+    assert "300 read = 300 written" in report and questions["0"].category in ("what", "who")
+    questions, _ = converted(tmp_path, "tempcompass", "tempcompass/caption_matching.json")
+    first = next(iter(questions.values()))
+    assert first.marks == ("Option 1", "Option 2") and "\nOption 1: " in prompt_text(first)

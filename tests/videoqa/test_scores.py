@@ -60,6 +60,8 @@ def test_choices_are_counted_by_task_type_and_duration_from_text_letter_or_index
     assert said[2:] == ["(B)", ""] and scores.prediction_text(None, questions[0]) == ""
     out = scores.score(questions, said)
     assert out["parse_failures"] == 1
+    published = out["multiple_choice"].pop("published")
+    assert (published["rule"], published["accuracy"]) == ("last statement", 75)
     assert out["multiple_choice"] == {
         "accuracy": 75,
         "n": 4,
@@ -100,10 +102,13 @@ def test_the_score_command_counts_and_refuses_by_line(tmp_path):
     assert out["metrics"]["parse_failures"] == 2
     assert out["metrics"]["multiple_choice"]["accuracy"] == 100
     for line, cause in (
-        ('{"id": "z", "prediction": "A"}', ":1: id 'z' is not in"),
-        ('{"id": "a"}', ":1: field 'prediction' is missing"),
-        ('{"id": "a", "prediction": 0}\n{"id": "a", "prediction": 1}', ":2: id 'a' was predicted before"),
-        ("[", ":1: not JSON"),
+        ('{"id": "z", "prediction": "A"}', ", line 1: id 'z' is not in"),
+        ('{"id": "a"}', ", line 1: field 'prediction' is missing"),
+        (
+            '{"id": "a", "prediction": 0}\n{"id": "a", "prediction": 1}',
+            ", line 2: id 'a' was predicted before",
+        ),
+        ("[", ", line 1: not JSON"),
     ):
         said.write_text(line)
         with pytest.raises(BadInput, match=cause):
