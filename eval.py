@@ -26,7 +26,6 @@ from checkpoints.policies import load_run, save_policy
 from data import DataOptions, PromptSet, load_questions, load_sets
 from plumbing.machine import pick_device, show_progress
 from plumbing.options import ArgumentParser, BadInput, read_json, run_script, write_json
-from plumbing.progress import options_that_differ, show_table
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, grade, is_correct, read, task
 
@@ -62,8 +61,9 @@ def evaluate(
     """Greedy and sampled (temperature 1, `samples` draws a question) results of a policy.
 
     subset: number of questions, drawn by the seed; 0: all. kept: a Kept (plumbing/run_folder.py), in which
-    each batch's answers are written as soon as they are there, and are not asked for again. Returns ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json
-    (`summarize`); values are the shares of right answers per question, to compare two policies pairwise.
+    each batch's answers are written as soon as they are there, and are not asked for again. Returns
+    ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json (`summarize`);
+    values are the shares of right answers per question, to compare two policies pairwise.
     """
     at_once = sampling.prompts_at_once or EVALUATED_AT_ONCE
     sampling = replace(sampling, temperature=1.0, top_p=1.0, prompts_at_once=at_once)
@@ -251,38 +251,6 @@ def merge_run(folder: str, out: str):
     print(f"wrote {out}: {size / 1e6:.1f} MB, {', '.join(sorted(os.listdir(out)))}")
 
 
-def compare(folders: list[str]) -> str:
-    """Runs side by side, a row a run: seed, accuracies before and after, gains with their intervals."""
-    lines = [
-        "| run | seed | greedy before | after | gain | sampled before | after | gain | worst category | s |"
-    ]
-    lines.append("|---" * 10 + "|")
-    for folder in folders:
-        path = os.path.join(folder, "results.json")
-        r = read_json(path, "name run folders whose training has ended")
-        cells = [os.path.basename(folder.rstrip("/")), str(r["seed"])]
-        for mode in ("greedy", "sampled"):
-            low, high = (f"{100 * x:+.1f}" for x in r["gain"][mode]["ci95"])
-            cells += [f"{100 * r[when][mode]['accuracy']:.1f}" for when in ("before", "after")]
-            cells.append(f"{100 * r['gain'][mode]['accuracy']:+.1f} [{low}, {high}]")
-        old, new = (r[when]["greedy"]["by_category"] for when in ("before", "after"))
-        change, name = min((new[k]["accuracy"] - old[k]["accuracy"], k) for k in old)
-        lines.append("| " + " | ".join([*cells, f"{name} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]) + " |")
-    return "\n".join(lines)
-
-
-def differences(folders: list[str]) -> str:
-    """The options in which runs differ, a row an option; "" where there is none."""
-    names = [os.path.basename(folder.rstrip("/")) for folder in folders]
-    configs = [read_json(os.path.join(folder, "config.json"), "name run folders") for folder in folders]
-    rows = [f"| {name} | {' | '.join(map(str, of))} |" for name, of in options_that_differ(configs).items()]
-    return (
-        "\n".join([f"| option | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|", *rows])
-        if rows
-        else ""
-    )
-
-
 def judge_of(args):
     """The judge that the options of `score` name, None without any."""
     if not (args.judge_url or args.judge_model):
@@ -297,6 +265,8 @@ def judge_of(args):
 
 
 def main() -> int:
+    from plumbing.progress import compare, differences, show_table
+
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="a run's tables again, or on other data")

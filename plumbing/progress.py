@@ -7,7 +7,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from plumbing.options import write_json
+from plumbing.options import read_json, write_json
 
 
 class Bar:
@@ -54,11 +54,8 @@ def for_terminal(markdown: str, width: int) -> str:
     lines = []
     for first, *rest in [heads, *body]:
         first = first if len(first) <= sizes[0] else first[: sizes[0] - 1] + "~"
-        cells = [
-            first.ljust(sizes[0]),
-            *(cell.rjust(size) for cell, size in zip(rest, sizes[1:], strict=True)),
-        ]
-        lines.append("  ".join(cells).rstrip())
+        cells = [cell.rjust(size) for cell, size in zip(rest, sizes[1:], strict=True)]
+        lines.append("  ".join([first.ljust(sizes[0]), *cells]).rstrip())
     return "\n".join(lines)
 
 
@@ -70,11 +67,39 @@ def show_table(markdown: str) -> None:
 
 def options_that_differ(configs: list[dict]) -> dict[str, list]:
     """{option: its value in each run} of the options in config.json that are not the same in all."""
-    names = dict.fromkeys(
-        name for config in configs for name in config if name not in ("made", "out", "resume")
-    )
+    own = ("made", "out", "resume")
+    names = dict.fromkeys(name for config in configs for name in config if name not in own)
     values = {name: [config.get(name) for config in configs] for name in names}
     return {name: of for name, of in values.items() if any(value != of[0] for value in of)}
+
+
+def compare(folders: list[str]) -> str:
+    """Runs side by side, a row a run: seed, accuracies before and after, gains with their intervals."""
+    lines = [
+        "| run | seed | greedy before | after | gain | sampled before | after | gain | worst category | s |"
+    ]
+    lines.append("|---" * 10 + "|")
+    for folder in folders:
+        path = os.path.join(folder, "results.json")
+        r = read_json(path, "name run folders whose training has ended")
+        cells = [os.path.basename(folder.rstrip("/")), str(r["seed"])]
+        for mode in ("greedy", "sampled"):
+            low, high = (f"{100 * x:+.1f}" for x in r["gain"][mode]["ci95"])
+            cells += [f"{100 * r[when][mode]['accuracy']:.1f}" for when in ("before", "after")]
+            cells.append(f"{100 * r['gain'][mode]['accuracy']:+.1f} [{low}, {high}]")
+        old, new = (r[when]["greedy"]["by_category"] for when in ("before", "after"))
+        change, name = min((new[k]["accuracy"] - old[k]["accuracy"], k) for k in old)
+        lines.append("| " + " | ".join([*cells, f"{name} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def differences(folders: list[str]) -> str:
+    """The options in which runs differ, a row an option; "" where there is none."""
+    names = [os.path.basename(folder.rstrip("/")) for folder in folders]
+    configs = [read_json(os.path.join(folder, "config.json"), "name run folders") for folder in folders]
+    rows = [[name, *map(str, of)] for name, of in options_that_differ(configs).items()]
+    lines = [f"| {' | '.join(cells)} |" for cells in [["option", *names], ["---"] * (len(names) + 1), *rows]]
+    return "\n".join(lines) if rows else ""
 
 
 def oracle_summary(rows: list[dict]) -> dict:
@@ -83,9 +108,8 @@ def oracle_summary(rows: list[dict]) -> dict:
     causes = Counter()
     for row in rows:
         causes.update(row.get("failed_by_cause", {}))
-    found = {
-        name: sum(row.get(name, 0) for row in rows) for name in ("groups", "dead_groups", "failed_groups")
-    }
+    counted = ("groups", "dead_groups", "failed_groups")
+    found = {name: sum(row.get(name, 0) for row in rows) for name in counted}
     found["failed_by_cause"] = dict(causes)
     for name in ("judge_calls", "judge_cache_hits", "judge_tokens", "judge_repairs"):
         found |= {name: sum(row.get(name, 0) for row in rows)} if rows and name in rows[0] else {}
@@ -101,10 +125,11 @@ def finish(run, device: str, after: dict, gain: dict, table: str) -> None:
 
     path = os.path.join(run.out, "metrics.jsonl")
     metrics, _ = report.sound_rows(path, ("step", "groups"))
+    kept = run.progress["best"] if run.options.keep == "best" else None
     results = {
         "seed": run.options.seed, "steps": run.options.num_steps, "wall_s": round(run.wall_s(), 1),
         "device": device, "bad_steps": run.progress["bad_steps"], "before": run.progress["before"],
-        "after": after, "gain": gain, "oracle": oracle_summary(metrics),
+        "after": after, "gain": gain, "kept": kept, "oracle": oracle_summary(metrics),
     }  # fmt: skip
     write_json(os.path.join(run.out, "results.json"), results)
     print()
@@ -112,6 +137,8 @@ def finish(run, device: str, after: dict, gain: dict, table: str) -> None:
     for name, g in gain.items():
         low, high = (100 * x for x in g["ci95"])
         print(f"{name}: {100 * g['accuracy']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}")
+    if kept:
+        print(f"the adapter of step {kept['step']} is the best that was evaluated")
     oracle = results["oracle"]
     causes = ", ".join(f"{cause} {count}" for cause, count in oracle["failed_by_cause"].items())
     print(

@@ -38,7 +38,7 @@ CHARTS = (  # title, names in metrics.jsonl, whether they are shares in 0..1
     ("Tokens of an answer", ("mean_tokens",), False),
     ("Seconds of a step by part", ("sampling_s", "oracle_s", "reference_s", "update_s"), False),
     ("Dual reward", ("reward_discrete", "reward_continuous", "reward_format"), False),
-    ("Judge: calls, from the cache, asked again", ("judge_calls", "judge_cache_hits", "judge_repairs"), False),
+    ("Judge: calls, answers from the cache", ("judge_calls", "judge_cache_hits"), False),
     ("Judge: faults", ("position_bias", "canary_error"), False),
     ("Judge: agreement with itself", ("kendall_w",), True),
 )  # fmt: skip
@@ -133,48 +133,39 @@ def points(rows: list[dict], name: str) -> list[tuple]:
 
 def headline(run: Run) -> str:
     """What became of the run, in a few lines."""
-    steps = max([row["step"] + 1 for row in run.metrics], default=0)
+    steps, config = max([row["step"] + 1 for row in run.metrics], default=0), run.config
     lines = [f"<h2>{page.text(run.name)}</h2>"]
+    for mode, gain in run.results.get("gain", {}).items():
+        old, new = (100 * run.results[when][mode]["accuracy"] for when in ("before", "after"))
+        low, high = (100 * x for x in gain["ci95"])
+        change = f"{100 * gain['accuracy']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+        lines.append(page.note(f"{mode} answers: {old:.1f} % right before, {new:.1f} % after: {change}", ""))
     if run.results:
-        for mode, gain in run.results["gain"].items():
-            old, new = (100 * run.results[when][mode]["accuracy"] for when in ("before", "after"))
-            low, high = (100 * x for x in gain["ci95"])
-            words = (
-                f"{old:.1f} % right before, <b>{new:.1f} %</b> after: {100 * gain['accuracy']:+.1f} points"
-            )
-            lines.append(
-                f"<p>{page.text(mode)} answers: {words}, 95 % interval {low:+.1f} to {high:+.1f}</p>"
-            )
-        lines.append(
-            f'<p class="dim">{run.results["steps"]} steps, {run.results["wall_s"]:.0f} s on'
-            f" {page.text(run.results['device'])}, seed {page.text(run.config.get('seed'))}</p>"
-        )
+        spent = f"{run.results['steps']} steps, {run.results['wall_s']:.0f} s on {run.results['device']}"
+        lines.append(page.note(f"{spent}, seed {config.get('seed')}"))
+        if kept := run.results.get("kept"):
+            lines.append(page.note(f"kept: the adapter of step {kept['step']} (--keep best)"))
     else:
-        lines.append(
-            f'<p class="dim">under way, or broken off: {steps} steps of {page.text(run.config.get("num_steps"))}</p>'
-        )
+        lines.append(page.note(f"under way, or broken off: {steps} steps of {config.get('num_steps')}"))
     for name, count in run.broken.items():
-        lines.append(f'<p class="wrong">{page.text(name)}: {count} broken row(s) passed over</p>')
+        lines.append(page.note(f"{name}: {count} broken row(s) passed over", "wrong"))
     return "".join(lines)
 
 
 def accuracy_bars(run: Run) -> str:
     """Greedy accuracy before and after, all and by category, with intervals."""
     before, after = before_and_after(run)
-    if not before:
-        return ""
     cards = []
     for category in ("all", *sorted({row["category"] for row in before.values()})):
-        bars = []
-        for name, color, rows in (("before", "var(--was)", before), ("after", "var(--now)", after)):
+        bars, count = [], 0
+        for label, color, rows in (("before", "var(--was)", before), ("after", "var(--now)", after)):
             chosen = [row for row in rows.values() if category in ("all", row["category"])]
-            bars += [(name, *share(chosen), color)] if chosen else []
-        count = sum(category in ("all", row["category"]) for row in before.values())
-        cards.append(
-            f'<div class="card"><h3>{page.text(category or "(none)")}</h3>{page.share_bars(bars)}<p class="dim">{count} questions</p></div>'
-        )
-    words = "Greedy answers to held-out questions. Whiskers: 95 % intervals, questions of one video taken together."
-    return f'<h2>Before and after</h2><p class="dim">{words}</p><div class="grid">{"".join(cards)}</div>'
+            bars += [(label, *share(chosen), color)] if chosen else []
+            count = max(count, len(chosen))
+        note = page.note(f"{count} questions")
+        cards += [page.card(category or "(none)", page.share_bars(bars), note)] if bars else []
+    words = "Greedy answers to held-out questions. Whiskers: 95 % intervals, a video's questions together."
+    return page.section("Before and after", words, cards)
 
 
 def curves(runs: list[Run]) -> str:
@@ -187,15 +178,16 @@ def curves(runs: list[Run]) -> str:
         else:
             series = [(run.name, points(run.metrics, names[0])) for run in runs]
             title = f"{title} ({names[0]})" if len(names) > 1 else title
-        cards.append(page.chart(title, [(name, of) for name, of in series if of], percent=percent))
-    return f'<h2>Learning curves</h2><div class="grid">{"".join(cards)}</div>'
+        cards.append(page.chart(title, series, percent=percent))
+    return page.section("Learning curves", "", cards)
 
 
 def evaluation_points(run: Run) -> list[tuple]:
     """(step, accuracy, low, high) of the greedy answers: before, while it ran, after."""
     found = {row["step"]: row["greedy"] for row in run.evaluations}
     if run.results:
-        found |= {0: run.results["before"]["greedy"], run.results["steps"]: run.results["after"]["greedy"]}
+        ends = {0: "before", run.results["steps"]: "after"}
+        found |= {step: run.results[when]["greedy"] for step, when in ends.items()}
     return [(step, of["accuracy"], *of["ci95"]) for step, of in sorted(found.items())]
 
 
@@ -207,89 +199,68 @@ def strip_path(folder: str, name: str) -> str:
 def strip(run: Run, name: str) -> str:
     path = strip_path(run.folder, name)
     content = read_bytes(path, RUN) if os.path.exists(path) else b""
-    return (
-        page.picture(content, f"frames of the video of question {name}") if content[:2] == b"\xff\xd8" else ""
-    )
+    is_jpeg = content.startswith(b"\xff\xd8")
+    return page.picture(content, f"frames of the video of question {name}") if is_jpeg else ""
+
+
+def spread(rows: list) -> list:
+    """A dozen of them at most, evenly spread."""
+    return rows[:: -(-len(rows) // CARDS)] if rows else []
 
 
 def prompts(run: Run) -> str:
     """A dozen prompts of several steps with pictures, answers, the oracle's order and the advantages."""
-    shown = [row for row in run.rollouts if os.path.exists(strip_path(run.folder, row["id"]))] or run.rollouts
-    shown = shown[:: -(-len(shown) // CARDS)] if shown else []
+    pictured = [row for row in run.rollouts if os.path.exists(strip_path(run.folder, row["id"]))]
+    shown, cards = spread(pictured or run.rollouts), []
     largest = max((abs(a) for row in shown for a in row["advantages"]), default=0)
-    cards = []
     for row in shown:
-        best_first = sorted(
-            zip(row["oracle_ranks"], row["policy_ranks"], row["advantages"], row["candidates"], strict=True),
-            key=lambda x: x[:2],
-        )
+        columns = (row[k] for k in ("oracle_ranks", "policy_ranks", "advantages", "candidates"))
+        best_first = sorted(zip(*columns, strict=True), key=lambda answer: answer[:2])
         rows = [[text, r, p, f"{a:+.3f}", page.advantage_bar(a, largest)] for r, p, a, text in best_first]
-        cards.append(
-            f'<div class="card">{strip(run, row["id"])}<h3>Step {row["step"]}: {page.text(row["question"])}</h3>'
-            f'<p class="dim">right answer: {page.text(row["answer"])} {page.text(row.get("note") or "")}</p>'
-            f"{page.table(['answer', 'oracle', 'policy', 'advantage', ''], rows, right=(1, 2, 3))}</div>"
-        )
-    words = "Ranks: 0 is best, equal answers tie. Green is reinforced, red is pushed down; a group that ties throughout teaches nothing."
-    return (
-        f'<h2>What it was taught</h2><p class="dim">{words}</p><div class="grid">{"".join(cards)}</div>'
-        if cards
-        else ""
+        heads = ["answer", "oracle", "policy", "advantage", ""]
+        gold = page.note(f"right answer: {row['answer']} {row.get('note') or ''}")
+        table = page.table(heads, rows, right=(1, 2, 3))
+        cards.append(page.card(f"Step {row['step']}: {row['question']}", strip(run, row["id"]), gold, table))
+    words = (
+        "Ranks: 0 is best, equal answers tie. Green is reinforced, red is pushed down. A group that ties"
+        " throughout teaches nothing."
     )
+    return page.section("What it was taught", words, cards)
 
 
 def changed_answers(run: Run) -> str:
     before, after = before_and_after(run)
-    parts = []
+    pairs, cards = [(before[name], row) for name, row in after.items()], []
     for title, was in (("From wrong to right", False), ("From right to wrong", True)):
-        found = [
-            (before[k], row)
-            for k, row in after.items()
-            if before[k]["right"] is was and row["right"] is not was
-        ]
-        rows = [
-            [old["question"], old["greedy"], new["greedy"], old["gold"]]
-            for old, new in found[:: -(-len(found) // CARDS) or 1]
-        ]
-        body = (
-            page.table(["question", "before", "after", "right answer"], rows)
-            if rows
-            else '<p class="dim">none</p>'
+        found = [(old, new) for old, new in pairs if old["right"] is was and new["right"] is not was]
+        rows = [[old["question"], old["greedy"], new["greedy"], old["gold"]] for old, new in spread(found)]
+        table = (
+            page.table(["question", "before", "after", "right answer"], rows) if rows else page.note("none")
         )
-        parts.append(f'<div class="card"><h3>{title}: {len(found)} of {len(after)}</h3>{body}</div>')
-    return f'<h2>Answers that changed</h2><div class="grid">{"".join(parts)}</div>' if after else ""
+        cards.append(page.card(f"{title}: {len(found)} of {len(after)}", table))
+    return page.section("Answers that changed", "", cards if after else [])
 
 
 def configuration(run: Run) -> str:
-    made = run.config["made"]
-    options = [[name, value] for name, value in run.config.items() if name != "made"]
-    oracle = [[name, value] for name, value in oracle_summary(run.metrics).items()]
-    parts = [
-        f'<div class="card"><h3>{title}</h3>{page.table(["", ""], rows)}</div>'
-        for title, rows in (
-            ("The oracle", oracle),
-            ("Made with", [[k, v] for k, v in made.items()]),
-            ("Options", options),
-        )
-    ]
-    parts.append(
-        f'<div class="card"><h3>Sessions</h3>{"".join(f"<p>{page.text(line)}</p>" for line in run.sessions.splitlines())}</div>'
-    )
-    return f'<h2>How it was made</h2><div class="grid">{"".join(parts)}</div>'
+    options = {name: value for name, value in run.config.items() if name != "made"}
+    tables = {"The oracle": oracle_summary(run.metrics), "Made with": run.config["made"], "Options": options}
+    cards = [page.card(title, page.table(["", ""], list(of.items()))) for title, of in tables.items()]
+    cards.append(page.card("Sessions", *map(page.note, run.sessions.splitlines())))
+    return page.section("How it was made", "", cards)
 
 
 def comparison(runs: list[Run]) -> str:
     """Several runs: accuracies beside each other, and the options that differ."""
-    names, bars = [run.name for run in runs], []
+    cards = []
     for run in runs:
         before, after = before_and_after(run)
         rows = [("before", "var(--was)", before), ("after", "var(--now)", after)]
-        of = [(label, *share(list(answers.values())), color) for label, color, answers in rows if answers]
-        bars.append(
-            f'<div class="card"><h3>{page.text(run.name)}</h3>{page.share_bars(of)}</div>' if of else ""
-        )
-    rows = [[name, *values] for name, values in options_that_differ([run.config for run in runs]).items()]
-    unlike = page.table(["option", *names], rows) if rows else '<p class="dim">no option differs</p>'
-    return f'<h2>Side by side</h2><div class="grid">{"".join(bars)}</div><h2>Options that differ</h2>{unlike}'
+        bars = [(label, *share(list(of.values())), color) for label, color, of in rows if of]
+        cards += [page.card(run.name, page.share_bars(bars))] if bars else []
+    differing = options_that_differ([run.config for run in runs])
+    heads, rows = ["option", *(run.name for run in runs)], [[name, *of] for name, of in differing.items()]
+    unlike = page.table(heads, rows) if rows else page.note("none")
+    return page.section("Side by side", "", cards) + "<h2>Options that differ</h2>" + unlike
 
 
 def html(folders: list[str]) -> str:
@@ -299,15 +270,9 @@ def html(folders: list[str]) -> str:
     parts = [f"<h1>Oracle-RLAIF: {page.text(title)}</h1>"]
     parts += [comparison(runs), curves(runs)] if len(runs) > 1 else []
     for run in runs:
-        own = [curves([run])] if len(runs) == 1 else []
-        parts += [
-            headline(run),
-            accuracy_bars(run),
-            *own,
-            prompts(run),
-            changed_answers(run),
-            configuration(run),
-        ]
+        own = curves([run]) if len(runs) == 1 else ""
+        parts += [headline(run), accuracy_bars(run), own, prompts(run), changed_answers(run)]
+        parts.append(configuration(run))
     return page.page(title, parts)
 
 

@@ -4,7 +4,7 @@
     sessions.log            when and with which command it was started and resumed
     metrics.jsonl           a row a step; rollouts.jsonl: two prompts of each step with their candidates
     answers.jsonl           the answers to held-out questions of every evaluation, by step: 0 is the start
-    evaluations.jsonl       accuracies of the evaluations while it ran (--eval_every); best/: their best adapter
+    evaluations.jsonl       accuracies while it ran (--eval_every); best/: the best adapter of these
     frames/                 pictures of the videos that report.html shows
     checkpoint.safetensors  all that --resume needs, replaced in one rename
     adapter/                the adapter in PEFT's files, rewritten from the checkpoint by a resume
