@@ -25,7 +25,7 @@ import lora
 from checkpoints.policies import load_run, save_policy
 from data import DataOptions, PromptSet, load_questions, load_sets
 from plumbing.machine import pick_device, show_progress
-from plumbing.options import ArgumentParser, BadInput, read_json, run_script, write_json
+from plumbing.options import ArgumentParser, BadInput, run_script, write_json
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, grade, is_correct, read, task
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import lora
-from checkpoints.policies import PolicyOptions, load_policy, save_adapter_of
+from checkpoints.policies import PolicyOptions, load_adapter_of, load_policy, save_adapter_of
 from data import Batches, DataOptions, Prompts, PromptSet, draw_world, load_sets
 from eval import evaluate, gains, table
 from grpo_rank import completion_logprobs, group_zscores, policy_loss, rank_advantages, ranks_from_scores
@@ -279,11 +279,7 @@ def main() -> int:
     say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out{seen}")
     oracle = PatientOracle(oracle, cfg.oracle_patience, run.interrupted, device)
     learn(cfg, policy, learner, oracle, batches, run)
-    if cfg.keep == "best":
-        from checkpoints.peft_files import load_adapter
-
-        load_adapter(policy.decoder, f"{cfg.out}/best")
-    after, values = run.evaluate()
+    after, values = run.end(partial(load_adapter_of, policy))
     gain = gains(eval_set.questions, run.progress["before_values"], values)
     run.finish(describe(device), after, gain, table(run.progress["before"], after))
     return 0

@@ -118,9 +118,12 @@ def share(rows: list[dict]) -> tuple[float, tuple[float, float]]:
 
 def before_and_after(run: Run) -> tuple[dict, dict]:
     """The answers of the first and of the last evaluation, as {id: row}; those asked in both."""
-    rows = sorted(run.answers, key=lambda row: row["step"])
+    rows, kept = sorted(run.answers, key=lambda row: row["step"]), run.results.get("kept")
     before = {row["id"]: row for row in rows if row["step"] == 0}
-    after = {row["id"]: row for row in rows if row["step"] > 0 and row["id"] in before}
+    last = (
+        [row for row in rows if row["step"] == kept["step"]] if kept else [r for r in rows if r["step"] > 0]
+    )
+    after = {row["id"]: row for row in last if row["id"] in before}
     return ({name: before[name] for name in after} or before), after
 
 

@@ -275,10 +275,19 @@ class RunFolder:
             self.progress |= {"before": before, "before_values": values}
             self.save()
 
-    def evaluate(self, subset: int = 0) -> tuple[dict, dict]:
-        """The evaluation of the policy as it is, its answers kept in answers.jsonl."""
-        kept = Kept(os.path.join(self.out, "answers.jsonl"), self.writes, step=self.step)
+    def evaluate(self, subset: int = 0, step: int | None = None) -> tuple[dict, dict]:
+        """The evaluation of the policy; its answers are kept in answers.jsonl. step: whose the policy is,
+        None: of now."""
+        step = self.step if step is None else step
+        kept = Kept(os.path.join(self.out, "answers.jsonl"), self.writes, step=step)
         return self.evaluation(subset=subset, kept=kept)
+
+    def end(self, load_adapter) -> tuple[dict, dict]:
+        """The evaluation of what the run ends with: the last adapter, or with --keep best the best."""
+        if self.options.keep == "last":
+            return self.evaluate()
+        load_adapter(os.path.join(self.out, "best"))
+        return self.evaluate(step=self.progress["best"]["step"])
 
     def look(self):
         """An evaluation while the run goes on; keeps the adapter if no earlier one was as good."""
