@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
+from plumbing.machine import show_progress
 from plumbing.options import (
     ArgumentParser,
     BadInput,
@@ -318,7 +318,7 @@ class PromptSet:
         videos = sorted({question.shown for question in questions})
         times, num_patches = [], (model.clip_cfg.image_size // model.clip_cfg.patch_size) ** 2
         chunk = clips_at_once(model.cfg.num_frames, num_patches)
-        for start in tqdm(range(0, len(videos), chunk), "videos", leave=False):
+        for start in show_progress(range(0, len(videos), chunk), "videos"):
             sizes = model.cfg.num_frames, model.clip_cfg.image_size, model.cfg.framing
             frames, seconds = load_clips(videos[start : start + chunk], *sizes)
             embeds = model.embed_video(frames, seconds)
@@ -366,6 +366,13 @@ class Batches:
         epoch, place = divmod(step, self.steps_an_epoch)
         generator = torch.Generator().manual_seed(self.seed * 2**20 + epoch)
         return torch.randperm(len(self.asked), generator=generator)[place * self.P : (place + 1) * self.P]
+
+    def watched(self, num_steps: int) -> dict[str, tuple]:
+        """{id: video, or part of one} of the questions that a report shows: the first two of six steps,
+        more of them early, when a policy changes most."""
+        steps = {round((num_steps - 1) * (i / 5) ** 2) for i in range(6)}
+        rows = [row for step in sorted(steps) for row in self.rows(step)[:2].tolist()]
+        return {self.asked.questions[i].id: self.asked.questions[i].shown for i in rows}
 
     def of_step(self, step: int, G: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This process's part of the rows, and uniforms (P, G, T) in [0, 1) for them; seeds the noise."""

@@ -24,7 +24,7 @@ import torch
 import lora
 from checkpoints.policies import load_run, save_policy
 from data import DataOptions, PromptSet, load_questions, load_sets
-from plumbing.machine import pick_device
+from plumbing.machine import pick_device, show_progress
 from plumbing.options import (
     ArgumentParser,
     BadInput,
@@ -62,25 +62,47 @@ def summarize(questions, values, grades) -> dict:
     }
 
 
-def evaluate(policy, questions: PromptSet, sampling: Sampling, *, samples=4, seed=0) -> tuple[dict, dict]:
+def evaluate(
+    policy, questions: PromptSet, sampling: Sampling, *, samples=4, seed=0, subset=0, kept=None
+) -> tuple[dict, dict]:
     """Greedy and sampled (temperature 1, `samples` draws a question) results of a policy.
 
-    Returns ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json
-    (`summarize`); values are the shares of right answers per question, to compare two policies pairwise.
+    subset: number of questions, drawn by the seed; 0: all. kept: a Kept (plumbing/run_folder.py), in which
+    each batch's answers are written as soon as they are there, and are not asked for again. Returns
+    ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json (`summarize`);
+    values are the shares of right answers per question, to compare two policies pairwise.
     """
     at_once = sampling.prompts_at_once or EVALUATED_AT_ONCE
     sampling = replace(sampling, temperature=1.0, top_p=1.0, prompts_at_once=at_once)
-    results, values = {}, {}
-    for name, G in (("greedy", 0), ("sampled", samples)):
-        generator, texts = torch.Generator().manual_seed(seed), []
-        for rows in torch.arange(len(questions)).split(at_once):
-            uniforms = torch.rand(len(rows), G, sampling.max_new_tokens, generator=generator) if G else None
-            texts += answer(policy, questions, rows, G or 1, sampling, uniforms)[1]
-        pairs = list(zip(questions.questions, texts, strict=True))
+    generator, n = torch.Generator().manual_seed(seed), len(questions)
+    uniforms = torch.rand(n, samples, sampling.max_new_tokens, generator=generator)
+    chosen = torch.randperm(n, generator=generator)[: subset or n].sort().values
+    done = {} if kept is None else dict(kept.of)
+    left = torch.tensor([i for i in chosen.tolist() if questions.questions[i].id not in done])
+    for rows in show_progress(left.split(at_once) if len(left) else (), "evaluating"):
+        greedy = answer(policy, questions, rows, 1, sampling, None)[1]
+        sampled = answer(policy, questions, rows, samples, sampling, uniforms[rows])[1]
+        asked = [questions.questions[i] for i in rows]
+        new = [answer_row(*of) for of in zip(asked, greedy, sampled, strict=True)]
+        done |= {row["id"]: row for row in new}
+        if kept is not None:
+            kept.add(new)
+    results, values, asked = {}, {}, [questions.questions[i] for i in chosen]
+    for name, texts in (("greedy", lambda row: [row["greedy"]]), ("sampled", lambda row: row["sampled"])):
+        pairs = [(q, texts(done[q.id])) for q in asked]
         values[name] = [sum(is_correct(t, q) for t in ts) / len(ts) for q, ts in pairs]
         grades = [sum(grade(t, q) for t in ts) / len(ts) for q, ts in pairs]
-        results[name] = summarize(questions.questions, values[name], grades)
+        results[name] = summarize(asked, values[name], grades)
     return results, values
+
+
+def answer_row(question, greedy: list[str], sampled: list[str]) -> dict:
+    """A row of answers.jsonl. `right` is of the greedy answer."""
+    return {
+        "id": question.id, "video": question.video, "category": question.category,
+        "question": question.question, "gold": question.answer or str(list(question.spans)),
+        "greedy": greedy[0], "right": is_correct(greedy[0], question), "sampled": sampled,
+    }  # fmt: skip
 
 
 def gains(questions, before: dict, after: dict) -> dict:
@@ -247,29 +269,6 @@ def merge_run(folder: str, out: str):
     print(f"wrote {out}: {size / 1e6:.1f} MB, {', '.join(sorted(os.listdir(out)))}")
 
 
-def compare(folders: list[str]) -> str:
-    """Runs side by side, a row a run: seed, accuracies before and after, gains with their intervals."""
-    lines = [
-        "| run | seed | greedy before | after | gain | sampled before | after | gain | worst category | s |"
-    ]
-    lines.append("|---" * 10 + "|")
-    for folder in folders:
-        path = os.path.join(folder, "results.json")
-        if not os.path.exists(path):
-            raise BadInput(f"{path}: no such file; name run folders whose training has ended")
-        with open(path) as file:
-            r = json.load(file)
-        cells = [os.path.basename(folder.rstrip("/")), str(r["seed"])]
-        for mode in ("greedy", "sampled"):
-            low, high = (f"{100 * x:+.1f}" for x in r["gain"][mode]["ci95"])
-            cells += [f"{100 * r[when][mode]['accuracy']:.1f}" for when in ("before", "after")]
-            cells.append(f"{100 * r['gain'][mode]['accuracy']:+.1f} [{low}, {high}]")
-        old, new = (r[when]["greedy"]["by_category"] for when in ("before", "after"))
-        change, name = min((new[k]["accuracy"] - old[k]["accuracy"], k) for k in old)
-        lines.append("| " + " | ".join([*cells, f"{name} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]) + " |")
-    return "\n".join(lines)
-
-
 def judge_of(args):
     """The judge that the options of `score` name, None without any."""
     if not (args.judge_url or args.judge_model):
@@ -284,6 +283,8 @@ def judge_of(args):
 
 
 def main() -> int:
+    from plumbing.progress import compare, differences, show_table
+
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="a run's tables again, or on other data")
@@ -308,9 +309,12 @@ def main() -> int:
     if args.command == "merge":
         merge_run(args.run, args.out)
     elif args.command == "run":
-        print(evaluate_run(args.run, args.data, args.videos))
+        show_table(evaluate_run(args.run, args.data, args.videos))
     elif args.command == "compare":
-        print(compare(args.runs))
+        show_table(compare(args.runs))
+        if unlike := differences(args.runs):
+            print()
+            show_table(unlike)
     else:
         from videoqa import scores
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import lora
-from checkpoints.policies import PolicyOptions, load_policy, save_adapter_of
+from checkpoints.policies import PolicyOptions, load_adapter_of, load_policy, save_adapter_of
 from data import Batches, DataOptions, Prompts, PromptSet, draw_world, load_sets
 from eval import evaluate, gains, table
 from grpo_rank import Objective, group_zscores, rank_advantages, ranks_from_scores, rollout_loss
@@ -58,6 +58,7 @@ from rollout import (
     reference_states,
     rows_of,
 )  # fmt: skip
+from videoqa.video import frame_strip
 
 
 @dataclass
@@ -267,24 +268,21 @@ def main() -> int:
 
         check_replay(cfg.oracle_cache, batches, cfg.num_steps)
     learner = Learner(policy.decoder, cfg.lora_r, cfg.lora_alpha, cfg.seed)
-    run = RunFolder(
-        cfg, learner, partial(save_adapter_of, policy), device, made_from(cfg, train_set, eval_set)
-    )
+    made = made_from(cfg, train_set, eval_set)
+    run = RunFolder(cfg, learner, partial(save_adapter_of, policy), device, made)
     sampling = sampling_of(cfg, policy, train_set.tokenizer)
     if cfg.memory_plan:
         from checkpoints import memory
 
         memory.rehearse(cfg, policy, learner, batches, sampling, update)
-    if "before" not in run.progress:
-        before, values = evaluate(policy, eval_set, sampling, samples=cfg.eval_samples, seed=cfg.seed)
-        run.progress |= {"before": before, "before_values": values}
-        run.save()
+    strips = {name: partial(frame_strip, *shown) for name, shown in batches.watched(cfg.num_steps).items()}
+    run.begin(partial(evaluate, policy, eval_set, sampling, samples=cfg.eval_samples, seed=cfg.seed), strips)
     both = {q.video for q in train_set.questions} & {q.video for q in eval_set.questions}
     seen = f"; {len(both)} videos are in both: the tables do not show what is new" if both else ""
     say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out{seen}")
     oracle = PatientOracle(oracle, cfg.oracle_patience, run.interrupted, device)
     learn(cfg, policy, learner, oracle, batches, run)
-    after, values = evaluate(policy, eval_set, sampling, samples=cfg.eval_samples, seed=cfg.seed)
+    after, values = run.end(partial(load_adapter_of, policy))
     gain = gains(eval_set.questions, run.progress["before_values"], values)
     run.finish(describe(device), after, gain, table(run.progress["before"], after))
     return 0

@@ -152,14 +152,21 @@ def save_adapter_of(policy: VideoLM, folder: str) -> None:
     save_adapter(policy.decoder, folder, "model.language_model." if llava else "model.")
 
 
+def load_adapter_of(policy: VideoLM, folder: str) -> None:
+    """Reads a saved adapter into the policy's own."""
+    from checkpoints.peft_files import load_adapter
+
+    load_adapter(policy.decoder, folder)
+
+
 # ------------------------------------------------------------------------------------------------------ runs
 
 
 def load_run(folder: str, device="cpu"):
-    """(policy with the run's adapter, tokenizer, config) of a folder that train.py made. config: the run's
-    config.json. Raises BadInput for a run of an earlier version and for options that are out of bounds."""
-    from checkpoints.peft_files import load_adapter
+    """(policy with the adapter that the run keeps, tokenizer, config) of a folder that train.py made.
 
+    config: the run's config.json. Raises BadInput for a run of an earlier version, and for options out of
+    bounds."""
     path = os.path.join(folder, "config.json")
     config, names = read_json(path, RUN), [field.name for field in fields(PolicyOptions)]
     missing = [name for name in (*names, "lora_r", "lora_alpha", "made") if name not in config]
@@ -174,7 +181,7 @@ def load_run(folder: str, device="cpu"):
         checked("lora_alpha", Positive, config["lora_alpha"]),
     )
     lora.add_adapters(policy.decoder, r, alpha)
-    load_adapter(policy.decoder, os.path.join(folder, "adapter"))
+    load_adapter_of(policy, os.path.join(folder, "best" if config.get("keep") == "best" else "adapter"))
     return policy, tokenizer, config
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch.utils._triton import has_triton
+from tqdm import tqdm
 
 from plumbing.options import BadInput, CountOrNone, Options
 
@@ -96,6 +97,12 @@ def say(line: str) -> None:
     """Prints a line, once for all processes."""
     if process_info()[0] == 0:
         print(line, flush=True)
+
+
+def show_progress(parts, name: str):
+    """The parts, with a bar in a terminal where they take longer than a second."""
+    shown = process_info()[0] == 0 and sys.stdout.isatty()
+    return tqdm(parts, name, leave=False, delay=1, dynamic_ncols=True, disable=not shown, file=sys.stdout)
 
 
 def reduce_sum(*values: torch.Tensor | float, device) -> list[float]:

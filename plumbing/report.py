@@ -1,75 +1,299 @@
-"""What a run says while it runs and when it has ended."""
+"""A run as one page that needs nothing else: curves, tables, pictures, answers, options.
 
-import json
+    python -m plumbing.report RUN [RUN ..] [--out FILE.html]     # also while a run is under way
+
+It is written from the run folder's files: train.py writes it, too, when a run ends. Rows that cannot be read
+are passed over and counted.
+"""
+
+import hashlib
+import math
 import os
-import sys
-from collections import Counter
+from collections import defaultdict
+from dataclasses import dataclass
 
-from tqdm import tqdm
+from plumbing import page
+from plumbing.options import (
+    ArgumentParser,
+    BadInput,
+    parse_json,
+    read_bytes,
+    read_json,
+    run_script,
+    write_whole,
+)
+from plumbing.progress import options_that_differ, oracle_summary
+
+RUN = "name a folder that train.py made"
+CARDS = 12  # prompts that are shown with their candidates, and changed answers of a kind
+CHARTS = (  # title, names in metrics.jsonl, whether they are shares in 0..1
+    ("Accuracy of the sampled answers", ("accuracy", "oracle_best_accuracy"), True),
+    ("KL to the reference, nats a token", ("kl",), False),
+    ("Entropy, nats a token", ("entropy",), False),
+    ("Groups without signal", ("dead_groups", "failed_groups"), False),
+    ("Agreement of policy and oracle", ("kendall_tau", "ndcg"), False),
+    ("Root mean square of the advantages", ("advantage_rms",), False),
+    ("Gradient norm", ("grad_norm",), False),
+    ("Clipped tokens", ("clip_frac",), True),
+    ("Tokens of an answer", ("mean_tokens",), False),
+    ("Seconds of a step by part", ("sampling_s", "oracle_s", "reference_s", "update_s"), False),
+    ("Dual reward", ("reward_discrete", "reward_continuous", "reward_format"), False),
+    ("Judge: calls, answers from the cache", ("judge_calls", "judge_cache_hits"), False),
+    ("Judge: faults", ("position_bias", "canary_error"), False),
+    ("Judge: agreement with itself", ("kendall_w",), True),
+)  # fmt: skip
 
 
-class Bar:
-    """The progress line of a run: step, accuracy, kl, dead and failed groups, time. It fits 80 columns."""
+@dataclass
+class Run:
+    """What a run folder holds, of a run that has ended or is under way."""
 
-    def __init__(self, total: int, first: int, shown: bool):
-        layout = "step {n_fmt}/{total_fmt} {postfix} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-        self.total = total
-        self.bar = tqdm(
-            total=total, initial=first, disable=not shown, file=sys.stdout, bar_format=layout,
-            dynamic_ncols=True,
-        )  # fmt: skip
+    folder: str
+    config: dict
+    metrics: list[dict]
+    rollouts: list[dict]
+    answers: list[dict]
+    evaluations: list[dict]
+    results: dict  # empty while the run is under way
+    sessions: str
+    broken: dict[str, int]  # rows that cannot be read, by file
 
-    def show(self, numbers: dict):
-        parts = [f"acc {100 * numbers['accuracy']:.1f}%"]
-        parts += [f"kl {numbers['kl']:.3f}"] if numbers.get("kl") is not None else []
-        parts += [f"dead {numbers['dead_groups']}", f"failed {numbers['failed_groups']}"]
-        self.bar.set_postfix_str(" ".join(parts))
-        self.bar.update(1)
-
-    def say(self, line: str):
-        """A line of its own, on stderr."""
-        tqdm.write(line, file=sys.stderr)
-
-    def close(self):
-        self.bar.close()
+    @property
+    def name(self) -> str:
+        return os.path.basename(os.path.abspath(self.folder))
 
 
-def oracle_summary(folder: str) -> dict:
-    """What the oracle did over a whole run, from metrics.jsonl: sums, and means weighted by their counts."""
-    path, rows, causes = os.path.join(folder, "metrics.jsonl"), [], Counter()
-    if os.path.exists(path):  # a run without a step has none
-        with open(path, encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
+def sound_rows(path: str, needs: tuple) -> tuple[list[dict], int]:
+    """(rows of a JSONL file that have these fields, number of the others). A last line without its end is
+    being written, and is no row yet."""
+    rows, broken = [], 0
+    if not os.path.exists(path):
+        return rows, broken
+    for line in read_bytes(path, RUN).splitlines(keepends=True):
+        try:
+            row = parse_json(line, path, RUN)
+            sound = isinstance(row, dict) and row.keys() >= set(needs) and is_number(row["step"])
+        except BadInput:
+            sound = False
+        if sound:
+            rows.append(row)
+        elif line.endswith(b"\n"):
+            broken += 1
+    return rows, broken
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def read_run(folder: str) -> Run:
+    """Raises BadInput if the folder is no run's."""
+    config, read, broken = read_json(os.path.join(folder, "config.json"), RUN), {}, {}
+    if "made" not in config:
+        raise BadInput(f"{folder}: no run, or one of an earlier version; {RUN}")
+    candidates = ("id", "question", "answer", "candidates", "oracle_ranks", "policy_ranks", "advantages")
+    for name, needs in (
+        ("metrics", ()), ("rollouts", candidates), ("evaluations", ("greedy",)),
+        ("answers", ("id", "video", "category", "question", "gold", "greedy", "right")),
+    ):  # fmt: skip
+        read[name], count = sound_rows(os.path.join(folder, f"{name}.jsonl"), ("step", *needs))
+        broken |= {f"{name}.jsonl": count} if count else {}
+    path, log = os.path.join(folder, "results.json"), os.path.join(folder, "sessions.log")
+    results = read_json(path, RUN) if os.path.exists(path) else {}
+    sessions = read_bytes(log, RUN).decode(errors="replace") if os.path.exists(log) else ""
+    return Run(folder, config, **read, results=results, sessions=sessions, broken=broken)
+
+
+# ---- numbers
+
+
+def share(rows: list[dict]) -> tuple[float, tuple[float, float]]:
+    """Share of right greedy answers and its 95 % interval, normal, with questions of one video together."""
+    mean, off = sum(row["right"] for row in rows) / len(rows), defaultdict(float)
     for row in rows:
-        causes.update(row.get("failed_by_cause", {}))
-    found = {name: sum(row[name] for row in rows) for name in ("groups", "dead_groups", "failed_groups")}
-    found["failed_by_cause"] = dict(causes)
-    for name in ("judge_calls", "judge_cache_hits", "judge_tokens", "judge_repairs"):
-        found |= {name: sum(row[name] for row in rows)} if rows and name in rows[0] else {}
-    for name, count in (("position_bias", "position_pairs"), ("canary_error", "canaries")):
-        total = sum(row.get(count, 0) for row in rows)
-        found |= {name: sum(row[name] * row[count] for row in rows if count in row) / total} if total else {}
-    return found
+        off[row["video"]] += row["right"] - mean
+    spread = 1.96 * math.sqrt(sum(x * x for x in off.values())) / len(rows)
+    return mean, (mean - spread, mean + spread)
 
 
-def finish(run, device: str, after: dict, gain: dict, table: str) -> dict:
-    """The content of results.json of a run that has ended. Prints its tables and gains."""
-    results = {
-        "seed": run.options.seed, "steps": run.options.num_steps, "wall_s": round(run.wall_s(), 1),
-        "device": device, "bad_steps": run.progress["bad_steps"], "before": run.progress["before"],
-        "after": after, "gain": gain, "oracle": oracle_summary(run.out),
-    }  # fmt: skip
-    print("\n" + table)
-    for name, g in gain.items():
-        low, high = (100 * x for x in g["ci95"])
-        print(f"{name}: {100 * g['accuracy']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}")
-    oracle = results["oracle"]
-    causes = ", ".join(f"{cause} {count}" for cause, count in oracle["failed_by_cause"].items())
-    print(
-        f"{oracle['groups']} groups of answers: {oracle['dead_groups']} tied throughout,"
-        f" {oracle['failed_groups']} not ranked{causes and f' ({causes})'}"
+def before_and_after(run: Run) -> tuple[dict, dict]:
+    """The answers of the first and of the last evaluation, as {id: row}; those asked in both."""
+    rows, kept = sorted(run.answers, key=lambda row: row["step"]), run.results.get("kept")
+    before = {row["id"]: row for row in rows if row["step"] == 0}
+    last = (
+        [row for row in rows if row["step"] == kept["step"]] if kept else [r for r in rows if r["step"] > 0]
     )
-    if "judge_calls" in oracle:
-        print(f"judge: {oracle['judge_calls']} calls, {oracle['judge_tokens']} tokens")
-    print(f"{results['wall_s']} s on {device}; results and adapter in {run.out}")
-    return results
+    after = {row["id"]: row for row in last if row["id"] in before}
+    return ({name: before[name] for name in after} or before), after
+
+
+def points(rows: list[dict], name: str) -> list[tuple]:
+    return [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
+
+
+# ---- parts of the page
+
+
+def headline(run: Run) -> str:
+    """What became of the run, in a few lines."""
+    steps, config = max([row["step"] + 1 for row in run.metrics], default=0), run.config
+    lines = [f"<h2>{page.text(run.name)}</h2>"]
+    for mode, gain in run.results.get("gain", {}).items():
+        old, new = (100 * run.results[when][mode]["accuracy"] for when in ("before", "after"))
+        low, high = (100 * x for x in gain["ci95"])
+        change = f"{100 * gain['accuracy']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+        lines.append(page.note(f"{mode} answers: {old:.1f} % right before, {new:.1f} % after: {change}", ""))
+    if run.results:
+        spent = f"{run.results['steps']} steps, {run.results['wall_s']:.0f} s on {run.results['device']}"
+        lines.append(page.note(f"{spent}, seed {config.get('seed')}"))
+        if kept := run.results.get("kept"):
+            lines.append(page.note(f"kept: the adapter of step {kept['step']} (--keep best)"))
+    else:
+        lines.append(page.note(f"under way, or broken off: {steps} steps of {config.get('num_steps')}"))
+    for name, count in run.broken.items():
+        lines.append(page.note(f"{name}: {count} broken row(s) passed over", "wrong"))
+    return "".join(lines)
+
+
+def accuracy_bars(run: Run) -> str:
+    """Greedy accuracy before and after, all and by category, with intervals."""
+    before, after = before_and_after(run)
+    cards = []
+    for category in ("all", *sorted({row["category"] for row in before.values()})):
+        bars, count = [], 0
+        for label, color, rows in (("before", "var(--was)", before), ("after", "var(--now)", after)):
+            chosen = [row for row in rows.values() if category in ("all", row["category"])]
+            bars += [(label, *share(chosen), color)] if chosen else []
+            count = max(count, len(chosen))
+        note = page.note(f"{count} questions")
+        cards += [page.card(category or "(none)", page.share_bars(bars), note)] if bars else []
+    words = "Greedy answers to held-out questions. Whiskers: 95 % intervals, a video's questions together."
+    return page.section("Before and after", words, cards)
+
+
+def curves(runs: list[Run]) -> str:
+    """Of one run a chart has a colour for each metric; of several, one for each run and its first metric."""
+    held = [(run.name if len(runs) > 1 else "held-out, greedy", evaluation_points(run)) for run in runs]
+    cards = [page.chart("Held-out accuracy", [], held, percent=True)]
+    for title, names, percent in CHARTS:
+        if len(runs) == 1:
+            series = [(name, points(runs[0].metrics, name)) for name in names]
+        else:
+            series = [(run.name, points(run.metrics, names[0])) for run in runs]
+            title = f"{title} ({names[0]})" if len(names) > 1 else title
+        cards.append(page.chart(title, series, percent=percent))
+    return page.section("Learning curves", "", cards)
+
+
+def evaluation_points(run: Run) -> list[tuple]:
+    """(step, accuracy, low, high) of the greedy answers: before, while it ran, after."""
+    found = {row["step"]: row["greedy"] for row in run.evaluations}
+    if run.results:
+        ends = {0: "before", run.results["steps"]: "after"}
+        found |= {step: run.results[when]["greedy"] for step, when in ends.items()}
+    return [(step, of["accuracy"], *of["ci95"]) for step, of in sorted(found.items())]
+
+
+def strip_path(folder: str, name: str) -> str:
+    """Where the pictures of a question lie. Ids may hold anything, so the file's name is a hash."""
+    return os.path.join(folder, "frames", hashlib.sha256(str(name).encode()).hexdigest()[:16] + ".jpg")
+
+
+def strip(run: Run, name: str) -> str:
+    path = strip_path(run.folder, name)
+    content = read_bytes(path, RUN) if os.path.exists(path) else b""
+    is_jpeg = content.startswith(b"\xff\xd8")
+    return page.picture(content, f"frames of the video of question {name}") if is_jpeg else ""
+
+
+def spread(rows: list) -> list:
+    """A dozen of them at most, evenly spread."""
+    return rows[:: -(-len(rows) // CARDS)] if rows else []
+
+
+def prompts(run: Run) -> str:
+    """A dozen prompts of several steps with pictures, answers, the oracle's order and the advantages."""
+    pictured = [row for row in run.rollouts if os.path.exists(strip_path(run.folder, row["id"]))]
+    shown, cards = spread(pictured or run.rollouts), []
+    largest = max((abs(a) for row in shown for a in row["advantages"]), default=0)
+    for row in shown:
+        columns = (row[k] for k in ("oracle_ranks", "policy_ranks", "advantages", "candidates"))
+        best_first = sorted(zip(*columns, strict=True), key=lambda answer: answer[:2])
+        rows = [[text, r, p, f"{a:+.3f}", page.advantage_bar(a, largest)] for r, p, a, text in best_first]
+        heads = ["answer", "oracle", "policy", "advantage", ""]
+        gold = page.note(f"right answer: {row['answer']} {row.get('note') or ''}")
+        table = page.table(heads, rows, right=(1, 2, 3))
+        cards.append(page.card(f"Step {row['step']}: {row['question']}", strip(run, row["id"]), gold, table))
+    words = (
+        "Ranks: 0 is best, equal answers tie. Green is reinforced, red is pushed down. A group that ties"
+        " throughout teaches nothing."
+    )
+    return page.section("What it was taught", words, cards)
+
+
+def changed_answers(run: Run) -> str:
+    before, after = before_and_after(run)
+    pairs, cards = [(before[name], row) for name, row in after.items()], []
+    for title, was in (("From wrong to right", False), ("From right to wrong", True)):
+        found = [(old, new) for old, new in pairs if old["right"] is was and new["right"] is not was]
+        rows = [[old["question"], old["greedy"], new["greedy"], old["gold"]] for old, new in spread(found)]
+        table = (
+            page.table(["question", "before", "after", "right answer"], rows) if rows else page.note("none")
+        )
+        cards.append(page.card(f"{title}: {len(found)} of {len(after)}", table))
+    return page.section("Answers that changed", "", cards if after else [])
+
+
+def configuration(run: Run) -> str:
+    options = {name: value for name, value in run.config.items() if name != "made"}
+    tables = {"The oracle": oracle_summary(run.metrics), "Made with": run.config["made"], "Options": options}
+    cards = [page.card(title, page.table(["", ""], list(of.items()))) for title, of in tables.items()]
+    cards.append(page.card("Sessions", *map(page.note, run.sessions.splitlines())))
+    return page.section("How it was made", "", cards)
+
+
+def comparison(runs: list[Run]) -> str:
+    """Several runs: accuracies beside each other, and the options that differ."""
+    cards = []
+    for run in runs:
+        before, after = before_and_after(run)
+        rows = [("before", "var(--was)", before), ("after", "var(--now)", after)]
+        bars = [(label, *share(list(of.values())), color) for label, color, of in rows if of]
+        cards += [page.card(run.name, page.share_bars(bars))] if bars else []
+    differing = options_that_differ([run.config for run in runs])
+    heads, rows = ["option", *(run.name for run in runs)], [[name, *of] for name, of in differing.items()]
+    unlike = page.table(heads, rows) if rows else page.note("none")
+    return page.section("Side by side", "", cards) + "<h2>Options that differ</h2>" + unlike
+
+
+def html(folders: list[str]) -> str:
+    """The page of one run, or of several."""
+    runs = [read_run(folder) for folder in folders]
+    title = ", ".join(run.name for run in runs)
+    parts = [f"<h1>Oracle-RLAIF: {page.text(title)}</h1>"]
+    parts += [comparison(runs), curves(runs)] if len(runs) > 1 else []
+    for run in runs:
+        own = curves([run]) if len(runs) == 1 else ""
+        parts += [headline(run), accuracy_bars(run), own, prompts(run), changed_answers(run)]
+        parts.append(configuration(run))
+    return page.page(title, parts)
+
+
+def write(folders: list[str], out: str = "") -> str:
+    """Writes the page into `out`, or into the first run's folder; returns its path."""
+    path = out or os.path.join(folders[0], "report.html")
+    write_whole(path, html(folders).encode(errors="replace"))
+    return path
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--out", default="", help="the page's file (report.html in the first run's folder)")
+    args = parser.parse_args()
+    print(f"report: {write(args.runs, args.out)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -3,9 +3,12 @@
     config.json             the options, what `auto` became, and what the run was made with and from
     sessions.log            when and with which command it was started and resumed
     metrics.jsonl           a row a step; rollouts.jsonl: two prompts of each step with their candidates
+    answers.jsonl           the answers to held-out questions of every evaluation, by step: 0 is the start
+    evaluations.jsonl       accuracies while it ran (--eval_every); best/: the best adapter of these
+    frames/                 pictures of the videos that report.html shows
     checkpoint.safetensors  all that --resume needs, replaced in one rename
     adapter/                the adapter in PEFT's files, rewritten from the checkpoint by a resume
-    results.json            the tables before and after
+    results.json            the tables before and after; report.html: all of it as one page
 
 Files are replaced whole or only ever appended to; a resume cuts what was appended back to the checkpoint.
 Process 0 writes.
@@ -23,6 +26,8 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +37,7 @@ from plumbing.machine import process_info, reduce_sum, say
 from plumbing.options import (
     BadInput,
     Count,
+    CountOrNone,
     EndedEarly,
     Options,
     parse_json,
@@ -61,6 +67,14 @@ class RunOptions(Options):
     resume: bool = False  # continue the run in --out from its last checkpoint
     save_every: Count = 20  # steps between checkpoints
     max_bad_steps: Count = 3  # non-finite losses in a row before the run stops
+    eval_every: CountOrNone = 0  # steps between evaluations while it runs; 0: only before and after
+    eval_subset: CountOrNone = 200  # held-out questions of such an evaluation, drawn once; 0: all
+    keep: Literal["last", "best"] = "last"  # whose adapter the run ends with; best: of --eval_every's
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.keep == "best" and not self.eval_every:
+            raise BadInput("--keep best: the best of which evaluations? give --eval_every N too")
 
 
 def checkpoint_path(out: str) -> str:
@@ -120,8 +134,18 @@ def fingerprint(*paths: str) -> str:
     return digest.hexdigest()
 
 
+def processor() -> str:
+    """The CPU's name where the system tells it, and the GPU's where there is one."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
+
+
 def environment() -> dict:
-    """What numbers depend on beside the options: versions, commit, kind of processor, threads, processes."""
+    """What numbers depend on beside the options: versions, commit, processor, threads, processes."""
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
     def git(*words):
@@ -132,8 +156,40 @@ def environment() -> dict:
         "python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
         "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno")),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-        "processes": process_info()[1],
+        "processes": process_info()[1], "processor": processor(),
+        "packages": {name: version(name) for name in ("numpy", "pillow", "av", "safetensors", "tqdm")},
     }  # fmt: skip
+
+
+def cut_back(path: str, kept=lambda row: True) -> list[dict]:
+    """Takes out of a JSONL file the rows that are not `kept`, and a last row cut in half by a kill. Returns
+    the rest."""
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb") as file:
+        lines = [line for line in file if line.endswith(b"\n")]
+    rows = [parse_json(line, path, COPY_AGAIN) for line in lines]
+    write_whole(path, b"".join(line for line, row in zip(lines, rows, strict=True) if kept(row)))
+    return [row for row in rows if kept(row)]
+
+
+class Kept:
+    """What a long job has made of each question, in a JSONL file that it appends to: started again, the job
+    goes on behind a kill. `of`: rows by their id. same: fields that all of the job's rows share."""
+
+    def __init__(self, path: str, writes: bool = True, **same):
+        self.path, self.writes, self.same = path, writes, same
+        self.of = {row["id"]: row for row in cut_back(path) if same.items() <= row.items()} if writes else {}
+
+    def add(self, rows: list[dict]):
+        self.of |= {row["id"]: row for row in rows}
+        if self.writes:
+            append_rows(self.path, [self.same | row for row in rows])
+
+
+def append_rows(path: str, rows: list[dict]):
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 class RunFolder:
@@ -159,8 +215,9 @@ class RunFolder:
         if options.resume and os.path.exists(checkpoint_path(self.out)):
             self.load()
         if self.writes:
-            for name in ("metrics.jsonl", "rollouts.jsonl"):
-                self.cut_back(os.path.join(self.out, name))
+            for name, last in (("metrics", -1), ("rollouts", -1), ("answers", 0), ("evaluations", 0)):
+                path = os.path.join(self.out, f"{name}.jsonl")
+                cut_back(path, lambda row, last=self.step + last: row["step"] <= last)
 
     def open(self, made_from: dict[str, str]):
         """A new folder appears in one rename with its config.json inside, so that a run that is killed at any
@@ -199,25 +256,66 @@ class RunFolder:
         if changed:
             say(f"note: {', '.join(changed)} since the run began; its numbers round differently from here on")
 
-    def cut_back(self, path: str):
-        """Takes out rows at or behind the step that the run stands at, and a row cut in half by a kill."""
-        if os.path.exists(path):
-            with open(path, "rb") as file:
-                lines = [line for line in file if line.endswith(b"\n")]
-            kept = [line for line in lines if parse_json(line, path, COPY_AGAIN)["step"] < self.step]
-            write_whole(path, b"".join(kept))
+    # ---- evaluations
+
+    def begin(self, evaluation, strips: dict):
+        """What comes before the first step: the pictures of the report, and the first evaluation, which goes
+        on where it was killed. evaluation(subset=, kept=): eval.evaluate of the policy as it is. strips: for
+        a question's id a function that returns its video's frames as one JPEG."""
+        from plumbing.report import strip_path
+
+        self.evaluation = evaluation
+        if self.writes:
+            os.makedirs(os.path.join(self.out, "frames"), exist_ok=True)
+            for path, strip in ((strip_path(self.out, name), strip) for name, strip in strips.items()):
+                if not os.path.exists(path):
+                    write_whole(path, strip())
+        if "before" not in self.progress:
+            before, values = self.evaluate()
+            self.progress |= {"before": before, "before_values": values}
+            self.save()
+
+    def evaluate(self, subset: int = 0, step: int | None = None) -> tuple[dict, dict]:
+        """The evaluation of the policy; its answers are kept in answers.jsonl. step: whose the policy is,
+        None: of now."""
+        step = self.step if step is None else step
+        kept = Kept(os.path.join(self.out, "answers.jsonl"), self.writes, step=step)
+        return self.evaluation(subset=subset, kept=kept)
+
+    def end(self, load_adapter) -> tuple[dict, dict]:
+        """The evaluation of what the run ends with: the last adapter, or with --keep best the best."""
+        if self.options.keep == "last":
+            return self.evaluate()
+        load_adapter(os.path.join(self.out, "best"))
+        return self.evaluate(step=self.progress["best"]["step"])
+
+    def look(self):
+        """An evaluation while the run goes on; keeps the adapter if no earlier one was as good."""
+        results, _ = self.evaluate(self.options.eval_subset)
+        numbers = {mode: {k: results[mode][k] for k in ("accuracy", "ci95", "n")} for mode in results}
+        best = self.progress.get("best", {"accuracy": -1.0})
+        if results["greedy"]["accuracy"] > best["accuracy"]:
+            self.progress["best"] = {"step": self.step, "accuracy": results["greedy"]["accuracy"]}
+            if self.writes:
+                self.save_adapter(os.path.join(self.out, "best"))
+        if self.writes:
+            self.append("evaluations.jsonl", [numbers])
 
     # ---- the steps
 
     def steps(self, total: int):
         """The numbers of the steps that are left. After each the run is saved where that is due; Ctrl-C,
         SIGTERM and SIGHUP end it early, in all processes after the same step."""
-        from plumbing import report
+        from plumbing.progress import Bar
 
-        self.bar = report.Bar(total, self.step, shown=self.writes)
+        self.bar, every = Bar(total, self.step, shown=self.writes), self.options.eval_every
+        if every and self.step == 0:
+            self.look()
         while self.step < total:
             yield self.step
             self.step += 1
+            if every and self.step % every == 0:
+                self.look()
             stop = any(reduce_sum(self.interrupted(), device=self.device))
             if stop or self.step % self.options.save_every == 0 or self.step == total:
                 self.save()
@@ -280,9 +378,7 @@ class RunFolder:
             self.bar.show(numbers)
 
     def append(self, name: str, rows: list[dict]):
-        lines = (json.dumps({"step": self.step, **row}, ensure_ascii=False) + "\n" for row in rows)
-        with open(os.path.join(self.out, name), "a", encoding="utf-8") as file:
-            file.write("".join(lines))
+        append_rows(os.path.join(self.out, name), [{"step": self.step, **row} for row in rows])
 
     def save_bad_batch(self, batch: dict):
         """What a skipped step was made of: all tensors of its records."""
@@ -324,9 +420,8 @@ class RunFolder:
             self.save_adapter(os.path.join(self.out, "adapter"))
 
     def finish(self, device: str, after: dict, gain: dict, table: str):
-        """Writes results.json; prints the tables, the gains and where all lies."""
+        """Writes results.json and report.html; prints the tables, the gains and where all lies."""
         if self.writes:
-            from plumbing import report
+            from plumbing import progress
 
-            results = report.finish(self, device, after, gain, table)
-            write_json(os.path.join(self.out, "results.json"), results)
+            progress.finish(self, device, after, gain, table)

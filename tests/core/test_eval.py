@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from eval import compare, gains, main, summarize, table
+from eval import gains, main, summarize, table
+from plumbing.progress import compare
 from videoqa.answers import Question
 
 ROOT = Path(__file__).parents[2]

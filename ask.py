@@ -1,0 +1,116 @@
+"""Ask a policy about a video, before and after its training; or let it answer a file of questions.
+
+    python ask.py runs/default clip.mp4 "what color appears last" --gold blue   # or --oracle my_judge:shortest
+    python ask.py clip.mp4 "what color appears last"            # no run folder: weights/, or --policy
+    python ask.py runs/default --data FILE.jsonl --videos DIR --out pred.jsonl    # for eval.py score
+    python ask.py runs/default DIR "what happens" --out pred.jsonl                # one question, all videos
+
+With --gold or an oracle the sampled answers are ranked as in training. Predictions go on where they stopped.
+"""
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+import lora
+from checkpoints.policies import PolicyOptions, load_policy, load_run
+from data import PromptSet, load_questions
+from grpo_rank import rank_advantages, ranks_from_scores
+from oracle import FunctionOracle, RuleOracle, load_function
+from plumbing.machine import MachineOptions, pick_device, show_progress
+from plumbing.options import ArgumentParser, BadInput, Count, Positive, add_options, one_line, run_script
+from plumbing.progress import show_table
+from plumbing.run_folder import Kept
+from rollout import EVALUATED_AT_ONCE, Sampling, answer
+from videoqa.answers import Question
+from videoqa.datasets import VIDEO_SUFFIXES
+
+
+@dataclass
+class AskOptions(PolicyOptions, MachineOptions):
+    """The question, or a file of them"""
+
+    gold: str = ""  # the right answer: ranks the sampled answers by it
+    oracle: str = ""  # module:function that ranks the sampled answers
+    group_size: Count = 5  # G: sampled answers
+    max_new_tokens: Count = 10  # tokens of an answer at most; of a run folder the run's
+    temperature: Positive = 1.0
+    data: str = ""  # JSONL of questions, answered greedily
+    videos: str = ""  # folder that its video paths are relative to
+    out: str = ""  # JSONL of {"id", "prediction"} to write
+
+
+def show_answers(policy, asked: PromptSet, sampling: Sampling, cfg: AskOptions, trained: bool) -> None:
+    """Prints the greedy answers, and G sampled ones, the likeliest first, with an oracle's ranks."""
+    G, row = cfg.group_size, torch.tensor([0])
+    if trained:
+        with lora.using(policy.decoder, "off"):
+            print(f"before training: {one_line(answer(policy, asked, row, 1, sampling, None)[1][0][0])}")
+    when = "after" if trained else "without"
+    print(f"{when} training: {one_line(answer(policy, asked, row, 1, sampling, None)[1][0][0])}\n")
+    uniforms = torch.rand(1, G, cfg.max_new_tokens, generator=torch.Generator().manual_seed(cfg.seed))
+    rollout, texts = answer(policy, asked, row, G, sampling, uniforms)
+    logprobs = rollout.logprobs.sum(dim=1).cpu()  # (G,)
+    columns = {"sampled answer": texts[0], "probability": [f"{p:.4f}" for p in logprobs.exp().tolist()]}
+    if cfg.gold or cfg.oracle:
+        oracle = FunctionOracle(load_function(cfg.oracle)) if cfg.oracle else RuleOracle()
+        ranking = oracle.rank(asked.questions, texts)
+        if ranking.notes[0]:
+            raise BadInput(f"--oracle {cfg.oracle}: no ranking ({ranking.notes[0]}); mend the function")
+        policy_ranks = ranks_from_scores(logprobs[None].round(decimals=4))
+        advantages = rank_advantages(ranking.ranks, policy_ranks)[0].tolist()
+        columns |= {"oracle rank": ranking.ranks[0].tolist(), "policy rank": policy_ranks[0].tolist()}
+        columns["advantage"] = [f"{a:+.3f}" for a in advantages]
+    likeliest = logprobs.argsort(descending=True).tolist()
+    rows = [[one_line(cells[i]).replace("|", "/") for cells in columns.values()] for i in likeliest]
+    show_table("\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]))
+
+
+def questions_of(cfg: AskOptions, words: list[str]) -> tuple[str, list[Question]]:
+    """(run folder or "", questions) of the command line: [RUN] VIDEO QUESTION, or [RUN] with --data."""
+    least = 0 if cfg.data else 2
+    if len(words) not in (least, least + 1):
+        raise BadInput("give [RUN] VIDEO QUESTION, or [RUN] --data FILE.jsonl --videos DIR --out FILE")
+    run, rest = words[0] if len(words) > least else "", words[-2:]
+    if cfg.data:
+        return run, load_questions(cfg.data, cfg.videos)
+    if not rest[1].strip():
+        raise BadInput("the question is empty; ask something")
+    paths = (
+        [os.path.join(rest[0], name) for name in os.listdir(rest[0])] if os.path.isdir(rest[0]) else rest[:1]
+    )
+    videos = [path for path in sorted(paths) if path == rest[0] or path.lower().endswith(VIDEO_SUFFIXES)]
+    return run, [Question(os.path.basename(path), path, rest[1], cfg.gold) for path in videos]
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", metavar="RUN, VIDEO, QUESTION")
+    add_options(parser, AskOptions)
+    given = vars(parser.parse_args())
+    words, cfg = given.pop("words"), AskOptions(**given)
+    run, questions = questions_of(cfg, words)
+    if (cfg.data or len(questions) > 1) and not cfg.out:
+        raise BadInput("--out: name the JSONL file that the predictions go to")
+    kept = Kept(cfg.out, writes=bool(cfg.out))
+    left = [question for question in questions if question.id not in kept.of]
+    if left:
+        policy, tokenizer, *made = (load_run if run else load_policy)(run or cfg, pick_device(cfg.device))
+        if run:
+            policy.decoder.compute_dtype = getattr(torch, made[0]["dtype"])
+            cfg = replace(cfg, max_new_tokens=made[0]["max_new_tokens"])
+        tokens, asked = cfg.max_new_tokens, PromptSet(policy, tokenizer, left)
+        sampling = Sampling.of(policy, tokenizer, max_new_tokens=tokens, temperature=cfg.temperature)
+    if not cfg.out:
+        show_answers(policy, asked, sampling, cfg, bool(run))
+        return 0
+    for rows in show_progress(torch.arange(len(left)).split(EVALUATED_AT_ONCE) if left else (), "answering"):
+        texts = answer(policy, asked, rows, 1, sampling, None)[1]
+        kept.add([{"id": left[i].id, "prediction": text} for i, (text,) in zip(rows, texts, strict=True)])
+    print(f"{len(questions)} predictions in {cfg.out}, {len(questions) - len(left)} of them from before")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,151 @@
+"""What a run says in a terminal, while it runs and when it has ended."""
+
+import os
+import shutil
+import sys
+from collections import Counter
+
+from tqdm import tqdm
+
+from plumbing.options import read_json, write_json
+
+
+class Bar:
+    """The progress line of a run: step, accuracy, kl, dead and failed groups, time. It fits 80 columns."""
+
+    def __init__(self, total: int, first: int, shown: bool):
+        layout = "step {n_fmt}/{total_fmt} {postfix} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+        self.total = total
+        self.bar = tqdm(
+            total=total, initial=first, disable=not shown, file=sys.stdout, bar_format=layout,
+            dynamic_ncols=True,
+        )  # fmt: skip
+
+    def show(self, numbers: dict):
+        parts = [f"acc {100 * numbers['accuracy']:.1f}%"]
+        parts += [f"kl {numbers['kl']:.3f}"] if numbers.get("kl") is not None else []
+        parts += [f"dead {numbers['dead_groups']}", f"failed {numbers['failed_groups']}"]
+        self.bar.set_postfix_str(" ".join(parts))
+        self.bar.update(1)
+
+    def say(self, line: str):
+        """A line of its own, on stderr."""
+        tqdm.write(line, file=sys.stderr)
+
+    def close(self):
+        self.bar.close()
+
+
+def for_terminal(markdown: str, width: int) -> str:
+    """A Markdown table with padded columns. Where it is wider than the terminal, intervals go on a line of
+    their own below their row, and then the first column is cut."""
+    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+    heads, body = rows[0], rows[2:]
+
+    def widths():
+        return [max(len(row[i]) for row in [heads, *body]) for i in range(len(heads))]
+
+    if sum(widths()) + 2 * len(heads) - 2 > width:
+        split = [[cell.partition(" [") for cell in row] for row in body]
+        lines = [([a for a, _, _ in row], [sign[1:] + b for _, sign, b in row]) for row in split]
+        body = [line for first, second in lines for line in (first, second) if line is first or any(second)]
+    sizes = widths()
+    sizes[0] = min(sizes[0], max(8, width - sum(sizes[1:]) - 2 * len(heads) + 2))
+    lines = []
+    for first, *rest in [heads, *body]:
+        first = first if len(first) <= sizes[0] else first[: sizes[0] - 1] + "~"
+        cells = [cell.rjust(size) for cell, size in zip(rest, sizes[1:], strict=True)]
+        lines.append("  ".join([first.ljust(sizes[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def show_table(markdown: str) -> None:
+    """Prints a table: padded in a terminal, as Markdown into a file."""
+    columns = shutil.get_terminal_size().columns
+    print(for_terminal(markdown, columns) if sys.stdout.isatty() else markdown, flush=True)
+
+
+def options_that_differ(configs: list[dict]) -> dict[str, list]:
+    """{option: its value in each run} of the options in config.json that are not the same in all."""
+    own = ("made", "out", "resume")
+    names = dict.fromkeys(name for config in configs for name in config if name not in own)
+    values = {name: [config.get(name) for config in configs] for name in names}
+    return {name: of for name, of in values.items() if any(value != of[0] for value in of)}
+
+
+def compare(folders: list[str]) -> str:
+    """Runs side by side, a row a run: seed, accuracies before and after, gains with their intervals."""
+    lines = [
+        "| run | seed | greedy before | after | gain | sampled before | after | gain | worst category | s |"
+    ]
+    lines.append("|---" * 10 + "|")
+    for folder in folders:
+        path = os.path.join(folder, "results.json")
+        r = read_json(path, "name run folders whose training has ended")
+        cells = [os.path.basename(folder.rstrip("/")), str(r["seed"])]
+        for mode in ("greedy", "sampled"):
+            low, high = (f"{100 * x:+.1f}" for x in r["gain"][mode]["ci95"])
+            cells += [f"{100 * r[when][mode]['accuracy']:.1f}" for when in ("before", "after")]
+            cells.append(f"{100 * r['gain'][mode]['accuracy']:+.1f} [{low}, {high}]")
+        old, new = (r[when]["greedy"]["by_category"] for when in ("before", "after"))
+        change, name = min((new[k]["accuracy"] - old[k]["accuracy"], k) for k in old)
+        lines.append("| " + " | ".join([*cells, f"{name} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def differences(folders: list[str]) -> str:
+    """The options in which runs differ, a row an option; "" where there is none."""
+    names = [os.path.basename(folder.rstrip("/")) for folder in folders]
+    configs = [read_json(os.path.join(folder, "config.json"), "name run folders") for folder in folders]
+    rows = [[name, *map(str, of)] for name, of in options_that_differ(configs).items()]
+    lines = [f"| {' | '.join(cells)} |" for cells in [["option", *names], ["---"] * (len(names) + 1), *rows]]
+    return "\n".join(lines) if rows else ""
+
+
+def oracle_summary(rows: list[dict]) -> dict:
+    """What the oracle did over a whole run, from the rows of metrics.jsonl: sums, and means weighted by their
+    counts."""
+    causes = Counter()
+    for row in rows:
+        causes.update(row.get("failed_by_cause", {}))
+    counted = ("groups", "dead_groups", "failed_groups")
+    found = {name: sum(row.get(name, 0) for row in rows) for name in counted}
+    found["failed_by_cause"] = dict(causes)
+    for name in ("judge_calls", "judge_cache_hits", "judge_tokens", "judge_repairs"):
+        found |= {name: sum(row.get(name, 0) for row in rows)} if rows and name in rows[0] else {}
+    for name, count in (("position_bias", "position_pairs"), ("canary_error", "canaries")):
+        total = sum(row.get(count, 0) for row in rows)
+        found |= {name: sum(row[name] * row[count] for row in rows if count in row) / total} if total else {}
+    return found
+
+
+def finish(run, device: str, after: dict, gain: dict, table: str) -> None:
+    """Writes results.json and report.html of a run that has ended; prints its tables and gains."""
+    from plumbing import report
+
+    path = os.path.join(run.out, "metrics.jsonl")
+    metrics, _ = report.sound_rows(path, ("step", "groups"))
+    kept = run.progress["best"] if run.options.keep == "best" else None
+    results = {
+        "seed": run.options.seed, "steps": run.options.num_steps, "wall_s": round(run.wall_s(), 1),
+        "device": device, "bad_steps": run.progress["bad_steps"], "before": run.progress["before"],
+        "after": after, "gain": gain, "kept": kept, "oracle": oracle_summary(metrics),
+    }  # fmt: skip
+    write_json(os.path.join(run.out, "results.json"), results)
+    print()
+    show_table(table)
+    for name, g in gain.items():
+        low, high = (100 * x for x in g["ci95"])
+        print(f"{name}: {100 * g['accuracy']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}")
+    if kept:
+        print(f"the adapter of step {kept['step']} is the best that was evaluated")
+    oracle = results["oracle"]
+    causes = ", ".join(f"{cause} {count}" for cause, count in oracle["failed_by_cause"].items())
+    print(
+        f"{oracle['groups']} groups of answers: {oracle['dead_groups']} tied throughout,"
+        f" {oracle['failed_groups']} not ranked{causes and f' ({causes})'}"
+    )
+    if "judge_calls" in oracle:
+        print(f"judge: {oracle['judge_calls']} calls, {oracle['judge_tokens']} tokens")
+    print(f"{results['wall_s']} s on {device}; results and adapter in {run.out}")
+    print(f"report: {report.write([run.out])}")
