@@ -173,8 +173,8 @@ def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int) 
     size = sum(p.numel() for p in bridge.parameters())
     say(
         f"note: the {name} between CLIP and decoder, {size:,} parameters, starts from scratch (seed {seed})"
-        " and train.py updates the decoder's LoRA alone: until python pretrain.py --stage bridge has aligned"
-        f" it with this decoder, into {path}, noise stands in the video's place"
+        " and train.py updates the decoder's LoRA alone: until python pretrain.py --stage bridge --out FOLDER"
+        " has aligned it with this decoder, and --policy names that FOLDER, noise stands in the video's place"
     )
     return bridge
 
