@@ -1,6 +1,6 @@
 """Ask a policy about a video, before and after its training; or let it answer a file of questions.
 
-    python ask.py runs/default clip.mp4 "what color appears last" --gold blue   # or --oracle my_judge:shortest
+    python ask.py runs/default clip.mp4 "what color appears last" --gold blue  # or --oracle my_judge:shortest
     python ask.py clip.mp4 "what color appears last"            # no run folder: weights/, or --policy
     python ask.py runs/default --data FILE.jsonl --videos DIR --out pred.jsonl    # for eval.py score
     python ask.py runs/default DIR "what happens" --out pred.jsonl                # one question, all videos
