@@ -30,6 +30,7 @@ LATE_SHARE = 0.05  # ... but not more than this share of its duration
 CLOCK_SECONDS = 0.5  # a clock that goes back by more belongs to another recording
 FRAMES_SHARE = 0.85  # of the packets give a frame at least; some hold none that is to be shown
 HEADER_BYTES = 64  # what stands between two packets at most, in formats that are GAPLESS
+TAIL_BYTES = 44  # what of a packet's frame, or of a mark of the end, follows the last packet at most
 # What may follow a file's last packet in Matroska: its index, tags, attachments, chapters, table of contents
 MATROSKA_ENDS = [bytes.fromhex(x) for x in ("1c53bb6b", "1254c367", "1941a469", "1043a770", "114d9b74")]
 GAPLESS = {"matroska", "avi", "flv"}
@@ -258,8 +259,8 @@ class _Source:
         """Whether pictures begin after the stated end, once all packets are read. If so the end is put behind
         them: FFmpeg itself writes such mp4 files where B-frames meet a variable frame rate."""
         if (self.last - self.end) * self.second > self.tolerance():
-            if self.first > self.end:
-                raise VideoError(self.path, "its clock is damaged: it ends before its first picture")
+            if self.first > self.end or self.last - self.zero > 2 * (self.end - self.zero):
+                raise VideoError(self.path, "its clock is damaged: pictures begin long after its end")
             self.end, self.outlasting = self.last + self.step, True
             return True
         return False
@@ -280,7 +281,7 @@ class _Source:
             with open(self.path, "rb") as file:
                 file.seek(self.position)
                 rest = file.read(HEADER_BYTES + 1)
-            if len(rest) > HEADER_BYTES and not any(mark in rest for mark in MATROSKA_ENDS):
+            if len(rest) > TAIL_BYTES and not any(mark in rest for mark in MATROSKA_ENDS):
                 return f"damaged or cut short: its last {size - self.position} bytes cannot be read"
         if self.packet_bytes and all(size % n for n in self.packet_bytes):
             return "cut short: it ends in the middle of a packet"
