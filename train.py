@@ -49,15 +49,7 @@ from plumbing.options import (
     run_script,
 )  # fmt: skip
 from plumbing.run_folder import RunFolder, RunOptions, check_folder, fingerprint, stored_options
-from rollout import (
-    Completions,
-    Sampling,
-    answer,
-    completion_states,
-    micro_batches,
-    reference_states,
-    rows_of,
-)  # fmt: skip
+from rollout import Sampling, answer, completion_states, micro_batches, reference_states, rows_of
 from videoqa.video import frame_strip
 
 
@@ -179,7 +171,7 @@ STATS = ("tokens", "sequences", "loss", "ratio", "surrogate", "clipped", "kl", "
 
 
 def update(
-    cfg: Config, policy: VideoLM, learner: Learner, *, prompts: Prompts, rollout: Completions,
+    cfg: Config, policy: VideoLM, learner: Learner, *, prompts: Prompts, rollout,
     advantages: Tensor, ref_states: list[Tensor], step: int,
 ) -> dict:  # fmt: skip
     """GRPO_rank's clipped updates on one rollout, of which only live groups are left; a process without any

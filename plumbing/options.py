@@ -282,12 +282,23 @@ def write_whole(path: str, content: bytes) -> None:
         raise
 
 
+def is_alive(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
 def remove_leftovers(folder: str) -> None:
     """Removes the temporary files of `write_whole` in and below the folder whose process was killed."""
     for place, _, names in os.walk(folder):
         for name in names:
             found = re.fullmatch(r".*\.(\d+)\.[0-9a-f]{8}\.tmp", name)
-            if found and not os.path.exists(f"/proc/{found[1]}"):
+            if found and not is_alive(int(found[1])):
                 with contextlib.suppress(FileNotFoundError):  # another process removed it just now
                     os.remove(os.path.join(place, name))
 
