@@ -10,18 +10,26 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), *(str(folder) for folder in TESTS.iterdir() if folder.is_dir())]
 
 
+@pytest.fixture(autouse=True)
+def signals_are_put_back():
+    """A run catches signals for the life of its process; here the process goes on with the next test."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     """script(main, name, *arguments) runs a script in this process: seconds faster than one of its own."""
     from plumbing.options import run_script
 
     def run(main, *argv):
-        handler = signal.getsignal(signal.SIGINT)
         monkeypatch.setattr(sys, "argv", [*map(str, argv)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             run_script(main)
-        signal.signal(signal.SIGINT, handler)
         told = capsys.readouterr()
         return SimpleNamespace(returncode=ended.value.code, stdout=told.out, stderr=told.err)
 
