@@ -55,7 +55,7 @@ _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
 _FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}  # "Ｂ" and "：" as "B" and ":"
 _REFUSAL = re.compile(  # "I'm not sure", "there is no way to tell": says nothing, and above all not "no"
     r"\b(?:not|no|never|cannot|can't|don't|doesn't|didn't|isn't|couldn't|unable|hard|impossible|difficult)\b"
-    r".*\b(?:sure|clear|clearly|certain|certainty|know|known|tell|determined?|determinable|say|idea|information|"
+    r".{0,60}\b(?:sure|clear|clearly|certain|certainty|know|known|tell|determined?|determinable|say|idea|information|"
     r"decide|enough|evident|obvious|confident|answer|provided?|mentioned|specified|identify|confirm|way|able|"
     r"possible|visible|apparent|assist|help|view|access|sufficient|see)\b|\b(?:unclear|unknown|unsure|uncertain)\b"
 )

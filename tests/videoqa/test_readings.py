@@ -252,3 +252,11 @@ def test_the_time_to_read_any_tags_grows_with_their_length_alone():
         start = perf_counter()
         reward(tag * 30_000, asked(OPTIONS[0]))
         assert perf_counter() - start < 2, tag  # 0.02 s; looking for an end from every tag on takes minutes
+
+
+def test_the_time_to_look_for_a_refusal_grows_with_the_length_alone():
+    moves = Question("0", "a.mp4", "Does it move up?", "no", options=("yes", "no"), answer_index=1)
+    start = perf_counter()
+    last_statement("not A " * 20_000, moves)
+    reward("not A " * 20_000, moves)
+    assert perf_counter() - start < 5  # 0.3 s; a minute if every "not" looks to the end of the text
