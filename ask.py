@@ -5,7 +5,7 @@
     python ask.py runs/default --data FILE.jsonl --videos DIR --out pred.jsonl    # for eval.py score
     python ask.py runs/default DIR "what happens" --out pred.jsonl                # one question, all videos
 
-With --gold or an oracle the sampled answers are ranked as in training. Predictions go on where they stopped.
+With --gold or --oracle, sampled answers are ranked as in training. Predictions go on where they stopped.
 """
 
 import os
@@ -44,11 +44,9 @@ class AskOptions(PolicyOptions, MachineOptions):
 def show_answers(policy, asked: PromptSet, sampling: Sampling, cfg: AskOptions, trained: bool) -> None:
     """Prints the greedy answers, and G sampled ones, the likeliest first, with an oracle's ranks."""
     G, row = cfg.group_size, torch.tensor([0])
-    if trained:
-        with lora.using(policy.decoder, "off"):
-            print(f"before training: {one_line(answer(policy, asked, row, 1, sampling, None)[1][0][0])}")
-    when = "after" if trained else "without"
-    print(f"{when} training: {one_line(answer(policy, asked, row, 1, sampling, None)[1][0][0])}\n")
+    for when, use in {"before": "off", "after": "policy"}.items() if trained else [("without", "policy")]:
+        with lora.using(policy.decoder, use):
+            print(f"{when} training: {one_line(answer(policy, asked, row, 1, sampling, None)[1][0][0])}")
     uniforms = torch.rand(1, G, cfg.max_new_tokens, generator=torch.Generator().manual_seed(cfg.seed))
     rollout, texts = answer(policy, asked, row, G, sampling, uniforms)
     logprobs = rollout.logprobs.sum(dim=1).cpu()  # (G,)
@@ -77,14 +75,12 @@ def questions_of(cfg: AskOptions, words: list[str]) -> tuple[str, list[Question]
         return run, load_questions(cfg.data, cfg.videos)
     if not rest[1].strip():
         raise BadInput("the question is empty; ask something")
-    paths = (
-        [os.path.join(rest[0], name) for name in os.listdir(rest[0])] if os.path.isdir(rest[0]) else rest[:1]
-    )
-    videos = [path for path in sorted(paths) if path == rest[0] or path.lower().endswith(VIDEO_SUFFIXES)]
-    return run, [Question(os.path.basename(path), path, rest[1], cfg.gold) for path in videos]
+    names = sorted(os.listdir(rest[0])) if os.path.isdir(rest[0]) else []
+    videos = [os.path.join(rest[0], name) for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
+    return run, [Question(os.path.basename(v), v, rest[1], cfg.gold) for v in videos or rest[:1]]
 
 
-def main() -> int:
+def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*", metavar="RUN, VIDEO, QUESTION")
     add_options(parser, AskOptions)
@@ -100,16 +96,14 @@ def main() -> int:
         if run:
             policy.decoder.compute_dtype = getattr(torch, made[0]["dtype"])
             cfg = replace(cfg, max_new_tokens=made[0]["max_new_tokens"])
-        tokens, asked = cfg.max_new_tokens, PromptSet(policy, tokenizer, left)
-        sampling = Sampling.of(policy, tokenizer, max_new_tokens=tokens, temperature=cfg.temperature)
+        asked, how = PromptSet(policy, tokenizer, left), {"temperature": cfg.temperature}
+        sampling = Sampling.of(policy, tokenizer, max_new_tokens=cfg.max_new_tokens, **how)
     if not cfg.out:
-        show_answers(policy, asked, sampling, cfg, bool(run))
-        return 0
+        return show_answers(policy, asked, sampling, cfg, bool(run))
     for rows in show_progress(torch.arange(len(left)).split(EVALUATED_AT_ONCE) if left else (), "answering"):
         texts = answer(policy, asked, rows, 1, sampling, None)[1]
         kept.add([{"id": left[i].id, "prediction": text} for i, (text,) in zip(rows, texts, strict=True)])
     print(f"{len(questions)} predictions in {cfg.out}, {len(questions) - len(left)} of them from before")
-    return 0
 
 
 if __name__ == "__main__":

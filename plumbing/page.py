@@ -5,6 +5,7 @@ import base64
 from html import escape
 
 COLORS = ("#2f6fde", "#d9822b", "#2b9d6a", "#b8489a", "#7a6ad8", "#8a8f2a", "#c8504a", "#3d9fb5")
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --dim: #667085; --line: #d6dae1; --card: #ffffff;
   --back: #f5f6f8; --good: #2b9d6a; --bad: #d0564f; --was: #a9b1bf; --now: #2f6fde }
@@ -33,10 +34,9 @@ svg text { fill: var(--dim); font: 11px system-ui, sans-serif }
 
 
 def page(title: str, parts: list[str]) -> str:
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)

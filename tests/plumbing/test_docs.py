@@ -142,7 +142,8 @@ def options_of(script, known_options):
 
 
 COMMANDS = [
-    ("train", []), ("pretrain", []), ("selection", []), ("experiments.bench", []), ("videoqa.world", []),
+    ("train", []), ("ask", []), ("plumbing.report", []), ("experiments.tour", []), ("pretrain", []),
+    ("selection", []), ("experiments.bench", []), ("videoqa.world", []),
     *(("eval", [name]) for name in ("run", "compare", "score", "merge")),
     *(("data", [name]) for name in ("check", "convert")),
     *(("experiments.study", [name]) for name in ("oracle", "reward", "selection")),
