@@ -30,9 +30,7 @@ class OracleOptions(Options):
     """The oracle: who ranks the answers, and how it is asked"""
 
     oracle: str = "rule"  # rule | sum | lexicographic | llm | trained | replay | module:function
-    oracle_asks: Literal["lists", "pairs", "tournament", "scores"] = (
-        "lists"  # duels of two; llm: 0 to 10 each
-    )
+    oracle_asks: Literal["lists", "pairs", "tournament", "scores"] = "lists"  # scores: llm, 0 to 10 each
     oracle_permutations: Count = 1  # rankings asked for a group, each with the answers in another order
     oracle_gold: bool = False  # show the judge the gold answer
     oracle_url: str = ""  # llm: http://HOST:PORT/v1 of an OpenAI-compatible server; key in ORACLE_API_KEY
