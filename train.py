@@ -183,12 +183,9 @@ def update(
     num_tokens, num_sequences = reduce_sum(mask.sum(), mask.any(dim=1).sum(), device=device)
     sums, gap, head = dict.fromkeys(STATS, 0.0), 0.0, policy.decoder.head.float()  # logits in float32
     objective = Objective(
-        cfg.clip_eps,
-        cfg.norm,
-        constant=cfg.max_new_tokens,
-        kl_coef=cfg.kl_coef,
-        entropy_coef=cfg.entropy_coef,
-    )
+        cfg.clip_eps, cfg.norm, constant=cfg.max_new_tokens,
+        kl_coef=cfg.kl_coef, entropy_coef=cfg.entropy_coef,
+    )  # fmt: skip
     compile = compiled if cfg.compile or device.type == "cuda" else None
     for u in range(cfg.updates_per_rollout):
         for p, ref_hidden in zip(micro, ref_states, strict=True):
@@ -227,6 +224,7 @@ def load_everything(cfg: Config, device: torch.device) -> tuple[VideoLM, PromptS
         from checkpoints import memory
 
         memory.print_plan(cfg, device, sets)
+    say(f"loading {cfg.policy}")
     policy, tokenizer = load_policy(cfg, device)
     cfg.dtype = pick_dtype(cfg.dtype, device, policy.cfg.dim)
     policy.decoder.compute_dtype = getattr(torch, cfg.dtype)

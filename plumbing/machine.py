@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import textwrap
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,8 +64,7 @@ def pick_dtype(wanted: str, device: torch.device, width: int) -> str:
     elif wanted == "auto":
         fast = [name for name, has in BFLOAT16_UNITS.items() if has()]
         chosen = "bfloat16" if fast and width >= WIDE else "float32"
-        why = f"this CPU has {fast[0]}" if fast else "this CPU has no bfloat16 instructions"
-        why += f", the decoder is {width} wide" if fast else ""
+        why = f"CPU with {fast[0]}, D = {width}" if fast else "a CPU without bfloat16 instructions"
     if dist.is_initialized():
         box = [chosen]
         dist.broadcast_object_list(box, src=0)
@@ -94,15 +94,23 @@ def first_process(do, *given) -> None:
 
 
 def say(line: str) -> None:
-    """Prints a line, once for all processes."""
+    """Prints a line, once for all processes; in a terminal it breaks between words."""
     if process_info()[0] == 0:
-        print(line, flush=True)
+        print(fitted(line), flush=True)
 
 
-def show_progress(parts, name: str):
+def fitted(line: str) -> str:
+    """The line, broken between words where standard output is a terminal that is narrower."""
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(line, columns, break_on_hyphens=False) if sys.stdout.isatty() else line
+
+
+def show_progress(parts, name: str, total: int | None = None):
     """The parts, with a bar in a terminal where they take longer than a second."""
     shown = process_info()[0] == 0 and sys.stdout.isatty()
-    return tqdm(parts, name, leave=False, delay=1, dynamic_ncols=True, disable=not shown, file=sys.stdout)
+    return tqdm(
+        parts, name, total, leave=False, delay=1, dynamic_ncols=True, disable=not shown, file=sys.stdout
+    )
 
 
 def reduce_sum(*values: torch.Tensor | float, device) -> list[float]:

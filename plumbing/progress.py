@@ -7,6 +7,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
+from plumbing.machine import fitted
 from plumbing.options import read_json, write_json
 
 
@@ -14,8 +15,8 @@ class Bar:
     """The progress line of a run: step, accuracy, kl, dead and failed groups, time. It fits 80 columns."""
 
     def __init__(self, total: int, first: int, shown: bool):
-        layout = "step {n_fmt}/{total_fmt} {postfix} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-        self.total = total
+        layout = "step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}] {bar}"
+        self.total, self.numbers = total, ""
         self.bar = tqdm(
             total=total, initial=first, disable=not shown, file=sys.stdout, bar_format=layout,
             dynamic_ncols=True,
@@ -25,38 +26,57 @@ class Bar:
         parts = [f"acc {100 * numbers['accuracy']:.1f}%"]
         parts += [f"kl {numbers['kl']:.3f}"] if numbers.get("kl") is not None else []
         parts += [f"dead {numbers['dead_groups']}", f"failed {numbers['failed_groups']}"]
-        self.bar.set_postfix_str(" ".join(parts))
+        self.numbers = " ".join(parts)
+        self.bar.set_postfix_str(self.numbers, refresh=False)
         self.bar.update(1)
+
+    def doing(self, part: str):
+        """Names the part of a step that is under way, in a terminal."""
+        if sys.stdout.isatty():
+            self.bar.set_postfix_str(f"{self.numbers} {part}".strip())
 
     def say(self, line: str):
         """A line of its own, on stderr."""
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(fitted(line), file=sys.stderr)
 
     def close(self):
         self.bar.close()
 
 
 def for_terminal(markdown: str, width: int) -> str:
-    """A Markdown table with padded columns. Where it is wider than the terminal, intervals go on a line of
-    their own below their row, and then the first column is cut."""
+    """A Markdown table with padded columns. Where it is wider than the terminal, heads and intervals go on
+    two lines, then the first column is cut, then columns go into a table of their own below."""
     rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
-    heads, body = rows[0], rows[2:]
-
-    def widths():
-        return [max(len(row[i]) for row in [heads, *body]) for i in range(len(heads))]
-
-    if sum(widths()) + 2 * len(heads) - 2 > width:
-        split = [[cell.partition(" [") for cell in row] for row in body]
-        lines = [([a for a, _, _ in row], [sign[1:] + b for _, sign, b in row]) for row in split]
-        body = [line for first, second in lines for line in (first, second) if line is first or any(second)]
-    sizes = widths()
-    sizes[0] = min(sizes[0], max(8, width - sum(sizes[1:]) - 2 * len(heads) + 2))
+    del rows[1]
+    if sum(widths(rows)) + 2 * len(rows[0]) - 2 > width:
+        rows = [line for row in rows for line in in_two(row, row is rows[0])]
+    sizes = widths(rows)
+    sizes[0] = min(sizes[0], max(20, width - sum(sizes[1:]) - 2 * len(sizes) + 2))
+    tables, left = [[]], width - sizes[0]
+    for column, size in enumerate(sizes[1:], start=1):
+        if tables[-1] and size + 2 > left:
+            tables, left = [*tables, []], width - sizes[0]
+        tables[-1].append(column)
+        left -= size + 2
+    firsts = [row[0] if len(row[0]) <= sizes[0] else row[0][: sizes[0] - 1] + "~" for row in rows]
     lines = []
-    for first, *rest in [heads, *body]:
-        first = first if len(first) <= sizes[0] else first[: sizes[0] - 1] + "~"
-        cells = [cell.rjust(size) for cell, size in zip(rest, sizes[1:], strict=True)]
-        lines.append("  ".join([first.ljust(sizes[0]), *cells]).rstrip())
-    return "\n".join(lines)
+    for table in tables:
+        for first, row in zip(firsts, rows, strict=True):
+            cells = [first.ljust(sizes[0]), *(row[i].rjust(sizes[i]) for i in table)]
+            lines.append("  ".join(cells).rstrip())
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def widths(rows: list[list[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def in_two(cells: list[str], is_head: bool) -> list[list[str]]:
+    """A row of a table as one line, or as two: values, and below them their intervals; of heads two words."""
+    split = [cell.partition(" " if is_head else " [") for cell in cells]
+    second = [rest.rstrip("]").replace(", ", "..") for _, _, rest in split]
+    return [[first for first, _, _ in split], second][: 1 + any(second)]
 
 
 def show_table(markdown: str) -> None:
@@ -147,5 +167,5 @@ def finish(run, device: str, after: dict, gain: dict, table: str) -> None:
     )
     if "judge_calls" in oracle:
         print(f"judge: {oracle['judge_calls']} calls, {oracle['judge_tokens']} tokens")
-    print(f"{results['wall_s']} s on {device}; results and adapter in {run.out}")
+    print(fitted(f"{results['wall_s']} s on {device}; results and adapter in {run.out}"))
     print(f"report: {report.write([run.out])}")

@@ -350,6 +350,7 @@ class RunFolder:
     @contextmanager
     def clock(self, part: str):
         """Counts the seconds of a part of a step, for metrics.jsonl."""
+        self.bar.doing(part)
         began = time.perf_counter()
         yield
         if self.device.type == "cuda":

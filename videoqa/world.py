@@ -25,6 +25,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from plumbing.machine import show_progress
 from plumbing.options import ArgumentParser, remove_leftovers, run_script, write_whole
 
 SIZE = 48  # pixels, width and height
@@ -437,9 +438,10 @@ def make_world(folder, seeds, workers=None, grounded=False):
     remove_leftovers(folder)
     workers = workers or os.cpu_count()
     with ProcessPoolExecutor(workers) as pool:
-        chunk = min(32, math.ceil(len(seeds) / (4 * workers)))  # small enough that all workers end together
+        chunk = min(8, math.ceil(len(seeds) / (4 * workers)))  # small enough that all workers end together
         rows = pool.map(partial(_make_one, folder, grounded), seeds, chunksize=chunk)
-        content = "".join(json.dumps(row) + "\n" for clip in rows for row in clip)
+        shown = show_progress(rows, "drawing clips", len(seeds))
+        content = "".join(json.dumps(row) + "\n" for clip in shown for row in clip)
     path = os.path.join(folder, "grounded.jsonl" if grounded else "questions.jsonl")
     write_whole(path, content.encode())
     return path

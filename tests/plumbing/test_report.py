@@ -113,10 +113,13 @@ def test_tables_fit_a_terminal():
     table = f"{heads}\n|---|---|---|---|---|---|\n| **all** | 2955 | {cell} | {cell} | {cell} | {cell} |"
     wide, narrow = progress.for_terminal(table, 200), progress.for_terminal(table, 80)
     assert len(wide.splitlines()) == 2 and max(map(len, narrow.splitlines())) <= 80
-    assert narrow.splitlines()[1].split() == ["all", "2955", *["70.5"] * 4]
-    assert narrow.splitlines()[2].split() == ["[69.1,", "72.0]"] * 4
+    assert narrow.splitlines()[0].split() == ["category", "n", "greedy", "greedy", "sampled", "sampled"]
+    assert narrow.splitlines()[2].split() == ["all", "2955", *["70.5"] * 4]
+    assert narrow.splitlines()[3].split() == ["69.1..72.0"] * 4
     long = table + f"\n| {'x' * 90} | 1 | 1 | 1 | 1 | 1 |"
     assert max(map(len, progress.for_terminal(long, 80).splitlines())) <= 80
+    many = f"| run |{' gain |' * 9}\n{'|---' * 10}|\n| a |{f' {cell} |' * 9}"
+    assert max(map(len, progress.for_terminal(many, 80).splitlines())) <= 80
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium; on Debian: apt-get install chromium")

@@ -1,0 +1,123 @@
+"""ask.py on the shipped policy with an adapter, and evaluations that go on where they were killed."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import ask
+import eval as evaluation
+import lora
+from checkpoints.policies import load_policy, save_adapter_of
+from data import PromptSet, load_questions
+from plumbing.run_folder import Kept
+from rollout import Sampling
+from train import Config
+from videoqa import world
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Two drawn clips, and a run folder whose adapter turns every answer into something else."""
+    folder = tmp_path_factory.mktemp("ask")
+    world.make_world(folder / "clips", range(2_000_000, 2_000_002))
+    config = Config(policy=str(ROOT / "weights"), dtype="float32", lora_r=2)
+    policy, _ = load_policy(config)
+    lora.add_adapters(policy.decoder, config.lora_r, config.lora_alpha)
+    for layer in lora.layers(policy.decoder).values():
+        layer.lora_B.data += 0.3
+    (folder / "run").mkdir()
+    (folder / "run" / "config.json").write_text(json.dumps(config.__dict__ | {"made": {}}))
+    save_adapter_of(policy, str(folder / "run" / "adapter"))
+    return folder
+
+
+def clip(home):
+    return home / "clips" / "clip2000000.mp4"
+
+
+def test_it_shows_both_answers_probabilities_ranks_and_advantages(home, script):
+    question = "what is the object in white"  # it is a block
+    done = script(
+        ask.main, "ask.py", home / "run", clip(home), question, "--gold", "block", "--group_size", "3"
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "before training: block" and lines[1].startswith("after training: ")
+    assert lines[1] != "after training: block"
+    assert lines[2] == "| sampled answer | probability | oracle rank | policy rank | advantage |"
+    rows = [line.strip("| ").split(" | ") for line in lines[4:]]
+    assert len(rows) == 3 and [float(row[1]) for row in rows] == sorted(float(row[1]) for row in rows)[::-1]
+    assert abs(sum(float(row[4]) for row in rows)) < 2e-3  # the advantages of a group sum to zero
+
+
+def test_without_a_run_folder_it_asks_the_shipped_policy(home, script):
+    options = ["--policy", ROOT / "weights", "--oracle", "test_ask:longest_last"]
+    done = script(ask.main, "ask.py", clip(home), "what is the object in white", *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("without training: block\n") and "oracle rank" in done.stdout
+
+
+def longest_last(question, texts, *, video, reference):
+    return [sum(len(other) < len(text) for other in texts) for text in texts]
+
+
+def test_predictions_are_those_that_score_takes_and_go_on_behind_a_kill(home, script, tmp_path):
+    data, out = home / "clips" / "questions.jsonl", tmp_path / "pred.jsonl"
+    command = ["ask.py", home / "run", "--data", data, "--videos", home / "clips", "--out", out]
+    script(ask.main, *command)
+    whole = out.read_text()
+    out.write_text("".join(whole.splitlines(keepends=True)[:2]) + '{"id": "cut in ha')
+    done = script(ask.main, *command)
+    assert out.read_text() == whole and "2 of them from before" in done.stdout
+    scored = tmp_path / "scored.json"
+    script(evaluation.main, "eval.py", "score", "--data", data, "--predictions", out, "--json", scored)
+    assert json.loads(scored.read_text())["missing"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["{home}/run", "{clip}", " "], "the question is empty"),
+        (["{home}", "{clip}", "what?"], "{home}/config.json"),
+        (["{home}/run", "{home}/no.mp4", "what?"], "{home}/no.mp4"),
+        (["{home}/run", "--data", "{home}/clips/questions.jsonl"], "--out"),
+        (["{clip}"], "[RUN] VIDEO QUESTION"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(home, script, words, names):
+    places = {"home": home, "clip": clip(home)}
+    done = script(
+        ask.main, "ask.py", *(word.format(**places) for word in words), "--policy", ROOT / "weights"
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert names.format(**places) in done.stderr
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(home, tmp_path):
+    questions = load_questions(str(home / "clips" / "questions.jsonl"), str(home / "clips"))
+    policy, tokenizer = load_policy(Config(policy=str(ROOT / "weights")))
+    asked = PromptSet(policy, tokenizer, questions)
+    sampling = Sampling.of(policy, tokenizer, max_new_tokens=6, prompts_at_once=4)
+    straight = evaluation.evaluate(policy, asked, sampling, samples=2)
+
+    class Killed(Kept):
+        def add(self, rows):
+            super().add(rows)
+            raise KeyboardInterrupt
+
+    path = str(tmp_path / "answers.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(policy, asked, sampling, samples=2, kept=Killed(path, step=0))
+    Kept(path, step=5).add([{"id": questions[5].id, "greedy": "of another step"}])
+    kept = Kept(path, step=0)
+    assert len(kept.of) == 4
+    assert evaluation.evaluate(policy, asked, sampling, samples=2, kept=kept) == straight
+    right = [row["right"] for row in Kept(path, step=0).of.values()]
+    assert sum(right) / len(right) == straight[0]["greedy"]["accuracy"]
+    part, _ = evaluation.evaluate(policy, asked, sampling, samples=2, subset=5, kept=Kept(path, step=0))
+    assert part["greedy"]["n"] == 5
+    assert torch.equal(torch.tensor(straight[1]["greedy"]), torch.tensor(right, dtype=torch.float64).float())
