@@ -217,5 +217,5 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="not what save_model wrote"):
         load_model(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="^.*pytorch_model.bin is a pickle, which can run code.*$"):
+    with pytest.raises(ValueError, match="^.*pytorch_model.bin: a pickle, which can run code.*$"):
         load_model(tmp_path)

@@ -142,7 +142,7 @@ def options_of(script, known_options):
 
 
 COMMANDS = [
-    ("train", []), ("ask", []), ("plumbing.report", []), ("experiments.tour", []), ("pretrain", []),
+    ("train", []), ("ask", []), ("plumbing.report", []), ("pretrain", []),
     ("selection", []), ("experiments.bench", []), ("videoqa.world", []),
     *(("eval", [name]) for name in ("run", "compare", "score", "merge")),
     *(("data", [name]) for name in ("check", "convert")),
