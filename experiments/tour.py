@@ -35,13 +35,13 @@ class TourOptions(Options):
 def show(name: str, value, meaning: str) -> None:
     """A line: name, shape, type, meaning; a short tensor of one or two dimensions is printed below."""
     if not isinstance(value, torch.Tensor):
-        print(f"  {name:<20} {meaning}: {value}")
+        print(f"  {name:<16} {meaning}: {value}")
         return
     shape = "(" + ", ".join(map(str, value.shape)) + ")"
-    print(f"  {name:<20} {shape:<18} {str(value.dtype)[6:]:<8} {meaning}")
+    print(f"  {name:<16} {shape:<15} {str(value.dtype)[6:]:<8} {meaning}")
     if value.numel() <= 8 and value.dim():
         numbers = value.detach().flatten().tolist()
-        print(f"  {'':<20} {' '.join(f'{x:.4g}' for x in numbers)}")
+        print(f"  {'':<16} {' '.join(f'{x:.4g}' for x in numbers)}")
 
 
 def main() -> int:
@@ -62,7 +62,7 @@ def main() -> int:
     show("patch_tokens", policy.patch_tokens(frames[None]), "(P, K, N, CLIP width), frozen")
     rows = torch.tensor([0])
     prompt = prompts[rows]
-    show("video_embeds", prompt.video_embeds, "(P, video tokens, D), the bridge")
+    show("video_embeds", prompt.video_embeds, "(P, tokens, D) from the bridge")
     show("prompt_ids", prompt.prompt_ids, "(P, S) tokens")
 
     print(f"\n2. The policy answers {G} times")
@@ -70,18 +70,18 @@ def main() -> int:
     sampling = Sampling.of(policy, tokenizer, max_new_tokens=T)
     rollout, texts = answer(policy, prompts, rows, G, sampling, uniforms)
     show("completion_ids", rollout.completion_ids, "(B, T) sampled tokens")
-    show("completion_mask", rollout.completion_mask, "(B, T) True up to the end token")
-    show("logprobs", rollout.logprobs, "(B, T) log pi_old of each token")
+    show("completion_mask", rollout.completion_mask, "(B, T) True up to the end")
+    show("logprobs", rollout.logprobs, "(B, T) log pi_old")
     show("texts", " | ".join(texts[0]), "for the oracle")
 
     print(f"\n3. The oracle ranks them; the right answer is {question.answer!r}")
     ranking = RuleOracle().rank([question], texts)
     policy_ranks = ranks_from_scores(rollout.logprobs.sum(dim=1).view(1, G).round(decimals=4))
-    show("oracle ranks", ranking.ranks, "(P, G) number of better answers")
-    show("policy_ranks", policy_ranks, "(P, G) by log-probability, for the metrics")
+    show("oracle ranks", ranking.ranks, "(P, G) how many are better")
+    show("policy_ranks", policy_ranks, "(P, G) by log-probability")
 
     print("\n4. Ranks become advantages")
-    show("gains", dcg(ranking.ranks), "(P, G) DCG of a place; ties will share")
+    show("gains", dcg(ranking.ranks), "(P, G) DCG; ties will share")
     advantages = rank_advantages(ranking.ranks, policy_ranks)
     show("advantages", advantages, "(P, G) they sum to zero")
 
@@ -92,12 +92,12 @@ def main() -> int:
     print("\n5. The update")
     lora.freeze_reference(policy.decoder)
     show("states", completion_states(policy, prompt, rollout), "(B, T, D) with gradient")
-    show("head", policy.decoder.head, "(V, D) frozen: states @ head.T are logits")
+    show("head", policy.decoder.head, "(V, D), states @ head.T: logits")
     layer = next(iter(lora.layers(policy.decoder).values()))
-    show("lora_A", layer.lora_A, "(r, in) of the first of the adapted layers")
+    show("lora_A", layer.lora_A, "(r, in) of the first layer")
     show("lora_B", layer.lora_B, "(out, r) zero at the start")
     reference = reference_states(policy, prompt, rollout, 1)
-    show("reference states", reference[0], "(B, T, D) of the frozen pi_ref")
+    show("reference states", reference[0], "(B, T, D) of pi_ref")
     batch = dict(prompts=prompt, rollout=rollout, advantages=advantages)
     numbers = train.update(cfg, policy, learner, ref_states=reference, step=0, **batch)
     for name in ("loss", "ratio", "kl", "entropy"):
@@ -110,7 +110,7 @@ def main() -> int:
     print("\n6. What one step did to the probability of each answer")
     before, after = rollout.logprobs.sum(dim=1).exp(), logprobs.sum(dim=1).exp()
     for text, old, new, a in zip(texts[0], before, after, advantages[0], strict=True):
-        print(f"  {text[:40]:<40} advantage {a:+.3f}   {old:.4f} -> {new:.4f}")
+        print(f"  {text[:24]:<24} advantage {a:+.3f}   {old:.4f} -> {new:.4f}")
     return 0
 
 
