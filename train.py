@@ -253,6 +253,9 @@ def main() -> int:
     policy, train_set, eval_set = load_everything(cfg, device)
     batches = Batches(train_set, cfg.batch_prompts, cfg.seed, noise, process_info())
     cfg.num_steps = cfg.num_steps or cfg.num_epochs * batches.steps_an_epoch
+    if cfg.oracle == "llm":
+        most = cfg.num_steps * batches.P * cfg.oracle_permutations
+        say(f"the judge is asked for at most {most:,} rankings, each in one call, or two if it is unclear")
     if cfg.oracle == "replay":
         from oracles.cache import check_replay
 
