@@ -216,8 +216,8 @@ class RunFolder:
             self.load()
         if self.writes:
             for name, last in (("metrics", -1), ("rollouts", -1), ("answers", 0), ("evaluations", 0)):
-                path = os.path.join(self.out, f"{name}.jsonl")
-                cut_back(path, lambda row, last=self.step + last: row["step"] <= last)
+                last = self.step + last if options.resume else -1
+                cut_back(os.path.join(self.out, f"{name}.jsonl"), lambda row, last=last: row["step"] <= last)
 
     def open(self, made_from: dict[str, str]):
         """A new folder appears in one rename with its config.json inside, so that a run that is killed at any
@@ -268,7 +268,7 @@ class RunFolder:
         if self.writes:
             os.makedirs(os.path.join(self.out, "frames"), exist_ok=True)
             for path, strip in ((strip_path(self.out, name), strip) for name, strip in strips.items()):
-                if not os.path.exists(path):
+                if not (self.options.resume and os.path.exists(path)):
                     write_whole(path, strip())
         if "before" not in self.progress:
             before, values = self.evaluate()

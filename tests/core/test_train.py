@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import eval as evaluation
 import lora
 import train
 from checkpoints.policies import load_model, save_model
@@ -29,7 +30,7 @@ from model import Decoder
 from oracle import Ranking
 from oracles import feedback
 from plumbing import run_folder
-from rollout import generate
+from rollout import answer, generate
 from videoqa import world
 
 ROOT = Path(__file__).parents[2]
@@ -430,3 +431,30 @@ def test_a_run_fits_80_columns_looks_at_itself_and_keeps_its_best_adapter_answer
 def test_keep_best_needs_evaluations_to_choose_from(home, script):
     done = script(train.main, *command(home, "none", "--keep", "best"))
     assert done.returncode == 2 and "--eval_every" in done.stderr and not (home / "none").exists()
+
+
+def test_a_killed_first_evaluation_goes_on_and_a_new_start_does_not(
+    home, script, monkeypatch
+):
+    asked = []
+
+    def count(policy, questions, rows, *rest):
+        asked.append(len(rows))
+        if len(asked) == 3:
+            raise KeyError("killed")
+        return answer(policy, questions, rows, *rest)
+
+    monkeypatch.setattr(evaluation, "answer", count)
+    monkeypatch.setattr(evaluation, "EVALUATED_AT_ONCE", 10)
+    start = command(home, "first", "--num_steps", "1")
+    with pytest.raises(KeyError):
+        script(train.main, *start)
+    assert len((home / "first" / "answers.jsonl").read_text().splitlines()) == 10
+    done = script(train.main, *start, "--resume")
+    assert done.returncode == 0, done.stderr
+    n = json.loads((home / "first" / "results.json").read_text())["before"]["greedy"]["n"]
+    assert sum(asked[3:]) == 2 * (n - 10) + 2 * n  # greedy and sampled; before, and after
+    os.remove(home / "first" / "checkpoint.safetensors")
+    asked[:] = [0] * 3
+    done = script(train.main, *start)
+    assert done.returncode == 0 and sum(asked) == 4 * n, done.stderr
