@@ -18,7 +18,7 @@ from checkpoints.policies import PolicyOptions, load_policy, load_run
 from data import PromptSet, load_questions
 from grpo_rank import rank_advantages, ranks_from_scores
 from oracle import FunctionOracle, RuleOracle, load_function
-from plumbing.machine import MachineOptions, pick_device, show_progress
+from plumbing.machine import pick_device, show_progress
 from plumbing.options import ArgumentParser, BadInput, Count, Positive, add_options, one_line, run_script
 from plumbing.progress import show_table
 from plumbing.run_folder import Kept
@@ -28,7 +28,7 @@ from videoqa.datasets import VIDEO_SUFFIXES
 
 
 @dataclass
-class AskOptions(PolicyOptions, MachineOptions):
+class AskOptions(PolicyOptions):
     """The question, or a file of them"""
 
     gold: str = ""  # the right answer: ranks the sampled answers by it
@@ -92,7 +92,7 @@ def main() -> None:
     kept = Kept(cfg.out, writes=bool(cfg.out))
     left = [question for question in questions if question.id not in kept.of]
     if left:
-        policy, tokenizer, *made = (load_run if run else load_policy)(run or cfg, pick_device(cfg.device))
+        policy, tokenizer, *made = (load_run if run else load_policy)(run or cfg, pick_device())
         if run:
             policy.decoder.compute_dtype = getattr(torch, made[0]["dtype"])
             cfg = replace(cfg, max_new_tokens=made[0]["max_new_tokens"])

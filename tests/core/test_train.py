@@ -433,9 +433,7 @@ def test_keep_best_needs_evaluations_to_choose_from(home, script):
     assert done.returncode == 2 and "--eval_every" in done.stderr and not (home / "none").exists()
 
 
-def test_a_killed_first_evaluation_goes_on_and_a_new_start_does_not(
-    home, script, monkeypatch
-):
+def test_a_killed_first_evaluation_goes_on_and_a_new_start_does_not(home, script, monkeypatch):
     asked = []
 
     def count(policy, questions, rows, *rest):
