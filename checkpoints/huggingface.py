@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clip import Clip, ClipConfig
 from lora import DECODER_LINEARS
 from model import Decoder, ModelConfig
+from plumbing.machine import show_progress
 from plumbing.options import PICKLES, BadInput, read_json, refuse_pickles, write_json, write_whole
 
 FOLDER = "name a folder in the Hugging Face layout"
@@ -167,7 +168,9 @@ def fill(model, tensors, sources: dict[str, Source], device, dtype, spare=(), ba
     if tensors is not None:
         check_tensors(shapes, tensors, sources, spare)
     generator = torch.Generator(device).manual_seed(seed)
-    for path, names in itertools.groupby(shapes, key=lambda name: name.rpartition(".")[0]):
+    layers = itertools.groupby(shapes, key=lambda name: name.rpartition(".")[0])
+    num_layers = len({name.rpartition(".")[0] for name in shapes})
+    for path, names in show_progress(layers, "loading weights", num_layers):
         module, in_decoder = model.get_submodule(path), bool(base) and path.startswith("decoder.")
         in_16_bits = base in ("bfloat16", "nf4") and path.startswith(("decoder.", "bridge."))
         kept_in = torch.bfloat16 if in_16_bits else dtype
