@@ -393,6 +393,8 @@ OPENAI_CLIP = {
 
 def clip_source(name: str, path: str) -> Source:
     """Where a parameter of our Clip lies in that folder, or in that file under OpenAI's names."""
+    if is_embedded(path):
+        return Source(f"clip.{name}")
     if not os.path.isfile(path):
         return Source(renamed(name, HF_CLIP))
     if name.endswith("projection.weight"):
@@ -405,6 +407,7 @@ def clip_source(name: str, path: str) -> Source:
 
 
 HEAD = "lm_head.weight"
+EMBEDDED = ("clip.", "bridge.", "decoder.")  # the parts of a folder that pretrain.py made
 
 
 def decoder_sources(names, tensors: Tensors | None) -> dict[str, Source]:
@@ -456,12 +459,19 @@ def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32):
     write_json(os.path.join(folder, "config.json"), hf_config(decoder.cfg, dtype))
 
 
+def is_embedded(path: str) -> bool:
+    """Is it a folder that pretrain.py made, such as weights, with a whole small model in it?"""
+    return os.path.isdir(path) and "clip" in read_json(os.path.join(path, "config.json"), FOLDER)
+
+
 def read_clip_config(path: str) -> ClipConfig:
     """Sizes of `load_clip`'s CLIP: from the folder's config.json, or from the OpenAI file itself."""
     if os.path.isfile(path):
         return openai_clip_config(Tensors(path))
     where = os.path.join(path, "config.json")
     config = read_json(where, FOLDER)
+    if is_embedded(path):
+        return ClipConfig(**config["clip"])
     if config.get("model_type") != "clip":
         raise BadInput(f"{where}: model_type {config.get('model_type')} is no clip: name CLIP's folder")
     embed_dim = number({"projection_dim": 512} | config, "projection_dim", where)
@@ -469,9 +479,10 @@ def read_clip_config(path: str) -> ClipConfig:
 
 
 def load_clip(path: str, device="cpu", dtype=torch.float32) -> Clip:
-    """CLIP from a folder in the Hugging Face layout or a safetensors file with OpenAI's names, frozen."""
+    """CLIP from a folder in the Hugging Face layout, a safetensors file with OpenAI's names, or a folder that
+    pretrain.py made; frozen."""
     with torch.device("meta"):
         model = Clip(read_clip_config(path))
     sources = {name: clip_source(name, path) for name in model.state_dict()}
-    fill(model, Tensors(path), sources, device, dtype)
+    fill(model, Tensors(path), sources, device, dtype, spare=EMBEDDED if is_embedded(path) else ())
     return model.eval()

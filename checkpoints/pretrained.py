@@ -14,6 +14,7 @@ from safetensors.torch import save, save_file
 
 from checkpoints.huggingface import (
     DECODERS,
+    EMBEDDED,
     FOLDER,
     HEAD,
     Source,
@@ -119,7 +120,7 @@ def load_pretrained(options, device="cpu") -> VideoLM:
     if options.clip:
         tower = {f"clip.{name}": clip_source(name, options.clip) for name in parts["clip"]}
         clip_tensors = open_weights(options.clip, options)
-        fill(model, clip_tensors, tower, device, torch.float32, CLIP_TEXT, seed=options.seed)
+        fill(model, clip_tensors, tower, device, torch.float32, CLIP_TEXT + EMBEDDED, seed=options.seed)
     else:
         sources |= llava_sources(parts, tensors, own_bridge)
         projector = tensors.prefix("linear_1.weight", "multi_modal_projector.") if tensors else ""
