@@ -23,7 +23,7 @@ import torch
 
 import lora
 from checkpoints.policies import load_run, save_policy
-from data import DataOptions, PromptSet, load_questions, load_sets
+from data import DataOptions, PromptSet, load_sets
 from plumbing.machine import pick_device, show_progress
 from plumbing.options import (
     ArgumentParser,
@@ -215,6 +215,7 @@ def score(data: str, predictions: str, judge=None, rows: str = "") -> dict:
     Raises BadInput for a bad line, and where not one prediction can be read.
     """
     from videoqa import scores
+    from videoqa.questions import load_questions
 
     questions = load_questions(data, "")
     if judge and not any(map(is_open, questions)):
@@ -242,6 +243,8 @@ def score(data: str, predictions: str, judge=None, rows: str = "") -> dict:
 def evaluate_run(folder: str, data: str, videos: str) -> str:
     """The table of a run's policy, supervised start beside it, on the run's held-out questions or on `data`,
     computed in the run's own dtype."""
+    from videoqa.questions import load_questions
+
     policy, tokenizer, config = load_run(folder, pick_device())
     policy.decoder.compute_dtype = getattr(torch, config["dtype"])
     if data:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import load_questions
 from videoqa import video
+from videoqa.questions import load_questions
 
 REAL_CLIPS = os.environ.get("REAL_CLIPS", "")
 needs_real_clips = pytest.mark.skipif(not os.path.isdir(REAL_CLIPS), reason="REAL_CLIPS names no folder")
