@@ -124,12 +124,6 @@ def minute(tmp_path_factory):
 # ---- frames ----
 
 
-def test_frame_indices_of_the_paper():
-    assert video.frame_indices(300, 5) == [0, 74, 149, 224, 299]
-    assert video.frame_indices(10, 50) == list(range(10))
-    assert video.frame_indices(1, 8) == [0]
-
-
 @pytest.mark.parametrize(
     "name, codec, options",
     [
