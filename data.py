@@ -14,15 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from plumbing.machine import show_progress
-from plumbing.options import (
-    ArgumentParser,
-    BadInput,
-    Count,
-    Options,
-    PositiveShare,
-    run_script,
-    write_json,
-)
+from plumbing.options import ArgumentParser, BadInput, Count, Options, PositiveShare, run_script, write_json
 from videoqa.answers import Question, instruction, prompt_text
 from videoqa.video import DataError, read_frames
 

@@ -1,9 +1,9 @@
-"""Low-rank adapters by hand (Hu et al., arXiv:2106.09685): y = W x + (alpha / r) B A x,
-W frozen, B = 0 at the start.
+"""Low-rank adapters by hand (Hu et al., arXiv:2106.09685): y = W x + (alpha / r) B A x, W frozen, B = 0 at
+the start.
 
-Adapters off is the supervised start; a snapshot of the adapters is a frozen reference for the price of the
-adapters alone. No dropout, no hidden state in train()/eval(), and `merge` only when it is called. The base
-may be a plain linear layer or one of 4 bits (checkpoints/nf4.py). Files: checkpoints/peft_files.py.
+With its adapters off a model is the supervised start. A copy of the adapters is a frozen reference, which
+costs no second model. There is no dropout, no hidden state in train()/eval(), and `merge` happens only when
+it is called. The base may be a plain linear layer or one of 4 bits (checkpoints/nf4.py).
 """
 
 import math
@@ -18,50 +18,42 @@ DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T of a frozen weight that weight_of(dtype, *stored) makes: (..., in) -> (..., out). The backward
-    pass keeps what is stored, 4 bits for instance, where F.linear would keep the 16-bit weights of all
-    layers at once. W is frozen, so x is not kept at all."""
+    """x W^T, (..., in) -> (..., out), of a frozen weight that weight_of(dtype, stored) makes. The backward
+    pass keeps the stored tensors, 4 bits for instance; F.linear would keep the 16-bit weights of all layers
+    at once. W is frozen, so x is not kept at all."""
 
     @staticmethod
-    def forward(ctx, x, weight_of, *stored):
+    def forward(ctx, x, weight_of, stored):
         ctx.save_for_backward(*stored)
         ctx.weight_of = weight_of
-        return F.linear(x, weight_of(x.dtype, *stored))
+        return F.linear(x, weight_of(x.dtype, stored))
 
     @staticmethod
     def backward(ctx, grad):
-        stored = ctx.saved_tensors  # asked for once: a checkpointed layer forgets them then
-        weight = ctx.weight_of(grad.dtype, *stored)
+        weight = ctx.weight_of(grad.dtype, ctx.saved_tensors)
         if grad.is_cpu and grad.dtype == torch.bfloat16:
             # A CPU without bfloat16 instructions takes 3 to 6 times as long for grad W as for grad (W^T)^T.
             weight = weight.T.contiguous().T
-        return grad @ weight, None, *[None] * len(stored)
+        return grad @ weight, None, None
 
 
 def frozen_linear(x: Tensor, weight_of, stored, bias: Tensor | None) -> Tensor:
-    """x W^T + b in x's dtype (autocast's, where it is on), with gradient to x alone."""
+    """x W^T + b in x's dtype (autocast's, where it is on); only x gets a gradient."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    y = FrozenProduct.apply(x, weight_of, *stored)
+    y = FrozenProduct.apply(x, weight_of, stored)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def in_dtype(dtype: torch.dtype, weight: Tensor) -> Tensor:
-    return weight.to(dtype)
+def in_dtype(dtype: torch.dtype, stored: tuple[Tensor]) -> Tensor:
+    return stored[0].to(dtype)
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer with a low-rank update. (..., in) -> (..., out), any float dtype of the base.
     rslora: scaled by alpha / sqrt(r) (arXiv:2312.03732)."""
 
-    def __init__(
-        self,
-        base: nn.Module,
-        r: int,
-        alpha: float,
-        generator: torch.Generator | None = None,
-        rslora: bool = False,
-    ):
+    def __init__(self, base: nn.Module, r: int, alpha: float, generator=None, rslora: bool = False):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.r, self.alpha, self.rslora = r, alpha, rslora
@@ -104,11 +96,9 @@ def linears(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if hasattr(m, "in_features")]
 
 
-def add_adapters(
-    model, r, alpha, targets=DECODER_LINEARS, generator=None, rslora=False
-) -> list[nn.Parameter]:
-    """Freezes `model`, wraps every linear layer whose path or last name is in `targets`, returns
-    the trainable parameters."""
+def add_adapters(model, r, alpha, targets=DECODER_LINEARS, generator=None, rslora=False) -> list:
+    """Freezes `model`, wraps every linear layer whose path or last name is in `targets`, and returns the
+    trainable parameters."""
     model.requires_grad_(False)
     names = [name for name in linears(model) if name in targets or name.split(".")[-1] in targets]
     if not names:

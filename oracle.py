@@ -23,12 +23,7 @@ from torch import Tensor
 
 from grpo_rank import ranks_from_scores
 from plumbing.options import BadInput, one_line
-from videoqa.answers import (
-    Question,
-    grade,
-    prompt_text,
-    reward,
-)
+from videoqa.answers import Question, grade, prompt_text, reward
 
 # Why a ranking failed: the first word of its note. From the wire, of the reply, of the rest.
 CAUSES = "connection timeout busy server refused bad_reply dead budget".split()

@@ -28,9 +28,7 @@ class MachineOptions(Options):
     compile: bool = False  # torch.compile for the log-probabilities of the update and the 4-bit base
     checkpointing: bool = False  # keep only a layer's input for the backward pass: less memory, slower
     sample_prompts: CountOrNone = 0  # prompts sampled at once; 0: all of a step; fewer need less KV cache
-    micro_batch_prompts: CountOrNone = (
-        0  # prompts of one forward and backward; 0: all; fewer need less memory
-    )
+    micro_batch_prompts: CountOrNone = 0  # prompts of one forward and backward; 0: all; fewer: less memory
     memory_plan: bool = False  # print the memory plan, and rehearse the largest possible step first
 
 
@@ -74,10 +72,7 @@ def pick_dtype(wanted: str, device: torch.device, width: int) -> str:
     return chosen
 
 
-BFLOAT16_UNITS = {
-    "AMX": torch.cpu._is_amx_tile_supported,
-    "AVX512-BF16": torch.cpu._is_avx512_bf16_supported,
-}
+BFLOAT16_UNITS = {"AMX": torch.cpu._is_amx_tile_supported, "AVX512-BF16": torch.cpu._is_avx512_bf16_supported}
 
 
 def process_info() -> tuple[int, int]:
@@ -108,9 +103,8 @@ def fitted(line: str) -> str:
 def show_progress(parts, name: str, total: int | None = None):
     """The parts, with a bar in a terminal where they take longer than a second."""
     shown = process_info()[0] == 0 and sys.stdout.isatty()
-    return tqdm(
-        parts, name, total, leave=False, delay=1, dynamic_ncols=True, disable=not shown, file=sys.stdout
-    )
+    where = dict(disable=not shown, file=sys.stdout, dynamic_ncols=True)
+    return tqdm(parts, name, total, leave=False, delay=1, **where)
 
 
 def reduce_sum(*values: torch.Tensor | float, device) -> list[float]:

@@ -142,6 +142,11 @@ def task(question: Question) -> str:
     return "grounding" if only_span else "grounded"
 
 
+def is_open(question) -> bool:
+    """Asks for an answer in free words, alone or with a span."""
+    return task(question) != "grounding" and not question.options
+
+
 def prompt_text(question: Question) -> str:
     """The question's text and, where there are options, a second line "(A) red (B) blue", or a line for each
     option behind the data set's own mark, "Caption A: red"."""
