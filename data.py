@@ -48,13 +48,10 @@ class DataOptions(Options):
 
 
 def world_folders(options: DataOptions) -> dict[str, tuple[str, range]]:
-    """Folder and scene seeds of the embedded world's two sets; pretrain.py draws from seed 0
-    on, so no scene is shared."""
+    """Folder and scene seeds of the embedded world's two sets; pretrain.py draws from seed 0 on."""
     sets = {"train": (1_000_000, options.num_train_clips), "eval": (2_000_000, options.num_eval_clips)}
-    return {
-        k: (os.path.join(options.world_dir, f"{k}{n}"), range(first, first + n))
-        for k, (first, n) in sets.items()
-    }
+    folder_of = {name: os.path.join(options.world_dir, f"{name}{n}") for name, (_, n) in sets.items()}
+    return {name: (folder_of[name], range(first, first + n)) for name, (first, n) in sets.items()}
 
 
 def draw_world(options: DataOptions) -> None:
@@ -78,9 +75,7 @@ def load_sets(options: DataOptions, seed: int) -> tuple[list[Question], list[Que
         return questions, load_questions(options.eval_data, options.eval_videos or options.videos)
     videos = sorted({q.video for q in questions})
     if len(videos) < 2:
-        raise BadInput(
-            f"{options.data}: only {len(videos)} video; at least 2 are needed, one of them to be held out"
-        )
+        raise BadInput(f"{options.data}: only {len(videos)} video; give 2 or more, one is held out")
     order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(seed)).tolist()
     held = {videos[i] for i in order[: max(1, min(len(videos) - 1, round(options.eval_share * len(videos))))]}
     return [q for q in questions if q.video not in held], [q for q in questions if q.video in held]
@@ -123,8 +118,7 @@ class Tokenizer:
         return b"".join(self.bytes_of[i] for i in ids).decode(errors="replace").removeprefix(" ")
 
     def banned_ids(self, V: int) -> torch.Tensor:
-        """(V,) bool: ids that a policy must never produce: padding, start,
-        visual placeholder, unused rows."""
+        """(V,) bool: ids that a policy must never produce: padding, start, placeholder, unused rows."""
         ids = torch.arange(V)
         return (ids == PAD_ID) | (ids == BOS_ID) | (ids == VIDEO_ID) | (ids >= self.vocab_size)
 
@@ -226,8 +220,8 @@ class PromptSet:
         times, num_patches = [], (model.clip_cfg.image_size // model.clip_cfg.patch_size) ** 2
         chunk = clips_at_once(model.cfg.num_frames, num_patches)
         for start in show_progress(range(0, len(videos), chunk), "videos"):
-            sizes = model.cfg.num_frames, model.clip_cfg.image_size, model.cfg.framing
-            frames, seconds = load_clips(videos[start : start + chunk], *sizes)
+            part, size = videos[start : start + chunk], model.clip_cfg.image_size
+            frames, seconds = load_clips(part, model.cfg.num_frames, size, model.cfg.framing)
             embeds = model.embed_video(frames, seconds)
             if start == 0:  # all of them at once: put together at the end they would need twice the room
                 self.video_embeds = embeds.new_empty(len(videos), *embeds.shape[1:])

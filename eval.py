@@ -49,7 +49,7 @@ def evaluate(
         greedy = answer(policy, questions, rows, 1, sampling, None)[1]
         sampled = answer(policy, questions, rows, samples, sampling, uniforms[rows])[1]
         asked = [questions.questions[i] for i in rows]
-        new = [answer_row(*of) for of in zip(asked, greedy, sampled, strict=True)]
+        new = [answer_row(q, g[0], s) for q, g, s in zip(asked, greedy, sampled, strict=True)]
         done |= {row["id"]: row for row in new}
         if kept is not None:
             kept.add(new)
@@ -62,12 +62,12 @@ def evaluate(
     return results, values
 
 
-def answer_row(question, greedy: list[str], sampled: list[str]) -> dict:
+def answer_row(question, greedy: str, sampled: list[str]) -> dict:
     """A row of answers.jsonl. `right` is of the greedy answer."""
     return {
         "id": question.id, "video": question.video, "category": question.category,
         "question": question.question, "gold": question.answer or str(list(question.spans)),
-        "greedy": greedy[0], "right": is_correct(greedy[0], question), "sampled": sampled,
+        "greedy": greedy, "right": is_correct(greedy, question), "sampled": sampled,
     }  # fmt: skip
 
 
@@ -91,10 +91,10 @@ def table(before: dict, after: dict | None = None) -> str:
     for name, row in before["greedy"]["by_category"].items():
         cells = [f"{100 * e[mode]['by_category'][name]['accuracy']:.1f}" for mode, e in columns]
         lines.append(f"| {name or '(none)'} | {row['n']} | " + " | ".join(cells) + " |")
-    cells = [
-        "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (e[m]["accuracy"], *e[m]["ci95"])))
-        for m, e in columns
-    ]
+    cells = []
+    for mode, e in columns:
+        low, high = (f"{100 * x:.1f}" for x in e[mode]["ci95"])
+        cells.append(f"{100 * e[mode]['accuracy']:.1f} [{low}, {high}]")
     lines.append(f"| **all** | {before['greedy']['n']} | " + " | ".join(cells) + " |")
     if before["greedy"]["mean_iou"] is not None:
         cells = [f"{100 * e[mode]['mean_iou']:.1f}" for mode, e in columns]

@@ -95,17 +95,9 @@ def _search(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def generate(
-    model: VideoLM,
-    prompts: Prompts,
-    group_size: int,
-    max_new_tokens: int,
-    *,
-    end_ids: Tensor,
-    banned: Tensor | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    uniforms: Tensor | None = None,
-) -> Completions:
+    model: VideoLM, prompts: Prompts, group_size: int, max_new_tokens: int, *, end_ids: Tensor,
+    banned: Tensor | None = None, temperature=1.0, top_p=1.0, uniforms: Tensor | None = None,
+) -> Completions:  # fmt: skip
     """G completions of each prompt: one prefill, then a token a step for all of them until all have ended.
 
     uniforms (P, G, max_new_tokens) in [0, 1) decide every draw; None decodes greedily. end_ids (any,) int64
@@ -142,20 +134,19 @@ def generate(
             state = decoder.step(ids[:, t].view(P, G), t, cache).flatten(0, 1)
         used = t + 1  # the longest completion: what lies behind it never existed
         support = torch.stack(supports, dim=1) if supports else None
-    rows = ids[:, :used], mask[:, :used], logprobs[:, :used], support, ended
-    rows = [None if x is None else x.clone() for x in rows]  # ordinary tensors, for the loss
-    return Completions(*rows, temperature=temperature, banned=banned)
+    return Completions(  # clones are ordinary tensors, for the loss
+        completion_ids=ids[:, :used].clone(), completion_mask=mask[:, :used].clone(),
+        logprobs=logprobs[:, :used].clone(), support=None if support is None else support.clone(),
+        ended=ended.clone(), temperature=temperature, banned=banned,
+    )  # fmt: skip
 
 
 def generate_in_parts(model: VideoLM, prompts: Prompts, group_size: int, at_once: int, uniforms, **options):
-    """`generate`, `at_once` prompts at a time, so that the KV cache is of so many alone; the draws stay the
-    same."""
-    rows = [slice(i, i + at_once) for i in range(0, len(prompts.prompt_ids), at_once)]
-    drawn = [None if uniforms is None else uniforms[p].to(prompts.prompt_ids.device) for p in rows]
-    parts = [
-        generate(model, prompts[p], group_size, uniforms=u, **options)
-        for p, u in zip(rows, drawn, strict=True)
-    ]
+    """`generate` for `at_once` prompts at a time, which bounds the KV cache; the draws stay the same."""
+    parts = []
+    for p in micro_batches(len(prompts.prompt_ids), at_once):
+        drawn = None if uniforms is None else uniforms[p].to(prompts.prompt_ids.device)
+        parts.append(generate(model, prompts[p], group_size, uniforms=drawn, **options))
     longest = max(part.completion_ids.shape[1] for part in parts)
 
     def joined(values, filler=0):
@@ -165,14 +156,13 @@ def generate_in_parts(model: VideoLM, prompts: Prompts, group_size: int, at_once
         padding = [(0, 0) * (x.dim() - 2) + (0, longest - x.shape[1]) for x in values]
         return torch.cat([F.pad(x, pad, value=filler) for x, pad in zip(values, padding, strict=True)])
 
-    return Completions(
-        joined([part.completion_ids for part in parts], PAD_ID),
-        joined([part.completion_mask for part in parts]),
-        joined([part.logprobs for part in parts]),
-        joined([part.support for part in parts]),
-        torch.cat([part.ended for part in parts]),
-        temperature=parts[0].temperature,
-        banned=parts[0].banned,
+    return replace(
+        parts[0],
+        completion_ids=joined([part.completion_ids for part in parts], PAD_ID),
+        completion_mask=joined([part.completion_mask for part in parts]),
+        logprobs=joined([part.logprobs for part in parts]),
+        support=joined([part.support for part in parts]),
+        ended=torch.cat([part.ended for part in parts]),
     )
 
 
@@ -193,8 +183,7 @@ def answer(
 
 
 def completion_states(model: VideoLM, prompts: Prompts, completions: Completions) -> Tensor:
-    """(B, T, D): the state that predicts each completion token, with gradient; B = P * G
-    rows share P prompts."""
+    """(B, T, D): the state that predicts each completion token, with gradient."""
     P = len(prompts.prompt_ids)
     prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
     ids = completions.completion_ids.unflatten(0, (P, -1))  # (P, G, T)
@@ -202,6 +191,7 @@ def completion_states(model: VideoLM, prompts: Prompts, completions: Completions
 
 
 def micro_batches(P: int, size: int) -> list[slice]:
+    """Slices of at most `size` of P prompts; size 0: all in one."""
     return [slice(i, i + size) for i in range(0, P, size)] if size else [slice(0, P)][: min(P, 1)]
 
 

@@ -85,9 +85,8 @@ def train_align(cfg, model: VideoLM, patches, times, tokenizer: Tokenizer, gener
     def captions():
         chosen = torch.randperm(len(patches), generator=generator)[: cfg.caption_batch]
         video = model.bridge(patches[chosen].float(), times[chosen])  # (P, N_video, D)
-        texts = [
-            world.frame_caption(scenes[c], t, actions=actions) for c in chosen for t in times[c].tolist()
-        ]
+        moments = [(scenes[c], t) for c in chosen for t in times[c].tolist()]
+        texts = [world.frame_caption(scene, t, actions=actions) for scene, t in moments]
         ids, mask = collate_completions([tokenizer.encode(text) + [EOS_ID] for text in texts])
         video = model.bridge.frame_tokens(video)  # (P * K, tokens of a frame, D)
         return answer_loss(model, [BOS_ID], video, ids.unsqueeze(1), mask.unsqueeze(1)), {}

@@ -164,9 +164,10 @@ def logits_peak(cfg: ModelConfig, run) -> int:
     float32 copy of the head, where it is of 16 bits."""
     n = (run.micro_batch_prompts or run.batch_prompts) * run.group_size * run.max_new_tokens
     with FakeTensorMode(), Live() as live:
-        hidden, head, ones = torch.zeros(2, n, cfg.dim), torch.zeros(cfg.vocab_size, cfg.dim), torch.ones(n)
-        objective = Objective(kl_coef=1.0, entropy_coef=1.0)
-        walk(*hidden, head, Tokens(ones.long(), ones, ones, ones, None), objective, 1.0, None)
+        states, ref_states = torch.zeros(2, n, cfg.dim)
+        head, ones = torch.zeros(cfg.vocab_size, cfg.dim), torch.ones(n)
+        tokens, objective = Tokens(ones.long(), ones, ones, ones, None), Objective(kl_coef=1, entropy_coef=1)
+        walk(states, ref_states, head, tokens, objective, 1.0, None)
     return live.peak - (num_bytes([head]) if run.base == "float32" else 0)
 
 

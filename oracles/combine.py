@@ -276,9 +276,10 @@ def consensus(votes: list[list[int]]) -> list[int]:
         return votes[0]
     if len(votes[0]) <= 7:
         return kemeny(votes)
-    lost = [
-        sum(2 * (x < vote[i]) + (x == vote[i]) for vote in votes for x in vote) for i in range(len(votes[0]))
-    ]
+    lost = [0] * len(votes[0])
+    for vote in votes:
+        for i, place in enumerate(vote):
+            lost[i] += sum(2 * (x < place) + (x == place) for x in vote)
     return competition_ranks(lost)
 
 

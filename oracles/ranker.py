@@ -67,10 +67,8 @@ def save_ranker(ranker: Ranker, base: str):
     """Writes base/ranker/ranker.safetensors: decoder and head in bfloat16, and which base they belong to."""
     os.makedirs(os.path.join(base, "ranker"), exist_ok=True)
     tensors = {f"decoder.{name}": x for name, x in ranker.model.decoder.state_dict().items()}
-    tensors = {
-        k: x.to("cpu", torch.bfloat16).contiguous()
-        for k, x in (tensors | {"head": ranker.head.weight.data}).items()
-    }
+    tensors["head"] = ranker.head.weight.data
+    tensors = {name: x.to("cpu", torch.bfloat16).contiguous() for name, x in tensors.items()}
     path = os.path.join(base, "ranker", "ranker.safetensors")
     write_whole(path, save(tensors, metadata={"base": _digest(base)}))
 

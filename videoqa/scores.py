@@ -169,15 +169,10 @@ def table(result: dict) -> str:
         for name, value in figures.items():
             if isinstance(value, float) and name != "accuracy":
                 add(f"{part}: {name}", value)
-        readings = (
-            [
-                ("strict, normalised match", figures),
-                (f"published, {figures['published']['rule']}", figures["published"]),
-            ]
-            if "published" in figures
-            else []
-        )
-        for reading, of in readings:
+        readings = {}
+        if published := figures.get("published"):
+            readings = {"strict, normalised match": figures, f"published, {published['rule']}": published}
+        for reading, of in readings.items():
             add(f"{part}: {reading}", of["accuracy"], of["n"])
             for group in ("by_task_type", "by_duration"):
                 for name, row in of[group].items():
