@@ -207,26 +207,30 @@ def clips_at_once(num_frames: int, num_patches: int) -> int:
     return max(1, min(64, 2**15 // (num_frames * num_patches)))
 
 
+def embed_videos(model, shown: list[tuple]) -> tuple[torch.Tensor, list[list[float]]]:
+    """Frozen (C, N_video, D) of C videos or parts of them (`Question.shown`), and their frames' times in
+    seconds. model: a VideoLM (embed_video, cfg, clip_cfg)."""
+    times, (cfg, clip_cfg) = [], (model.cfg, model.clip_cfg)
+    chunk = clips_at_once(cfg.num_frames, (clip_cfg.image_size // clip_cfg.patch_size) ** 2)
+    for start in show_progress(range(0, len(shown), chunk), "videos"):
+        part = shown[start : start + chunk]
+        frames, seconds = load_clips(part, cfg.num_frames, clip_cfg.image_size, cfg.framing)
+        embeds = model.embed_video(frames, seconds)
+        if start == 0:  # all of them at once: put together at the end they would need twice the room
+            whole = embeds.new_empty((len(shown), *embeds.shape[1:]))
+        whole[start : start + chunk] = embeds
+        times += seconds.tolist()
+    return whole, times
+
+
 class PromptSet:
     """Questions with their videos embedded: each video, or part of one, is decoded and sent through the
-    frozen CLIP and bridge once.
-
-    model: a VideoLM (embed_video, cfg, clip_cfg). Holds (number of videos, N_video, D) on the model's device.
-    """
+    frozen CLIP and bridge once. Holds (number of videos, N_video, D) on the model's device."""
 
     def __init__(self, model, tokenizer: Tokenizer, questions: list[Question]):
         self.questions, self.tokenizer = questions, tokenizer
         videos = sorted({question.shown for question in questions})
-        times, num_patches = [], (model.clip_cfg.image_size // model.clip_cfg.patch_size) ** 2
-        chunk = clips_at_once(model.cfg.num_frames, num_patches)
-        for start in show_progress(range(0, len(videos), chunk), "videos"):
-            part, size = videos[start : start + chunk], model.clip_cfg.image_size
-            frames, seconds = load_clips(part, model.cfg.num_frames, size, model.cfg.framing)
-            embeds = model.embed_video(frames, seconds)
-            if start == 0:  # all of them at once: put together at the end they would need twice the room
-                self.video_embeds = embeds.new_empty(len(videos), *embeds.shape[1:])
-            self.video_embeds[start : start + chunk] = embeds
-            times += seconds.tolist()
+        self.video_embeds, times = embed_videos(model, videos)
         place = {video: i for i, video in enumerate(videos)}
         self.video_of = torch.tensor([place[question.shown] for question in questions])
         num_tokens = self.video_embeds.shape[1]

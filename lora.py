@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-JOINED_BYTES = 2**32  # of the copies that `joined` makes of a decoder's weights
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -122,70 +121,6 @@ def using(model: nn.Module, which: str):
     finally:
         for layer, use in zip(adapted, before, strict=True):
             layer.use = use
-
-
-class Joined:
-    """Frozen linear layers that read the same input, as one product whose weights are cast and joined once.
-
-    float32: each W + (alpha / r) B A, stacked. Other dtypes: the products of the training pass with the same
-    roundings, W x and A x in one. A weight rounded after B A is added would sample from another policy.
-    """
-
-    def __init__(self, linears: list[nn.Module], dtype: torch.dtype):
-        bases = [layer.base if isinstance(layer, LoRALinear) else layer for layer in linears]
-        self.sizes, self.dtype, self.up = [base.out_features for base in bases], dtype, None
-        self.bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases]).to(dtype)
-        weights, downs, ups = [base.weight.detach() for base in bases], [], []
-        for layer, W in zip(linears, weights, strict=True):
-            A, B = layer.pair() if isinstance(layer, LoRALinear) else (None, None)
-            downs.append(W.new_zeros(0, W.shape[1]) if A is None else A)
-            ups.append(W.new_zeros(len(W), 0) if B is None else B * layer.scale)
-        if dtype == torch.float32:
-            triples = zip(weights, ups, downs, strict=True)
-            weights, downs = [torch.addmm(W.float(), B.float(), A.float()) for W, B, A in triples], []
-        elif any(len(A) for A in downs):
-            self.up = torch.block_diag(*ups).T.to(dtype).contiguous()
-        self.weight = torch.cat([x.to(dtype) for x in weights + downs])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., sum of out), in dtype."""
-        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        if self.up is None:
-            y = F.linear(rows, self.weight, self.bias)
-        else:
-            y, low = F.linear(rows, self.weight).split([sum(self.sizes), len(self.up)], dim=1)
-            y = torch.addmm(y if self.bias is None else y + self.bias, low, self.up)
-        return y.view(*x.shape[:-1], -1)
-
-    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the layers one by one."""
-        return self(x).split(self.sizes, dim=-1)
-
-
-@contextmanager
-def joined(decoder: nn.Module):
-    """Within it, without gradient, each layer of the decoder takes 4 large products where it has 7 linear
-    layers of three products each. A base of 4 bits, or of more than JOINED_BYTES, is left as it is: a joined
-    copy would undo what few bits save."""
-    dtype, owners = decoder.compute_dtype, []
-    for layer in decoder.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        owners += [(attention, [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj])]
-        owners += [(mlp, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])]
-    linears = [x.base if isinstance(x, LoRALinear) else x for _, a, b in owners for x in a + b]
-    plain = all(isinstance(x, nn.Linear) for x in linears)
-    if not plain or sum(x.weight.numel() for x in linears) * dtype.itemsize > JOINED_BYTES:
-        with torch.no_grad():
-            yield
-        return
-    with torch.no_grad():
-        for owner, first, last in owners:
-            owner.joined = Joined(first, dtype), Joined(last, dtype)
-        try:
-            yield
-        finally:
-            for owner, _, _ in owners:
-                owner.joined = None
 
 
 def freeze_reference(model: nn.Module):

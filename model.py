@@ -179,7 +179,7 @@ class SelfAttention(nn.Module):
             RMSNorm(self.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity() for _ in range(2)
         )
         self.o_proj = nn.Linear(cfg.num_heads * self.head_dim, cfg.dim, bias=False)
-        self.joined = None  # lora.joined: q_proj, k_proj and v_proj in one product, and o_proj
+        self.joined = None  # machine.joined: q_proj, k_proj and v_proj in one product, and o_proj
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor, first: int):
         """x (P, L, D), cos, sin (P, L, h) -> q (P, kv, rep, L - first, h), k and v (P, kv, L, h), rotated."""
@@ -206,7 +206,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
         self.up_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
         self.down_proj = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
-        self.joined = None  # lora.joined: gate_proj and up_proj in one product, and down_proj
+        self.joined = None  # machine.joined: gate_proj and up_proj in one product, and down_proj
 
     def forward(self, x: Tensor) -> Tensor:
         if self.joined is not None:

@@ -16,6 +16,7 @@ import lora
 from data import PAD_ID, Prompts, PromptSet
 from grpo_rank import nucleus, pack_support, sampling_logprobs
 from model import KVCache, VideoLM
+from plumbing.machine import joined
 
 EVALUATED_AT_ONCE = 128  # prompts that an evaluation samples together, where no option says fewer
 
@@ -106,7 +107,7 @@ def generate(
     decoder = model.decoder
     P, G, T, device = len(prompts.prompt_ids), group_size, max_new_tokens, prompts.prompt_ids.device
     # Inference mode: no bookkeeping for views and versions, a tenth of the time where tensors are small.
-    with torch.inference_mode(), lora.joined(decoder):
+    with torch.inference_mode(), joined(decoder):
         cache = KVCache(prompts.prompt_mask, G, T)
         prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
         state = decoder(prompt, prompts.prompt_mask, cache=cache).flatten(0, 2)  # (P, D)
@@ -204,6 +205,6 @@ def reference_states(policy: VideoLM, prompts: Prompts, completions: Completions
     """The frozen reference's states of the completions, (b * G, T, D) for each micro-batch of `size` prompts.
     They wait in host memory: in the 7b preset they are 4.7 GB."""
     G = len(completions.ended) // max(len(prompts.prompt_ids), 1)
-    with lora.using(policy.decoder, "reference"), lora.joined(policy.decoder):
+    with lora.using(policy.decoder, "reference"), joined(policy.decoder):
         micro = micro_batches(len(prompts.prompt_ids), size)
         return [completion_states(policy, prompts[p], completions[rows_of(p, G)]).cpu() for p in micro]

@@ -21,7 +21,7 @@ from clip import ClipConfig
 from data import clips_at_once, longest_text
 from grpo_rank import Objective, Tokens, nucleus, sampling_logprobs, walk
 from model import Decoder, KVCache, ModelConfig, Projector, VideoLM
-from plumbing.machine import pick_dtype, say
+from plumbing.machine import joined, pick_dtype, say
 from rollout import EVALUATED_AT_ONCE, answer, draw, reference_states
 
 
@@ -113,7 +113,7 @@ def plan(
 def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int) -> tuple[int, int, int, int]:
     """Bytes of the KV cache, and the peaks of prefill, of a sampling step and of a micro-batch's forward and
     backward, without weights and gradients."""
-    with Live() as live, lora.joined(decoder):  # as in generate
+    with Live() as live, joined(decoder):  # as in generate
         cache = KVCache(torch.ones(P, S, dtype=torch.bool), G, T)
         prompt = decoder.embed_tokens(torch.zeros(P, S, dtype=torch.int64))
         decoder(prompt, cache.prompt_mask, cache=cache)

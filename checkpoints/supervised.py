@@ -86,17 +86,23 @@ def answer_batch(rows: list[list], limit: int, rng: random.Random) -> tuple[Tens
     return ids.unflatten(0, (len(rows), G)), answer.unflatten(0, (len(rows), G))
 
 
+def states_behind(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor) -> Tensor:
+    """The states (P, G, T, D) that predict ids (P, G, T), which stand behind the opening and the video tokens
+    (P, N_video, D)."""
+    prompt_ids = torch.tensor([*opening] + [VIDEO_ID] * video.shape[1], device=video.device)
+    prompt_ids = prompt_ids.expand(len(video), -1)
+    prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
+    prompt = model.embed_prompt(prompt_ids, prompt_mask, video)
+    return model.decoder(prompt, prompt_mask, model.decoder.embed_tokens(ids))
+
+
 def answer_loss(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor, answer: Tensor) -> Tensor:
     """Mean next-token cross-entropy of the answers' tokens, scalar.
 
     opening: the ids before the video. video (P, N_video, D), ids (P, G, T), answer (P, G, T) bool.
     """
     ids, answer = ids.to(video.device), answer.to(video.device)
-    prompt_ids = torch.tensor([*opening] + [VIDEO_ID] * video.shape[1], device=video.device)
-    prompt_ids = prompt_ids.expand(len(video), -1)
-    prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
-    prompt = model.embed_prompt(prompt_ids, prompt_mask, video)
-    states = model.decoder(prompt, prompt_mask, model.decoder.embed_tokens(ids))
+    states = states_behind(model, opening, video, ids)
     return F.cross_entropy(states[answer] @ model.decoder.head.float().T, ids[answer])
 
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 import lora
 from checkpoints import nf4
 from model import Decoder, ModelConfig
+from plumbing.machine import joined
 
 CFG = ModelConfig(vocab_size=40, dim=32, num_layers=2, ffn_dim=48)
 
@@ -175,7 +176,7 @@ def test_adapters_learn_on_a_4_bit_base_that_does_not_change():
     assert not torch.equal(decoder(X, MASK), start)
     with lora.using(decoder, "off"), torch.no_grad():
         assert torch.equal(decoder(X, MASK), start)
-        with lora.joined(decoder):  # a 4-bit base is never unfolded into one of more bits
+        with joined(decoder):  # a 4-bit base is never unfolded into one of more bits
             assert all(layer.mlp.joined is None for layer in decoder.layers)
 
 
