@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from plumbing.machine import show_progress
+from plumbing.machine import say, show_progress
 from plumbing.options import (
     ArgumentParser,
     BadInput,
@@ -168,7 +168,10 @@ def load_sets(options: DataOptions, seed: int) -> tuple[list[Question], list[Que
         return tuple(load_questions(os.path.join(folder, "questions.jsonl"), folder) for folder in folders)
     questions = load_questions(options.data, options.videos)
     if options.eval_data:
-        return questions, load_questions(options.eval_data, options.eval_videos or options.videos)
+        held = load_questions(options.eval_data, options.eval_videos or options.videos)
+        if both := {q.video for q in questions} & {q.video for q in held}:
+            say(f"{len(both)} videos are in both sets: the tables do not show what is new")
+        return questions, held
     videos = sorted({q.video for q in questions})
     if len(videos) < 2:
         raise BadInput(

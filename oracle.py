@@ -33,6 +33,9 @@ from videoqa.answers import (
 # Why a ranking failed: the first word of its note. From the wire, of the reply, of the rest.
 CAUSES = "connection timeout busy server refused bad_reply dead budget".split()
 CAUSES += "empty cut not_json missing duplicate unknown function".split()
+# What an objective reads of a ranking, where that is not the order alone: the scores, which must differ in a
+# group, or their level, which tells something of a group of equals too.
+READS = {"grpo": "scores", "dr_grpo": "scores", "rloo": "scores", "ppo": "level"}
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Ranking:
     below_anchor: Tensor | None = None  # (P, G) bool: ranked below the gold answer
     dead: str = ""  # why the judge answers nothing any more
     sums: dict[str, float] = field(default_factory=dict)  # counts of this batch for the metrics
+    reads: str = "order"  # what the objective reads of it: order, or one of READS
 
     def __post_init__(self):
         self.ok = torch.ones(len(self.ranks), dtype=torch.bool) if self.ok is None else self.ok
@@ -56,7 +60,10 @@ class Ranking:
     def live(self) -> Tensor:
         """(P,) bool: groups that carry a signal. A group is dead if all its answers tie, or if its ranking
         failed; this is the one place that decides it."""
-        return self.ok & (self.ranks != self.ranks[:, :1]).any(dim=1)
+        if self.reads == "level":
+            return self.ok
+        values = self.scores if self.reads == "scores" else self.ranks
+        return self.ok & (values != values[:, :1]).any(dim=1)
 
 
 def check_groups(batch: list[Question], texts: list[list[str]]) -> None:

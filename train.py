@@ -19,11 +19,11 @@ import lora
 from checkpoints.policies import PolicyOptions, load_adapter_of, load_policy, save_adapter_of
 from data import Batches, DataOptions, Prompts, PromptSet, draw_world, load_sets
 from eval import evaluate, gains, table
-from grpo_rank import Objective, group_zscores, rank_advantages, ranks_from_scores, rollout_loss
+from grpo_rank import Objective, rank_advantages, ranks_from_scores, rollout_loss
 from lora import Learner
 from model import VideoLM
-from oracle import Ranking, rewards_of, weighed
-from oracles.choose import OracleExperiments, OracleOptions, PatientOracle, by_reward, choose_oracle
+from oracle import READS, Ranking, rewards_of, weighed
+from oracles import choose
 from oracles.feedback import examples_of, feedback_numbers, reward_numbers
 from plumbing.machine import (
     MachineOptions,
@@ -54,7 +54,9 @@ from videoqa.video import frame_strip
 
 
 @dataclass
-class Config(PolicyOptions, DataOptions, OracleOptions, RunOptions, MachineOptions, OracleExperiments):
+class Config(
+    PolicyOptions, DataOptions, choose.OracleOptions, RunOptions, MachineOptions, choose.OracleExperiments
+):
     """The algorithm: Oracle-RLAIF and GRPO_rank"""
 
     preset: Literal["tiny", "smoke", "lm", "7b"] = (
@@ -67,13 +69,16 @@ class Config(PolicyOptions, DataOptions, OracleOptions, RunOptions, MachineOptio
     max_new_tokens: Count = 10  # tokens of an answer at most
     temperature: Positive = 1.0
     top_p: PositiveShare = 1.0
-    objective: Literal["grpo_rank", "grpo"] = "grpo_rank"  # grpo: z-scores of the oracle's scores in a group
+    objective: Literal["grpo_rank", "grpo", "dr_grpo", "rloo", "ppo", "dpo", "plackett_luce", "best_of"] = (
+        "grpo_rank"  # the others: baselines.py, the rivals on the same rollouts
+    )
     advantage_form: Literal["ideal", "printed", "inverted"] = "ideal"  # README, "What the paper leaves open"
     gain: Literal["divided", "appendix"] = "divided"
     updates_per_rollout: Count = 2  # optimiser steps on a rollout; with 1 the clip never binds
     clip_eps: Positive = 0.2
     norm: Literal["sequence", "token", "constant"] = "sequence"  # constant: max_new_tokens a completion
     kl_coef: NotNegative = 0.02  # weight of KL(reference || policy), exact over the vocabulary
+    beta: Positive = 0.5  # dpo, plackett_luce: what a nat of difference from the reference is worth
     entropy_coef: NotNegative = 0.0  # weight of the entropy bonus
     lora_r: Count = 16
     lora_alpha: Positive = 32.0
@@ -87,12 +92,8 @@ class Config(PolicyOptions, DataOptions, OracleOptions, RunOptions, MachineOptio
             raise BadInput(f"--preset {self.preset} brings no weights: name a folder with --policy")
         if not self.num_steps and not self.num_epochs:
             raise BadInput("--num_steps 0 --num_epochs 0: there is nothing to do; give one of them")
-        wraps = self.swap_prob or self.position_bias or self.anchor
-        scored = self.oracle in ("rule", "sum", "trained") or self.oracle_asks == "scores"
-        if self.objective == "grpo" and (not scored or wraps or self.canary):
-            wrong = "--objective grpo takes scores: --oracle sum | trained, or llm with --oracle_asks scores;"
-            wrong += " no noise, no anchor"
-            raise BadInput(f"{wrong}; choose these, or --objective grpo_rank")
+        if self.objective != "grpo_rank":
+            rivals().check_objective(self)
 
 
 PRESETS = {
@@ -118,9 +119,9 @@ PRESETS = {
 # -------------------------------------------------------------------------------------------------- the loop
 
 
-def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batches, run: RunFolder):
+def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batches, sampling, run: RunFolder):
     """Oracle-RLAIF, the paper's algorithm. Raises EndedEarly where a run stops before its last step."""
-    sampling, G = sampling_of(cfg, policy, batches.asked.tokenizer), cfg.group_size
+    G = cfg.group_size
     for step in run.steps(cfg.num_steps):
         # 0) P questions; as an epoch begins, the policy as it is now becomes the frozen reference
         rows, uniforms = batches.of_step(step, G, cfg.max_new_tokens)
@@ -146,20 +147,28 @@ def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batch
         with run.clock("reference"):
             ref_states = reference_states(policy, prompts, live, cfg.micro_batch_prompts)
         with run.clock("update"):
-            batch = dict(prompts=prompts, rollout=live, advantages=advantages[ranking.live])
+            signal = dict(advantages=advantages[ranking.live], ranks=ranking.ranks[ranking.live])
+            batch = dict(prompts=prompts, rollout=live, **signal)
             numbers = update(cfg, policy, learner, ref_states=ref_states, step=step, **batch)
 
         # 5) report, save
         numbers |= feedback_numbers(questions, texts, ranking, policy_ranks, advantages, rollout)
-        if by_reward(cfg):
+        if choose.by_reward(cfg):
             numbers |= reward_numbers(rewards_of(questions, texts, cfg.overlap, cfg.think), uniforms.device)
         run.report(numbers, examples_of(questions, texts, ranking, policy_ranks, advantages), batch)
 
 
+def rivals():
+    """baselines.py, loaded only for another objective than grpo_rank."""
+    import baselines
+
+    return baselines
+
+
 def advantages_of(cfg: Config, ranking: Ranking, policy_ranks: Tensor) -> Tensor:
     """(P, G) float32 of the chosen objective."""
-    if cfg.objective == "grpo":
-        return group_zscores(ranking.scores)
+    if cfg.objective != "grpo_rank":
+        return rivals().advantages(cfg.objective, ranking)
     form, gain = cfg.advantage_form, cfg.gain
     return weighed(rank_advantages(ranking.ranks, policy_ranks, form, gain, ranking.ok), ranking)
 
@@ -172,27 +181,30 @@ STATS = ("tokens", "sequences", "loss", "ratio", "surrogate", "clipped", "kl", "
 
 def update(
     cfg: Config, policy: VideoLM, learner: Learner, *, prompts: Prompts, rollout,
-    advantages: Tensor, ref_states: list[Tensor], step: int,
+    advantages: Tensor, ranks: Tensor, ref_states: list[Tensor], step: int,
 ) -> dict:  # fmt: skip
     """GRPO_rank's clipped updates on one rollout, of which only live groups are left; a process without any
-    takes part with a gradient of zero. advantages (P, G). Returns the step's numbers, kl and entropy None if
-    no process had a live group; "bad": a loss or gradient was not finite, and nothing was learned."""
+    takes part with a gradient of zero. advantages, ranks (P, G). Returns the step's numbers, kl and entropy
+    None if no process had a live group; "bad": a loss or gradient was not finite, nothing was learned."""
     G, device = cfg.group_size, prompts.prompt_ids.device
     micro, advantages = micro_batches(len(prompts.prompt_ids), cfg.micro_batch_prompts), advantages.to(device)
     mask = rollout.completion_mask
     num_tokens, num_sequences = reduce_sum(mask.sum(), mask.any(dim=1).sum(), device=device)
     sums, gap, head = dict.fromkeys(STATS, 0.0), 0.0, policy.decoder.head.float()  # logits in float32
-    objective = Objective(
-        cfg.clip_eps, cfg.norm, constant=cfg.max_new_tokens,
-        kl_coef=cfg.kl_coef, entropy_coef=cfg.entropy_coef,
-    )  # fmt: skip
+    kl_coef = 0.0 if cfg.objective == "ppo" else cfg.kl_coef  # ppo has it in the rewards
+    objective = Objective(cfg.clip_eps, cfg.norm, cfg.max_new_tokens, kl_coef, cfg.entropy_coef)
+    rival = None  # of baselines.py: gives a micro-batch its advantages at each update anew
+    if cfg.objective != "grpo_rank":
+        rival = rivals().rival(cfg, policy, learner, prompts, rollout, advantages, ranks, ref_states)
     compile = compiled if cfg.compile or device.type == "cuda" else None
     for u in range(cfg.updates_per_rollout):
         for p, ref_hidden in zip(micro, ref_states, strict=True):
-            part = rollout[rows_of(p, G)]
+            part, signal, ref_hidden = rollout[rows_of(p, G)], advantages[p].flatten(), ref_hidden.to(device)
+            hidden = completion_states(policy, prompts[p], part)
+            if rival:
+                part, signal = rival.signal(p, part, hidden, ref_hidden, head)
             loss, stats = rollout_loss(
-                completion_states(policy, prompts[p], part), head, part, advantages[p].flatten(),
-                objective, ref_hidden=ref_hidden.to(device),
+                hidden, head, part, signal, objective, ref_hidden=ref_hidden,
                 num_tokens=num_tokens, num_sequences=num_sequences, compile=compile,
             )  # fmt: skip
             loss.backward()
@@ -238,43 +250,33 @@ def made_from(cfg: Config, *sets: PromptSet) -> dict[str, str]:
     return {"the data": questions, "--policy": fingerprint(cfg.policy, cfg.clip, cfg.adapter)}
 
 
-def sampling_of(cfg: Config, policy: VideoLM, tokenizer) -> Sampling:
-    return Sampling.of(
-        policy, tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
-        prompts_at_once=cfg.sample_prompts,
-    )  # fmt: skip
-
-
 def main() -> int:
     cfg = parse_args(Config, PRESETS, lambda given: stored_options(given, Config))
     check_folder(cfg)
     device, noise = start_processes(cfg.device), torch.Generator()
-    oracle = choose_oracle(cfg, noise, device)
+    oracle = choose.choose_oracle(cfg, noise, device)
     policy, train_set, eval_set = load_everything(cfg, device)
     batches = Batches(train_set, cfg.batch_prompts, cfg.seed, noise, process_info())
     cfg.num_steps = cfg.num_steps or cfg.num_epochs * batches.steps_an_epoch
-    if cfg.oracle == "llm":
-        most = cfg.num_steps * batches.P * cfg.oracle_permutations
-        say(f"the judge is asked for at most {most:,} rankings, each in one call, or two if it is unclear")
-    if cfg.oracle == "replay":
-        from oracles.cache import check_replay
-
-        check_replay(cfg.oracle_cache, batches, cfg.num_steps)
-    learner = Learner(policy.decoder, cfg.lora_r, cfg.lora_alpha, cfg.seed)
+    choose.check_length(cfg, batches)
+    critic = rivals().Critic(policy.cfg.dim).to(device) if cfg.objective == "ppo" else None
+    learner = Learner(policy.decoder, cfg.lora_r, cfg.lora_alpha, cfg.seed, critic)
     made = made_from(cfg, train_set, eval_set)
     run = RunFolder(cfg, learner, partial(save_adapter_of, policy), device, made)
-    sampling = sampling_of(cfg, policy, train_set.tokenizer)
+    sampling = Sampling.of(
+        policy, train_set.tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+        top_p=cfg.top_p, prompts_at_once=cfg.sample_prompts,
+    )  # fmt: skip
     if cfg.memory_plan:
         from checkpoints import memory
 
         memory.rehearse(cfg, policy, learner, batches, sampling, update)
     strips = {name: partial(frame_strip, *shown) for name, shown in batches.watched(cfg.num_steps).items()}
     run.begin(partial(evaluate, policy, eval_set, sampling, samples=cfg.eval_samples, seed=cfg.seed), strips)
-    both = {q.video for q in train_set.questions} & {q.video for q in eval_set.questions}
-    seen = f"; {len(both)} videos are in both: the tables do not show what is new" if both else ""
-    say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out{seen}")
-    oracle = PatientOracle(oracle, cfg.oracle_patience, run.interrupted, device)
-    learn(cfg, policy, learner, oracle, batches, run)
+    say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out")
+    reads = READS.get(cfg.objective, "order")
+    oracle = choose.PatientOracle(oracle, reads, cfg.oracle_patience, run.interrupted, device)
+    learn(cfg, policy, learner, oracle, batches, sampling, run)
     after, values = run.end(partial(load_adapter_of, policy))
     gain = gains(eval_set.questions, run.progress["before_values"], values)
     run.finish(describe(device), after, gain, table(run.progress["before"], after))

@@ -3,14 +3,14 @@
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from oracle import FunctionOracle, Ranking, RewardOracle, RuleOracle, load_function
-from plumbing.machine import reduce_sum
+from oracle import READS, FunctionOracle, Ranking, RewardOracle, RuleOracle, load_function
+from plumbing.machine import reduce_sum, say
 from plumbing.options import (
     BadInput,
     Count,
@@ -45,7 +45,7 @@ class OracleOptions(Options):
     oracle_cache: str = ""  # llm: sqlite file, empty: judge.sqlite in --out; replay: the file, or a JSONL
     ranker: str = "weights/ranker"  # trained: folder of the ranker (pretrain.py --stage ranker)
     ranker_margin: NotNegative = 0.5  # trained: answers closer than this in log-odds tie
-    discrete_coef: NotNegative = 1.0  # dual reward (sum, --objective grpo): weight of the right answer
+    discrete_coef: NotNegative = 1.0  # dual reward (sum, objectives by scores): of the right answer
     continuous_coef: NotNegative = 1.0  # dual reward: weight of the spans' overlap
     format_coef: NotNegative = 0.1  # dual reward: weight of the form
     overlap: Literal["iou", "iop"] = "iou"  # dual reward: how the overlap is measured
@@ -75,7 +75,7 @@ class OracleExperiments(Options):
 
 def by_reward(cfg) -> bool:
     """Whether a run's feedback is the dual reward of Temporal-R1."""
-    return cfg.oracle in ("sum", "lexicographic") or (cfg.objective == "grpo" and cfg.oracle == "rule")
+    return cfg.oracle in ("sum", "lexicographic") or (cfg.objective in READS and cfg.oracle == "rule")
 
 
 def choose_oracle(cfg, generator: torch.Generator, device: torch.device):
@@ -135,6 +135,18 @@ def choose_judge(cfg):
     return judge
 
 
+def check_length(cfg, batches):
+    """Says how often the judge will be asked at most; raises BadInput if a file that is replayed is too
+    short for the run. cfg: train.Config with num_steps; batches: data.Batches."""
+    if cfg.oracle == "llm":
+        most = cfg.num_steps * batches.P * cfg.oracle_permutations
+        say(f"the judge is asked for at most {most:,} rankings, each in one call, or two if it is unclear")
+    if cfg.oracle == "replay":
+        from oracles.cache import check_replay
+
+        check_replay(cfg.oracle_cache, batches, cfg.num_steps)
+
+
 # What helps where a ranking failed; else the judge's server is to be looked at
 REMEDIES = {
     "function": "mend the function",
@@ -155,12 +167,14 @@ def remedy_of(note: str, option: str = "oracle") -> str:
 class PatientOracle:
     """An oracle in training: waits for a judge that died, and lets no failure pass unseen.
 
-    patience: seconds to wait for a dead judge. interrupted(): whether to give up at once. The first failure
+    reads: what the objective reads of a ranking (oracle.READS). patience: seconds to wait for a dead judge.
+    interrupted(): whether to give up at once. The first failure
     of each cause is printed. Raises BadInput if all groups of the first step failed, over all processes.
     """
 
-    def __init__(self, oracle, patience: float, interrupted, device: torch.device):
+    def __init__(self, oracle, reads: str, patience: float, interrupted, device: torch.device):
         self.oracle, self.patience, self.interrupted, self.device = oracle, patience, interrupted, device
+        self.reads = reads
         self.told, self.first = set(), True
 
     def rank(self, batch, texts) -> Ranking:
@@ -179,7 +193,7 @@ class PatientOracle:
                 break
             ranking = self.oracle.rank(batch, texts)
         self._tell(ranking, texts)
-        return ranking
+        return replace(ranking, reads=self.reads)
 
     def _tell(self, ranking: Ranking, texts):
         failures = [note for note in ranking.notes if note]

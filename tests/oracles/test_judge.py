@@ -93,7 +93,7 @@ def make(server, **options):
 
 
 def patient(oracle, patience=0.0, interrupted=False):
-    return PatientOracle(oracle, patience, lambda: interrupted, torch.device("cpu"))
+    return PatientOracle(oracle, "order", patience, lambda: interrupted, torch.device("cpu"))
 
 
 def permuted(server, permutations=1, agreement="off"):
