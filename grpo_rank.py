@@ -118,19 +118,6 @@ def rank_advantages(
 # ---- 2. from advantages to a loss
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """KL per token from the sampled token alone, d = logprobs - ref_logprobs. Any shape -> same shape, nats.
-
-    k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (joschu.net/blog/kl-approx.html). Over tokens drawn from pi the
-    values of k1 and k3 average to KL(pi || ref). The gradient of k3 as a loss is that of KL(ref || pi).
-    """
-    if estimator not in ("k1", "k2", "k3"):
-        raise ValueError(f"estimator must be k1, k2 or k3 (exact: token_stats), got {estimator!r}")
-    d = logprobs - ref_logprobs.detach()
-    k3 = torch.expm1((-d).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + d
-    return {"k1": d, "k2": d.square() / 2, "k3": k3}[estimator]
-
-
 def token_weights(mask: Tensor, norm: str, constant: float | None, num_tokens, num_sequences) -> Tensor:
     """(B, T) float64 share of each token in the step's mean, 0 outside the mask. Norms: see `policy_loss`."""
     if norm not in ("sequence", "token", "constant") or (norm == "constant" and not constant):
