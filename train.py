@@ -22,9 +22,9 @@ from eval import evaluate, gains, table
 from grpo_rank import Objective, rank_advantages, ranks_from_scores, rollout_loss
 from lora import Learner
 from model import VideoLM
-from oracle import READS, Ranking, rewards_of, weighed
+from oracle import Ranking, weighed
 from oracles import choose
-from oracles.feedback import examples_of, feedback_numbers, reward_numbers
+from oracles.feedback import Groups, examples_of, feedback_numbers
 from plumbing.machine import (
     MachineOptions,
     compiled,
@@ -65,6 +65,7 @@ class Config(
     num_steps: CountOrNone = 100  # optimiser rounds: sample, order, update; 0: as many as num_epochs make
     num_epochs: CountOrNone = 0  # passes over the questions, where num_steps is 0
     batch_prompts: Count = 48  # P: prompts a step, over all processes
+    fill: Count = 1  # batches a step may ask until batch_prompts groups carry a signal (DAPO); 1: no more
     group_size: Annotated[int, Bounds(2)] = 5  # G: completions a prompt, ordered by the oracle
     max_new_tokens: Count = 10  # tokens of an answer at most
     temperature: Positive = 1.0
@@ -105,8 +106,7 @@ PRESETS = {
         num_train_clips=200, num_eval_clips=60, sample_prompts=12, micro_batch_prompts=6, save_every=10,
     ),
     # Oracle-RLAIF as far as it is published: 5 answers, r 64, alpha 16, all linear layers, 50 frames, 4
-    # epochs, 64 prompts a rollout. The rest is VLM-RLAIF's: NF4, answer length, learning rate, two passes,
-    # clip, KL weight.
+    # epochs, 64 prompts a rollout. NF4, length, rate, two passes, clip and KL weight are VLM-RLAIF's.
     "7b": dict(
         policy="", base="nf4", num_frames=50, num_steps=0, num_epochs=4, batch_prompts=64, sample_prompts=2,
         micro_batch_prompts=1, group_size=5, eval_samples=1, max_new_tokens=896, lora_r=64, lora_alpha=16.0,
@@ -123,25 +123,30 @@ def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batch
     """Oracle-RLAIF, the paper's algorithm. Raises EndedEarly where a run stops before its last step."""
     G = cfg.group_size
     for step in run.steps(cfg.num_steps):
-        # 0) P questions; as an epoch begins, the policy as it is now becomes the frozen reference
-        rows, uniforms = batches.of_step(step, G, cfg.max_new_tokens)
+        # 0) as an epoch begins, the policy as it is now becomes the frozen reference
         if step % batches.steps_an_epoch == 0:
             lora.freeze_reference(policy.decoder)
 
-        # 1) the policy answers each question G times
-        with run.clock("sampling"):
-            rollout, texts = answer(policy, batches.asked, rows, G, sampling, uniforms)
-
-        # 2) the oracle ranks the answers: it sees questions and texts, never log-probabilities
-        with run.clock("oracle"):
-            questions = [batches.asked.questions[i] for i in rows]
-            ranking = oracle.rank(questions, texts)
-        run.stop_if(ranking.dead)
+        groups = None
+        for attempt in range(batches.fill):  # --fill: further questions until P groups carry a signal
+            # 1) the policy answers each of P questions G times
+            rows, uniforms = batches.of_step(step, G, cfg.max_new_tokens, attempt)
+            with run.clock("sampling"):
+                rollout, texts = answer(policy, batches.asked, rows, G, sampling, uniforms)
+            # 2) the oracle ranks the answers: it sees questions and texts, never log-probabilities
+            with run.clock("oracle"):
+                questions = [batches.asked.questions[i] for i in rows]
+                ranking = oracle.rank(questions, texts)
+            run.stop_if(ranking.dead)
+            groups = Groups(rows, questions, texts, rollout, ranking).behind(groups)
+            if groups.fill(batches.P):
+                break
 
         # 3) the ranks become advantages; groups that carry no signal leave the step here
+        ranking, rollout = groups.ranking, groups.rollout
         policy_ranks = ranks_from_scores(rollout.logprobs.sum(dim=1).view(-1, G).cpu().round(decimals=4))
         advantages = advantages_of(cfg, ranking, policy_ranks)  # (P, G)
-        prompts, live = batches.asked[rows[ranking.live]], rollout.of_prompts(ranking.live)
+        prompts, live = batches.asked[groups.rows[ranking.live]], rollout.of_prompts(ranking.live)
 
         # 4) clipped updates on the live groups, with KL to the frozen reference and an entropy bonus
         with run.clock("reference"):
@@ -152,10 +157,8 @@ def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batch
             numbers = update(cfg, policy, learner, ref_states=ref_states, step=step, **batch)
 
         # 5) report, save
-        numbers |= feedback_numbers(questions, texts, ranking, policy_ranks, advantages, rollout)
-        if choose.by_reward(cfg):
-            numbers |= reward_numbers(rewards_of(questions, texts, cfg.overlap, cfg.think), uniforms.device)
-        run.report(numbers, examples_of(questions, texts, ranking, policy_ranks, advantages), batch)
+        numbers |= feedback_numbers(groups, policy_ranks, advantages)
+        run.report(numbers, examples_of(groups, policy_ranks, advantages), batch)
 
 
 def rivals():
@@ -256,13 +259,14 @@ def main() -> int:
     device, noise = start_processes(cfg.device), torch.Generator()
     oracle = choose.choose_oracle(cfg, noise, device)
     policy, train_set, eval_set = load_everything(cfg, device)
-    batches = Batches(train_set, cfg.batch_prompts, cfg.seed, noise, process_info())
+    batches = Batches(train_set, cfg.batch_prompts, cfg.seed, noise, process_info(), cfg.fill)
     cfg.num_steps = cfg.num_steps or cfg.num_epochs * batches.steps_an_epoch
     choose.check_length(cfg, batches)
     critic = rivals().Critic(policy.cfg.dim).to(device) if cfg.objective == "ppo" else None
     learner = Learner(policy.decoder, cfg.lora_r, cfg.lora_alpha, cfg.seed, critic)
-    made = made_from(cfg, train_set, eval_set)
-    run = RunFolder(cfg, learner, partial(save_adapter_of, policy), device, made)
+    run = RunFolder(
+        cfg, learner, partial(save_adapter_of, policy), device, made_from(cfg, train_set, eval_set)
+    )
     sampling = Sampling.of(
         policy, train_set.tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
         top_p=cfg.top_p, prompts_at_once=cfg.sample_prompts,
@@ -274,8 +278,7 @@ def main() -> int:
     strips = {name: partial(frame_strip, *shown) for name, shown in batches.watched(cfg.num_steps).items()}
     run.begin(partial(evaluate, policy, eval_set, sampling, samples=cfg.eval_samples, seed=cfg.seed), strips)
     say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out")
-    reads = READS.get(cfg.objective, "order")
-    oracle = choose.PatientOracle(oracle, reads, cfg.oracle_patience, run.interrupted, device)
+    oracle = choose.PatientOracle(oracle, cfg.objective, cfg.oracle_patience, run.interrupted, device)
     learn(cfg, policy, learner, oracle, batches, sampling, run)
     after, values = run.end(partial(load_adapter_of, policy))
     gain = gains(eval_set.questions, run.progress["before_values"], values)

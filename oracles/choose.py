@@ -139,7 +139,7 @@ def check_length(cfg, batches):
     """Says how often the judge will be asked at most; raises BadInput if a file that is replayed is too
     short for the run. cfg: train.Config with num_steps; batches: data.Batches."""
     if cfg.oracle == "llm":
-        most = cfg.num_steps * batches.P * cfg.oracle_permutations
+        most = cfg.num_steps * batches.fill * batches.P * cfg.oracle_permutations
         say(f"the judge is asked for at most {most:,} rankings, each in one call, or two if it is unclear")
     if cfg.oracle == "replay":
         from oracles.cache import check_replay
@@ -167,14 +167,14 @@ def remedy_of(note: str, option: str = "oracle") -> str:
 class PatientOracle:
     """An oracle in training: waits for a judge that died, and lets no failure pass unseen.
 
-    reads: what the objective reads of a ranking (oracle.READS). patience: seconds to wait for a dead judge.
+    objective: reads the ranking in its own way (oracle.READS). patience: seconds to wait for a dead judge.
     interrupted(): whether to give up at once. The first failure
     of each cause is printed. Raises BadInput if all groups of the first step failed, over all processes.
     """
 
-    def __init__(self, oracle, reads: str, patience: float, interrupted, device: torch.device):
+    def __init__(self, oracle, objective: str, patience: float, interrupted, device: torch.device):
         self.oracle, self.patience, self.interrupted, self.device = oracle, patience, interrupted, device
-        self.reads = reads
+        self.reads = READS.get(objective, "order")
         self.told, self.first = set(), True
 
     def rank(self, batch, texts) -> Ranking:

@@ -232,7 +232,7 @@ class AnchoredOracle:
         own, gold, planted = ranking.ranks[:, :G], ranking.ranks[:, G], ranking.ranks[:, -1]
         below = own > gold[:, None] if self.anchor else None
         scores = ranking.scores[:, :G] if ranking.scores is not None else None
-        sums = dict(ranking.sums)
+        sums = {name: n for name, n in ranking.sums.items() if "reward_" not in name}  # not of the G alone
         if self.canary:
             errors = (planted <= gold)[ranking.ok].sum()
             sums |= {"canaries": int(ranking.ok.sum()), "canary_errors": int(errors)}

@@ -95,7 +95,7 @@ def make(server, **options):
 
 
 def patient(oracle, patience=0.0, interrupted=False):
-    return PatientOracle(oracle, "order", patience, lambda: interrupted, torch.device("cpu"))
+    return PatientOracle(oracle, "grpo_rank", patience, lambda: interrupted, torch.device("cpu"))
 
 
 def permuted(server, permutations=1, agreement="off"):
