@@ -68,6 +68,8 @@ class OracleExperiments(Options):
 
     swap_prob: Share = 0.0  # chance that two neighbours in the oracle's order swap
     position_bias: Share = 0.0  # chance that the first candidate is put on top
+    score_bend: Share = 0.0  # sum, and objectives by scores: how far apart the scales of two questions are
+    score_noise: NotNegative = 0.0  # the same: noise of a score, as a share of the scale
     oracle_agreement: Literal["off", "scale", "tie"] = "off"  # scale advantages by Kendall's W | tie disputes
     anchor: bool = False  # the gold answer is ranked too: no positive advantage below it
     canary: bool = False  # a known-bad answer is ranked too, which measures the judge's errors
@@ -82,10 +84,16 @@ def choose_oracle(cfg, generator: torch.Generator, device: torch.device):
     """The oracle of train.py's options. `generator` draws the noise. A judge is asked something first, so
     that a wrong address, key or model ends the run before anything is written."""
     oracle = RuleOracle()
+    if (cfg.score_bend or cfg.score_noise) and not by_reward(cfg):
+        raise BadInput("--score_bend, --score_noise: bend the scores of --oracle sum; choose it")
     if by_reward(cfg):
         by = "lexicographic" if cfg.oracle == "lexicographic" else "sum"
         weights = (cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef)
         oracle = RewardOracle(by, weights, cfg.overlap, cfg.think)
+        if cfg.score_bend or cfg.score_noise:
+            from oracles.combine import BentOracle
+
+            oracle = BentOracle(oracle, generator, cfg.score_bend, cfg.score_noise, sum(weights), cfg.seed)
     elif cfg.oracle in ("llm", "replay"):
         oracle = choose_judge(cfg)
     elif cfg.oracle == "trained":
