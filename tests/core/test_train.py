@@ -475,9 +475,8 @@ def test_tensorboard_gets_the_numbers_or_its_absence_is_one_line(home, script):
     if importlib.util.find_spec("tensorboard"):
         assert done.returncode == 0 and list((home / "board" / "tensorboard").iterdir()), done.stderr
     else:
-        assert (
-            done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install tensorboard" in done.stderr
-        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "pip install tensorboard" in done.stderr
 
 
 def test_a_killed_first_evaluation_goes_on_and_a_new_start_does_not(home, script, monkeypatch):
