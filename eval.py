@@ -24,10 +24,11 @@ import torch
 import lora
 from checkpoints.policies import load_run, save_policy
 from data import DataOptions, PromptSet, load_questions, load_sets
-from plumbing.machine import pick_device, show_progress
+from plumbing.machine import pick_device, say, show_progress
 from plumbing.options import (
     ArgumentParser,
     BadInput,
+    one_line,
     read_jsonl,
     run_script,
     write_json,
@@ -63,14 +64,15 @@ def summarize(questions, values, grades) -> dict:
 
 
 def evaluate(
-    policy, questions: PromptSet, sampling: Sampling, *, samples=4, seed=0, subset=0, kept=None
+    policy, questions: PromptSet, sampling: Sampling, *, samples=4, seed=0, subset=0, kept=None, judge=None
 ) -> tuple[dict, dict]:
     """Greedy and sampled (temperature 1, `samples` draws a question) results of a policy.
 
     subset: number of questions, drawn by the seed; 0: all. kept: a Kept (plumbing/run_folder.py), in which
-    each batch's answers are written as soon as they are there, and are not asked for again. Returns
-    ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json (`summarize`);
-    values are the shares of right answers per question, to compare two policies pairwise.
+    each batch's answers are written as soon as they are there, and are not asked for again. judge: an
+    LLMOracle, whose verdict on the open greedy answers stands beside (`judged`); if it is dead, a line says
+    so. Returns ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json
+    (`summarize`); values are the shares of right answers per question, to compare two policies pairwise.
     """
     at_once = sampling.prompts_at_once or EVALUATED_AT_ONCE
     sampling = replace(sampling, temperature=1.0, top_p=1.0, prompts_at_once=at_once)
@@ -93,6 +95,11 @@ def evaluate(
         values[name] = [sum(is_correct(t, q) for t in ts) / len(ts) for q, ts in pairs]
         grades = [sum(grade(t, q) for t in ts) / len(ts) for q, ts in pairs]
         results[name] = summarize(asked, values[name], grades)
+    if judge and (pairs := [(q, done[q.id]["greedy"]) for q in asked if is_open(q)]):
+        try:
+            results["greedy"]["judged"] = judged(*zip(*pairs, strict=True), judge)
+        except BadInput as error:
+            say(f"no verdicts on the open answers: {one_line(error)}")
     return results, values
 
 
@@ -133,6 +140,9 @@ def table(before: dict, after: dict | None = None) -> str:
     if before["greedy"]["mean_iou"] is not None:
         cells = [f"{100 * e[mode]['mean_iou']:.1f}" for mode, e in columns]
         lines.append("| mean IoU of spans | | " + " | ".join(cells) + " |")
+    if verdict := before["greedy"].get("judged"):
+        cells = [f"{e[mode]['judged']['accuracy']:.1f}" if "judged" in e[mode] else "" for mode, e in columns]
+        lines.append(f"| judge's verdict, open answers | {verdict['n']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -166,7 +176,7 @@ def judged(questions, texts, judge) -> dict:
     if failures and len(failures) == len(verdicts):
         note = f"{failures[0].cause}: {failures[0]}"
         words = f"all {len(failures)} verdicts failed, the first with {note}"
-        raise BadInput(f"--judge_url {judge.url}: {words}; {remedy_of(note, 'judge')}")
+        raise BadInput(f"--{judge.option}_url {judge.url}: {words}; {remedy_of(note, judge.option)}")
     for i, verdict in zip(asked, verdicts, strict=True):
         if not isinstance(verdict, Failed):
             right[i], points[i] = verdict["correct"], verdict["score"]

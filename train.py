@@ -253,9 +253,6 @@ def main() -> int:
     policy, train_set, eval_set = load_everything(cfg, device)
     batches = Batches(train_set, cfg.batch_prompts, cfg.seed, noise, process_info())
     cfg.num_steps = cfg.num_steps or cfg.num_epochs * batches.steps_an_epoch
-    if cfg.oracle == "llm":
-        most = cfg.num_steps * batches.P * cfg.oracle_permutations
-        say(f"the judge is asked for at most {most:,} rankings, each in one call, or two if it is unclear")
     if cfg.oracle == "replay":
         from oracles.cache import check_replay
 
@@ -269,11 +266,14 @@ def main() -> int:
 
         memory.rehearse(cfg, policy, learner, batches, sampling, update)
     strips = {name: partial(frame_strip, *shown) for name, shown in batches.watched(cfg.num_steps).items()}
-    run.begin(partial(evaluate, policy, eval_set, sampling, samples=cfg.eval_samples, seed=cfg.seed), strips)
+    oracle = PatientOracle(oracle, cfg.oracle_patience, run.interrupted, device)
+    if cfg.oracle == "llm":
+        say(oracle.most_calls(cfg, cfg.num_steps * batches.P))
+    options = dict(samples=cfg.eval_samples, seed=cfg.seed, judge=oracle.judge)
+    run.begin(partial(evaluate, policy, eval_set, sampling, **options), strips)
     both = {q.video for q in train_set.questions} & {q.video for q in eval_set.questions}
     seen = f"; {len(both)} videos are in both: the tables do not show what is new" if both else ""
     say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out{seen}")
-    oracle = PatientOracle(oracle, cfg.oracle_patience, run.interrupted, device)
     learn(cfg, policy, learner, oracle, batches, run)
     after, values = run.end(partial(load_adapter_of, policy))
     gain = gains(eval_set.questions, run.progress["before_values"], values)

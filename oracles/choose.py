@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from oracle import FunctionOracle, Ranking, RewardOracle, RuleOracle, load_function
-from plumbing.machine import reduce_sum
+from plumbing.machine import process_info, reduce_sum
 from plumbing.options import (
     BadInput,
     Count,
@@ -162,6 +162,27 @@ class PatientOracle:
     def __init__(self, oracle, patience: float, interrupted, device: torch.device):
         self.oracle, self.patience, self.interrupted, self.device = oracle, patience, interrupted, device
         self.told, self.first = set(), True
+
+    @property
+    def judge(self):
+        """The language model that is asked, None if there is none; in the first process only, so that several
+        do not ask for the same verdicts."""
+        oracle = self.oracle
+        while oracle and not getattr(oracle, "chat", None):
+            oracle = vars(oracle).get("oracle")
+        return oracle if process_info()[0] == 0 else None
+
+    def most_calls(self, cfg, num_groups: int) -> str:
+        """What the run can cost, in words."""
+        G = cfg.group_size + cfg.anchor + cfg.canary
+        a_group = {"pairs": G * (G - 1) // 2, "tournament": 2 * (G - 1)}.get(cfg.oracle_asks, 1)
+        calls = num_groups * cfg.oracle_permutations * a_group
+        tokens = self.judge.request.get("max_tokens") if self.judge else None
+        return (
+            f"the judge is called at most {calls:,} times in training, twice that if no reply is clear; a"
+            f" reply has at most {tokens or 'as many as the server lets it have'} tokens; an evaluation asks"
+            " for a verdict on each open answer that is not the right one word by word"
+        )
 
     def rank(self, batch, texts) -> Ranking:
         """The other oracle's ranking. While its judge is dead, it is asked again every few seconds; what was
