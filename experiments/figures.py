@@ -1,5 +1,6 @@
-"""README's first screen, from finished runs with --eval_every that differ in their seed only.
+"""README's first screen, from finished runs that differ in their seed only.
 
+    python train.py --seed 0 --eval_every 10 --eval_subset 600 --out runs/seed0       # and seeds 1, 2
     python -m experiments.figures RUN [RUN ..] [--out figures] [--page README.md]
 
 clips.jpg     clips of three questions that the first run's policy learned to answer, one below the other
@@ -82,8 +83,9 @@ def main() -> int:
     rows = [f"| {old['question']} | {old['greedy']} | **{new['greedy']}** |" for old, new in shown]
     folder = os.path.relpath(args.out, os.path.dirname(args.page) or ".")
     lines = [f"![three clips, six frames of each]({folder}/clips.jpg)", ""]
-    lines += ["| asked about these clips | before | after |", "|---|---|---|", *rows, "", words, ""]
-    lines.append(f"![held-out accuracy by step over {len(runs)} seeds]({folder}/learning.svg)")
+    lines += ["| asked about these clips | before | after |", "|---|---|---|", *rows, ""]
+    lines.append(f"{words} Below: held-out accuracy by step, mean and range of {len(runs)} seeds.")
+    lines.append(f"![held-out accuracy by step]({folder}/learning.svg)")
     text = between(args.page, "figures", "\n".join(lines))
     sheet = contact_sheet([new["video"] for _, new in shown])
     os.makedirs(args.out, exist_ok=True)
