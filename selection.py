@@ -23,13 +23,14 @@ from typing import Annotated, Literal
 import torch
 
 from checkpoints.policies import PolicyOptions, load_policy
-from data import PromptSet, load_questions
+from data import PromptSet
 from plumbing import options
 from plumbing.machine import pick_device, show_progress
 from plumbing.options import BadInput, Bounds, Count, PositiveShare, read_jsonl, run_script, write_whole
 from plumbing.run_folder import fingerprint
 from rollout import Sampling, answer
 from videoqa.answers import Reward, reward, task
+from videoqa.questions import load_questions
 
 FLAT = 1e-6  # a std below this is rounding noise: all overlaps are the same
 STD_BINS = 10  # of width 0.05: the std of values in [0, 1] is at most 0.5
