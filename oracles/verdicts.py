@@ -52,8 +52,8 @@ def judged(questions, texts, judge) -> dict:
 
 
 def of_open(questions, texts, judge) -> dict | None:
-    """`judged` of those of these answers that are open. None if there are none, or if the judge is dead, which
-    ends no run: a line says so."""
+    """`judged` of those of these answers that are open. None if there are none, or if the judge is dead;
+    a line says so, and the run goes on."""
     pairs = [(q, text) for q, text in zip(questions, texts, strict=True) if is_open(q)]
     try:
         return judged(*zip(*pairs, strict=True), judge) if pairs else None
