@@ -261,12 +261,11 @@ def main() -> int:
     policy, train_set, eval_set = load_everything(cfg, device)
     batches = Batches(train_set, cfg.batch_prompts, cfg.seed, noise, process_info(), cfg.fill)
     cfg.num_steps = cfg.num_steps or cfg.num_epochs * batches.steps_an_epoch
-    choose.check_length(cfg, batches)
+    choose.check_replayed(cfg, batches)
     critic = rivals().Critic(policy.cfg.dim).to(device) if cfg.objective == "ppo" else None
     learner = Learner(policy.decoder, cfg.lora_r, cfg.lora_alpha, cfg.seed, critic)
-    run = RunFolder(
-        cfg, learner, partial(save_adapter_of, policy), device, made_from(cfg, train_set, eval_set)
-    )
+    made = made_from(cfg, train_set, eval_set)
+    run = RunFolder(cfg, learner, partial(save_adapter_of, policy), device, made)
     sampling = Sampling.of(
         policy, train_set.tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
         top_p=cfg.top_p, prompts_at_once=cfg.sample_prompts,
@@ -276,9 +275,11 @@ def main() -> int:
 
         memory.rehearse(cfg, policy, learner, batches, sampling, update)
     strips = {name: partial(frame_strip, *shown) for name, shown in batches.watched(cfg.num_steps).items()}
-    run.begin(partial(evaluate, policy, eval_set, sampling, samples=cfg.eval_samples, seed=cfg.seed), strips)
-    say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out")
     oracle = choose.PatientOracle(oracle, cfg.objective, cfg.oracle_patience, run.interrupted, device)
+    oracle.announce(cfg, batches)
+    options = dict(samples=cfg.eval_samples, seed=cfg.seed, judge=oracle.judge)
+    run.begin(partial(evaluate, policy, eval_set, sampling, **options), strips)
+    say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out")
     learn(cfg, policy, learner, oracle, batches, sampling, run)
     after, values = run.end(partial(load_adapter_of, policy))
     gain = gains(eval_set.questions, run.progress["before_values"], values)

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from oracle import READS, FunctionOracle, Ranking, RewardOracle, RuleOracle, load_function
-from plumbing.machine import reduce_sum, say
+from plumbing.machine import process_info, reduce_sum, say
 from plumbing.options import (
     BadInput,
     Count,
@@ -143,12 +143,9 @@ def choose_judge(cfg):
     return judge
 
 
-def check_length(cfg, batches):
-    """Says how often the judge will be asked at most; raises BadInput if a file that is replayed is too
-    short for the run. cfg: train.Config with num_steps; batches: data.Batches."""
-    if cfg.oracle == "llm":
-        most = cfg.num_steps * batches.fill * batches.P * cfg.oracle_permutations
-        say(f"the judge is asked for at most {most:,} rankings, each in one call, or two if it is unclear")
+def check_replayed(cfg, batches):
+    """Raises BadInput if a file that is replayed lacks a question of the run. cfg: train.Config with
+    num_steps; batches: data.Batches."""
     if cfg.oracle == "replay":
         from oracles.cache import check_replay
 
@@ -184,6 +181,29 @@ class PatientOracle:
         self.oracle, self.patience, self.interrupted, self.device = oracle, patience, interrupted, device
         self.reads = READS.get(objective, "order")
         self.told, self.first = set(), True
+
+    @property
+    def judge(self):
+        """The language model that is asked, None if there is none; in the first process only, so that several
+        do not ask for the same verdicts."""
+        oracle = self.oracle
+        while oracle and not getattr(oracle, "chat", None):
+            oracle = vars(oracle).get("oracle")
+        return oracle if process_info()[0] == 0 else None
+
+    def announce(self, cfg, batches):
+        """Says what a judge can cost in the whole run. cfg: train.Config; batches: data.Batches."""
+        if cfg.oracle != "llm":
+            return
+        G = cfg.group_size + cfg.anchor + cfg.canary
+        a_group = {"pairs": G * (G - 1) // 2, "tournament": 2 * (G - 1)}.get(cfg.oracle_asks, 1)
+        calls = cfg.num_steps * batches.fill * batches.P * cfg.oracle_permutations * a_group
+        tokens = self.judge.request.get("max_tokens") if self.judge else None
+        say(
+            f"the judge is called at most {calls:,} times in training, twice that if no reply is clear; a"
+            f" reply has at most {tokens or 'as many as the server lets it have'} tokens; an evaluation asks"
+            " for a verdict on each open answer that is not the right one word by word"
+        )
 
     def rank(self, batch, texts) -> Ranking:
         """The other oracle's ranking. While its judge is dead, it is asked again every few seconds; what was
