@@ -178,7 +178,6 @@ def advantages_of(cfg: Config, ranking: Ranking, policy_ranks: Tensor) -> Tensor
 
 # ------------------------------------------------------------------------------------------------ the update
 
-
 STATS = ("tokens", "sequences", "loss", "ratio", "surrogate", "clipped", "kl", "entropy")
 
 
