@@ -183,7 +183,7 @@ STATS = ("tokens", "sequences", "loss", "ratio", "surrogate", "clipped", "kl", "
 
 def update(
     cfg: Config, policy: VideoLM, learner: Learner, *, prompts: Prompts, rollout,
-    advantages: Tensor, ranks: Tensor, ref_states: list[Tensor], step: int,
+    advantages: Tensor, ref_states: list[Tensor], step: int, ranks: Tensor | None = None,
 ) -> dict:  # fmt: skip
     """GRPO_rank's clipped updates on one rollout, of which only live groups are left; a process without any
     takes part with a gradient of zero. advantages, ranks (P, G). Returns the step's numbers, kl and entropy
