@@ -29,12 +29,13 @@ from videoqa.answers import bootstrap_ci, by_video, grade, is_correct, summarize
 
 
 def evaluate(
-    policy, questions: PromptSet, sampling: Sampling, *, samples=4, seed=0, subset=0, kept=None
+    policy, questions: PromptSet, sampling: Sampling, *, samples=4, seed=0, subset=0, kept=None, judge=None
 ) -> tuple[dict, dict]:
     """Greedy and sampled (temperature 1, `samples` draws a question) results of a policy.
 
     subset: number of questions, drawn by the seed; 0: all. kept: a Kept (plumbing/run_folder.py), in which
-    each batch's answers are written as soon as they are there, and are not asked for again. Returns
+    each batch's answers are written as soon as they are there, and are not asked for again. judge: an
+    LLMOracle, whose verdict on the open greedy answers stands beside their word match. Returns
     ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json (`summarize`);
     values are the shares of right answers per question, to compare two policies pairwise.
     """
@@ -59,6 +60,10 @@ def evaluate(
         values[name] = [sum(is_correct(t, q) for t in ts) / len(ts) for q, ts in pairs]
         grades = [sum(grade(t, q) for t in ts) / len(ts) for q, ts in pairs]
         results[name] = summarize(asked, values[name], grades)
+    if judge:
+        from oracles.verdicts import of_open
+
+        results["greedy"]["judged"] = of_open(asked, [done[q.id]["greedy"] for q in asked], judge)
     return results, values
 
 
@@ -99,6 +104,10 @@ def table(before: dict, after: dict | None = None) -> str:
     if before["greedy"]["mean_iou"] is not None:
         cells = [f"{100 * e[mode]['mean_iou']:.1f}" for mode, e in columns]
         lines.append("| mean IoU of spans | | " + " | ".join(cells) + " |")
+    if before["greedy"].get("judged"):
+        verdicts = [e[mode].get("judged") for mode, e in columns]
+        cells = [f"{verdict['accuracy']:.1f}" if verdict else "" for verdict in verdicts]
+        lines.append(f"| judge's verdict, open answers | {verdicts[0]['n']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -63,6 +63,23 @@ class Completions:
         G = len(self.ended) // len(chosen)
         return self[chosen.to(self.ended.device).repeat_interleave(G)]
 
+    @classmethod
+    def joined(cls, parts: list["Completions"]) -> "Completions":
+        """The completions of all parts, whose T may differ, as one."""
+        longest = max(part.completion_ids.shape[1] for part in parts)
+
+        def grid(name, filler=0):
+            values = [getattr(part, name) for part in parts]
+            if values[0] is None:
+                return None  # no support where top_p is 1
+            padding = [(0, 0) * (x.dim() - 2) + (0, longest - x.shape[1]) for x in values]
+            return torch.cat([F.pad(x, pad, value=filler) for x, pad in zip(values, padding, strict=True)])
+
+        return replace(
+            parts[0], completion_ids=grid("completion_ids", PAD_ID), completion_mask=grid("completion_mask"),
+            logprobs=grid("logprobs"), support=grid("support"), ended=torch.cat([x.ended for x in parts]),
+        )  # fmt: skip
+
 
 GRIDS = ("completion_ids", "completion_mask", "logprobs", "ended")
 
@@ -148,23 +165,7 @@ def generate_in_parts(model: VideoLM, prompts: Prompts, group_size: int, at_once
     for p in micro_batches(len(prompts.prompt_ids), at_once):
         drawn = None if uniforms is None else uniforms[p].to(prompts.prompt_ids.device)
         parts.append(generate(model, prompts[p], group_size, uniforms=drawn, **options))
-    longest = max(part.completion_ids.shape[1] for part in parts)
-
-    def joined(values, filler=0):
-        """(B, T, ..) of all parts, padded on the right; None where top_p is 1."""
-        if values[0] is None:
-            return None
-        padding = [(0, 0) * (x.dim() - 2) + (0, longest - x.shape[1]) for x in values]
-        return torch.cat([F.pad(x, pad, value=filler) for x, pad in zip(values, padding, strict=True)])
-
-    return replace(
-        parts[0],
-        completion_ids=joined([part.completion_ids for part in parts], PAD_ID),
-        completion_mask=joined([part.completion_mask for part in parts]),
-        logprobs=joined([part.logprobs for part in parts]),
-        support=joined([part.support for part in parts]),
-        ended=torch.cat([part.ended for part in parts]),
-    )
+    return Completions.joined(parts)
 
 
 def answer(
