@@ -137,10 +137,8 @@ def train_sft(cfg, model: VideoLM, video_embeds, tokenizer: Tokenizer, generator
     video tokens. In the second half batches of long and short answers take turns, so that a batch holds
     answers of similar length."""
     short, long = corpus(cfg, tokenizer)
-    for name, corpora, steps in (
-        ("short", [short], cfg.short_steps),
-        ("long", [long, short], cfg.long_steps),
-    ):
+    parts = {"short": ([short], cfg.short_steps), "long": ([long, short], cfg.long_steps)}
+    for name, (corpora, steps) in parts.items():
         rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
         turn = itertools.cycle(corpora)
 

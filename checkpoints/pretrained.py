@@ -27,7 +27,7 @@ from checkpoints.huggingface import (
     read_clip_config,
     weight_files,
     with_own_head,
-)  # fmt: skip
+)
 from checkpoints.policies import POLICIES
 from clip import ClipConfig
 from model import Bridge, ModelConfig, VideoLM

@@ -146,9 +146,8 @@ class Lessons:
         missing = [clip for clip, path in paths.items() if not os.path.exists(path)]
         if missing:
             frames, times = load_clips(missing, cfg.num_frames, clip_cfg.image_size, cfg.framing)
-            for clip, tokens, seconds in zip(
-                missing, self.model.patch_tokens(frames.to(device)), times, strict=True
-            ):
+            patches = self.model.patch_tokens(frames.to(device))
+            for clip, tokens, seconds in zip(missing, patches, times, strict=True):
                 write_whole(paths[clip], save({"patches": tokens.half().cpu(), "times": seconds}))
         stored = [load_file(paths[clip]) for clip in clips]
         patches, times = (torch.stack([one[name] for one in stored]) for name in ("patches", "times"))

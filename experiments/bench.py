@@ -48,7 +48,7 @@ from grpo_rank import (
     rollout_loss,
     sampling_logprobs,
     token_stats,
-)  # fmt: skip
+)
 from model import Bridge, Decoder, ModelConfig, VideoLM
 from plumbing.options import BadInput, Count, Options, parse_args, run_script, write_json
 from plumbing.run_folder import processor

@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 
 from plumbing.options import BadInput, parse_json, write_whole
+from videoqa.questions import is_number, is_text
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
 ACTIVITYNET_TYPES = "motion spatial temporal yes/no color object location number other".split()
@@ -30,18 +31,11 @@ ORIGINAL = "give the original file"
 MVBENCH_FOLDER_OF = {task: folder for folder, tasks in MVBENCH_FOLDERS.items() for task in tasks}
 
 
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 # what a column may hold, and how it is named to someone whose file holds something else
 KINDS = {
-    "text": (lambda value: isinstance(value, str) and value.strip() != "", "a text"),
-    "key": (
-        lambda value: type(value) is int or isinstance(value, str) and value.strip() != "",
-        "a text or an id",
-    ),
-    "seconds": (lambda value: _is_number(value) and value > 0, "a number of seconds"),
+    "text": (is_text, "a text"),
+    "key": (lambda value: type(value) is int or is_text(value), "a text or an id"),
+    "seconds": (lambda value: is_number(value) and value > 0, "a number of seconds"),
     "texts": (
         lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
         "a list of texts",
@@ -409,7 +403,7 @@ def _cut(row: dict, most: float) -> dict:
 def _span_fault(row: dict, first: float = 0) -> str:
     spans, duration = (*row.get("spans", ()), *([row["clip"]] if "clip" in row else ())), row.get("duration")
     for span in spans:
-        if not isinstance(span, list) or len(span) != 2 or not all(map(_is_number, span)):
+        if not isinstance(span, list) or len(span) != 2 or not all(map(is_number, span)):
             return f"span {span} is not two numbers"
     for start, end in spans:
         if not start < end:

@@ -152,11 +152,8 @@ def _concluded(body: str, question: Question) -> int | None:
     found = _LETTER_NEXT.match(tail)
     words = found[2].split() if found and found[2] else []
     # "A man runs" begins with no letter of an option, nor does "a"
-    if (
-        found
-        and (not words or words[0] in _VERBS or found[1] not in "AaIi")
-        and _index(found[1]) < len(question.options)
-    ):
+    is_letter = found and (not words or words[0] in _VERBS or found[1] not in "AaIi")
+    if is_letter and _index(found[1]) < len(question.options):
         others = {_index(x) for x in re.findall(r"(?<![\w'])([A-Z])(?![\w'])", line)} - {_index(found[1])}
         another = r"[)\]*\"'.\s]*(?:or|and|/|,)\s*(?:option\s*)?\(?[A-Z](?![\w'])"
         hedging = re.match(another, tail[found.end(1) :])

@@ -12,16 +12,16 @@ NEEDED = ("id", "video", "question", "answer")
 OPTIONAL = ("category", "duration_class", "benchmark")  # texts as well
 
 
-def _is_text(value) -> bool:
+def is_text(value) -> bool:
     return isinstance(value, str) and value.strip() != ""
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # bool is no number here
 
 
-def _is_span(value) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+def is_span(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
 
 
 def _read_question(row: dict, videos_dir: str, where: str) -> Question:
@@ -31,36 +31,36 @@ def _read_question(row: dict, videos_dir: str, where: str) -> Question:
             raise DataError(f"{where}: field '{field}' {what}; {remedy}")
 
     for field in NEEDED:
-        need(_is_text(row.get(field)), field, "give a text that is not empty")
+        need(is_text(row.get(field)), field, "give a text that is not empty")
     for field in OPTIONAL:
         need(isinstance(row.get(field, ""), str), field, "give a text or leave it out")
     options, index, duration = row.get("options"), row.get("answer_index"), row.get("duration")
     if options is not None or index is not None:
-        good = isinstance(options, list) and len(options) >= 2 and all(map(_is_text, options))
+        good = isinstance(options, list) and len(options) >= 2 and all(map(is_text, options))
         need(good, "options", "give a list of at least two texts beside 'answer_index'")
         good = type(index) is int and 0 <= index < len(options)
         need(good, "answer_index", f"give the right option as a whole number from 0 to {len(options) - 1}")
     field = "span" if row.get("span") is not None else "spans"
     need(field == "spans" or row.get("spans") is None, "spans", "give 'span' or 'spans', not both")
     spans = [row["span"]] if field == "span" else row.get("spans")
-    good = spans is None or isinstance(spans, list) and spans != [] and all(map(_is_span, spans))
+    good = spans is None or isinstance(spans, list) and spans != [] and all(map(is_span, spans))
     need(good, field, "give [start, end], two numbers in seconds; for 'spans' a list of such pairs")
     good = all(0 <= start < end for start, end in spans or ())
     need(good, field, "the start must be before the end, neither negative nor after the end")
-    good = duration is None or _is_number(duration) and duration > 0
+    good = duration is None or is_number(duration) and duration > 0
     need(good, "duration", "give seconds > 0 or leave it out")
     good = all(duration is None or end <= duration for _, end in spans or ())
     need(good, field, f"it ends after the video, whose 'duration' is {duration} s; correct one of them")
     clip = row.get("clip")
     if clip is not None:
-        need(_is_span(clip), "clip", "give [start, end], two numbers in seconds, or leave it out")
+        need(is_span(clip), "clip", "give [start, end], two numbers in seconds, or leave it out")
         good = 0 <= clip[0] < clip[1] <= (clip[1] if duration is None else duration)
         need(good, "clip", "the start must be before the end, both within the video")
         good = all(clip[0] <= start and end <= clip[1] for start, end in spans or ())
         need(good, field, f"it is not within 'clip' {clip}, all that is shown; correct one of them")
     marks = row.get("marks")
     good = marks is None or isinstance(marks, list) and len(marks) == len(options or ())
-    good = good and all(map(_is_text, marks or ()))
+    good = good and all(map(is_text, marks or ()))
     need(good, "marks", "give a text for each of 'options' or leave it out")
     texts = {name: row[name] for name in (*NEEDED, *OPTIONAL) if name in row}
     return Question(
