@@ -128,7 +128,7 @@ def corpus(cfg, tokenizer: Tokenizer):
             answer = world.corpus_answer(row, rng, cfg.faults)
             (lengthy if row.get("span") else brief).append((row["question"], answer))
         short.append(token_pairs(tokenizer, brief))
-        long.append(token_pairs(tokenizer, lengthy + world.descriptions(scene)))
+        long.append(token_pairs(tokenizer, [*lengthy, *world.descriptions(scene)]))
     return short, long
 
 

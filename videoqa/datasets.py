@@ -45,11 +45,11 @@ KINDS = {
 }
 
 
-def _need(row, where: str, columns: str) -> list:
-    """The values of these columns, "name name:kind ..", a kind of KINDS (text by default, ids as texts).
-    BadInput names the first column that is not there or holds something else."""
+def _need(row, where: str, columns: str | list[str]) -> list:
+    """The values of these columns, "name name:kind .." or a list of such; a kind of KINDS (text by default, ids
+    as texts). BadInput names the first column that is not there or holds something else."""
     values = []
-    for column in columns.split():
+    for column in columns.split() if isinstance(columns, str) else columns:
         name, _, kind = column.partition(":")
         if not isinstance(row, dict) or row.get(name) is None:
             has = ", ".join(map(str, row)) if isinstance(row, dict) else "no columns"
@@ -158,7 +158,7 @@ def msrvtt_qa(path):
         key = "question_id:key" if path.endswith(".csv") else "id:key"
         if "answer_type" in row and "id" not in row:  # a re-export without ids: they are the row's number
             key, row = "id:key", row | {"id": i}
-        question, answer, key, video = _need(row, where, "question", "answer", key, "video_id:key")
+        question, answer, key, video = _need(row, where, f"question answer {key} video_id:key")
         video, kind = f"video{video.removeprefix('video')}", question.split()[0].lower()
         yield where, {"id": key, "videos": (video,), "question": question, "answer": answer, "category": kind}
 
@@ -175,7 +175,8 @@ def activitynet_qa(path):
             words = f"question_id {key!r} has no answer in {beside}"
             raise BadInput(f"{where}: {words}; give both files of one split")
         place, other = answers[key] if answers else (where, row)
-        answer, kind = _need(other, place, "answer", "type:key" if answers else "question_type:key")
+        kinds = "type:key" if answers else "question_type:key"
+        answer, kind = _need(other, place, f"answer {kinds}")
         video = video.removeprefix("v_")
         if kind not in map(str, range(len(ACTIVITYNET_TYPES))):
             raise BadInput(f"{place}: question type {kind!r} is none of 0 to 8; give the data set's own file")
@@ -200,7 +201,7 @@ def next_gqa(path):
         video, question, answer, key, kind, *options = _need(row, where, columns)
         place = f"{spans_path}, video {video}"
         duration, location = _need(located.get(video), place, "duration:seconds location:object")
-        (spans,) = _need(location, place, f"{key}:list")
+        (spans,) = _need(location, place, [f"{key}:list"])
         out = {"id": f"{video}_{key}", "videos": (video,), "question": question, "category": kind}
         yield where, out | _choice(where, options, answer) | {"spans": spans, "duration": duration}
 
