@@ -46,8 +46,8 @@ KINDS = {
 
 
 def _need(row, where: str, columns: str | list[str]) -> list:
-    """The values of these columns, "name name:kind .." or a list of such; a kind of KINDS (text by default, ids
-    as texts). BadInput names the first column that is not there or holds something else."""
+    """The values of these columns, "name name:kind .." or a list of such. kind: of KINDS, text by default; a
+    key comes as a text. BadInput names the first column that is not there or holds something else."""
     values = []
     for column in columns.split() if isinstance(columns, str) else columns:
         name, _, kind = column.partition(":")
