@@ -241,6 +241,12 @@ class PromptSet:
         self.video_of = torch.tensor([place[question.shown] for question in questions])
         num_tokens = self.video_embeds.shape[1]
         self.prompts = [build_prompt(tokenizer, q, num_tokens, times[place[q.shown]]) for q in questions]
+        longest, most = max(map(len, self.prompts)), model.cfg.max_positions
+        if 0 < most < longest:
+            raise BadInput(
+                f"the longest prompt has {longest} tokens, {num_tokens} of them the video's, and the model"
+                f" was made for {most} positions; take fewer with --num_frames or --video_tokens"
+            )
 
     def __len__(self) -> int:
         return len(self.questions)

@@ -112,14 +112,23 @@ def _search(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     return place.squeeze(1), (1 - (above - point) / weight).clamp(0, 1).squeeze(1)
 
 
+def pick(logprobs: Tensor, uniforms: Tensor | None) -> Tensor:
+    """`draw`, but the likeliest id where a uniform is NaN, or where there are none at all."""
+    if uniforms is None:
+        return logprobs.argmax(dim=-1)
+    ids, greedy = draw(logprobs, uniforms.nan_to_num()), uniforms.isnan().nonzero().squeeze(1)
+    return ids.index_copy(0, greedy, logprobs[greedy].argmax(dim=-1))
+
+
 def generate(
     model: VideoLM, prompts: Prompts, group_size: int, max_new_tokens: int, *, end_ids: Tensor,
     banned: Tensor | None = None, temperature=1.0, top_p=1.0, uniforms: Tensor | None = None,
 ) -> Completions:  # fmt: skip
     """G completions of each prompt: one prefill, then a token a step for all of them until all have ended.
 
-    uniforms (P, G, max_new_tokens) in [0, 1) decide every draw; None decodes greedily. end_ids (any,) int64
-    all end a completion; banned (V,) bool ids are never produced.
+    uniforms (P, G, max_new_tokens) in [0, 1) decide every draw; where one is NaN, the likeliest token is
+    taken; None decodes all greedily. end_ids (any,) int64 all end a completion; banned (V,) bool ids are
+    never produced.
     """
     decoder = model.decoder
     P, G, T, device = len(prompts.prompt_ids), group_size, max_new_tokens, prompts.prompt_ids.device
@@ -142,7 +151,7 @@ def generate(
                 support = nucleus(scores, top_p)
                 supports.append(pack_support(support))
                 scores = sampling_logprobs(scores, 1.0, None, support)  # renormalised over the nucleus
-            token = scores.argmax(dim=-1) if uniforms is None else draw(scores, uniforms[:, :, t].flatten())
+            token = pick(scores, None if uniforms is None else uniforms[:, :, t].flatten())
             ids[:, t] = torch.where(ended, PAD_ID, token)
             mask[:, t] = ~ended
             logprobs[:, t] = scores.gather(1, token[:, None]).squeeze(1).masked_fill(ended, 0.0)

@@ -80,7 +80,26 @@ def policy_sums(groups: Groups, policy_ranks: Tensor) -> dict[str, float]:
         "tau": sum(tau), "num_tau": len(tau),
         "policy_tokens": rollout.completion_mask.sum(),
         "ended": rollout.ended.sum(),
-    }  # fmt: skip
+    } | pair_sums(right[ranking.ok], ranking)  # fmt: skip
+
+
+def pair_sums(right: Tensor, ranking: Ranking) -> dict[str, float]:
+    """How often feedback puts a right answer above a wrong one, a tie counting half: pairs and wins within a
+    group, by order and by score, and by score across groups, which only a calibrated score can do. right
+    (P, G) bool, of the groups that were ranked."""
+    level = {"order": -ranking.ranks[ranking.ok].double()}
+    if ranking.scores is not None:
+        level["score"] = ranking.scores[ranking.ok].double()
+    same = torch.eye(len(right), dtype=torch.bool).repeat_interleave(right.shape[1], 0)
+    same, flat, sums = same.repeat_interleave(right.shape[1], 1), right.flatten(), {}  # (P * G, P * G)
+    for name, x in level.items():
+        x, pairs = x.flatten(), flat[:, None] & ~flat
+        wins = (x[:, None] > x).double() + 0.5 * (x[:, None] == x)
+        where = {f"{name}_pairs": pairs & same}
+        where |= {"across_pairs": pairs & ~same} if name == "score" else {}
+        for key, chosen in where.items():
+            sums |= {key: chosen.sum(), key.replace("pairs", "wins"): wins[chosen].sum()}
+    return sums
 
 
 def feedback_sums(texts: list[list[str]], ranking: Ranking) -> dict[str, float]:
@@ -115,6 +134,9 @@ def feedback_means(n: dict[str, float]) -> dict:
         "refusals": n["refusals"] / n["texts"],
     }
     numbers |= {name: int(value) for name, value in n.items() if name.startswith("judge_")}
+    for name in ("order", "score", "across"):
+        if n.get(f"{name}_pairs"):
+            numbers[f"{name}_right"] = n[f"{name}_wins"] / n[f"{name}_pairs"]
     for name in [name for name in n if name.startswith("reward_")]:
         numbers[name] = n[name] / n[f"num_{name}"] if n[f"num_{name}"] else None
     if "early" in n:
