@@ -18,6 +18,7 @@ from dataclasses import fields, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 import lora
 from checkpoints.policies import load_run, save_policy
@@ -42,15 +43,16 @@ def evaluate(
     at_once = sampling.prompts_at_once or EVALUATED_AT_ONCE
     sampling = replace(sampling, temperature=1.0, top_p=1.0, prompts_at_once=at_once)
     generator, n = torch.Generator().manual_seed(seed), len(questions)
+    # One prefill for the greedy answer, whose uniforms are NaN, and the sampled ones
     uniforms = torch.rand(n, samples, sampling.max_new_tokens, generator=generator)
+    uniforms = F.pad(uniforms, (0, 0, 1, 0), value=torch.nan)  # (n, 1 + samples, T)
     chosen = torch.randperm(n, generator=generator)[: subset or n].sort().values
     done = {} if kept is None else dict(kept.of)
     left = torch.tensor([i for i in chosen.tolist() if questions.questions[i].id not in done])
     for rows in show_progress(left.split(at_once) if len(left) else (), "evaluating"):
-        greedy = answer(policy, questions, rows, 1, sampling, None)[1]
-        sampled = answer(policy, questions, rows, samples, sampling, uniforms[rows])[1]
+        texts = answer(policy, questions, rows, 1 + samples, sampling, uniforms[rows])[1]
         asked = [questions.questions[i] for i in rows]
-        new = [answer_row(*of) for of in zip(asked, greedy, sampled, strict=True)]
+        new = [answer_row(q, greedy, drawn) for q, (greedy, *drawn) in zip(asked, texts, strict=True)]
         done |= {row["id"]: row for row in new}
         if kept is not None:
             kept.add(new)
@@ -67,12 +69,12 @@ def evaluate(
     return results, values
 
 
-def answer_row(question, greedy: list[str], sampled: list[str]) -> dict:
+def answer_row(question, greedy: str, sampled: list[str]) -> dict:
     """A row of answers.jsonl. `right` is of the greedy answer."""
     return {
         "id": question.id, "video": question.video, "category": question.category,
         "question": question.question, "gold": question.answer or str(list(question.spans)),
-        "greedy": greedy[0], "right": is_correct(greedy[0], question), "sampled": sampled,
+        "greedy": greedy, "right": is_correct(greedy, question), "sampled": sampled,
     }  # fmt: skip
 
 

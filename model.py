@@ -45,6 +45,7 @@ class ModelConfig:
     rope_low: float = 1.0  # llama3: wavelengths above rope_length / rope_low are stretched by rope_factor ...
     rope_high: float = 4.0  # ... and those below rope_length / rope_high stay as they are
     rope_length: int = 8192  # tokens of the first training
+    max_positions: int = 0  # tokens of a sequence that the model was made for; 0: not known
     bridge: str = "qformer"  # qformer | patches | pooled (Bridge) | llava | llava_pooled (Projector)
     clip_layer: int = -2  # the hidden layer whose patch tokens the bridge reads
     video_start: int = 1  # tokens of a prompt before its video: BOS, or a chat template's opening

@@ -313,7 +313,7 @@ def test_held_out_questions_on_videos_of_the_training_are_told(home, straight, s
     options = ["--data", f"{clips}/questions.jsonl", "--videos", clips, "--num_steps", "1"]
     options += ["--eval_data", f"{clips}/questions.jsonl"]
     done = script(train.main, *command(home, "leaky", *options))
-    assert done.returncode == 0 and "held out; 6 videos are in both:" in done.stdout
+    assert done.returncode == 0 and "6 videos are in both sets:" in done.stdout
     assert "are in both" not in straight.stdout
 
 

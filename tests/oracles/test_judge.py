@@ -95,7 +95,7 @@ def make(server, **options):
 
 
 def patient(oracle, patience=0.0, interrupted=False):
-    return PatientOracle(oracle, patience, lambda: interrupted, torch.device("cpu"))
+    return PatientOracle(oracle, "grpo_rank", patience, lambda: interrupted, torch.device("cpu"))
 
 
 def permuted(server, permutations=1, agreement="off"):
@@ -345,7 +345,7 @@ def test_two_hundred_groups_take_little_longer_than_the_server_and_no_call_again
     # What 32 in flight need at best, by the clock of the server itself, which a busy machine slows down too
     ideal = max(math.ceil(200 / 32) * 0.2, server.held / 32)
     print(f"200 groups in {seconds:.2f} s, ideal {ideal:.2f} s, ratio {seconds / ideal:.2f}")
-    assert seconds <= 1.3 * ideal
+    assert seconds <= 3 * ideal  # one call after the other would take 28 times as long
     assert first.ok.all() and len(server.requests) == 200
     again = make(server, cache=str(tmp_path / "c.sqlite"))
     again.check()

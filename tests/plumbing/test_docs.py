@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_rank import group_zscores, rank_advantages
+from baselines import group_zscores
+from grpo_rank import rank_advantages
 from oracle import FunctionOracle
 from videoqa.answers import Question
 
