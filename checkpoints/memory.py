@@ -183,8 +183,8 @@ def print_plan(cfg, device: torch.device, sets):
     longest = max(longest_text(tokenizer, questions, model_config.num_frames) for questions in sets)
     num_videos = sum(len({question.shown for question in questions}) for questions in sets)
     dtype = getattr(torch, pick_dtype(cfg.dtype, device, model_config.dim))
-    lines = table(plan(model_config, clip_config, cfg, dtype, num_videos, longest))
-    say(f"memory plan, before anything is allocated, for {longest} tokens of text:\n{lines}")
+    say(f"memory plan, before anything is allocated, for {longest} tokens of text:")
+    say(table(plan(model_config, clip_config, cfg, dtype, num_videos, longest)))
 
 
 def rehearse(cfg, policy, learner, batches, sampling, update):
@@ -192,6 +192,7 @@ def rehearse(cfg, policy, learner, batches, sampling, update):
     running out of memory happens now and not after hours. Prints the peaks of sampling and update on a GPU.
     update: train.update.
     """
+    say("rehearsing the longest step")
     asked, device = batches.asked, batches.asked.video_embeds.device
     P = batches.P // batches.num_processes
     size = cfg.micro_batch_prompts or P

@@ -99,9 +99,11 @@ def say(line: str) -> None:
 
 
 def fitted(line: str) -> str:
-    """The line, broken between words where standard output is a terminal that is narrower."""
+    """The line or lines, broken between words where standard output is a terminal that is narrower."""
+    if not sys.stdout.isatty():
+        return line
     columns = shutil.get_terminal_size().columns
-    return textwrap.fill(line, columns, break_on_hyphens=False) if sys.stdout.isatty() else line
+    return "\n".join(textwrap.fill(part, columns, break_on_hyphens=False) for part in line.splitlines())
 
 
 def show_progress(parts, name: str, total: int | None = None):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_train import ROOT, in_terminal
 
 import lora
 import train
@@ -522,6 +523,15 @@ def test_train_takes_a_step_on_a_llava_in_every_base_and_peft_reads_its_adapter(
         after = theirs(ids).logits
         assert (logits(policy.decoder, ids, 8) - after[:, 7:-1]).abs().max() <= 1e-4
         assert (after - before).abs().max() > 0.1  # the adapter was found, and does something
+
+
+def test_a_run_on_a_llava_fits_80_columns_and_is_never_silent_for_long(llava_folder, tmp_path):
+    options = ["--policy", llava_folder, "--num_frames", 2, "--num_steps", 2, "--batch_prompts", 4]
+    options += ["--world_dir", tmp_path / "world", "--num_train_clips", 4, "--num_eval_clips", 2]
+    options += ["--eval_samples", 1, "--max_new_tokens", 4, "--out", tmp_path.parent / "run"]
+    lines, silence = in_terminal([str(x) for x in (ROOT / "train.py", *options)])
+    assert any(line.startswith("report: ") for line in lines), lines
+    assert max(map(len, lines)) <= 80 and silence[0] < 3, (silence, max(lines, key=len))
 
 
 def test_a_4_bit_llava_is_read_one_full_precision_layer_at_a_time(llava_folder, monkeypatch):

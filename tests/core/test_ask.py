@@ -1,6 +1,7 @@
 """ask.py on the shipped policy with an adapter, and evaluations that go on where they were killed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,9 @@ def home(tmp_path_factory):
     (folder / "run").mkdir()
     (folder / "run" / "config.json").write_text(json.dumps(config.__dict__ | {"made": {}}))
     save_adapter_of(policy, str(folder / "run" / "adapter"))
+    (folder / "torn.mp4").write_bytes((folder / "clips" / "clip2000000.mp4").read_bytes()[:300])
+    (folder / "young").mkdir()  # a run that has no adapter yet
+    shutil.copy(folder / "run" / "config.json", folder / "young")
     return folder
 
 
@@ -85,6 +89,8 @@ def test_predictions_are_those_that_score_takes_and_go_on_behind_a_kill(home, sc
         (["{home}/run", "{clip}", " "], "the question is empty"),
         (["{home}", "{clip}", "what?"], "{home}/config.json"),
         (["{home}/run", "{home}/no.mp4", "what?"], "{home}/no.mp4"),
+        (["{home}/run", "{home}/torn.mp4", "what?"], "{home}/torn.mp4"),
+        (["{home}/young", "{clip}", "what?"], "{home}/young"),
         (["{home}/run", "--data", "{home}/clips/questions.jsonl"], "--out"),
         (["{clip}"], "[RUN] VIDEO QUESTION"),
     ],

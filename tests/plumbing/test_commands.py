@@ -62,14 +62,19 @@ def home(tmp_path_factory):
     return folder
 
 
-def run(script, line: str):
-    """Runs a command of a page in this process."""
+def filled(line: str) -> str:
+    """The command with a file or folder of ours for each name that a page leaves open."""
     for name, place in PLACES.items():
         line = line.replace(name, place)
     line = re.sub(r"\bRUN\b", "runs/start", line)
     line = re.sub(r"(--\w*videos) DIR", r"\1 world/rl/eval3", line)
     line = re.sub(r"(?<=[ ])(\w+)\.jsonl", r"world/rl/eval3/\1.jsonl", line)
-    line = line.replace("--adapter DIR", "--adapter runs/start/adapter")
+    return line.replace("--adapter DIR", "--adapter runs/start/adapter")
+
+
+def run(script, line: str):
+    """Runs a command of a page in this process."""
+    line = filled(line)
     words = shlex.split(line.removeprefix("python ").removeprefix("-m "))
     module = words.pop(0).removesuffix(".py")
     if module == "train" and "--resume" not in words:
@@ -89,6 +94,9 @@ def test_every_command_of_a_page_runs(page, home, script, monkeypatch):
         Path("world/rl/eval3/PRED.jsonl").write_text("\n".join(predictions))
         for name in ("selected", "held_out"):
             shutil.copy("world/rl/eval3/questions.jsonl", f"world/rl/eval3/{name}.jsonl")
+    for folder in Path("runs").glob("*"):
+        if folder.name != "start":
+            shutil.rmtree(folder)
     for block in blocks(page, "python"):
         if "more.jsonl" in block:
             exec(block.replace("train60", "train6").replace("eval24", "eval3"), {})
@@ -106,6 +114,6 @@ def test_what_is_not_run_is_on_a_page_and_train_py_takes_its_options(monkeypatch
     lines += [f"python train.py {' '.join(options.split())}" for options in tour]
     for line in lines:
         if line.startswith("python train.py") and "--resume" not in line:
-            words = shlex.split(line.replace("$SMALL", ""))[1:]
+            words = shlex.split(filled(line))[1:]
             monkeypatch.setattr("sys.argv", words)
             parse_args(train.Config, train.PRESETS)
