@@ -20,6 +20,7 @@ from plumbing.options import (
     Count,
     Options,
     PositiveShare,
+    read_json,
     read_jsonl,
     run_script,
     write_json,
@@ -230,16 +231,19 @@ class Tokenizer:
         write_json(path, {"type": "words+bytes", "words": self.words})
 
     @classmethod
-    def load(cls, path: str) -> "Tokenizer":
-        """Raises DataError if the file is not one that save() wrote."""
-        try:
-            with open(path, encoding="utf-8") as file:
-                saved = json.load(file)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: {error}; give a file written by Tokenizer.save") from error
-        if not isinstance(saved, dict) or saved.get("type") != "words+bytes":
-            raise DataError(f"{path}: field 'type' is not words+bytes; give a file written by Tokenizer.save")
-        return cls(saved["words"])
+    def load(cls, path: str, V: float = math.inf) -> "Tokenizer":
+        """Raises BadInput if the file is not one that save() wrote, or has more ids than the model's V."""
+        wants = "give a file written by Tokenizer.save"
+        saved = read_json(path, wants)
+        if saved.get("type") != "words+bytes":
+            raise BadInput(f"{path}: field 'type' is not words+bytes; {wants}")
+        words = saved.get("words")
+        if not isinstance(words, list) or not all(map(_is_text, words)) or len(set(words)) < len(words):
+            raise BadInput(f"{path}: field 'words' is no list of texts, each there once; {wants}")
+        tokenizer = cls(words)
+        if tokenizer.vocab_size > V:
+            raise BadInput(f"{path}: {tokenizer.vocab_size} ids, the model has {V}; use files of one model")
+        return tokenizer
 
 
 # ---- batches ----

@@ -27,7 +27,16 @@ from checkpoints.policies import PolicyOptions, load_policy
 from data import PromptSet, load_questions
 from plumbing import options
 from plumbing.machine import pick_device
-from plumbing.options import BadInput, Bounds, Count, PositiveShare, read_jsonl, run_script, write_whole
+from plumbing.options import (
+    BadInput,
+    Bounds,
+    Count,
+    PositiveShare,
+    parse_json,
+    read_jsonl,
+    run_script,
+    write_whole,
+)
 from plumbing.run_folder import fingerprint
 from rollout import Sampling, answer
 from videoqa.answers import Reward, reward, task
@@ -117,13 +126,16 @@ def sample(policy, tokenizer, questions: list, first: int, cfg: Config) -> list[
 
 def _resume(path: str, settings: dict, batch: int) -> list[list[str]]:
     """The answers of all whole batches of an earlier run; the file is cut back to them, or begun."""
-    header, done = json.dumps(settings) + "\n", []
+    header, done, wants = json.dumps(settings) + "\n", [], "remove it to start anew"
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             lines = file.readlines()
-        if lines and lines[0] != header:
-            raise BadInput(f"{path}: begun with other settings; repeat those, or remove it to start anew")
-        done = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
+        if lines and lines[0] != header.encode():
+            raise BadInput(f"{path}: begun with other settings; repeat those, or {wants}")
+        done = [parse_json(line, path, wants) for line in lines[1:] if line.endswith(b"\n")]
+        texts = [text for row in done for text in (row if isinstance(row, list) else [None])]
+        if not all(isinstance(text, str) for text in texts) or len(done) > settings["questions"]:
+            raise BadInput(f"{path}: not only lists of answers, a line a question; {wants}")
         if len(done) < settings["questions"]:
             done = done[: len(done) // batch * batch]
     rows = "".join(json.dumps(texts, ensure_ascii=False) + "\n" for texts in done)

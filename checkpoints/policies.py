@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 import lora
 from clip import ClipConfig
-from data import Tokenizer
+from data import DataOptions, Tokenizer
 from model import ModelConfig, VideoLM
 from plumbing.options import (
     BadInput,
@@ -21,12 +20,17 @@ from plumbing.options import (
     Positive,
     checked,
     read_json,
+    read_tensors,
     refuse_pickles,
     write_json,
     write_whole,
 )
 
 RUN = "name a folder that train.py made"
+RUN_KINDS = {  # what else of train.py's options it takes to use its policy
+    "lora_r": Count, "lora_alpha": Positive, "max_new_tokens": Count, "eval_samples": Count,
+    "dtype": Literal["float32", "bfloat16"],
+}  # fmt: skip
 POLICIES = (
     "a policy is what pretrain.py wrote or, in the Hugging Face layout, LLaVA-1.5 (model_type llava) or a"
     " text decoder with --clip"
@@ -77,7 +81,7 @@ def policy_configs(options: PolicyOptions) -> tuple[ModelConfig, ClipConfig]:
 def load_tokenizer(options: PolicyOptions, V: int):
     """The tokenizer of the policy. V: rows of its embedding."""
     if not kind_of(options.policy):
-        return Tokenizer.load(os.path.join(options.policy, "tokenizer.json"))
+        return Tokenizer.load(os.path.join(options.policy, "tokenizer.json"), V)
     if kind_of(options.policy) == SUPERVISED:
         from checkpoints.supervised import decoder_options
 
@@ -169,18 +173,16 @@ def load_run(folder: str, device="cpu"):
     bounds."""
     path = os.path.join(folder, "config.json")
     config, names = read_json(path, RUN), [field.name for field in fields(PolicyOptions)]
-    missing = [name for name in (*names, "lora_r", "lora_alpha", "made") if name not in config]
+    wanted = [*names, *(field.name for field in fields(DataOptions)), *RUN_KINDS, "made"]
+    missing = [name for name in wanted if name not in config]
     if missing:
         raise BadInput(
             f"{path}: {missing[0]} is missing, so an earlier version made this run, or none; run train.py"
             f" again, or start it from this adapter: --adapter {os.path.join(folder, 'adapter')}"
         )
+    config |= {name: checked(name, kind, config[name]) for name, kind in RUN_KINDS.items()}
     policy, tokenizer = load_policy(PolicyOptions(**{name: config[name] for name in names}), device)
-    r, alpha = (
-        checked("lora_r", Count, config["lora_r"]),
-        checked("lora_alpha", Positive, config["lora_alpha"]),
-    )
-    lora.add_adapters(policy.decoder, r, alpha)
+    lora.add_adapters(policy.decoder, config["lora_r"], config["lora_alpha"])
     load_adapter_of(policy, os.path.join(folder, "best" if config.get("keep") == "best" else "adapter"))
     return policy, tokenizer, config
 
@@ -242,9 +244,10 @@ def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipCon
 def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
     """The model of a folder that `save_model` wrote, float32, frozen. BadInput: a file is missing or odd."""
     path, configs = os.path.join(folder, "model.safetensors"), read_configs(folder, num_frames)
+    stored, _ = read_tensors(path, "make it anew with pretrain.py")
     try:
-        model, stored = VideoLM(*configs), load_file(path)
-    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        model = VideoLM(*configs)
+    except (ValueError, TypeError, RuntimeError) as error:
         raise BadInput(
             f"{folder}: not what save_model wrote ({error}); make it anew with pretrain.py"
         ) from error
@@ -255,8 +258,5 @@ def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
             f"{path}: {odd[0]} is {shapes.get(odd[0])}, config.json wants {wanted.get(odd[0])}"
             f" (and {len(odd) - 1} more): use files that belong together"
         )
-    unsound = next((name for name, x in stored.items() if not x.isfinite().all()), None)
-    if unsound:
-        raise BadInput(f"{path}: {unsound} holds NaN or infinity; use a sound copy of these weights")
     model.load_state_dict(stored)
     return model.to(device).float().eval().requires_grad_(False)

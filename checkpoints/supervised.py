@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
@@ -33,7 +32,18 @@ from data import VIDEO_ID, build_prompt, collate_completions, load_clips, load_q
 from model import Bridge, VideoLM
 from plumbing.fitting import MAX_NORM, adamw, learning_rate
 from plumbing.machine import optimizer_step, pick_device, pick_dtype, say
-from plumbing.options import BadInput, Count, Options, Positive, Share, read_json, write_json, write_whole
+from plumbing.options import (
+    BadInput,
+    Count,
+    Options,
+    Positive,
+    Share,
+    parse_json,
+    read_json,
+    read_tensors,
+    write_json,
+    write_whole,
+)  # fmt: skip
 from plumbing.run_folder import fingerprint
 from videoqa import world
 
@@ -252,7 +262,7 @@ def take_bridge(model: VideoLM, folder: str) -> None:
     sizes = config["model"] if "model" in config else config.get("sizes", {})
     if config.get("model_type") == SUPERVISED:
         name = "bridge.safetensors"
-    stored = load_file(os.path.join(folder, name))
+    stored, _ = read_tensors(os.path.join(folder, name), WANTS)
     if name == "model.safetensors":
         stored = {key.removeprefix("bridge."): x for key, x in stored.items() if key.startswith("bridge.")}
     sizes = {key: sizes[key] for key in SIZES if key in sizes and key != "num_frames"}
@@ -307,9 +317,9 @@ def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict])
 
 def load_training(folder: str, parameters, optimizer) -> list[dict]:
     """Restores parameters and optimizer from the last save; returns the rows of metrics.jsonl."""
-    with safe_open(os.path.join(folder, "training.safetensors"), "pt") as file:
-        history = json.loads(file.metadata()["history"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    path = os.path.join(folder, "training.safetensors")
+    tensors, metadata = read_tensors(path, WANTS)
+    history = parse_json(metadata.get("history", ""), path, WANTS)
     for i, p in enumerate(parameters):
         p.data.copy_(tensors[f"parameter.{i}"])
         state = {k.rsplit(".", 1)[1]: x for k, x in tensors.items() if k.startswith(f"optimizer.{i}.")}
@@ -346,7 +356,7 @@ def load_supervised(options: PolicyOptions, device):
     if os.path.exists(path):
         model.cfg = replace(model.cfg, **config["sizes"])
         bridge = Bridge(model.cfg, model.clip_cfg)
-        bridge.load_state_dict(load_file(path))
+        bridge.load_state_dict(read_tensors(path, WANTS)[0])
         model.bridge = bridge.requires_grad_(False).eval().to(device)
     if options.adapter:
         peft_files.load_adapter(model.decoder, options.adapter)

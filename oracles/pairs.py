@@ -159,7 +159,8 @@ def train_ranker(cfg) -> dict:
     began, rng, generator = time.time(), random.Random(cfg.seed), torch.Generator().manual_seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     device = pick_device(cfg.device)
-    model, tokenizer = load_model(cfg.out, device), Tokenizer.load(os.path.join(cfg.out, "tokenizer.json"))
+    model = load_model(cfg.out, device)
+    tokenizer = Tokenizer.load(os.path.join(cfg.out, "tokenizer.json"), model.cfg.vocab_size)
     pairs = pairs_to_learn(cfg)
     videos = sorted({pair.video for pair in pairs})
     embeds, video_of = embed_videos(model, [(v,) for v in videos]), {v: i for i, v in enumerate(videos)}

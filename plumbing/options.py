@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, get_args, get_origin
 
+from safetensors import SafetensorError, safe_open
+
 
 class BadInput(ValueError):
     """Something the user gave is wrong. One line: the file, row or option, what is wrong, the remedy."""
@@ -238,6 +240,21 @@ def read_jsonl(path: str, wants: str) -> Iterator[tuple[str, dict]]:
             if not isinstance(row, dict):
                 raise BadInput(f"{where}: not a JSON object; {wants}")
             yield where, row
+
+
+def read_tensors(path: str, wants: str) -> tuple[dict, dict[str, str]]:
+    """(tensors by name, metadata) of a safetensors file. Raises BadInput if it is missing or damaged, and for
+    a number that is NaN or infinite."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: {one_line(error)}; {wants}") from error
+    unsound = next((name for name, x in tensors.items() if not x.float().isfinite().all()), None)
+    if unsound:
+        raise BadInput(f"{path}: {unsound} holds NaN or infinity; use a sound copy of this file")
+    return tensors, metadata
 
 
 PICKLES = (".bin", ".pt", ".pth")

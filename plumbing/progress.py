@@ -8,7 +8,7 @@ from collections import Counter
 from tqdm import tqdm
 
 from plumbing.machine import fitted
-from plumbing.options import read_json, write_json
+from plumbing.options import BadInput, read_json, write_json
 
 
 class Bar:
@@ -100,17 +100,25 @@ def compare(folders: list[str]) -> str:
     ]
     lines.append("|---" * 10 + "|")
     for folder in folders:
-        path = os.path.join(folder, "results.json")
-        r = read_json(path, "name run folders whose training has ended")
-        cells = [os.path.basename(folder.rstrip("/")), str(r["seed"])]
-        for mode in ("greedy", "sampled"):
-            low, high = (f"{100 * x:+.1f}" for x in r["gain"][mode]["ci95"])
-            cells += [f"{100 * r[when][mode]['accuracy']:.1f}" for when in ("before", "after")]
-            cells.append(f"{100 * r['gain'][mode]['accuracy']:+.1f} [{low}, {high}]")
-        old, new = (r[when]["greedy"]["by_category"] for when in ("before", "after"))
-        change, name = min((new[k]["accuracy"] - old[k]["accuracy"], k) for k in old)
-        lines.append("| " + " | ".join([*cells, f"{name} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]) + " |")
+        path, wants = os.path.join(folder, "results.json"), "name run folders whose training has ended"
+        results = read_json(path, wants)
+        try:
+            lines.append(results_row(os.path.basename(folder.rstrip("/")), results))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadInput(f"{path}: not what train.py wrote ({error!r}); {wants}") from error
     return "\n".join(lines)
+
+
+def results_row(name: str, r: dict) -> str:
+    """A run's row of `compare`, from its results.json."""
+    cells = [name, str(r["seed"])]
+    for mode in ("greedy", "sampled"):
+        low, high = (f"{100 * x:+.1f}" for x in r["gain"][mode]["ci95"])
+        cells += [f"{100 * r[when][mode]['accuracy']:.1f}" for when in ("before", "after")]
+        cells.append(f"{100 * r['gain'][mode]['accuracy']:+.1f} [{low}, {high}]")
+    old, new = (r[when]["greedy"]["by_category"] for when in ("before", "after"))
+    change, worst = min((new[k]["accuracy"] - old[k]["accuracy"], k) for k in old)
+    return "| " + " | ".join([*cells, f"{worst} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]) + " |"
 
 
 def differences(folders: list[str]) -> str:

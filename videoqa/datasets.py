@@ -33,6 +33,10 @@ def _is_number(value) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _is_span(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
 # what a column may hold, and how it is named to someone whose file holds something else
 KINDS = {
     "text": (lambda value: isinstance(value, str) and value.strip() != "", "a text"),
@@ -45,7 +49,10 @@ KINDS = {
         lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
         "a list of texts",
     ),
-    "list": (lambda value: isinstance(value, list), "a list"),
+    "spans": (
+        lambda value: isinstance(value, list) and all(map(_is_span, value)),
+        "a list of [start, end] in seconds",
+    ),
     "object": (lambda value: isinstance(value, dict), "an object"),
 }
 
@@ -152,6 +159,8 @@ def _index(where: str, value: str, num_options: int) -> int:
 def msvd_qa(path):
     mapping = os.path.join(os.path.dirname(path), "youtube_mapping.txt")
     pairs = [line.split() for line in _text(mapping).splitlines()] if os.path.exists(mapping) else []
+    if odd := [pair for pair in pairs if len(pair) != 2]:
+        raise BadInput(f"{mapping}: {' '.join(odd[0])!r} is no line <clip> <video>; give the original file")
     clip_of = {name: clip for clip, name in pairs}
     for where, row in _rows(path):
         if path.endswith(".csv"):  # a re-export: question_id is <video>_<id>
@@ -218,7 +227,7 @@ def next_gqa(path):
         )
         place = f"{spans_path}, video {video}"
         duration, location = _need(located.get(video), place, "duration:seconds", "location:object")
-        (spans,) = _need(location, place, f"{key}:list")
+        (spans,) = _need(location, place, f"{key}:spans")
         out = {"id": f"{video}_{key}", "videos": (video,), "question": question, "category": kind}
         yield where, out | _choice(where, options, answer) | {"spans": spans, "duration": duration}
 
@@ -258,7 +267,7 @@ def activitynet_captions(path):
     for video, row in _videos(path).items():
         place = f"{path}, video {video}"
         duration, spans, sentences = _need(
-            row, place, "duration:seconds", "timestamps:list", "sentences:texts"
+            row, place, "duration:seconds", "timestamps:spans", "sentences:texts"
         )
         if len(spans) != len(sentences):
             raise BadInput(f"{place}: {len(spans)} timestamps, {len(sentences)} sentences; correct the video")
@@ -433,7 +442,7 @@ def _cut(row: dict, most: float) -> dict:
 def _span_fault(row: dict, first: float = 0) -> str:
     spans, duration = (*row.get("spans", ()), *([row["clip"]] if "clip" in row else ())), row.get("duration")
     for span in spans:
-        if not isinstance(span, list) or len(span) != 2 or not all(map(_is_number, span)):
+        if not _is_span(span):
             return f"span {span} is not two numbers"
     for start, end in spans:
         if not start < end:
