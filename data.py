@@ -20,6 +20,7 @@ from plumbing.options import (
     Count,
     Options,
     PositiveShare,
+    one_line,
     read_json,
     read_jsonl,
     run_script,
@@ -400,7 +401,7 @@ def check(jsonl_path: str, videos_dir: str) -> bool:
     for video, end in ends.items():
         facts = check_video(video, end)
         num_ok += facts["ok"]
-        parts = ["ok  " if facts["ok"] else "FAIL", video, facts["reason"]]
+        parts = ["ok  " if facts["ok"] else "FAIL", one_line(video), facts["reason"]]
         if facts["codec"]:
             about = "{frames} frames, {fps:.3f} fps, {duration:.2f} s, {codec} {width}x{height}"
             parts.append(about.format_map(facts))

@@ -28,6 +28,7 @@ from plumbing.machine import pick_device, show_progress
 from plumbing.options import (
     ArgumentParser,
     BadInput,
+    cell,
     read_jsonl,
     run_script,
     write_json,
@@ -124,7 +125,7 @@ def table(before: dict, after: dict | None = None) -> str:
     lines = ["| category | n | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(columns)]
     for name, row in before["greedy"]["by_category"].items():
         cells = [f"{100 * e[mode]['by_category'][name]['accuracy']:.1f}" for mode, e in columns]
-        lines.append(f"| {name or '(none)'} | {row['n']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {cell(name) or '(none)'} | {row['n']} | " + " | ".join(cells) + " |")
     cells = [
         "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (e[m]["accuracy"], *e[m]["ci95"])))
         for m, e in columns

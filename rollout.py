@@ -19,8 +19,8 @@ from model import KVCache, VideoLM
 from plumbing.options import BadInput
 
 NOT_FINITE = (
-    "the policy's logits are not finite: its training diverged, or its weights or a video's tokens overflow;"
-    " start again with a lower --lr, or with --dtype float32 or other weights"
+    "the policy's logits are not finite: its training diverged, or its weights, --lora_alpha or a tiny"
+    " --temperature overflow; start anew with a lower --lr, with --dtype float32 or with other weights"
 )
 EVALUATED_AT_ONCE = 128  # prompts that an evaluation samples together, where no option says fewer
 

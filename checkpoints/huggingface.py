@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from checkpoints.policies import read_configs
 from clip import Clip, ClipConfig
 from lora import DECODER_LINEARS
 from model import Decoder, ModelConfig
@@ -471,7 +472,7 @@ def read_clip_config(path: str) -> ClipConfig:
     where = os.path.join(path, "config.json")
     config = read_json(where, FOLDER)
     if is_embedded(path):
-        return ClipConfig(**config["clip"])
+        return read_configs(path)[1]
     if config.get("model_type") != "clip":
         raise BadInput(f"{where}: model_type {config.get('model_type')} is no clip: name CLIP's folder")
     embed_dim = number({"projection_dim": 512} | config, "projection_dim", where)

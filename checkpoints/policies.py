@@ -18,6 +18,8 @@ from plumbing.options import (
     CountOrNone,
     Options,
     Positive,
+    Seed,
+    check_record,
     checked,
     read_json,
     read_tensors,
@@ -53,7 +55,7 @@ class PolicyOptions(Options):
     template: str = "auto"  # pretrained: the conversation; auto: the tokenizer's own, or else vicuna_v1
     think: bool = False  # pretrained: the prompt and the reward's form ask for a <think> part
     random_weights: bool = False  # draw the weights of a pretrained layout's folder that holds none
-    seed: int = 0  # of everything that is drawn
+    seed: Seed = 0  # of everything that is drawn
 
 
 def kind_of(folder: str) -> str:
@@ -235,10 +237,12 @@ def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipCon
             " with pretrain.py, or rename in it model.adapter to bridge and the tensors adapter.* to bridge.*"
         )
     try:
-        cfg = ModelConfig(**sizes["model"])
-        return replace(cfg, num_frames=num_frames or cfg.num_frames), ClipConfig(**sizes["clip"])
-    except (ValueError, TypeError, KeyError) as error:
+        cfg, clip_cfg = ModelConfig(**sizes["model"]), ClipConfig(**sizes["clip"])
+    except (TypeError, KeyError) as error:
         raise BadInput(f"{config}: not what save_model wrote ({error}); {POLICIES}") from error
+    check_record(cfg, config, POLICIES)
+    check_record(clip_cfg, config, POLICIES)
+    return replace(cfg, num_frames=num_frames or cfg.num_frames), clip_cfg
 
 
 def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
@@ -247,7 +251,7 @@ def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
     stored, _ = read_tensors(path, "make it anew with pretrain.py")
     try:
         model = VideoLM(*configs)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise BadInput(
             f"{folder}: not what save_model wrote ({error}); make it anew with pretrain.py"
         ) from error

@@ -15,7 +15,7 @@ import sys
 from functools import partial
 
 from data import DataOptions, draw_world, world_folders
-from plumbing.options import ArgumentParser, BadInput, run_script, write_json, write_whole
+from plumbing.options import ArgumentParser, BadInput, Count, checked, run_script, write_json, write_whole
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What is wrong with the oracle, and what is done about it: options of train.py
@@ -212,8 +212,9 @@ def main() -> int:
         if name == "selection":
             study.add_argument("--warm_up", type=int, default=10, help="steps before anything is selected")
     args = parser.parse_args()
-    more = {"warm_up": args.warm_up} if args.command == "selection" else {}
-    print(studies[args.command][0](args.out, args.seeds, args.options, args.page, **more))
+    more = {"warm_up": checked("warm_up", Count, args.warm_up)} if args.command == "selection" else {}
+    seeds = checked("seeds", Count, args.seeds)
+    print(studies[args.command][0](args.out, seeds, args.options, args.page, **more))
     return 0
 
 

@@ -53,8 +53,9 @@ class Bounds:
         return low if self.high >= sys.float_info.max else f"{low} and at most {self.high}"
 
 
-Count = Annotated[int, Bounds(1)]
-CountOrNone = Annotated[int, Bounds(0)]  # 0 means none, or all, as the option's help says
+Count = Annotated[int, Bounds(1, 10**9)]
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]
+CountOrNone = Annotated[int, Bounds(0, 10**9)]  # 0 means none, or all, as the option's help says
 Positive = Annotated[float, Bounds(0, sys.float_info.max, above=True)]
 NotNegative = Annotated[float, Bounds(0, sys.float_info.max)]
 Share = Annotated[float, Bounds(0, 1)]
@@ -84,6 +85,17 @@ def checked(name: str, kind, value):
     if type(value) is not kind or (bounds and not bounds[0].hold(value)):
         raise BadInput(f"--{name} {value}: give {' '.join([words, *map(str, bounds)])}")
     return value
+
+
+def check_record(record, where: str, wants: str) -> None:
+    """Raises BadInput unless each field of a dataclass that was filled from a file is of its type, and a
+    number above 0 wherever its default is."""
+    for field in fields(record):
+        value, choices = getattr(record, field.name), get_args(field.type)
+        kinds = (int, float) if field.type is float else (field.type,)
+        good = value in choices if choices else type(value) in kinds
+        if not good or type(value) in (int, float) and field.default > 0 and not value > 0:
+            raise BadInput(f"{where}: {field.name} is {value!r}; {wants}")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -163,6 +175,11 @@ def one_line(text: str) -> str:
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in spaced)
 
 
+def cell(text: str) -> str:
+    """As `one_line`, for a table in Markdown."""
+    return one_line(text).replace("|", "/")
+
+
 def run_script(main) -> None:
     """Runs a script: status 0 done, 2 bad input, 130 Ctrl-C (one line on stderr), 1 anything else."""
     try:
@@ -177,6 +194,10 @@ def run_script(main) -> None:
         print(
             f"error: {one_line(error)}; make room or choose another folder, then run again", file=sys.stderr
         )
+        status = 2
+    except UnicodeEncodeError as error:  # a file's name, or a word of the command line
+        near = error.object[max(error.start - 40, 0) : error.end + 40]
+        print(f"error: {one_line(near)}: not a text in UTF-8; rename the file", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # where nothing is worth saving; train.py's loop catches Ctrl-C itself
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from collections import Counter
 from tqdm import tqdm
 
 from plumbing.machine import fitted
-from plumbing.options import BadInput, read_json, write_json
+from plumbing.options import BadInput, cell, read_json, write_json
 
 
 class Bar:
@@ -111,21 +111,21 @@ def compare(folders: list[str]) -> str:
 
 def results_row(name: str, r: dict) -> str:
     """A run's row of `compare`, from its results.json."""
-    cells = [name, str(r["seed"])]
+    cells = [cell(name), cell(r["seed"])]
     for mode in ("greedy", "sampled"):
         low, high = (f"{100 * x:+.1f}" for x in r["gain"][mode]["ci95"])
         cells += [f"{100 * r[when][mode]['accuracy']:.1f}" for when in ("before", "after")]
         cells.append(f"{100 * r['gain'][mode]['accuracy']:+.1f} [{low}, {high}]")
     old, new = (r[when]["greedy"]["by_category"] for when in ("before", "after"))
     change, worst = min((new[k]["accuracy"] - old[k]["accuracy"], k) for k in old)
-    return "| " + " | ".join([*cells, f"{worst} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]) + " |"
+    return "| " + " | ".join([*cells, f"{cell(worst)} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]) + " |"
 
 
 def differences(folders: list[str]) -> str:
     """The options in which runs differ, a row an option; "" where there is none."""
     names = [os.path.basename(folder.rstrip("/")) for folder in folders]
     configs = [read_json(os.path.join(folder, "config.json"), "name run folders") for folder in folders]
-    rows = [[name, *map(str, of)] for name, of in options_that_differ(configs).items()]
+    rows = [[name, *map(cell, of)] for name, of in options_that_differ(configs).items()]
     lines = [f"| {' | '.join(cells)} |" for cells in [["option", *names], ["---"] * (len(names) + 1), *rows]]
     return "\n".join(lines) if rows else ""
 

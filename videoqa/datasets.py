@@ -14,7 +14,7 @@ import os
 import re
 from collections import defaultdict
 
-from plumbing.options import BadInput, parse_json, write_whole
+from plumbing.options import BadInput, one_line, parse_json, write_whole
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
 ACTIVITYNET_TYPES = "motion spatial temporal yes/no color object location number other".split()
@@ -504,4 +504,4 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
         report.append(f"{num_clipped} questions with a span cut at the video's bounds")
     if num_cuts:
         report.append(f"{num_cuts} questions are about a part of their video: field 'clip', in seconds")
-    return "\n".join(report)
+    return "\n".join(map(one_line, report))
