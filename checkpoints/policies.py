@@ -61,7 +61,7 @@ class PolicyOptions(Options):
 def kind_of(folder: str) -> str:
     """config.json's model_type; empty for a folder that pretrain.py wrote, or that is none at all."""
     path = os.path.join(folder, "config.json")
-    return (read_json(path, "name a policy's folder").get("model_type") or "") if os.path.exists(path) else ""
+    return str(read_json(path, POLICIES).get("model_type") or "") if os.path.exists(path) else ""
 
 
 def policy_configs(options: PolicyOptions) -> tuple[ModelConfig, ClipConfig]:
@@ -94,6 +94,8 @@ def load_tokenizer(options: PolicyOptions, V: int):
     placeholder_id = config.get("image_token_index", config.get("image_token_id", 32000))
     if config["model_type"] != "llava":
         placeholder_id = None
+    elif type(placeholder_id) is not int:
+        raise BadInput(f"{options.policy}/config.json: image_token_index is {placeholder_id!r}; {POLICIES}")
     return ChatTokenizer(options.policy, options.template, placeholder_id, V, options.think)
 
 

@@ -243,6 +243,14 @@ def read_bytes(path: str, wants: str) -> bytes:
         raise BadInput(f"{path}: {error.strerror or error}; {wants}") from error
 
 
+def read_text(path: str, wants: str) -> str:
+    """A file's content, line ends as they are. Raises BadInput if it is missing or not in UTF-8."""
+    try:
+        return read_bytes(path, wants).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not a UTF-8 text ({error.reason}); {wants}") from error
+
+
 def read_json(path: str, wants: str) -> dict:
     """The JSON object in a file. Raises BadInput if there is none."""
     value = parse_json(read_bytes(path, wants), path, wants)

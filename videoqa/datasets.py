@@ -14,7 +14,7 @@ import os
 import re
 from collections import defaultdict
 
-from plumbing.options import BadInput, one_line, parse_json, write_whole
+from plumbing.options import BadInput, one_line, parse_json, read_text, write_whole
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
 ACTIVITYNET_TYPES = "motion spatial temporal yes/no color object location number other".split()
@@ -78,21 +78,16 @@ def _need(row, where: str, *columns: str) -> list:
     return values
 
 
+ORIGINAL = "give the original file, in UTF-8"
+
+
 def _text(path: str) -> str:
-    if not os.path.isfile(path):
-        raise BadInput(f"{path}: no such file; give it beside the other annotations")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            return file.read()
-        except UnicodeDecodeError as error:
-            raise BadInput(
-                f"{path}: not a UTF-8 text ({error.reason}); give CSV, JSON or JSON lines"
-            ) from error
+    return read_text(path, ORIGINAL)
 
 
 def _videos(path: str) -> dict:
     """A JSON object by video."""
-    videos = parse_json(_text(path), path, "give the original file")
+    videos = parse_json(_text(path), path, ORIGINAL)
     if not isinstance(videos, dict):
         raise BadInput(f"{path}: not an object of videos; give the file of the named version")
     return videos
@@ -112,20 +107,18 @@ def _parquet(path: str) -> list[dict]:
 def _rows(path: str) -> list[tuple[str, dict]]:
     """(place, row) of a CSV, JSON list, JSON lines or parquet file."""
     if path.endswith(".csv"):
-        table = csv.DictReader(io.StringIO(_text(path), newline=""))
-        return [(f"{path}, line {table.line_num}", row) for row in table]
+        table = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+        try:
+            rows = [(f"{path}, line {table.line_num}", row) for row in table]
+        except csv.Error as error:
+            raise BadInput(f"{path}, line {table.line_num}: {error}; {ORIGINAL}") from error
+        if longer := [where for where, row in rows if None in row]:
+            raise BadInput(f"{longer[0]}: has more fields than line 1 has columns; {ORIGINAL}")
+        return rows
     if path.endswith(".jsonl"):
         lines = [(f"{path}, line {i}", line) for i, line in enumerate(_text(path).split("\n"), 1)]
-        return [
-            (where, parse_json(line, where, "give the original file"))
-            for where, line in lines
-            if line.strip()
-        ]
-    rows = (
-        _parquet(path)
-        if path.endswith(".parquet")
-        else parse_json(_text(path), path, "give the original file")
-    )
+        return [(where, parse_json(line, where, ORIGINAL)) for where, line in lines if line.strip()]
+    rows = _parquet(path) if path.endswith(".parquet") else parse_json(_text(path), path, ORIGINAL)
     if not isinstance(rows, list):
         raise BadInput(f"{path}: not a list of rows; give the file of the named version")
     return [(f"{path}, row {i}", row) for i, row in enumerate(rows)]
