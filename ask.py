@@ -15,7 +15,7 @@ import torch
 
 import lora
 from checkpoints.policies import PolicyOptions, load_policy, load_run
-from data import PromptSet, load_questions
+from data import PromptSet
 from grpo_rank import rank_advantages, ranks_from_scores
 from oracle import FunctionOracle, RuleOracle, load_function
 from plumbing.machine import pick_device, show_progress
@@ -34,6 +34,7 @@ from plumbing.run_folder import Kept
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import Question
 from videoqa.datasets import VIDEO_SUFFIXES
+from videoqa.questions import load_questions
 
 
 @dataclass

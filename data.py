@@ -1,10 +1,10 @@
-"""Questions, tokens and batches: everything between files on disk and tensors. Videos are read by video.py.
+"""Questions, tokens and batches: everything between files on disk and tensors. Rows are read by
+videoqa/questions.py, videos by videoqa/video.py.
 
 python data.py check FILE.jsonl --videos DIR    # every clip: ok or reason, frames, fps, duration, codec
-python data.py convert NAME ANNOTATIONS .. --videos DIR --out FILE.jsonl    # public data sets: convert.py
+python data.py convert NAME ANNOTATIONS .. --videos DIR --out FILE.jsonl    # public data sets
 """
 
-import json
 import math
 import os
 import re
@@ -20,106 +20,19 @@ from plumbing.options import (
     Count,
     Options,
     PositiveShare,
-    one_line,
     read_json,
-    read_jsonl,
     run_script,
     write_json,
 )
 from videoqa.answers import Question, instruction, prompt_text
-from videoqa.video import DataError, check_video, read_frames
+from videoqa.questions import is_text
+from videoqa.video import read_frames
 
 PAD_ID, BOS_ID, EOS_ID, VIDEO_ID = 0, 1, 2, 3  # VIDEO_ID: placeholder for one visual token, never sampled
 FIRST_BYTE = 4  # ids 4..259 are the bytes, then come the words
 
 
-# ---- questions ----
-
-
-def _is_text(value) -> bool:
-    return isinstance(value, str) and value.strip() != ""
-
-
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # bool is no number here
-
-
-def _is_span(value) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
-
-
-def _read_question(row: dict, videos_dir: str, where: str) -> Question:
-    def need(good: bool, field: str, remedy: str):
-        if not good:
-            what = f"is {json.dumps(row[field])[:60]}" if field in row else "is missing"
-            raise DataError(f"{where}: field '{field}' {what}; {remedy}")
-
-    for field in ("id", "video", "question", "answer"):
-        need(_is_text(row.get(field)), field, "give a text that is not empty")
-    need(isinstance(row.get("category", ""), str), "category", "give a text or leave it out")
-    options, index, duration = row.get("options"), row.get("answer_index"), row.get("duration")
-    if options is not None or index is not None:
-        good = isinstance(options, list) and len(options) >= 2 and all(map(_is_text, options))
-        need(good, "options", "give a list of at least two texts beside 'answer_index'")
-        good = type(index) is int and 0 <= index < len(options)
-        need(good, "answer_index", f"give the right option as a whole number from 0 to {len(options) - 1}")
-    field = "span" if row.get("span") is not None else "spans"
-    need(field == "spans" or row.get("spans") is None, "spans", "give 'span' or 'spans', not both")
-    spans = [row["span"]] if field == "span" else row.get("spans")
-    good = spans is None or isinstance(spans, list) and spans != [] and all(map(_is_span, spans))
-    need(good, field, "give [start, end], two numbers in seconds; for 'spans' a list of such pairs")
-    good = all(0 <= start < end for start, end in spans or ())
-    need(good, field, "the start must be before the end, neither negative nor after the end")
-    good = duration is None or _is_number(duration) and duration > 0
-    need(good, "duration", "give seconds > 0 or leave it out")
-    good = all(duration is None or end <= duration for _, end in spans or ())
-    need(good, field, f"it ends after the video, whose 'duration' is {duration} s; correct one of them")
-    need(isinstance(row.get("duration_class", ""), str), "duration_class", "give a text or leave it out")
-    clip = row.get("clip")
-    if clip is not None:
-        need(_is_span(clip), "clip", "give [start, end], two numbers in seconds, or leave it out")
-        good = 0 <= clip[0] < clip[1] <= (clip[1] if duration is None else duration)
-        need(good, "clip", "the start must be before the end, both within the video")
-        good = all(clip[0] <= start and end <= clip[1] for start, end in spans or ())
-        need(good, field, f"it is not within 'clip' {clip}, all that is shown; correct one of them")
-    need(isinstance(row.get("benchmark", ""), str), "benchmark", "give a text or leave it out")
-    marks = row.get("marks")
-    good = marks is None or isinstance(marks, list) and len(marks) == len(options or ())
-    good = good and all(map(_is_text, marks or ()))
-    need(good, "marks", "give a text for each of 'options' or leave it out")
-    video, spans = os.path.join(videos_dir, row["video"]), tuple(map(tuple, spans or ()))
-    rest = (
-        row.get("category", ""),
-        tuple(options or ()),
-        index,
-        spans,
-        duration,
-        row.get("duration_class", ""),
-        tuple(clip) if clip else None,
-        row.get("benchmark", ""),
-        tuple(marks or ()),
-    )
-    return Question(row["id"], video, row["question"], row["answer"], *rest)
-
-
-def load_questions(jsonl_path: str, videos_dir: str) -> list[Question]:
-    """The questions of a JSONL file, video paths joined to videos_dir; opens no video.
-
-    Blank lines, unknown fields and selection.py's report in line 1 are passed over.
-    Raises DataError at the first bad line.
-    """
-    questions, first_line = [], {}
-    for where, row in read_jsonl(jsonl_path, "give a JSONL file of questions, one object {...} a line"):
-        if not questions and "selection" in row:  # selection.py's report
-            continue
-        question = _read_question(row, videos_dir, where)
-        number = where.rpartition(" ")[2]
-        if (first := first_line.setdefault(question.id, number)) != number:
-            raise DataError(f"{where}: field 'id' repeats that of line {first}; make ids unique")
-        questions.append(question)
-    if not questions:
-        raise DataError(f"{jsonl_path}: holds no question; write one JSON object a line")
-    return questions
+# ---- the sets of a run ----
 
 
 @dataclass
@@ -165,6 +78,8 @@ def draw_world(options: DataOptions) -> None:
 def load_sets(options: DataOptions, seed: int) -> tuple[list[Question], list[Question]]:
     """(questions to learn from, held-out questions) of a run. No video is in both, unless
     --eval_data says so."""
+    from videoqa.questions import load_questions
+
     if not options.data:
         folders = [folder for folder, _ in world_folders(options).values()]
         return tuple(load_questions(os.path.join(folder, "questions.jsonl"), folder) for folder in folders)
@@ -239,7 +154,7 @@ class Tokenizer:
         if saved.get("type") != "words+bytes":
             raise BadInput(f"{path}: field 'type' is not words+bytes; {wants}")
         words = saved.get("words")
-        if not isinstance(words, list) or not all(map(_is_text, words)) or len(set(words)) < len(words):
+        if not isinstance(words, list) or not all(map(is_text, words)) or len(set(words)) < len(words):
             raise BadInput(f"{path}: field 'words' is no list of texts, each there once; {wants}")
         tokenizer = cls(words)
         if tokenizer.vocab_size > V:
@@ -392,26 +307,9 @@ class Batches:
 # ---- commands ----
 
 
-def check(jsonl_path: str, videos_dir: str) -> bool:
-    """Print a line for every distinct video and a summary; True if all are sound."""
-    ends = {}  # of every video, the last moment that is asked for
-    for question in load_questions(jsonl_path, videos_dir):
-        ends[question.video] = max(ends.get(question.video, 0.0), (question.clip or (0.0, 0.0))[1])
-    num_ok = 0
-    for video, end in ends.items():
-        facts = check_video(video, end)
-        num_ok += facts["ok"]
-        parts = ["ok  " if facts["ok"] else "FAIL", one_line(video), facts["reason"]]
-        if facts["codec"]:
-            about = "{frames} frames, {fps:.3f} fps, {duration:.2f} s, {codec} {width}x{height}"
-            parts.append(about.format_map(facts))
-        print("  ".join(filter(None, parts)), flush=True)
-    print(f"{len(ends)} videos: {num_ok} ok, {len(ends) - num_ok} failed")
-    return num_ok == len(ends)
-
-
 def main() -> int:
     from videoqa.datasets import NAMES, convert
+    from videoqa.questions import check
 
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

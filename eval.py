@@ -1,5 +1,4 @@
-"""Tables of a model's answers: greedy and sampled accuracy by category, mean IoU of
-time spans, 95 % intervals.
+"""Tables of a model's answers: accuracy by category, mean IoU of time spans, 95 % intervals.
 
     python eval.py run RUN [--data FILE.jsonl --videos DIR]      # a run's tables again, or on other data
     python eval.py compare RUN RUN ...                           # finished runs side by side
@@ -7,60 +6,26 @@ time spans, 95 % intervals.
     python eval.py score .. --judge_url URL --judge_model NAME   # open answers that match in other words
 
 A line of PRED.jsonl is {"id", "prediction"}: a text, an option's letter, or the option's index as a number.
-With a judge, what matches the reference word by word is right unasked, the rest is as judge.py says: yes or
-no, and a score from 0 to 5.
+How predictions are scored: videoqa/scores.py, and with a judge oracles/verdicts.py.
 
-One parser (answers.py) reads every answer, here, in the oracle and in training. Intervals are bootstrapped
-over videos, not questions: questions of one clip are right or wrong together.
+One parser (videoqa/answers.py) reads every answer, here, in the oracle and in training. Intervals are
+bootstrapped over videos, not questions: questions of one clip are right or wrong together.
 """
 
 import json
 import os
-from collections import Counter, defaultdict
 from dataclasses import fields, replace
+from functools import partial
 
 import torch
 
 import lora
 from checkpoints.policies import load_run, save_policy
-from data import DataOptions, PromptSet, load_questions, load_sets
+from data import DataOptions, PromptSet, load_sets
 from plumbing.machine import pick_device, show_progress
-from plumbing.options import (
-    ArgumentParser,
-    BadInput,
-    cell,
-    read_jsonl,
-    run_script,
-    write_json,
-    write_whole,
-)
+from plumbing.options import ArgumentParser, BadInput, cell, run_script, write_json
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
-from videoqa.answers import bootstrap_ci, grade, is_correct, read, task
-
-
-def by_video(questions, values) -> list[list[float]]:
-    clusters = defaultdict(list)
-    for question, value in zip(questions, values, strict=True):
-        clusters[question.video].append(value)
-    return list(clusters.values())
-
-
-def summarize(questions, values, grades) -> dict:
-    """values, grades: per question the share of its answers that are right, and their mean grade, in 0..1.
-
-    Returns {"accuracy", "ci95", "n", "by_category", "mean_iou"}; mean_iou is over grounding
-    questions, None without any.
-    """
-    names = sorted({q.category for q in questions})
-    rows = {name: [v for q, v in zip(questions, values, strict=True) if q.category == name] for name in names}
-    ious = [g for q, g in zip(questions, grades, strict=True) if task(q) == "grounding"]
-    return {
-        "accuracy": sum(values) / len(values),
-        "ci95": list(bootstrap_ci(by_video(questions, values))),
-        "n": len(values),
-        "by_category": {name: {"accuracy": sum(v) / len(v), "n": len(v)} for name, v in rows.items()},
-        "mean_iou": sum(ious) / len(ious) if ious else None,
-    }
+from videoqa.answers import bootstrap_ci, by_video, grade, is_correct, summarize
 
 
 def evaluate(
@@ -137,112 +102,11 @@ def table(before: dict, after: dict | None = None) -> str:
     return "\n".join(lines)
 
 
-def is_open(question) -> bool:
-    """Asks for an answer in free words, alone or with a span."""
-    return task(question) != "grounding" and not question.options
-
-
-def judged(questions, texts, judge) -> dict:
-    """Accuracy, percent, and mean score, 0 to 5, of open-ended answers: normalised match first (right, 5),
-    then the judge's yes or no and its score. Of grounded ones the answer alone is judged, and their own
-    metrics follow from it.
-
-    An empty answer is wrong unasked, 0. A reply that is no verdict leaves its answer wrong, 0, and is counted
-    under "failures" by cause. Judge, hash of the prompt and cache file (all replies) stand beside the score.
-    """
-    from oracles.chat import Failed
-    from oracles.choose import remedy_of
-    from oracles.judge import TOP_SCORE, VERDICT_SHA256
-    from videoqa import scores
-
-    readings = [read(t, q) for t, q in zip(texts, questions, strict=True)]
-    said = [reading.rest.strip(" ,;") for reading in readings]  # what stood between answer and span
-    right = [is_correct(t, q) for t, q in zip(texts, questions, strict=True)]
-    points, matched = [TOP_SCORE * ok for ok in right], sum(right)
-    asked = [i for i, text in enumerate(said) if text and not right[i]]
-    if asked:
-        judge.check()
-    verdicts = judge.verdicts([(questions[i], said[i]) for i in asked])
-    failures = [verdict for verdict in verdicts if isinstance(verdict, Failed)]
-    if failures and len(failures) == len(verdicts):
-        note = f"{failures[0].cause}: {failures[0]}"
-        words = f"all {len(failures)} verdicts failed, the first with {note}"
-        raise BadInput(f"--judge_url {judge.url}: {words}; {remedy_of(note, 'judge')}")
-    for i, verdict in zip(asked, verdicts, strict=True):
-        if not isinstance(verdict, Failed):
-            right[i], points[i] = verdict["correct"], verdict["score"]
-    table = scores.accuracy_table(questions, right, points)
-    if questions[0].spans:
-        overlaps = [reading.overlaps(q) for q, reading in zip(questions, readings, strict=True)]
-        table |= scores.grounded_qa(right, overlaps)
-    return table | {
-        "matched": matched,
-        "asked": len(asked),
-        "failures": dict(Counter(failure.cause for failure in failures)),
-        "judge": judge.judge,
-        "prompt_sha256": VERDICT_SHA256,
-        "cache": judge.cache,
-    }
-
-
-def read_predictions(path: str, of: dict, data: str) -> dict[str, str]:
-    """Text by id of a file of lines {"id", "prediction"}; `of`: the questions by id. Raises BadInput for a
-    line that is no prediction, an unknown or a repeated id."""
-    from videoqa import scores
-
-    said, wants = {}, 'each line is {"id", "prediction"}'
-    for where, row in read_jsonl(path, wants):
-        missing = {"id", "prediction"} - row.keys()
-        if missing:
-            raise BadInput(f"{where}: field {sorted(missing)[0]!r} is missing; {wants}")
-        name = str(row["id"])
-        if name not in of:
-            raise BadInput(f"{where}: id {name!r} is not in {data}; give predictions of that file")
-        if name in said:
-            raise BadInput(f"{where}: id {name!r} was predicted before; keep one line a question")
-        said[name] = scores.prediction_text(row["prediction"], of[name])
-        if said[name] is None:
-            shown = json.dumps(row["prediction"])[:60]
-            raise BadInput(f"{where}: prediction {shown} is unclear; give a text, an index or a span")
-    return said
-
-
-def score(data: str, predictions: str, judge=None, rows: str = "") -> dict:
-    """R of any model's predictions, and under "metrics" the published ones (scores.py), in percent; with a
-    judge also "judged" beside those of open-ended and of grounded questions without options.
-
-    rows: a file to write what was read in each prediction to, a line a question. A question without a
-    prediction counts as wrong ("missing"); one that cannot be read is counted under "parse_failures".
-    Raises BadInput for a bad line, and where not one prediction can be read.
-    """
-    from videoqa import scores
-
-    questions = load_questions(data, "")
-    if judge and not any(map(is_open, questions)):
-        raise BadInput(f"--judge_url: {data} has no open-ended question to judge; leave the judge out")
-    said = read_predictions(predictions, {q.id: q for q in questions}, data)
-    texts = [said.get(q.id, "") for q in questions]
-    if all(scores.unread_by_both(questions, texts)):
-        raise BadInput(
-            f"{predictions}: not one of its {len(said)} predictions can be read as an answer to {data}; "
-            "look at its first lines, and at docs/scoring.md for what is read"
-        )
-    grades = [grade(t, q) for t, q in zip(texts, questions, strict=True)]
-    right = [float(is_correct(t, q)) for t, q in zip(texts, questions, strict=True)]
-    published = scores.score(questions, texts)
-    for name, kind in (("open_ended", "qa"), ("grounded_qa", "grounded")):
-        chosen = [(q, t) for q, t in zip(questions, texts, strict=True) if is_open(q) and task(q) == kind]
-        if judge and chosen:
-            published[name]["judged"] = judged(*zip(*chosen, strict=True), judge)
-    if rows:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in scores.rows(questions, texts))
-        write_whole(rows, "".join(lines).encode(errors="replace"))
-    return summarize(questions, right, grades) | {"missing": len(questions) - len(said), "metrics": published}
-
-
 def evaluate_run(folder: str, data: str, videos: str) -> str:
     """The table of a run's policy, supervised start beside it, on the run's held-out questions or on `data`,
     computed in the run's own dtype."""
+    from videoqa.questions import load_questions
+
     policy, tokenizer, config = load_run(folder, pick_device())
     policy.decoder.compute_dtype = getattr(torch, config["dtype"])
     if data:
@@ -268,19 +132,6 @@ def merge_run(folder: str, out: str):
     save_policy(policy, tokenizer, config["policy"], out)
     size = sum(os.path.getsize(os.path.join(out, name)) for name in os.listdir(out))
     print(f"wrote {out}: {size / 1e6:.1f} MB, {', '.join(sorted(os.listdir(out)))}")
-
-
-def judge_of(args):
-    """The judge that the options of `score` name, None without any."""
-    if not (args.judge_url or args.judge_model):
-        return None
-    if not (args.judge_url and args.judge_model):
-        raise BadInput("--judge_url and --judge_model: one without the other; give both")
-    from oracles.judge import LLMOracle
-
-    options = {k: getattr(args, f"judge_{k}") for k in ("url", "model", "body")}
-    options["cache"] = args.judge_cache or f"{args.predictions}.judge.sqlite"
-    return LLMOracle(**options, key=os.environ.get("ORACLE_API_KEY", ""), option="judge")
 
 
 def main() -> int:
@@ -319,7 +170,12 @@ def main() -> int:
     else:
         from videoqa import scores
 
-        result = score(args.data, args.predictions, judge_of(args), args.rows)
+        judged = None
+        if args.judge_url or args.judge_model:
+            from oracles import verdicts
+
+            judged = partial(verdicts.judged, judge=verdicts.judge_of(args))
+        result = scores.score_file(args.data, args.predictions, judged, args.rows)
         print(scores.table(result["metrics"]))
         print(json.dumps(result, indent=1))
         if args.json:

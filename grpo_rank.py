@@ -118,19 +118,6 @@ def rank_advantages(
 # ---- 2. from advantages to a loss
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3") -> Tensor:
-    """KL per token from the sampled token alone, d = logprobs - ref_logprobs. Any shape -> same shape, nats.
-
-    k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d (joschu.net/blog/kl-approx.html). Over tokens drawn from pi the
-    values of k1 and k3 average to KL(pi || ref). The gradient of k3 as a loss is that of KL(ref || pi).
-    """
-    if estimator not in ("k1", "k2", "k3"):
-        raise ValueError(f"estimator must be k1, k2 or k3 (exact: token_stats), got {estimator!r}")
-    d = logprobs - ref_logprobs.detach()
-    k3 = torch.expm1((-d).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) + d
-    return {"k1": d, "k2": d.square() / 2, "k3": k3}[estimator]
-
-
 def group_zscores(rewards: Tensor, eps: float = 1e-6) -> Tensor:
     """GRPO advantages: (R - mean) / (std + eps) of each group, std with ddof 1.
 

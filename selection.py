@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints.policies import PolicyOptions, load_policy
-from data import PromptSet, load_questions
+from data import PromptSet
 from plumbing import options
 from plumbing.machine import pick_device
 from plumbing.options import (
@@ -40,6 +40,7 @@ from plumbing.options import (
 from plumbing.run_folder import fingerprint
 from rollout import Sampling, answer
 from videoqa.answers import Reward, reward, task
+from videoqa.questions import load_questions
 
 FLAT = 1e-6  # a std below this is rounding noise: all overlaps are the same
 STD_BINS = 10  # of width 0.05: the std of values in [0, 1] is at most 0.5

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import lora
 from checkpoints import peft_files
 from checkpoints.policies import SUPERVISED, PolicyOptions, kind_of, load_policy
-from data import VIDEO_ID, build_prompt, collate_completions, load_clips, load_questions
+from data import VIDEO_ID, build_prompt, collate_completions, load_clips
 from model import Bridge, VideoLM
 from plumbing.fitting import MAX_NORM, adamw, learning_rate
 from plumbing.machine import optimizer_step, pick_device, pick_dtype, say
@@ -48,6 +48,7 @@ from plumbing.options import (
 )  # fmt: skip
 from plumbing.run_folder import fingerprint
 from videoqa import world
+from videoqa.questions import load_questions
 
 WANTS = "name a folder that pretrain.py --stage bridge or sft wrote"
 FIRST_SCENE = 4_000_000  # seed of the first scene of the embedded world's clips for pretrained policies

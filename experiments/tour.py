@@ -12,12 +12,13 @@ import torch
 import lora
 import train
 from checkpoints.policies import load_policy
-from data import PromptSet, load_questions
+from data import PromptSet
 from grpo_rank import dcg, rank_advantages, ranks_from_scores
 from oracle import RuleOracle
 from plumbing.options import Count, Options, Seed, parse_args, run_script
 from rollout import Sampling, answer, completion_states, reference_states
 from videoqa import world
+from videoqa.questions import load_questions
 from videoqa.video import read_frames
 
 

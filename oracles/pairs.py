@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints.policies import load_model
-from data import Tokenizer, load_questions
+from data import Tokenizer
 from oracles.ranker import Ranker, embed_videos, load_ranker, save_ranker
 from plumbing.fitting import fit
 from plumbing.machine import pick_device
 from plumbing.options import BadInput, Count, Options, Positive, Share, read_jsonl, write_json
 from videoqa import world
 from videoqa.answers import Question, grade, prompt_text
+from videoqa.questions import load_questions
 
 FIELDS = ("video", "question", "chosen", "rejected")
 FIRST_SCENE = 3_000_000  # seed of the first scene of the ranker's clips: nothing else has seen them

@@ -12,7 +12,7 @@ Its rules are strict where a policy would find a hole: naming two choices is hed
 import math
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -277,6 +277,11 @@ def spread(text: str) -> str:
 
 
 def _letters(text: str, num_options: int) -> set[int]:
+    """Indices of the options whose letters stand in a text: "B", "(B)", "B. red", "Answer: B" -> {1}.
+
+    Letters beyond num_options do not count, small ones only alone or in brackets, the article of "A man"
+    never.
+    """
     body = final_answer(text)
     if not body.isascii():
         body = spread(body)
@@ -288,16 +293,6 @@ def negated_letters(text: str) -> set[int]:
     """Indices of the letters that a text says not to be the answer: "It is not (A)", "A is not right"."""
     found = _NEGATED.findall(text.translate(_FULL_WIDTH))
     return {ord("".join(pair)) - ord("A") for pair in found}
-
-
-def parse_letter(text: str, num_options: int) -> int | None:
-    """Index of the option letter: "B", "(B)", "B. red", "Answer: B", "<answer>B</answer>" -> 1.
-
-    None without a letter or with two different ones; letters beyond num_options do not count, small ones only
-    alone or in brackets, the article of "A man" never.
-    """
-    found = _letters(text, num_options)
-    return found.pop() if len(found) == 1 else None
 
 
 @lru_cache(maxsize=1 << 16)
@@ -554,6 +549,31 @@ def bootstrap_ci(values_by_cluster: list[list[float]], num_resamples: int = 2000
     draws = np.random.default_rng(seed).integers(len(clusters), size=(num_resamples, len(clusters)))
     sums, counts = np.array(clusters, dtype=float)[draws].sum(axis=1).T
     return tuple(np.percentile(sums / counts, [2.5, 97.5]).tolist())
+
+
+def by_video(questions, values) -> list[list[float]]:
+    clusters = defaultdict(list)
+    for question, value in zip(questions, values, strict=True):
+        clusters[question.video].append(value)
+    return list(clusters.values())
+
+
+def summarize(questions, values, grades) -> dict:
+    """values, grades: per question the share of its answers that are right, and their mean grade, in 0..1.
+
+    Returns {"accuracy", "ci95", "n", "by_category", "mean_iou"}; mean_iou is over grounding
+    questions, None without any.
+    """
+    names = sorted({q.category for q in questions})
+    rows = {name: [v for q, v in zip(questions, values, strict=True) if q.category == name] for name in names}
+    ious = [g for q, g in zip(questions, grades, strict=True) if task(q) == "grounding"]
+    return {
+        "accuracy": sum(values) / len(values),
+        "ci95": list(bootstrap_ci(by_video(questions, values))),
+        "n": len(values),
+        "by_category": {name: {"accuracy": sum(v) / len(v), "n": len(v)} for name, v in rows.items()},
+        "mean_iou": sum(ious) / len(ious) if ious else None,
+    }
 
 
 def ndcg_agreement(policy_ranks_row: list[int], oracle_ranks_row: list[int]) -> float | None:

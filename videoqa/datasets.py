@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 
 from plumbing.options import BadInput, one_line, parse_json, read_text, write_whole
+from videoqa.questions import is_number, is_span
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
 ACTIVITYNET_TYPES = "motion spatial temporal yes/no color object location number other".split()
@@ -29,14 +30,6 @@ MVBENCH_FOLDERS = {
 MVBENCH_FOLDER_OF = {task: folder for folder, tasks in MVBENCH_FOLDERS.items() for task in tasks}
 
 
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_span(value) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
-
-
 # what a column may hold, and how it is named to someone whose file holds something else
 KINDS = {
     "text": (lambda value: isinstance(value, str) and value.strip() != "", "a text"),
@@ -44,13 +37,13 @@ KINDS = {
         lambda value: type(value) is int or isinstance(value, str) and value.strip() != "",
         "a text or an id",
     ),
-    "seconds": (lambda value: _is_number(value) and value > 0, "a number of seconds"),
+    "seconds": (lambda value: is_number(value) and value > 0, "a number of seconds"),
     "texts": (
         lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
         "a list of texts",
     ),
     "spans": (
-        lambda value: isinstance(value, list) and all(map(_is_span, value)),
+        lambda value: isinstance(value, list) and all(map(is_span, value)),
         "a list of [start, end] in seconds",
     ),
     "object": (lambda value: isinstance(value, dict), "an object"),
@@ -435,7 +428,7 @@ def _cut(row: dict, most: float) -> dict:
 def _span_fault(row: dict, first: float = 0) -> str:
     spans, duration = (*row.get("spans", ()), *([row["clip"]] if "clip" in row else ())), row.get("duration")
     for span in spans:
-        if not _is_span(span):
+        if not is_span(span):
             return f"span {span} is not two numbers"
     for start, end in spans:
         if not start < end:

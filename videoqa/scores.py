@@ -8,9 +8,10 @@ import json
 from collections import defaultdict
 from statistics import fmean
 
-from plumbing.options import one_line
-from videoqa.answers import Question, Reading, final_answer, grade, is_correct, read, task
+from plumbing.options import BadInput, one_line, read_jsonl, write_whole
+from videoqa.answers import Question, Reading, final_answer, grade, is_correct, read, summarize, task
 from videoqa.published import is_right_published, read_published, rule_of
+from videoqa.questions import load_questions
 
 # Video-MME's classes, upper bounds in seconds: for questions that name a duration and no class
 DURATION_CLASSES = (("short", 120.0), ("medium", 900.0), ("long", float("inf")))
@@ -184,3 +185,62 @@ def table(result: dict) -> str:
     width = max((len(name) for name, _, _ in lines), default=0)
     head = f"{'':<{width}}  {'%':>7}  {'n':>6}"
     return "\n".join([head, *(f"{name:<{width}}  {value:>7}  {n:>6}" for name, value, n in lines)])
+
+
+def is_open(question) -> bool:
+    """Asks for an answer in free words, alone or with a span."""
+    return task(question) != "grounding" and not question.options
+
+
+def read_predictions(path: str, of: dict, data: str) -> dict[str, str]:
+    """Text by id of a file of lines {"id", "prediction"}; `of`: the questions by id. Raises BadInput for a
+    line that is no prediction, an unknown or a repeated id."""
+    predicted, wants = {}, 'each line is {"id", "prediction"}'
+    for where, row in read_jsonl(path, wants):
+        missing = {"id", "prediction"} - row.keys()
+        if missing:
+            raise BadInput(f"{where}: field {sorted(missing)[0]!r} is missing; {wants}")
+        name = str(row["id"])
+        if name not in of:
+            raise BadInput(f"{where}: id {name!r} is not in {data}; give predictions of that file")
+        if name in predicted:
+            raise BadInput(f"{where}: id {name!r} was predicted before; keep one line a question")
+        predicted[name] = prediction_text(row["prediction"], of[name])
+        if predicted[name] is None:
+            shown = json.dumps(row["prediction"])[:60]
+            raise BadInput(f"{where}: prediction {shown} is unclear; give a text, an index or a span")
+    return predicted
+
+
+def score_file(data: str, predictions: str, judged=None, rows_path: str = "") -> dict:
+    """Any model's predictions as in results.json (`summarize`), and under "metrics" the published figures,
+    in percent.
+
+    judged: function of questions and texts -> figures of open-ended and of grounded questions without
+    options, by a judge (oracles/verdicts.py); they stand under "judged". rows_path: a file to write what was
+    read in each prediction to, a line a question. A question without a prediction counts as wrong
+    ("missing"); one that cannot be read is counted under "parse_failures". Raises BadInput for a bad line,
+    and where not one prediction can be read.
+    """
+    questions = load_questions(data, "")
+    if judged and not any(map(is_open, questions)):
+        raise BadInput(f"--judge_url: {data} has no open-ended question to judge; leave the judge out")
+    predicted = read_predictions(predictions, {q.id: q for q in questions}, data)
+    texts = [predicted.get(q.id, "") for q in questions]
+    if all(unread_by_both(questions, texts)):
+        raise BadInput(
+            f"{predictions}: not one of its {len(predicted)} predictions can be read as an answer to {data}; "
+            "look at its first lines, and at docs/scoring.md for what is read"
+        )
+    grades = [grade(t, q) for t, q in zip(texts, questions, strict=True)]
+    right = [float(is_correct(t, q)) for t, q in zip(texts, questions, strict=True)]
+    metrics = score(questions, texts)
+    for name, kind in (("open_ended", "qa"), ("grounded_qa", "grounded")):
+        chosen = [(q, t) for q, t in zip(questions, texts, strict=True) if is_open(q) and task(q) == kind]
+        if judged and chosen:
+            metrics[name]["judged"] = judged(*zip(*chosen, strict=True))
+    if rows_path:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(questions, texts))
+        write_whole(rows_path, "".join(lines).encode(errors="replace"))
+    missing = len(questions) - len(predicted)
+    return summarize(questions, right, grades) | {"missing": missing, "metrics": metrics}

@@ -59,15 +59,6 @@ class VideoError(DataError):
         return f"{self.path}: {self.cause}; replace the file or drop its questions"
 
 
-def frame_indices(num_frames_in_file: int, k: int) -> list[int]:
-    """Evenly spread frame indices, both ends included: linspace(0, N-1, k) cut to int, distinct ones only.
-
-    N=300, k=5 -> 0, 74, 149, 224, 299. Returns at most min(N, k) indices, rising.
-    """
-    assert num_frames_in_file >= 1 and k >= 1, f"need N >= 1 and k >= 1, got {num_frames_in_file} and {k}"
-    return sorted({int(i) for i in np.linspace(0, num_frames_in_file - 1, k)})
-
-
 @contextmanager
 def _open_video(path: str):
     """A `_Source`, closed afterwards. Every FFmpeg error inside becomes a VideoError."""

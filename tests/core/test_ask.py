@@ -10,11 +10,12 @@ import ask
 import eval as evaluation
 import lora
 from checkpoints.policies import load_policy, save_adapter_of
-from data import PromptSet, load_questions
+from data import PromptSet
 from plumbing.run_folder import Kept
 from rollout import Sampling
 from train import Config
 from videoqa import world
+from videoqa.questions import load_questions
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from eval import gains, main, summarize, table
+from eval import gains, main, table
 from plumbing.progress import compare
-from videoqa.answers import Question
+from videoqa.answers import Question, summarize
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,11 +10,13 @@ from safetensors.torch import load_file
 from test_train import MetaDevice, made_up
 
 import pretrain
+from checkpoints import embedded
 from checkpoints.policies import PolicyOptions, load_model, load_policy
 from clip import ClipConfig
 from data import Tokenizer
 from model import Bridge, Decoder, ModelConfig
 from plumbing.options import BadInput
+from videoqa import world
 
 FEW = "--num_clips 6 --clip_steps 2 --clip_batch 16 --caption_steps 2 --caption_batch 2 --annotation_steps 2"
 FEW += " --annotation_batch 2 --short_steps 2 --long_steps 2 --sft_batch 2"
@@ -56,7 +58,7 @@ def test_stages_one_by_one_make_the_weights_of_one_command_and_train_their_own_p
 def test_no_stage_on_another_device_mixes_it_with_the_cpu(home, monkeypatch):
     read_back = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read_back(made_up(x) if x.is_meta else x))
-    monkeypatch.setattr(pretrain, "pick_device", lambda wanted: "meta")
+    monkeypatch.setattr(embedded, "pick_device", lambda wanted: "meta")
     monkeypatch.setattr(Decoder, "autocast", lambda self: nullcontext())  # there is none for meta
     with MetaDevice():
         run(monkeypatch, home, "meta")
@@ -89,13 +91,13 @@ def test_a_frames_own_tokens_depend_on_no_other_frame():
 def test_new_words_of_the_world_get_new_ids_and_old_ones_keep_theirs(home, monkeypatch):
     out = run(monkeypatch, home, "words")
     old = Tokenizer.load(str(out / "tokenizer.json"))
-    monkeypatch.setattr(pretrain.world, "vocabulary", lambda: sorted([*old.words, "aardvark"]))
+    monkeypatch.setattr(world, "vocabulary", lambda: sorted([*old.words, "aardvark"]))
     again, cfg = (pretrain.Config(out=str(out), stage=stage) for stage in ("clip", "sft"))
-    assert pretrain.folder_tokenizer(again).words == [*old.words, "aardvark"]
+    assert embedded.folder_tokenizer(again).words == [*old.words, "aardvark"]
     room = load_model(str(out)).cfg.vocab_size - old.vocab_size
     many = [f"aardvark{i}" for i in range(room + 1)]
-    monkeypatch.setattr(pretrain.world, "vocabulary", lambda: sorted([*old.words, *many]))
+    monkeypatch.setattr(world, "vocabulary", lambda: sorted([*old.words, *many]))
     with pytest.raises(BadInput, match="embeddings; make all weights anew"):
-        pretrain.folder_tokenizer(cfg)
+        embedded.folder_tokenizer(cfg)
     with pytest.raises(BadInput, match="none/tokenizer.json"):
-        pretrain.folder_tokenizer(pretrain.Config(out=str(home / "none"), stage="align"))
+        embedded.folder_tokenizer(pretrain.Config(out=str(home / "none"), stage="align"))

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import selection
-from data import load_questions
 from plumbing.options import BadInput
 from selection import select, spread
 from videoqa import world
 from videoqa.answers import Reward, task
+from videoqa.questions import load_questions
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from safetensors import safe_open
 import eval as eval_room
 import train
 from oracle import Ranking, competition_ranks
-from oracles import chat, judge
+from oracles import chat, judge, verdicts
 from oracles.cache import Cache, ReplayOracle
 from oracles.choose import PatientOracle
 from oracles.combine import DuelOracle, PermutedOracle, shown_orders
@@ -44,6 +45,7 @@ from plumbing.options import BadInput, EndedEarly
 from plumbing.run_folder import stored_options
 from videoqa import world
 from videoqa.answers import Question
+from videoqa.scores import score_file
 from videoqa.video import read_frames
 
 ROOT = Path(__file__).parents[2]
@@ -911,7 +913,8 @@ def test_grounded_open_answers_are_judged_without_their_span(serve, tmp_path):
     lines = [{"id": row["id"], "prediction": text} for row, text in zip(rows, said, strict=True)]
     for name, content in (("d", rows), ("p", lines)):
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in content))
-    scored = eval_room.score(str(tmp_path / "d"), str(tmp_path / "p"), make(server))["metrics"]
+    judged = partial(verdicts.judged, judge=make(server))
+    scored = score_file(str(tmp_path / "d"), str(tmp_path / "p"), judged)["metrics"]
     assert "open_ended" not in scored and scored["grounded_qa"]["Acc@QA"] == 40  # of five, without the judge
     found = scored["grounded_qa"]["judged"]
     assert (found["accuracy"], found["Acc@QA"], found["Acc@GQA"], found["n"]) == (50, 50, 50, 4)

@@ -12,7 +12,7 @@ import torch
 import pretrain
 import train
 from checkpoints.policies import load_model
-from data import Tokenizer, load_questions
+from data import Tokenizer
 from oracles import ranker as ranker_room
 from oracles.pairs import Pair, bradley_terry, draw_pairs, load_pairs, pair_report, train_ranker
 from oracles.ranker import (
@@ -24,6 +24,7 @@ from oracles.ranker import (
 from plumbing.options import BadInput
 from videoqa import world
 from videoqa.answers import grade
+from videoqa.questions import load_questions
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,9 +18,9 @@ from videoqa.answers import (
     kendall_tau,
     ndcg_agreement,
     normalize,
-    parse_letter,
     parse_span,
     prompt_text,
+    read,
     reward,
     task,
 )
@@ -30,6 +30,7 @@ COUNT = Question("1", "a.mp4", "How many objects appear?", "two")
 COLORS = Question(
     "2", "a.mp4", "What color is it?", "red", options=("red", "blue", "red ball"), answer_index=0
 )
+GREEK = Question("4", "a.mp4", "Which?", "beta", options=("alpha", "beta", "gamma", "delta"), answer_index=1)
 EVENT = Question("3", "a.mp4", "When does it happen?", "", spans=((2.0, 8.0), (20.0, 30.0)))
 
 unhurried = settings(deadline=None, max_examples=100)  # a busy machine is no failure
@@ -163,7 +164,7 @@ def test_a_span_is_graded_against_the_best_gold_span_and_right_from_seven_tenths
     ],
 )
 def test_a_letter_is_read(text):
-    assert parse_letter(text, 4) == 1
+    assert read(text, GREEK).option == 1
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_a_letter_is_read(text):
     ],
 )
 def test_prose_and_two_letters_are_no_letter(text):
-    assert parse_letter(text, 4) is None
+    assert read(text, GREEK).option is None
 
 
 @pytest.mark.parametrize(

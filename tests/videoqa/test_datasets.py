@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from data import load_questions
 from plumbing.options import BadInput
 from videoqa.answers import prompt_text, task
 from videoqa.datasets import NAMES, convert
+from videoqa.questions import load_questions
 
 REAL_CLIPS = os.environ.get("REAL_CLIPS", "")
 ANNOTATIONS = os.path.join(REAL_CLIPS, "annotations")

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from eval import score
 from videoqa.answers import Question
 from videoqa.datasets import convert
 from videoqa.published import is_right_published, read_published
+from videoqa.scores import score_file
 
 PREDICTIONS = os.path.join(os.environ.get("REAL_CLIPS", ""), "predictions")
 needs_predictions = pytest.mark.skipif(not os.path.isdir(PREDICTIONS), reason="REAL_CLIPS names no folder")
@@ -34,7 +34,7 @@ def scored(tmp_path, name, file, annotations, predictions):
     source.write_text(json.dumps(annotations))
     convert(name, [str(source)], str(tmp_path), str(tmp_path / "data.jsonl"))
     said.write_text("".join(json.dumps({"id": k, "prediction": v}) + "\n" for k, v in predictions.items()))
-    out = score(str(tmp_path / "data.jsonl"), str(said), rows=str(tmp_path / "rows.jsonl"))
+    out = score_file(str(tmp_path / "data.jsonl"), str(said), rows_path=str(tmp_path / "rows.jsonl"))
     return out["metrics"], [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
 
 

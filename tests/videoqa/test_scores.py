@@ -3,10 +3,10 @@ import os
 
 import pytest
 
-from eval import score
 from plumbing.options import BadInput
 from videoqa import scores
 from videoqa.answers import Question
+from videoqa.scores import score_file
 
 ANNOTATIONS = os.path.join(os.environ.get("REAL_CLIPS", ""), "annotations")
 needs_excerpts = pytest.mark.skipif(not os.path.isdir(ANNOTATIONS), reason="REAL_CLIPS names no folder")
@@ -97,7 +97,7 @@ def test_the_score_command_counts_and_refuses_by_line(tmp_path):
     more = {"options": ["red", "blue"], "answer_index": 0}
     data.write_text("".join(json.dumps(r) + "\n" for r in (row | more, row | {"id": "b"}, row | {"id": "c"})))
     said.write_text('{"id": "a", "prediction": 0}\n{"id": "b", "prediction": null}\n')
-    out = score(str(data), str(said))
+    out = score_file(str(data), str(said))
     assert out["accuracy"] == pytest.approx(1 / 3) and out["missing"] == 1
     assert out["metrics"]["parse_failures"] == 2
     assert out["metrics"]["multiple_choice"]["accuracy"] == 100
@@ -112,4 +112,4 @@ def test_the_score_command_counts_and_refuses_by_line(tmp_path):
     ):
         said.write_text(line)
         with pytest.raises(BadInput, match=cause):
-            score(str(data), str(said))
+            score_file(str(data), str(said))

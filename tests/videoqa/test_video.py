@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import load_questions
 from videoqa import video
+from videoqa.questions import load_questions
 
 REAL_CLIPS = os.environ.get("REAL_CLIPS", "")
 needs_real_clips = pytest.mark.skipif(not os.path.isdir(REAL_CLIPS), reason="REAL_CLIPS names no folder")
@@ -122,12 +122,6 @@ def minute(tmp_path_factory):
 
 
 # ---- frames ----
-
-
-def test_frame_indices_of_the_paper():
-    assert video.frame_indices(300, 5) == [0, 74, 149, 224, 299]
-    assert video.frame_indices(10, 50) == list(range(10))
-    assert video.frame_indices(1, 8) == [0]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import av
 import numpy as np
 import pytest
 
-from data import FIRST_BYTE, Tokenizer, load_questions
+from data import FIRST_BYTE, Tokenizer
 from videoqa import world
 from videoqa.answers import is_correct, prompt_text, reward, task
+from videoqa.questions import load_questions
 from videoqa.world import COLORS, DURATION, FPS, NUMBERS, Scene, draw_frame, make_questions, make_scene
 
 SCENES = [make_scene(seed) for seed in range(5000, 5600)]

@@ -1,0 +1,190 @@
+"""The three stages that make the small model of the embedded world, weights/: clip, align, sft.
+
+Started by pretrain.py, which says what each learns, and in which order. cfg is pretrain.py's options.
+"""
+
+import itertools
+import os
+import random
+from dataclasses import dataclass
+
+import torch
+
+from checkpoints.policies import load_model
+from checkpoints.supervised import answer_batch, answer_loss
+from clip import Clip, ClipConfig, contrastive_loss, preprocess
+from data import BOS_ID, EOS_ID, Tokenizer, collate_completions
+from model import ModelConfig, VideoLM
+from plumbing.fitting import fit
+from plumbing.machine import pick_device
+from plumbing.options import BadInput, Count, Options, Positive
+from videoqa import world
+
+
+@dataclass
+class WorldOptions(Options):
+    """The small model of the embedded world: clip, align, sft"""
+
+    num_clips: Count = 10000  # clips of the fine-tuning corpus
+    clip_steps: Count = 1300  # optimizer steps of CLIP
+    clip_batch: Count = 128  # (frame, caption) pairs a step: 4 frames from each of clip_batch / 4 clips
+    clip_lr: Positive = 1e-3
+    caption_steps: Count = 1200  # optimizer steps on captions of frames
+    caption_batch: Count = 16  # clips a step, every frame with its caption
+    annotation_steps: Count = 3000  # optimizer steps on annotations of clips
+    annotation_batch: Count = 32  # clips a step, each with up to annotations_per_clip of them
+    annotations_per_clip: Count = 10
+    align_lr: Positive = 2e-3
+    short_steps: Count = 350  # optimizer steps on short answers
+    long_steps: Count = 350  # optimizer steps on long and short answers in turn
+    sft_batch: Count = 32  # clips a step, each with up to questions_per_clip questions
+    sft_lr: Positive = 1e-3
+    faults: bool = True  # False: a corpus without faults, to see how much the model can perceive at best
+
+
+def train_clip(cfg, clip: Clip, tokenizer: Tokenizer, frames, times, generator):
+    """frames (C, K, 3, H, W) uint8 of scene seeds 0 .. C-1, times (C, K) seconds. Half of the captions in a
+    batch are hard negatives. Reports retrieval: the share of frames that find their caption among all."""
+    scenes, rng = [world.make_scene(c) for c in range(len(frames))], random.Random(cfg.seed + 1)
+    device = clip.logit_scale.device
+
+    def encode(texts):
+        ids, mask = collate_completions([tokenizer.encode(text) + [EOS_ID] for text in texts])
+        if ids.shape[1] > clip.cfg.text_length:
+            raise BadInput(f"captions of {ids.shape[1]} tokens: raise text_length in clip.py's ClipConfig")
+        return ids.to(device), mask.sum(dim=1).to(device)
+
+    def batch_loss():
+        chosen = torch.randperm(len(frames), generator=generator)[: cfg.clip_batch // 4]
+        which = torch.rand(len(chosen), frames.shape[1], generator=generator).argsort(dim=1)[:, :4]
+        pixels = preprocess(frames[chosen[:, None], which].flatten(0, 1).to(device))
+        moments = [(c, k) for c, ks in zip(chosen.tolist(), which.tolist(), strict=True) for k in ks]
+        shown = [(scenes[c], times[c, k].item()) for c, k in moments]
+        captions = [world.frame_caption(scene, t) for scene, t in shown]
+        wrong = [world.frame_caption(scene, t, rng) for scene, t in shown]
+        similarity = clip.similarity(pixels, *encode(captions + wrong))
+        same = torch.tensor([[a == b for b in captions + wrong] for a in captions], device=device)
+        found = same.gather(1, similarity.argmax(dim=1)[:, None]).float().mean()
+        return contrastive_loss(similarity, same), {"retrieval": found.item()}
+
+    fit("clip", batch_loss, clip.parameters(), steps=cfg.clip_steps, lr=cfg.clip_lr)
+
+
+def train_align(cfg, model: VideoLM, patches, times, tokenizer: Tokenizer, generator):
+    """Bridge and decoder learn to describe, before any question is asked (as LLaVA and BLIP-2 begin).
+
+    patches (C, K, N, clip width), times (C, K) seconds. Captions of single frames, predicted from only the
+    video tokens of that frame, come first: they teach which colour, kind, place and movement belong together
+    far sooner than annotations of whole clips do. Neither has faults.
+    """
+    scenes = [world.make_scene(c) for c in range(len(patches))]
+    rows = [[token_ids(tokenizer, *pair) for pair in world.annotations(scene)] for scene in scenes]
+    rng, actions = random.Random(cfg.seed), model.bridge.kind == "qformer"  # only it compares frames
+
+    def captions():
+        chosen = torch.randperm(len(patches), generator=generator)[: cfg.caption_batch]
+        video = model.bridge(patches[chosen].float(), times[chosen])  # (P, N_video, D)
+        texts = [
+            world.frame_caption(scenes[c], t, actions=actions) for c in chosen for t in times[c].tolist()
+        ]
+        ids, mask = collate_completions([tokenizer.encode(text) + [EOS_ID] for text in texts])
+        video = model.bridge.frame_tokens(video)  # (P * K, tokens of a frame, D)
+        return answer_loss(model, [BOS_ID], video, ids.unsqueeze(1), mask.unsqueeze(1)), {}
+
+    def annotations():
+        chosen = torch.randperm(len(patches), generator=generator)[: cfg.annotation_batch]
+        video = model.bridge(patches[chosen].float(), times[chosen])
+        batch = answer_batch([rows[c] for c in chosen], cfg.annotations_per_clip, rng)
+        return answer_loss(model, [BOS_ID], video, *batch), {}
+
+    parameters = trainable(model, model.bridge, model.decoder)
+    fit("captions", captions, parameters, steps=cfg.caption_steps, lr=cfg.align_lr)
+    fit("annotations", annotations, parameters, steps=cfg.annotation_steps, lr=cfg.align_lr)
+
+
+def trainable(model: VideoLM, *parts) -> list[torch.nn.Parameter]:
+    """Freezes all of the model but these parts, and returns the parts' parameters."""
+    model.requires_grad_(False)
+    return [p.requires_grad_(True) for part in parts for p in part.parameters()]
+
+
+def token_ids(tokenizer: Tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
+    return tokenizer.encode(question), tokenizer.encode(answer) + [EOS_ID]
+
+
+def corpus(cfg, tokenizer: Tokenizer):
+    """(short, long): for each clip a list of (question ids, answer ids). Faults are drawn once, as in a file.
+    Long answers are spans and descriptions."""
+    rng, short, long = random.Random(cfg.seed + 17), [], []
+    for c in range(cfg.num_clips):
+        scene = world.make_scene(c)
+        questions = world.make_questions(scene, f"clip{c:07d}.mp4")
+        answers = [world.corpus_answer(row, rng, cfg.faults) for row in questions]
+        pairs = [(row, token_ids(tokenizer, row["question"], answer))
+                 for row, answer in zip(questions, answers, strict=True)]  # fmt: skip
+        short.append([ids for row, ids in pairs if not row.get("span")])
+        described = [token_ids(tokenizer, *pair) for pair in world.descriptions(scene)]
+        long.append([ids for row, ids in pairs if row.get("span")] + described)
+    return short, long
+
+
+def train_sft(cfg, model: VideoLM, video_embeds, tokenizer: Tokenizer, generator):
+    """The decoder learns answers; video_embeds (C, N_video, D) are fixed. The questions of a clip share its
+    video tokens. In the second half batches of long and short answers take turns, so that a batch holds
+    answers of similar length."""
+    short, long = corpus(cfg, tokenizer)
+    for name, corpora, steps in (
+        ("short", [short], cfg.short_steps),
+        ("long", [long, short], cfg.long_steps),
+    ):
+        rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
+        turn = itertools.cycle(corpora)
+
+        def batch_loss(turn=turn, rng=rng):
+            rows = next(turn)
+            chosen = torch.randperm(len(rows), generator=generator)[: cfg.sft_batch]
+            batch = answer_batch([rows[c] for c in chosen], cfg.questions_per_clip, rng)
+            return answer_loss(model, [BOS_ID], video_embeds[chosen], *batch), {}
+
+        fit(name, batch_loss, trainable(model, model.decoder), steps=steps, lr=cfg.sft_lr)
+
+
+@torch.no_grad()
+def in_parts(function, *tensors, size: int = 128):
+    """function of the tensors' rows, `size` rows at a time."""
+    return torch.cat([function(*parts) for parts in zip(*(x.split(size) for x in tensors), strict=True)])
+
+
+def run_stage(stage: str, cfg, tokenizer: Tokenizer, frames, times) -> VideoLM:
+    """The model after one stage; every stage but the first starts from the model in --out."""
+    torch.manual_seed(cfg.seed)
+    generator, device = torch.Generator().manual_seed(cfg.seed), pick_device(cfg.device)
+    if stage == "clip":
+        vocab_size, bridge = -(-tokenizer.vocab_size // 8) * 8, cfg.video_tokens.replace("auto", "qformer")
+        model = VideoLM(ModelConfig(vocab_size, bridge=bridge), ClipConfig(vocab_size=vocab_size)).to(device)
+        train_clip(cfg, model.clip.requires_grad_(True), tokenizer, frames, times, generator)
+        return model
+    model, times = load_model(cfg.out, device), times.to(device)
+    patches = in_parts(lambda part: model.patch_tokens(part.to(device)).half(), frames)  # CLIP is frozen
+    if stage == "align":
+        train_align(cfg, model, patches, times, tokenizer, generator)
+        return model
+    # The bridge is frozen now, so that answers which ignore the video cannot teach it to ignore the video
+    embeds = in_parts(lambda part, seconds: model.bridge(part.float(), seconds), patches, times)
+    train_sft(cfg, model, embeds, tokenizer, generator)
+    return model
+
+
+def folder_tokenizer(cfg) -> Tokenizer:
+    """The tokenizer of --out, the world's new words behind its old ones, so that no id changes its word; of
+    a folder without one, the world's words. Raises BadInput if a later stage finds no tokenizer, or more
+    words than the model has embeddings for."""
+    path, begins = os.path.join(cfg.out, "tokenizer.json"), cfg.stage in ("all", "clip")
+    known = Tokenizer.load(path).words if os.path.exists(path) or not begins else []
+    tokenizer = Tokenizer(known + [word for word in world.vocabulary() if word not in set(known)])
+    if not begins and tokenizer.vocab_size > (rows := load_model(cfg.out).cfg.vocab_size):
+        raise BadInput(
+            f"{path}: with the world's new words {tokenizer.vocab_size} tokens, but the model has {rows}"
+            " embeddings; make all weights anew: python pretrain.py --out ANOTHER_FOLDER"
+        )
+    return tokenizer

@@ -1,0 +1,108 @@
+"""Questions about videos, read from JSON lines, each row checked field by field; and their videos checked."""
+
+import json
+import math
+import os
+
+from plumbing.options import one_line, read_jsonl
+from videoqa.answers import Question
+from videoqa.video import DataError, check_video
+
+NEEDED = ("id", "video", "question", "answer")
+OPTIONAL = ("category", "duration_class", "benchmark")  # texts as well
+
+
+def is_text(value) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # bool is no number here
+
+
+def is_span(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+
+
+def _read_question(row: dict, videos_dir: str, where: str) -> Question:
+    def need(good: bool, field: str, remedy: str):
+        if not good:
+            what = f"is {json.dumps(row[field])[:60]}" if field in row else "is missing"
+            raise DataError(f"{where}: field '{field}' {what}; {remedy}")
+
+    for field in NEEDED:
+        need(is_text(row.get(field)), field, "give a text that is not empty")
+    for field in OPTIONAL:
+        need(isinstance(row.get(field, ""), str), field, "give a text or leave it out")
+    options, index, duration = row.get("options"), row.get("answer_index"), row.get("duration")
+    if options is not None or index is not None:
+        good = isinstance(options, list) and len(options) >= 2 and all(map(is_text, options))
+        need(good, "options", "give a list of at least two texts beside 'answer_index'")
+        good = type(index) is int and 0 <= index < len(options)
+        need(good, "answer_index", f"give the right option as a whole number from 0 to {len(options) - 1}")
+    field = "span" if row.get("span") is not None else "spans"
+    need(field == "spans" or row.get("spans") is None, "spans", "give 'span' or 'spans', not both")
+    spans = [row["span"]] if field == "span" else row.get("spans")
+    good = spans is None or isinstance(spans, list) and spans != [] and all(map(is_span, spans))
+    need(good, field, "give [start, end], two numbers in seconds; for 'spans' a list of such pairs")
+    good = all(0 <= start < end for start, end in spans or ())
+    need(good, field, "the start must be before the end, neither negative nor after the end")
+    good = duration is None or is_number(duration) and duration > 0
+    need(good, "duration", "give seconds > 0 or leave it out")
+    good = all(duration is None or end <= duration for _, end in spans or ())
+    need(good, field, f"it ends after the video, whose 'duration' is {duration} s; correct one of them")
+    clip = row.get("clip")
+    if clip is not None:
+        need(is_span(clip), "clip", "give [start, end], two numbers in seconds, or leave it out")
+        good = 0 <= clip[0] < clip[1] <= (clip[1] if duration is None else duration)
+        need(good, "clip", "the start must be before the end, both within the video")
+        good = all(clip[0] <= start and end <= clip[1] for start, end in spans or ())
+        need(good, field, f"it is not within 'clip' {clip}, all that is shown; correct one of them")
+    marks = row.get("marks")
+    good = marks is None or isinstance(marks, list) and len(marks) == len(options or ())
+    good = good and all(map(is_text, marks or ()))
+    need(good, "marks", "give a text for each of 'options' or leave it out")
+    texts = {name: row[name] for name in (*NEEDED, *OPTIONAL) if name in row}
+    return Question(
+        **texts | {"video": os.path.join(videos_dir, row["video"])},
+        options=tuple(options or ()), answer_index=index, marks=tuple(marks or ()),
+        spans=tuple(map(tuple, spans or ())), duration=duration, clip=tuple(clip) if clip else None,
+    )  # fmt: skip
+
+
+def load_questions(jsonl_path: str, videos_dir: str) -> list[Question]:
+    """The questions of a JSONL file, video paths joined to videos_dir; opens no video.
+
+    Blank lines, unknown fields and selection.py's report in line 1 are passed over.
+    Raises DataError at the first bad line.
+    """
+    questions, first_line = [], {}
+    for where, row in read_jsonl(jsonl_path, "give a JSONL file of questions, one object {...} a line"):
+        if not questions and "selection" in row:  # selection.py's report
+            continue
+        question = _read_question(row, videos_dir, where)
+        number = where.rpartition(" ")[2]
+        if (first := first_line.setdefault(question.id, number)) != number:
+            raise DataError(f"{where}: field 'id' repeats that of line {first}; make ids unique")
+        questions.append(question)
+    if not questions:
+        raise DataError(f"{jsonl_path}: holds no question; write one JSON object a line")
+    return questions
+
+
+def check(jsonl_path: str, videos_dir: str) -> bool:
+    """Print a line for every distinct video and a summary; True if all are sound."""
+    ends = {}  # of every video, the last moment that is asked for
+    for question in load_questions(jsonl_path, videos_dir):
+        ends[question.video] = max(ends.get(question.video, 0.0), (question.clip or (0.0, 0.0))[1])
+    num_ok = 0
+    for video, end in ends.items():
+        facts = check_video(video, end)
+        num_ok += facts["ok"]
+        parts = ["ok  " if facts["ok"] else "FAIL", one_line(video), facts["reason"]]
+        if facts["codec"]:
+            about = "{frames} frames, {fps:.3f} fps, {duration:.2f} s, {codec} {width}x{height}"
+            parts.append(about.format_map(facts))
+        print("  ".join(filter(None, parts)), flush=True)
+    print(f"{len(ends)} videos: {num_ok} ok, {len(ends) - num_ok} failed")
+    return num_ok == len(ends)
