@@ -15,7 +15,7 @@ import re
 from collections import defaultdict
 
 from plumbing.options import BadInput, one_line, parse_json, read_text, write_whole
-from videoqa.questions import is_number, is_span
+from videoqa.questions import is_number, is_span, is_text
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
 ACTIVITYNET_TYPES = "motion spatial temporal yes/no color object location number other".split()
@@ -32,11 +32,8 @@ MVBENCH_FOLDER_OF = {task: folder for folder, tasks in MVBENCH_FOLDERS.items() f
 
 # what a column may hold, and how it is named to someone whose file holds something else
 KINDS = {
-    "text": (lambda value: isinstance(value, str) and value.strip() != "", "a text"),
-    "key": (
-        lambda value: type(value) is int or isinstance(value, str) and value.strip() != "",
-        "a text or an id",
-    ),
+    "text": (is_text, "a text"),
+    "key": (lambda value: type(value) is int or is_text(value), "a text or an id"),
     "seconds": (lambda value: is_number(value) and value > 0, "a number of seconds"),
     "texts": (
         lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
