@@ -15,7 +15,17 @@ import sys
 from functools import partial
 
 from data import DataOptions, draw_world, world_folders
-from plumbing.options import ArgumentParser, BadInput, Count, checked, run_script, write_json, write_whole
+from plumbing.options import (
+    ArgumentParser,
+    BadInput,
+    Count,
+    checked,
+    parse_json,
+    read_bytes,
+    run_script,
+    write_json,
+    write_whole,
+)  # fmt: skip
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What is wrong with the oracle, and what is done about it: options of train.py
@@ -57,9 +67,9 @@ def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list
     stored = os.path.join(folder, "options.json")
     if not os.path.exists(stored):
         write_json(stored, options)
-    with open(stored) as file:
-        if (old := json.load(file)) != options:
-            raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
+    old = parse_json(read_bytes(stored, "name another --out"), stored, "name another --out")
+    if old != options:
+        raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
     for seed in range(seeds):
         for line, special in lines.items():
             special = special.format(folder=folder, seed=seed, **blanks).split()

@@ -26,6 +26,7 @@ from data import Prompts, Tokenizer
 from experiments import tour
 from model import ModelConfig, VideoLM
 from oracle import load_function
+from oracles.pairs import load_pairs
 from oracles.ranker import TrainedOracle, load_ranker
 from plumbing.options import BadInput, Bounds, check_record, run_script
 from plumbing.progress import compare
@@ -219,6 +220,16 @@ def test_a_line_of_a_mapping_that_is_no_pair_is_named(tmp_path):
 
 
 # ---- options, functions, what is printed
+
+
+@pytest.mark.parametrize("video", ["../a.mp4", "a/../../b.mp4", "/dev/zero", ".."])
+def test_a_video_outside_the_folder_of_videos_is_refused(tmp_path, video):
+    row = {"id": "1", "video": video, "question": "q", "answer": "a"}
+    row |= {"chosen": "a", "rejected": "b"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    for load in (questions.load_questions, load_pairs):
+        with pytest.raises(BadInput, match=r"line 1: .*video.*--videos"):
+            load(str(tmp_path / "q.jsonl"), str(tmp_path))
 
 
 def test_every_numeric_option_states_its_range():
