@@ -10,10 +10,11 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from plumbing.machine import show_progress
+from plumbing.machine import say, show_progress
 from plumbing.options import (
     ArgumentParser,
     BadInput,
@@ -44,6 +45,7 @@ class DataOptions(Options):
     eval_data: str = ""  # JSONL of held-out questions; empty: of a share of --data's videos
     eval_videos: str = ""  # folder of its videos; empty: --videos
     eval_share: PositiveShare = 0.25  # --data: share of the videos held out
+    world: Literal["default", "hard"] = "default"  # hard: longer clips, more things, order and duration
     world_dir: str = "world/rl"  # folder of the embedded world's drawn clips
     num_train_clips: Count = 500  # embedded world: clips to learn from
     num_eval_clips: Count = 250  # embedded world: held-out clips
@@ -61,8 +63,9 @@ def world_folders(options: DataOptions) -> dict[str, tuple[str, range]]:
     """Folder and scene seeds of the embedded world's two sets; pretrain.py draws from seed 0
     on, so no scene is shared."""
     sets = {"train": (1_000_000, options.num_train_clips), "eval": (2_000_000, options.num_eval_clips)}
+    name = "hard_" if options.world == "hard" else ""
     return {
-        k: (os.path.join(options.world_dir, f"{k}{n}"), range(first, first + n))
+        k: (os.path.join(options.world_dir, f"{name}{k}{n}"), range(first, first + n))
         for k, (first, n) in sets.items()
     }
 
@@ -72,7 +75,7 @@ def draw_world(options: DataOptions) -> None:
     from videoqa import world
 
     for folder, seeds in world_folders(options).values():
-        world.make_world(folder, seeds)
+        world.make_world(folder, seeds, hard=options.world == "hard")
 
 
 def load_sets(options: DataOptions, seed: int) -> tuple[list[Question], list[Question]]:
@@ -85,7 +88,10 @@ def load_sets(options: DataOptions, seed: int) -> tuple[list[Question], list[Que
         return tuple(load_questions(os.path.join(folder, "questions.jsonl"), folder) for folder in folders)
     questions = load_questions(options.data, options.videos)
     if options.eval_data:
-        return questions, load_questions(options.eval_data, options.eval_videos or options.videos)
+        held = load_questions(options.eval_data, options.eval_videos or options.videos)
+        if both := {q.video for q in questions} & {q.video for q in held}:
+            say(f"{len(both)} videos are in both sets: the tables do not show what is new")
+        return questions, held
     videos = sorted({q.video for q in questions})
     if len(videos) < 2:
         raise BadInput(
@@ -250,6 +256,12 @@ class PromptSet:
         self.video_of = torch.tensor([place[question.shown] for question in questions])
         num_tokens = self.video_embeds.shape[1]
         self.prompts = [build_prompt(tokenizer, q, num_tokens, times[place[q.shown]]) for q in questions]
+        longest, most = max(map(len, self.prompts)), model.cfg.max_positions
+        if 0 < most < longest:
+            raise BadInput(
+                f"the longest prompt has {longest} tokens, {num_tokens} of them the video's, and the model"
+                f" was made for {most} positions; take fewer with --num_frames or --video_tokens"
+            )
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -273,19 +285,23 @@ class Batches:
     resume has no generator's state to restore.
 
     num_prompts: P, over all processes; noise: the generator of the oracle's noise, seeded along; process:
-    (index of this one, number of them).
+    (index of this one, number of them); fill: batches of P questions that a step may ask.
     """
 
-    def __init__(self, asked: PromptSet, num_prompts: int, seed: int, noise, process: tuple[int, int]):
+    def __init__(
+        self, asked: PromptSet, num_prompts: int, seed: int, noise, process: tuple[int, int], fill=1
+    ):
         self.asked, self.seed, self.noise, (self.index, self.num_processes) = asked, seed, noise, process
         self.P = min(num_prompts, len(asked)) // self.num_processes * self.num_processes
-        self.steps_an_epoch = len(asked) // self.P
+        self.fill = min(fill, len(asked) // self.P)
+        self.steps_an_epoch = len(asked) // self.P // self.fill
 
-    def rows(self, step: int) -> torch.Tensor:
+    def rows(self, step: int, attempt: int = 0) -> torch.Tensor:
         """Numbers of all processes' questions, int64 (P,). Every epoch has an order of its own."""
         epoch, place = divmod(step, self.steps_an_epoch)
         generator = torch.Generator().manual_seed(self.seed * 2**20 + epoch)
-        return torch.randperm(len(self.asked), generator=generator)[place * self.P : (place + 1) * self.P]
+        first = (place * self.fill + attempt) * self.P
+        return torch.randperm(len(self.asked), generator=generator)[first : first + self.P]
 
     def watched(self, num_steps: int) -> dict[str, tuple]:
         """{id: video, or part of one} of the questions that a report shows: the first two of six steps,
@@ -294,14 +310,16 @@ class Batches:
         rows = [row for step in sorted(steps) for row in self.rows(step)[:2].tolist()]
         return {self.asked.questions[i].id: self.asked.questions[i].shown for i in rows}
 
-    def of_step(self, step: int, G: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This process's part of the rows, and uniforms (P, G, T) in [0, 1) for them; seeds the noise."""
-        generator = torch.Generator().manual_seed(self.seed * 2**20 + 2**19 + step)
+    def of_step(self, step: int, G: int, T: int, attempt: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's part of the rows, and uniforms (P, G, T) in [0, 1) for them; seeds the noise.
+        attempt: which of the step's `fill` batches."""
+        number = step * self.fill + attempt
+        generator = torch.Generator().manual_seed(self.seed * 2**20 + 2**19 + number)
         uniforms = torch.rand(self.P, G, T, generator=generator)
-        self.noise.manual_seed((self.seed * 2**20 + step) * self.num_processes + self.index)
+        self.noise.manual_seed((self.seed * 2**20 + number) * self.num_processes + self.index)
         share = self.P // self.num_processes
         mine = slice(self.index * share, (self.index + 1) * share)
-        return self.rows(step)[mine], uniforms[mine]
+        return self.rows(step, attempt)[mine], uniforms[mine]
 
 
 # ---- commands ----

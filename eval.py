@@ -18,6 +18,7 @@ from dataclasses import fields, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 import lora
 from checkpoints.policies import load_run, save_policy
@@ -29,27 +30,29 @@ from videoqa.answers import bootstrap_ci, by_video, grade, is_correct, summarize
 
 
 def evaluate(
-    policy, questions: PromptSet, sampling: Sampling, *, samples=4, seed=0, subset=0, kept=None
+    policy, questions: PromptSet, sampling: Sampling, *, samples=4, seed=0, subset=0, kept=None, judge=None
 ) -> tuple[dict, dict]:
     """Greedy and sampled (temperature 1, `samples` draws a question) results of a policy.
 
     subset: number of questions, drawn by the seed; 0: all. kept: a Kept (plumbing/run_folder.py), in which
-    each batch's answers are written as soon as they are there, and are not asked for again. Returns
+    each batch's answers are written as soon as they are there, and are not asked for again. judge: an
+    LLMOracle, whose verdict on the open greedy answers stands beside their word match. Returns
     ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json (`summarize`);
     values are the shares of right answers per question, to compare two policies pairwise.
     """
     at_once = sampling.prompts_at_once or EVALUATED_AT_ONCE
     sampling = replace(sampling, temperature=1.0, top_p=1.0, prompts_at_once=at_once)
     generator, n = torch.Generator().manual_seed(seed), len(questions)
+    # One prefill for the greedy answer, whose uniforms are NaN, and the sampled ones
     uniforms = torch.rand(n, samples, sampling.max_new_tokens, generator=generator)
+    uniforms = F.pad(uniforms, (0, 0, 1, 0), value=torch.nan)  # (n, 1 + samples, T)
     chosen = torch.randperm(n, generator=generator)[: subset or n].sort().values
     done = {} if kept is None else dict(kept.of)
     left = torch.tensor([i for i in chosen.tolist() if questions.questions[i].id not in done])
     for rows in show_progress(left.split(at_once) if len(left) else (), "evaluating"):
-        greedy = answer(policy, questions, rows, 1, sampling, None)[1]
-        sampled = answer(policy, questions, rows, samples, sampling, uniforms[rows])[1]
+        texts = answer(policy, questions, rows, 1 + samples, sampling, uniforms[rows])[1]
         asked = [questions.questions[i] for i in rows]
-        new = [answer_row(*of) for of in zip(asked, greedy, sampled, strict=True)]
+        new = [answer_row(q, greedy, drawn) for q, (greedy, *drawn) in zip(asked, texts, strict=True)]
         done |= {row["id"]: row for row in new}
         if kept is not None:
             kept.add(new)
@@ -59,15 +62,19 @@ def evaluate(
         values[name] = [sum(is_correct(t, q) for t in ts) / len(ts) for q, ts in pairs]
         grades = [sum(grade(t, q) for t in ts) / len(ts) for q, ts in pairs]
         results[name] = summarize(asked, values[name], grades)
+    if judge:
+        from oracles.verdicts import of_open
+
+        results["greedy"]["judged"] = of_open(asked, [done[q.id]["greedy"] for q in asked], judge)
     return results, values
 
 
-def answer_row(question, greedy: list[str], sampled: list[str]) -> dict:
+def answer_row(question, greedy: str, sampled: list[str]) -> dict:
     """A row of answers.jsonl. `right` is of the greedy answer."""
     return {
         "id": question.id, "video": question.video, "category": question.category,
         "question": question.question, "gold": question.answer or str(list(question.spans)),
-        "greedy": greedy[0], "right": is_correct(greedy[0], question), "sampled": sampled,
+        "greedy": greedy, "right": is_correct(greedy, question), "sampled": sampled,
     }  # fmt: skip
 
 
@@ -99,6 +106,10 @@ def table(before: dict, after: dict | None = None) -> str:
     if before["greedy"]["mean_iou"] is not None:
         cells = [f"{100 * e[mode]['mean_iou']:.1f}" for mode, e in columns]
         lines.append("| mean IoU of spans | | " + " | ".join(cells) + " |")
+    if before["greedy"].get("judged"):
+        verdicts = [e[mode].get("judged") for mode, e in columns]
+        cells = [f"{verdict['accuracy']:.1f}" if verdict else "" for verdict in verdicts]
+        lines.append(f"| judge's verdict, open answers | {verdicts[0]['n']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -118,20 +118,6 @@ def rank_advantages(
 # ---- 2. from advantages to a loss
 
 
-def group_zscores(rewards: Tensor, eps: float = 1e-6) -> Tensor:
-    """GRPO advantages: (R - mean) / (std + eps) of each group, std with ddof 1.
-
-    rewards: (P, G). Returns (P, G) float32; a group whose rewards differ by no more than eps (rounding noise)
-    is exactly 0.
-    """
-    assert rewards.dim() == 2, f"rewards must be (P, G), got {tuple(rewards.shape)}"
-    rewards = rewards.double()
-    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
-    scores = centred / (rewards.std(dim=1, keepdim=True) + eps)
-    tied = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True) <= eps
-    return scores.masked_fill(tied, 0.0).float()
-
-
 def token_weights(mask: Tensor, norm: str, constant: float | None, num_tokens, num_sequences) -> Tensor:
     """(B, T) float64 share of each token in the step's mean, 0 outside the mask. Norms: see `policy_loss`."""
     if norm not in ("sequence", "token", "constant") or (norm == "constant" and not constant):
@@ -159,6 +145,13 @@ def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor
     return ratio, torch.minimum(unclipped, clipped), clipped < unclipped
 
 
+def of_tokens(advantages: Tensor, shape: tuple) -> Tensor:
+    """(B, T): an advantage for each token; one of a completion, (B,), is that of all its tokens."""
+    advantages = advantages[:, None].expand(shape) if advantages.shape == shape[:1] else advantages
+    _expect("advantages", advantages, shape, torch.float32, torch.float64)
+    return advantages
+
+
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *,
     clip_eps: float, norm: str = "sequence", constant: float | None = None,
@@ -170,9 +163,10 @@ def policy_loss(
     This is the readable equation, over values that exist already. `rollout_loss` computes the same loss from
     hidden states, with its gradient, and never holds (B, T, V).
 
-    logprobs, old_logprobs, kl, entropy (B, T) float32 or float64, nats; advantages (B,) likewise; mask (B, T)
-    bool, the end token inside. What mask leaves out is never read, not even a NaN. Dead groups, whose answers
-    all tie, and groups whose ranking failed leave the step before this: they are no rows here.
+    logprobs, old_logprobs, kl, entropy (B, T) float32 or float64, nats; advantages (B,), or (B, T) where they
+    differ from token to token (PPO), likewise; mask (B, T) bool, the end token inside. What mask leaves out
+    is never read, not even a NaN. Dead groups, whose answers all tie, and groups whose ranking failed leave
+    the step before this: they are no rows here.
     norm      sequence  mean over a completion's tokens, then over completions (the papers)
               token     sum / num_tokens
               constant  sum / (constant * num_sequences)
@@ -190,15 +184,14 @@ def policy_loss(
     grids = {"logprobs": logprobs, "old_logprobs": old_logprobs, "kl": kl, "entropy": entropy}
     for name, grid in grids.items():  # no half precision: its ratios are off by percents
         _expect(name, grid, logprobs.shape, torch.float32, torch.float64)
-    _expect("advantages", advantages, logprobs.shape[:1], torch.float32, torch.float64)
+    advantages = of_tokens(advantages, logprobs.shape)
     _expect("mask", mask, logprobs.shape, torch.bool)
     if (kl_coef and kl is None) or (entropy_coef and entropy is None):
         raise ValueError(f"{kl_coef=} and {entropy_coef=} need kl and entropy, got None")
     weights = token_weights(mask, norm, constant, num_tokens, num_sequences).to(logprobs.dtype)
 
     logprobs, old_logprobs = (x.masked_fill(~mask, 0.0) for x in (logprobs, old_logprobs))
-    advantage = advantages.detach()[:, None]  # the same for every token of a completion
-    ratio, surrogate, clipped = clipped_surrogate(logprobs, old_logprobs, advantage, clip_eps)
+    ratio, surrogate, clipped = clipped_surrogate(logprobs, old_logprobs, advantages.detach(), clip_eps)
     per_token = -surrogate
     if kl_coef:
         per_token = per_token + kl_coef * kl
@@ -386,8 +379,9 @@ def rollout_loss(
     """`policy_loss` of a micro-batch from its hidden states, with the gradient in them, in one walk.
 
     hidden (B, T, D) float32 or float64: the state that predicts each token; ref_hidden: that of the frozen
-    reference, None: no KL. head (V, D), frozen, of the same dtype or bfloat16. advantages (B,). completions:
-    a rollout.Completions. KL is the exact KL(pi_ref || pi) over the vocabulary. compile: machine.compiled.
+    reference, None: no KL. head (V, D), frozen, of the same dtype or bfloat16. advantages (B,) or (B, T).
+    completions: a rollout.Completions. KL is the exact KL(pi_ref || pi) over the vocabulary. compile:
+    machine.compiled.
     Returns (loss, stats) of `policy_loss`, and in stats "gap", the largest |log pi - log pi_old| of a token:
     a maximum, not a sum. ValueError: shape, dtype, a head that learns.
     """
@@ -398,7 +392,7 @@ def rollout_loss(
     (B, T, _), V, mask = hidden.shape, head.shape[0], completions.completion_mask
     ids, old, support = completions.completion_ids, completions.logprobs, completions.support
     _expect("completion_ids", ids, (B, T), torch.int64)
-    _expect("advantages", advantages, (B,), torch.float32, torch.float64)
+    advantages = of_tokens(advantages, (B, T))
     _expect("banned", completions.banned, (V,), torch.bool)
     _expect("support", support, (B, T, (V + 7) // 8), torch.uint8)
     _expect("ref_hidden", ref_hidden, hidden.shape, hidden.dtype)
@@ -407,7 +401,7 @@ def rollout_loss(
 
     counts = {"num_tokens": num_tokens, "num_sequences": num_sequences}
     weights = token_weights(mask, objective.norm, objective.constant, **counts).to(hidden.dtype)
-    grids = hidden.detach(), ref_hidden, ids, old, advantages[:, None].expand(B, T), weights, support
+    grids = hidden.detach(), ref_hidden, ids, old, advantages, weights, support
     positions = mask.flatten().nonzero().squeeze(1)  # (n,)
     rows = [None if x is None else x.flatten(0, 1).index_select(0, positions) for x in grids]
     sampling = completions.temperature, completions.banned

@@ -221,13 +221,15 @@ def merge(model: nn.Module):
 
 
 class Learner:
-    """What learns: a model's adapters with the optimizer that they belong to, and their frozen reference.
-    `tensors` gives all that a resume needs, `restore` takes it back."""
+    """What learns: a model's adapters with the optimizer that they belong to, their frozen reference, and a
+    critic if the objective has one. `tensors` gives all that a resume needs, `restore` takes it back."""
 
-    def __init__(self, model: nn.Module, r: int, alpha: float, seed: int = 0):
+    def __init__(self, model: nn.Module, r: int, alpha: float, seed=0, critic: nn.Module | None = None):
         generator = torch.Generator().manual_seed(seed)
         trainable = add_adapters(model, r, alpha, generator=generator)
-        self.model, self.optimizer = model, torch.optim.AdamW(trainable, weight_decay=0.0)
+        self.model, self.critic = model, critic or nn.Module()
+        trainable += self.critic.parameters()
+        self.optimizer = torch.optim.AdamW(trainable, weight_decay=0.0)
         freeze_reference(model)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -235,6 +237,7 @@ class Learner:
         parts = ("lora_A", "lora_B", "reference_A", "reference_B")
         adapted = layers(self.model).items()
         named = {f"{name}.{part}": getattr(x, part) for name, x in adapted for part in parts}
+        named |= {f"critic.{name}": x for name, x in self.critic.state_dict().items()}
         moments = self.optimizer.state_dict()["state"].items()
         return named | {f"optimizer.{i}.{key}": x for i, state in moments for key, x in state.items()}
 
@@ -247,6 +250,8 @@ class Learner:
                 if stored is None or (stored.shape, stored.dtype) != (wanted.shape, wanted.dtype):
                     raise ValueError(f"{name}.{part} does not fit the policy")
                 wanted.copy_(stored)
+        for name, wanted in self.critic.state_dict().items():
+            wanted.copy_(tensors[f"critic.{name}"])
         state = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):

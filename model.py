@@ -46,6 +46,7 @@ class ModelConfig:
     rope_low: float = 1.0  # llama3: wavelengths above rope_length / rope_low are stretched by rope_factor ...
     rope_high: float = 4.0  # ... and those below rope_length / rope_high stay as they are
     rope_length: int = 8192  # tokens of the first training
+    max_positions: int = 0  # tokens of a sequence that the model was made for; 0: not known
     # The first three are a Bridge, the last two a Projector
     bridge: Literal["qformer", "patches", "pooled", "llava", "llava_pooled"] = "qformer"
     clip_layer: int = -2  # the hidden layer whose patch tokens the bridge reads

@@ -23,16 +23,14 @@ from torch import Tensor
 
 from grpo_rank import ranks_from_scores
 from plumbing.options import BadInput, one_line
-from videoqa.answers import (
-    Question,
-    grade,
-    prompt_text,
-    reward,
-)
+from videoqa.answers import Question, Reward, grade, prompt_text, reward
 
 # Why a ranking failed: the first word of its note. From the wire, of the reply, of the rest.
 CAUSES = "connection timeout busy server refused bad_reply dead budget".split()
 CAUSES += "empty cut not_json missing duplicate unknown function".split()
+# What an objective reads of a ranking, where that is not the order alone: the scores, which must differ in a
+# group, or their level, which tells something of a group of equals too.
+READS = {"grpo": "scores", "dr_grpo": "scores", "rloo": "scores", "ppo": "level"}
 
 
 @dataclass
@@ -47,6 +45,7 @@ class Ranking:
     below_anchor: Tensor | None = None  # (P, G) bool: ranked below the gold answer
     dead: str = ""  # why the judge answers nothing any more
     sums: dict[str, float] = field(default_factory=dict)  # counts of this batch for the metrics
+    reads: str = "order"  # what the objective reads of it: order, or one of READS
 
     def __post_init__(self):
         self.ok = torch.ones(len(self.ranks), dtype=torch.bool) if self.ok is None else self.ok
@@ -56,7 +55,21 @@ class Ranking:
     def live(self) -> Tensor:
         """(P,) bool: groups that carry a signal. A group is dead if all its answers tie, or if its ranking
         failed; this is the one place that decides it."""
-        return self.ok & (self.ranks != self.ranks[:, :1]).any(dim=1)
+        if self.reads == "level":
+            return self.ok
+        values = self.scores if self.reads == "scores" else self.ranks
+        return self.ok & (values != values[:, :1]).any(dim=1)
+
+    @classmethod
+    def joined(cls, parts: list["Ranking"]) -> "Ranking":
+        """The groups of all parts as one batch."""
+        found = {"reads": parts[0].reads, "dead": next((x.dead for x in parts if x.dead), "")}
+        for name in ("ranks", "ok", "scores", "agreement", "below_anchor"):
+            values = [getattr(part, name) for part in parts]
+            found[name] = None if values[0] is None else torch.cat(values)
+        names = {name for part in parts for name in part.sums}
+        sums = {name: sum(part.sums.get(name, 0) for part in parts) for name in names}
+        return cls(notes=[note for part in parts for note in part.notes], sums=sums, **found)
 
 
 def check_groups(batch: list[Question], texts: list[list[str]]) -> None:
@@ -102,12 +115,23 @@ class RewardOracle:
         """P lists of G texts -> ranks and scores (P, G). Never fails. Equal rewards tie."""
         check_groups(batch, texts)
         rewards = rewards_of(batch, texts, self.overlap, self.think)
-        sums = [[round(parts.total(*self.weights), 6) for parts in group] for group in rewards]
-        scores = torch.tensor(sums, dtype=torch.float64)
-        if self.by == "sum":
-            return Ranking(ranks_from_scores(scores), scores=scores)
-        keys = [[tuple(-round(x, 6) for x in parts.key()) for parts in group] for group in rewards]
-        return Ranking(torch.tensor([competition_ranks(group) for group in keys]), scores=scores)
+        totals = [[round(parts.total(*self.weights), 6) for parts in group] for group in rewards]
+        scores = torch.tensor(totals, dtype=torch.float64)
+        ranks = ranks_from_scores(scores)
+        if self.by == "lexicographic":
+            keys = [[tuple(-round(x, 6) for x in parts.key()) for parts in group] for group in rewards]
+            ranks = torch.tensor([competition_ranks(group) for group in keys])
+        return Ranking(ranks, scores=scores, sums=reward_sums(rewards))
+
+
+def reward_sums(rewards: list[list[Reward]]) -> dict[str, float]:
+    """Of each part of the dual reward, over the answers to tasks that have the part: sum and count."""
+    sums = {}
+    for name in ("discrete", "continuous", "format"):
+        values = [getattr(parts, name) for group in rewards for parts in group]
+        values = [x for x in values if x is not None]
+        sums |= {f"reward_{name}": sum(values), f"num_reward_{name}": len(values)}
+    return sums
 
 
 def rewards_of(batch: list[Question], texts: list[list[str]], overlap: str, think: bool):

@@ -1,6 +1,7 @@
 """Where weights/ come from: draw the world, train CLIP, align the bridge, fine-tune on a faulty corpus.
 
     python pretrain.py [--out weights] [--seed N] [--stage all|clip|align|sft] [--preset quick]
+    cp -r weights HARD; python pretrain.py --world hard --stage sft --out HARD --world_dir world/hard
     python pretrain.py --stage ranker [--pairs FILE.jsonl --videos DIR]     # an oracle, from the weights
     python pretrain.py --stage bridge --policy DECODER --clip CLIP --out DIR [--data FILE.jsonl --videos DIR]
     python pretrain.py --stage sft --policy DECODER_OR_DIR --out DIR2       # LoRA on a pretrained decoder
@@ -46,6 +47,7 @@ class Config(WorldOptions, RankerOptions, SupervisedOptions, PolicyOptions):
     preset: Literal["full", "quick"] = "full"  # quick: minutes on two CPU cores, for trying a change
     stage: Literal["all", "clip", "align", "sft", "ranker", "bridge"] = "all"  # all: clip, align, sft
     out: str = "weights"  # folder of the result
+    world: Literal["default", "hard"] = "default"  # hard: see videoqa/world.py
     world_dir: str = "world/pretrain"  # folder of the drawn clips
     device: Literal["auto", "cpu", "cuda"] = "auto"
     policy: str = ""  # bridge, sft: folder of a pretrained decoder; empty: the embedded world's small model
@@ -74,7 +76,7 @@ PRESETS = {
 def pretrain(cfg: Config):
     """The small model of the embedded world: all three stages, or the one that --stage names."""
     tokenizer, began = folder_tokenizer(cfg), time.time()
-    world.make_world(cfg.world_dir, range(cfg.num_clips))
+    world.make_world(cfg.world_dir, range(cfg.num_clips), hard=cfg.world == "hard")
     shown = [(os.path.join(cfg.world_dir, f"clip{c:07d}.mp4"),) for c in range(cfg.num_clips)]
     frames, times = load_clips(shown, ModelConfig.num_frames, ClipConfig.image_size)
     record, made = os.path.join(cfg.out, "made.json"), {"seconds": {}, "commands": []}

@@ -67,6 +67,23 @@ class Completions:
         G = len(self.ended) // len(chosen)
         return self[chosen.to(self.ended.device).repeat_interleave(G)]
 
+    @classmethod
+    def joined(cls, parts: list["Completions"]) -> "Completions":
+        """The completions of all parts, whose T may differ, as one."""
+        longest = max(part.completion_ids.shape[1] for part in parts)
+
+        def grid(name, filler=0):
+            values = [getattr(part, name) for part in parts]
+            if values[0] is None:
+                return None  # no support where top_p is 1
+            padding = [(0, 0) * (x.dim() - 2) + (0, longest - x.shape[1]) for x in values]
+            return torch.cat([F.pad(x, pad, value=filler) for x, pad in zip(values, padding, strict=True)])
+
+        return replace(
+            parts[0], completion_ids=grid("completion_ids", PAD_ID), completion_mask=grid("completion_mask"),
+            logprobs=grid("logprobs"), support=grid("support"), ended=torch.cat([x.ended for x in parts]),
+        )  # fmt: skip
+
 
 GRIDS = ("completion_ids", "completion_mask", "logprobs", "ended")
 
@@ -99,6 +116,14 @@ def _search(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     return place.squeeze(1), (1 - (above - point) / weight).clamp(0, 1).squeeze(1)
 
 
+def pick(logprobs: Tensor, uniforms: Tensor | None) -> Tensor:
+    """`draw`, but the likeliest id where a uniform is NaN, or where there are none at all."""
+    if uniforms is None:
+        return logprobs.argmax(dim=-1)
+    ids, greedy = draw(logprobs, uniforms.nan_to_num()), uniforms.isnan().nonzero().squeeze(1)
+    return ids.index_copy(0, greedy, logprobs[greedy].argmax(dim=-1))
+
+
 def generate(
     model: VideoLM,
     prompts: Prompts,
@@ -113,8 +138,9 @@ def generate(
 ) -> Completions:
     """G completions of each prompt: one prefill, then a token a step for all of them until all have ended.
 
-    uniforms (P, G, max_new_tokens) in [0, 1) decide every draw; None decodes greedily. end_ids (any,) int64
-    all end a completion; banned (V,) bool ids are never produced.
+    uniforms (P, G, max_new_tokens) in [0, 1) decide every draw; where one is NaN, the likeliest token is
+    taken; None decodes all greedily. end_ids (any,) int64 all end a completion; banned (V,) bool ids are
+    never produced.
     """
     decoder = model.decoder
     P, G, T, device = len(prompts.prompt_ids), group_size, max_new_tokens, prompts.prompt_ids.device
@@ -139,7 +165,7 @@ def generate(
                 support = nucleus(scores, top_p)
                 supports.append(pack_support(support))
                 scores = sampling_logprobs(scores, 1.0, None, support)  # renormalised over the nucleus
-            token = scores.argmax(dim=-1) if uniforms is None else draw(scores, uniforms[:, :, t].flatten())
+            token = pick(scores, None if uniforms is None else uniforms[:, :, t].flatten())
             ids[:, t] = torch.where(ended, PAD_ID, token)
             mask[:, t] = ~ended
             logprobs[:, t] = scores.gather(1, token[:, None]).squeeze(1).masked_fill(ended, 0.0)
@@ -163,24 +189,7 @@ def generate_in_parts(model: VideoLM, prompts: Prompts, group_size: int, at_once
         generate(model, prompts[p], group_size, uniforms=u, **options)
         for p, u in zip(rows, drawn, strict=True)
     ]
-    longest = max(part.completion_ids.shape[1] for part in parts)
-
-    def joined(values, filler=0):
-        """(B, T, ..) of all parts, padded on the right; None where top_p is 1."""
-        if values[0] is None:
-            return None
-        padding = [(0, 0) * (x.dim() - 2) + (0, longest - x.shape[1]) for x in values]
-        return torch.cat([F.pad(x, pad, value=filler) for x, pad in zip(values, padding, strict=True)])
-
-    return Completions(
-        joined([part.completion_ids for part in parts], PAD_ID),
-        joined([part.completion_mask for part in parts]),
-        joined([part.logprobs for part in parts]),
-        joined([part.support for part in parts]),
-        torch.cat([part.ended for part in parts]),
-        temperature=parts[0].temperature,
-        banned=parts[0].banned,
-    )
+    return Completions.joined(parts)
 
 
 def answer(

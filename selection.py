@@ -6,7 +6,7 @@ The policy answers each question k times at temperature 1; only the raw reward o
 published neither rule nor thresholds, so these are ours: a question is kept if 0 < right < k; a question that
 asks for a span, if its IoUs differ; a question that asks for both, if either holds. `--share X` keeps fewer:
 of the n questions of each task at most X * n, those whose answers disagree most. Line 1 of SELECTED.jsonl is
-the report with the settings; all readers of questions skip it.
+the report: settings, counts, histograms; all readers of questions skip it.
 
 The answers are kept in SELECTED.jsonl.samples: a killed selection continues from them, and another --share
 needs no new ones. The same settings give the same file, byte for byte, killed or not.
@@ -21,12 +21,11 @@ from statistics import pstdev
 from typing import Annotated, Literal
 
 import torch
-from tqdm import tqdm
 
 from checkpoints.policies import PolicyOptions, load_policy
 from data import PromptSet
 from plumbing import options
-from plumbing.machine import pick_device
+from plumbing.machine import pick_device, show_progress
 from plumbing.options import (
     BadInput,
     Bounds,
@@ -178,7 +177,7 @@ def main() -> int:
     settings = settings_of(cfg, data, len(questions))
     texts = _resume(f"{cfg.out}.samples", settings, cfg.batch)
     with open(f"{cfg.out}.samples", "a", encoding="utf-8") as file:
-        for first in tqdm(range(len(texts), len(questions), cfg.batch), "batches", leave=False):
+        for first in show_progress(range(len(texts), len(questions), cfg.batch), "answering"):
             answers = sample(policy, tokenizer, questions[first : first + cfg.batch], first, cfg)
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
             file.flush()
@@ -191,8 +190,9 @@ def main() -> int:
     rows = [row for row, why in zip(rows, reasons, strict=True) if why.startswith("kept")]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in [{"selection": report}, *rows]]
     write_whole(cfg.out, "".join(lines).encode())
-    print(json.dumps(report, indent=1))
-    print(f"{cfg.out}: {len(rows)} of {len(questions)} questions kept, those whose {cfg.k} answers disagree")
+    print(f"{cfg.out}: {len(rows)} of {len(questions)} questions, each answered {cfg.k} times")
+    for why, count in sorted(counts.items(), key=lambda pair: -pair[1]):
+        print(f"{count:8} {why}")
     return 0
 
 

@@ -19,12 +19,12 @@ import lora
 from checkpoints.policies import PolicyOptions, load_adapter_of, load_policy, save_adapter_of
 from data import Batches, DataOptions, Prompts, PromptSet, draw_world, load_sets
 from eval import evaluate, gains, table
-from grpo_rank import Objective, group_zscores, rank_advantages, ranks_from_scores, rollout_loss
+from grpo_rank import Objective, rank_advantages, ranks_from_scores, rollout_loss
 from lora import Learner
 from model import VideoLM
-from oracle import Ranking, rewards_of, weighed
-from oracles.choose import OracleExperiments, OracleOptions, PatientOracle, by_reward, choose_oracle
-from oracles.feedback import examples_of, feedback_numbers, reward_numbers
+from oracle import Ranking, weighed
+from oracles import choose
+from oracles.feedback import Groups, examples_of, feedback_numbers
 from plumbing.machine import (
     MachineOptions,
     compiled,
@@ -54,7 +54,9 @@ from videoqa.video import frame_strip
 
 
 @dataclass
-class Config(PolicyOptions, DataOptions, OracleOptions, RunOptions, MachineOptions, OracleExperiments):
+class Config(
+    PolicyOptions, DataOptions, choose.OracleOptions, RunOptions, MachineOptions, choose.OracleExperiments
+):
     """The algorithm: Oracle-RLAIF and GRPO_rank"""
 
     preset: Literal["tiny", "smoke", "lm", "7b"] = (
@@ -63,17 +65,21 @@ class Config(PolicyOptions, DataOptions, OracleOptions, RunOptions, MachineOptio
     num_steps: CountOrNone = 100  # optimiser rounds: sample, order, update; 0: as many as num_epochs make
     num_epochs: CountOrNone = 0  # passes over the questions, where num_steps is 0
     batch_prompts: Count = 48  # P: prompts a step, over all processes
+    fill: Count = 1  # batches a step may ask until batch_prompts groups carry a signal (DAPO); 1: no more
     group_size: Annotated[int, Bounds(2)] = 5  # G: completions a prompt, ordered by the oracle
     max_new_tokens: Count = 10  # tokens of an answer at most
     temperature: Positive = 1.0
     top_p: PositiveShare = 1.0
-    objective: Literal["grpo_rank", "grpo"] = "grpo_rank"  # grpo: z-scores of the oracle's scores in a group
+    objective: Literal["grpo_rank", "grpo", "dr_grpo", "rloo", "ppo", "dpo", "plackett_luce", "best_of"] = (
+        "grpo_rank"  # the others: baselines.py, the rivals on the same rollouts
+    )
     advantage_form: Literal["ideal", "printed", "inverted"] = "ideal"  # README, "What the paper leaves open"
     gain: Literal["divided", "appendix"] = "divided"
     updates_per_rollout: Count = 2  # optimiser steps on a rollout; with 1 the clip never binds
     clip_eps: Positive = 0.2
     norm: Literal["sequence", "token", "constant"] = "sequence"  # constant: max_new_tokens a completion
     kl_coef: NotNegative = 0.02  # weight of KL(reference || policy), exact over the vocabulary
+    beta: Positive = 0.5  # dpo, plackett_luce: what a nat of difference from the reference is worth
     entropy_coef: NotNegative = 0.0  # weight of the entropy bonus
     lora_r: Count = 16
     lora_alpha: Positive = 32.0
@@ -87,12 +93,8 @@ class Config(PolicyOptions, DataOptions, OracleOptions, RunOptions, MachineOptio
             raise BadInput(f"--preset {self.preset} brings no weights: name a folder with --policy")
         if not self.num_steps and not self.num_epochs:
             raise BadInput("--num_steps 0 --num_epochs 0: there is nothing to do; give one of them")
-        wraps = self.swap_prob or self.position_bias or self.anchor
-        scored = self.oracle in ("rule", "sum", "trained") or self.oracle_asks == "scores"
-        if self.objective == "grpo" and (not scored or wraps or self.canary):
-            wrong = "--objective grpo takes scores: --oracle sum | trained, or llm with --oracle_asks scores;"
-            wrong += " no noise, no anchor"
-            raise BadInput(f"{wrong}; choose these, or --objective grpo_rank")
+        if self.objective != "grpo_rank":
+            rivals().check_objective(self)
 
 
 PRESETS = {
@@ -104,8 +106,7 @@ PRESETS = {
         num_train_clips=200, num_eval_clips=60, sample_prompts=12, micro_batch_prompts=6, save_every=10,
     ),
     # Oracle-RLAIF as far as it is published: 5 answers, r 64, alpha 16, all linear layers, 50 frames, 4
-    # epochs, 64 prompts a rollout. The rest is VLM-RLAIF's: NF4, answer length, learning rate, two passes,
-    # clip, KL weight.
+    # epochs, 64 prompts a rollout. NF4, length, rate, two passes, clip and KL weight are VLM-RLAIF's.
     "7b": dict(
         policy="", base="nf4", num_frames=50, num_steps=0, num_epochs=4, batch_prompts=64, sample_prompts=2,
         micro_batch_prompts=1, group_size=5, eval_samples=1, max_new_tokens=896, lora_r=64, lora_alpha=16.0,
@@ -118,81 +119,94 @@ PRESETS = {
 # -------------------------------------------------------------------------------------------------- the loop
 
 
-def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batches, run: RunFolder):
+def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batches, sampling, run: RunFolder):
     """Oracle-RLAIF, the paper's algorithm. Raises EndedEarly where a run stops before its last step."""
-    sampling, G = sampling_of(cfg, policy, batches.asked.tokenizer), cfg.group_size
+    G = cfg.group_size
     for step in run.steps(cfg.num_steps):
-        # 0) P questions; as an epoch begins, the policy as it is now becomes the frozen reference
-        rows, uniforms = batches.of_step(step, G, cfg.max_new_tokens)
+        # 0) as an epoch begins, the policy as it is now becomes the frozen reference
         if step % batches.steps_an_epoch == 0:
             lora.freeze_reference(policy.decoder)
 
-        # 1) the policy answers each question G times
-        with run.clock("sampling"):
-            rollout, texts = answer(policy, batches.asked, rows, G, sampling, uniforms)
-
-        # 2) the oracle ranks the answers: it sees questions and texts, never log-probabilities
-        with run.clock("oracle"):
-            questions = [batches.asked.questions[i] for i in rows]
-            ranking = oracle.rank(questions, texts)
-        run.stop_if(ranking.dead)
+        groups = None
+        for attempt in range(batches.fill):  # --fill: further questions until P groups carry a signal
+            # 1) the policy answers each of P questions G times
+            rows, uniforms = batches.of_step(step, G, cfg.max_new_tokens, attempt)
+            with run.clock("sampling"):
+                rollout, texts = answer(policy, batches.asked, rows, G, sampling, uniforms)
+            # 2) the oracle ranks the answers: it sees questions and texts, never log-probabilities
+            with run.clock("oracle"):
+                questions = [batches.asked.questions[i] for i in rows]
+                ranking = oracle.rank(questions, texts)
+            run.stop_if(ranking.dead)
+            groups = Groups(rows, questions, texts, rollout, ranking).behind(groups)
+            if groups.fill(batches.P):
+                break
 
         # 3) the ranks become advantages; groups that carry no signal leave the step here
+        ranking, rollout = groups.ranking, groups.rollout
         policy_ranks = ranks_from_scores(rollout.logprobs.sum(dim=1).view(-1, G).cpu().round(decimals=4))
         advantages = advantages_of(cfg, ranking, policy_ranks)  # (P, G)
-        prompts, live = batches.asked[rows[ranking.live]], rollout.of_prompts(ranking.live)
+        prompts, live = batches.asked[groups.rows[ranking.live]], rollout.of_prompts(ranking.live)
 
         # 4) clipped updates on the live groups, with KL to the frozen reference and an entropy bonus
         with run.clock("reference"):
             ref_states = reference_states(policy, prompts, live, cfg.micro_batch_prompts)
         with run.clock("update"):
-            batch = dict(prompts=prompts, rollout=live, advantages=advantages[ranking.live])
+            signal = dict(advantages=advantages[ranking.live], ranks=ranking.ranks[ranking.live])
+            batch = dict(prompts=prompts, rollout=live, **signal)
             numbers = update(cfg, policy, learner, ref_states=ref_states, step=step, **batch)
 
         # 5) report, save
-        numbers |= feedback_numbers(questions, texts, ranking, policy_ranks, advantages, rollout)
-        if by_reward(cfg):
-            numbers |= reward_numbers(rewards_of(questions, texts, cfg.overlap, cfg.think), uniforms.device)
-        run.report(numbers, examples_of(questions, texts, ranking, policy_ranks, advantages), batch)
+        numbers |= feedback_numbers(groups, policy_ranks, advantages)
+        run.report(numbers, examples_of(groups, policy_ranks, advantages), batch)
+
+
+def rivals():
+    """baselines.py, loaded only for another objective than grpo_rank."""
+    import baselines
+
+    return baselines
 
 
 def advantages_of(cfg: Config, ranking: Ranking, policy_ranks: Tensor) -> Tensor:
     """(P, G) float32 of the chosen objective."""
-    if cfg.objective == "grpo":
-        return group_zscores(ranking.scores)
+    if cfg.objective != "grpo_rank":
+        return rivals().advantages(cfg.objective, ranking)
     form, gain = cfg.advantage_form, cfg.gain
     return weighed(rank_advantages(ranking.ranks, policy_ranks, form, gain, ranking.ok), ranking)
 
 
 # ------------------------------------------------------------------------------------------------ the update
 
-
 STATS = ("tokens", "sequences", "loss", "ratio", "surrogate", "clipped", "kl", "entropy")
 
 
 def update(
     cfg: Config, policy: VideoLM, learner: Learner, *, prompts: Prompts, rollout,
-    advantages: Tensor, ref_states: list[Tensor], step: int,
+    advantages: Tensor, ref_states: list[Tensor], step: int, ranks: Tensor | None = None,
 ) -> dict:  # fmt: skip
     """GRPO_rank's clipped updates on one rollout, of which only live groups are left; a process without any
-    takes part with a gradient of zero. advantages (P, G). Returns the step's numbers, kl and entropy None if
-    no process had a live group; "bad": a loss or gradient was not finite, and nothing was learned."""
+    takes part with a gradient of zero. advantages, ranks (P, G). Returns the step's numbers, kl and entropy
+    None if no process had a live group; "bad": a loss or gradient was not finite, nothing was learned."""
     G, device = cfg.group_size, prompts.prompt_ids.device
     micro, advantages = micro_batches(len(prompts.prompt_ids), cfg.micro_batch_prompts), advantages.to(device)
     mask = rollout.completion_mask
     num_tokens, num_sequences = reduce_sum(mask.sum(), mask.any(dim=1).sum(), device=device)
     sums, gap, head = dict.fromkeys(STATS, 0.0), 0.0, policy.decoder.head.float()  # logits in float32
-    objective = Objective(
-        cfg.clip_eps, cfg.norm, constant=cfg.max_new_tokens,
-        kl_coef=cfg.kl_coef, entropy_coef=cfg.entropy_coef,
-    )  # fmt: skip
+    kl_coef = 0.0 if cfg.objective == "ppo" else cfg.kl_coef  # ppo has it in the rewards
+    objective = Objective(cfg.clip_eps, cfg.norm, cfg.max_new_tokens, kl_coef, cfg.entropy_coef)
+    rival = None  # of baselines.py: gives a micro-batch its advantages at each update anew
+    if cfg.objective != "grpo_rank":
+        rival = rivals().rival(cfg, policy, learner, prompts, rollout, advantages, ranks, ref_states)
     compile = compiled if cfg.compile or device.type == "cuda" else None
     for u in range(cfg.updates_per_rollout):
         for p, ref_hidden in zip(micro, ref_states, strict=True):
-            part = rollout[rows_of(p, G)]
+            part, signal, ref_hidden = rollout[rows_of(p, G)], advantages[p].flatten(), ref_hidden.to(device)
+            hidden = completion_states(policy, prompts[p], part)
+            if rival:
+                part, signal = rival.signal(p, part, hidden, ref_hidden, head)
             loss, stats = rollout_loss(
-                completion_states(policy, prompts[p], part), head, part, advantages[p].flatten(),
-                objective, ref_hidden=ref_hidden.to(device),
+                hidden, head, part, signal, objective, ref_hidden=ref_hidden,
                 num_tokens=num_tokens, num_sequences=num_sequences, compile=compile,
             )  # fmt: skip
             loss.backward()
@@ -238,43 +252,34 @@ def made_from(cfg: Config, *sets: PromptSet) -> dict[str, str]:
     return {"the data": questions, "--policy": fingerprint(cfg.policy, cfg.clip, cfg.adapter)}
 
 
-def sampling_of(cfg: Config, policy: VideoLM, tokenizer) -> Sampling:
-    return Sampling.of(
-        policy, tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, top_p=cfg.top_p,
-        prompts_at_once=cfg.sample_prompts,
-    )  # fmt: skip
-
-
 def main() -> int:
     cfg = parse_args(Config, PRESETS, lambda given: stored_options(given, Config))
     check_folder(cfg)
     device, noise = start_processes(cfg.device), torch.Generator()
-    oracle = choose_oracle(cfg, noise, device)
+    oracle = choose.choose_oracle(cfg, noise, device)
     policy, train_set, eval_set = load_everything(cfg, device)
-    batches = Batches(train_set, cfg.batch_prompts, cfg.seed, noise, process_info())
+    batches = Batches(train_set, cfg.batch_prompts, cfg.seed, noise, process_info(), cfg.fill)
     cfg.num_steps = cfg.num_steps or cfg.num_epochs * batches.steps_an_epoch
-    if cfg.oracle == "llm":
-        most = cfg.num_steps * batches.P * cfg.oracle_permutations
-        say(f"the judge is asked for at most {most:,} rankings, each in one call, or two if it is unclear")
-    if cfg.oracle == "replay":
-        from oracles.cache import check_replay
-
-        check_replay(cfg.oracle_cache, batches, cfg.num_steps)
-    learner = Learner(policy.decoder, cfg.lora_r, cfg.lora_alpha, cfg.seed)
+    choose.check_replayed(cfg, batches)
+    critic = rivals().Critic(policy.cfg.dim).to(device) if cfg.objective == "ppo" else None
+    learner = Learner(policy.decoder, cfg.lora_r, cfg.lora_alpha, cfg.seed, critic)
     made = made_from(cfg, train_set, eval_set)
     run = RunFolder(cfg, learner, partial(save_adapter_of, policy), device, made)
-    sampling = sampling_of(cfg, policy, train_set.tokenizer)
+    sampling = Sampling.of(
+        policy, train_set.tokenizer, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
+        top_p=cfg.top_p, prompts_at_once=cfg.sample_prompts,
+    )  # fmt: skip
     if cfg.memory_plan:
         from checkpoints import memory
 
         memory.rehearse(cfg, policy, learner, batches, sampling, update)
     strips = {name: partial(frame_strip, *shown) for name, shown in batches.watched(cfg.num_steps).items()}
-    run.begin(partial(evaluate, policy, eval_set, sampling, samples=cfg.eval_samples, seed=cfg.seed), strips)
-    both = {q.video for q in train_set.questions} & {q.video for q in eval_set.questions}
-    seen = f"; {len(both)} videos are in both: the tables do not show what is new" if both else ""
-    say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out{seen}")
-    oracle = PatientOracle(oracle, cfg.oracle_patience, run.interrupted, device)
-    learn(cfg, policy, learner, oracle, batches, run)
+    oracle = choose.PatientOracle(oracle, cfg.objective, cfg.oracle_patience, run.interrupted, device)
+    oracle.announce(cfg, batches)
+    options = dict(samples=cfg.eval_samples, seed=cfg.seed, judge=oracle.judge)
+    run.begin(partial(evaluate, policy, eval_set, sampling, **options), strips)
+    say(f"{len(train_set)} questions to learn from, {len(eval_set)} held out")
+    learn(cfg, policy, learner, oracle, batches, sampling, run)
     after, values = run.end(partial(load_adapter_of, policy))
     gain = gains(eval_set.questions, run.progress["before_values"], values)
     run.finish(describe(device), after, gain, table(run.progress["before"], after))

@@ -45,7 +45,10 @@ class WorldOptions(Options):
 def train_clip(cfg, clip: Clip, tokenizer: Tokenizer, frames, times, generator):
     """frames (C, K, 3, H, W) uint8 of scene seeds 0 .. C-1, times (C, K) seconds. Half of the captions in a
     batch are hard negatives. Reports retrieval: the share of frames that find their caption among all."""
-    scenes, rng = [world.make_scene(c) for c in range(len(frames))], random.Random(cfg.seed + 1)
+    scenes, rng = (
+        [world.make_scene(c, cfg.world == "hard") for c in range(len(frames))],
+        random.Random(cfg.seed + 1),
+    )
     device = clip.logit_scale.device
 
     def encode(texts):
@@ -77,7 +80,7 @@ def train_align(cfg, model: VideoLM, patches, times, tokenizer: Tokenizer, gener
     video tokens of that frame, come first: they teach which colour, kind, place and movement belong together
     far sooner than annotations of whole clips do. Neither has faults.
     """
-    scenes = [world.make_scene(c) for c in range(len(patches))]
+    scenes = [world.make_scene(c, cfg.world == "hard") for c in range(len(patches))]
     rows = [[token_ids(tokenizer, *pair) for pair in world.annotations(scene)] for scene in scenes]
     rng, actions = random.Random(cfg.seed), model.bridge.kind == "qformer"  # only it compares frames
 
@@ -117,8 +120,9 @@ def corpus(cfg, tokenizer: Tokenizer):
     Long answers are spans and descriptions."""
     rng, short, long = random.Random(cfg.seed + 17), [], []
     for c in range(cfg.num_clips):
-        scene = world.make_scene(c)
-        questions = world.make_questions(scene, f"clip{c:07d}.mp4")
+        scene = world.make_scene(c, cfg.world == "hard")
+        ask = world.hard_questions if cfg.world == "hard" else world.make_questions
+        questions = ask(scene, f"clip{c:07d}.mp4")
         answers = [world.corpus_answer(row, rng, cfg.faults) for row in questions]
         pairs = [(row, token_ids(tokenizer, row["question"], answer))
                  for row, answer in zip(questions, answers, strict=True)]  # fmt: skip

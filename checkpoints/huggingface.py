@@ -275,6 +275,8 @@ def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
     for field, key in ROPE_KEYS[scaling].items():
         sizes[field] = number(rope, key, where, float)
     sizes["rope_theta"] = number(rope if "rope_theta" in rope else config, "rope_theta", where, float)
+    if config.get("max_position_embeddings") is not None:
+        sizes["max_positions"] = number(config, "max_position_embeddings", where)
     if kind == "mistral" and config["sliding_window"] is not None:
         sizes["sliding_window"] = number(config, "sliding_window", where)
     return ModelConfig(

@@ -99,9 +99,10 @@ def load_tokenizer(options: PolicyOptions, V: int):
     return ChatTokenizer(options.policy, options.template, placeholder_id, V, options.think)
 
 
-def load_policy(options: PolicyOptions, device="cpu"):
+def load_policy(options: PolicyOptions, device="cpu", own_bridge: bool = False):
     """(VideoLM, tokenizer): the frozen policy of a folder that pretrain.py made or, in the Hugging Face
-    layout, of LLaVA-1.5 or a text decoder with its CLIP.
+    layout, of LLaVA-1.5 or a text decoder with its CLIP. own_bridge: the caller has a bridge for it, so a new
+    one needs no note.
 
     An adapter is merged into the decoder. Then the decoder's weights are held in options.base; without an
     adapter pretrained ones are held so from the start, tensor by tensor. Raises BadInput if a file is missing
@@ -115,7 +116,8 @@ def load_policy(options: PolicyOptions, device="cpu"):
         from checkpoints.pretrained import load_pretrained
 
         merged_first = options.adapter and options.base == "nf4"
-        model = load_pretrained(replace(options, base="bfloat16") if merged_first else options, device)
+        held = replace(options, base="bfloat16") if merged_first else options
+        model = load_pretrained(held, device, own_bridge)
         tokenizer = load_tokenizer(options, model.cfg.vocab_size)
         model.cfg = replace(model.cfg, video_start=tokenizer.video_start)
     else:

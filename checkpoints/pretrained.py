@@ -104,7 +104,7 @@ def framing(folder: str) -> str:
 # --------------------------------------------------------------------------------------------------- reading
 
 
-def load_pretrained(options, device="cpu") -> VideoLM:
+def load_pretrained(options, device="cpu", own_bridge: bool = False) -> VideoLM:
     """LLaVA-1.5, or a text decoder with the image tower of options.clip, as a frozen VideoLM: float32, but
     the decoder held in options.base (`fill`). options: PolicyOptions. BadInput: see `fill`."""
     cfg, clip_cfg = pretrained_configs(options)
@@ -112,7 +112,7 @@ def load_pretrained(options, device="cpu") -> VideoLM:
     cfg = with_own_head(cfg, tensors)
     with torch.device("meta"):
         model = VideoLM(cfg, clip_cfg)
-    own_bridge = isinstance(model.bridge, Bridge)
+    has_bridge = isinstance(model.bridge, Bridge)
     parts = {part: list(getattr(model, part).state_dict()) for part in ("clip", "bridge", "decoder")}
     sources = {
         f"decoder.{name}": source for name, source in decoder_sources(parts["decoder"], tensors).items()
@@ -123,12 +123,12 @@ def load_pretrained(options, device="cpu") -> VideoLM:
         clip_tensors = open_weights(options.clip, options)
         fill(model, clip_tensors, tower, device, torch.float32, CLIP_TEXT + EMBEDDED, seed=options.seed)
     else:
-        sources |= llava_sources(parts, tensors, own_bridge)
+        sources |= llava_sources(parts, tensors, has_bridge)
         projector = tensors.prefix("linear_1.weight", "multi_modal_projector.") if tensors else ""
-        spare += (projector,) * own_bridge
+        spare += (projector,) * has_bridge
     fill(model, tensors, sources, device, torch.float32, spare, options.base, options.seed)
-    if own_bridge:
-        model.bridge = load_bridge(options.policy, cfg, clip_cfg, options.seed).to(device)
+    if has_bridge:
+        model.bridge = load_bridge(options.policy, cfg, clip_cfg, options.seed, not own_bridge).to(device)
     return model.eval()
 
 
@@ -159,8 +159,9 @@ def llava_sources(
     return sources | {f"bridge.{name}": Source(projector + name) for name in parts["bridge"]}
 
 
-def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int) -> Bridge:
-    """The folder's bridge; where it has none a new one, the same for the same seed, and a note. Frozen."""
+def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, told: bool) -> Bridge:
+    """The folder's bridge; where it has none a new one, the same for the same seed, and a note if `told`.
+    Frozen."""
     path, old = os.path.join(folder, BRIDGE_FILE), os.path.join(folder, OLD_BRIDGE_FILE)
     if os.path.exists(old) and not os.path.exists(path):
         raise BadInput(f"{old}: an earlier version's name for the bridge; rename the file to {BRIDGE_FILE}")
@@ -170,6 +171,8 @@ def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int) 
     if os.path.exists(path):
         sources = {name: Source(name) for name in bridge.state_dict()}
         fill(bridge, Tensors(path), sources, "cpu", torch.float32)
+        return bridge
+    if not told:
         return bridge
     name = "Q-Former" if cfg.bridge == "qformer" else f"projector ({cfg.bridge} video tokens)"
     size = sum(p.numel() for p in bridge.parameters())

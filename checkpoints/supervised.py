@@ -208,14 +208,15 @@ def train_supervised(cfg) -> None:
     check_out(cfg)
     torch.manual_seed(cfg.seed)
     device = torch.device(pick_device(cfg.device))
-    model, tokenizer = load_policy(cfg, device)
+    taught = cfg.stage == "bridge" or cfg.with_bridge
+    model, tokenizer = load_policy(cfg, device, own_bridge=taught or bool(cfg.bridge_from))
     if cfg.bridge_from:
         take_bridge(model, cfg.bridge_from)
     parameters = []
     if cfg.stage == "sft":
         generator = torch.Generator().manual_seed(cfg.seed)
         parameters += lora.add_adapters(model.decoder, cfg.lora_r, cfg.lora_alpha, generator=generator)
-    if cfg.stage == "bridge" or cfg.with_bridge:
+    if taught:
         if not isinstance(model.bridge, Bridge):
             raise BadInput(f"--policy {cfg.policy}: has a projector; a bridge needs --video_tokens qformer")
         parameters += [p.requires_grad_(True) for p in model.bridge.parameters()]
@@ -362,8 +363,8 @@ def decoder_options(options: PolicyOptions) -> tuple[PolicyOptions, dict]:
 def load_supervised(options: PolicyOptions, device):
     """(VideoLM, tokenizer) of a folder that `train_supervised` wrote; then options.adapter is merged too."""
     beneath, config = decoder_options(options)
-    model, tokenizer = load_policy(beneath, device)
     path = os.path.join(options.policy, "bridge.safetensors")
+    model, tokenizer = load_policy(beneath, device, own_bridge=os.path.exists(path))
     if os.path.exists(path):
         stored = read_tensors(path, WANTS)[0]
         try:

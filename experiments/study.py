@@ -4,6 +4,7 @@ was broken off goes on.
     python -m experiments.study oracle [--out DIR] [--seeds N] [-- OPTIONS OF train.py]  # faulty oracles
     python -m experiments.study reward [--out DIR] [--seeds N] [-- OPTIONS OF train.py]  # the dual reward
     python -m experiments.study selection [--out DIR] [--seeds N] [-- OPTIONS ..]  # and its selection of data
+    python -m experiments.study rivals|feedback|fill [--out DIR] [--seeds N] -- OPTIONS  # rivals.py
 """
 
 import json
@@ -208,11 +209,16 @@ def between(path: str, name: str, text: str = "") -> str:
 
 
 def main() -> int:
+    from experiments import rivals
+
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     studies = {"oracle": (oracle_study, "what faults of the oracle cost, and what helps")}
     studies["reward"] = reward_study, "what the dual reward brings"
     studies["selection"] = selection_study, "what the selection of data brings"
+    studies["rivals"] = rivals.rivals_study, "GRPO_rank and its rivals on exact feedback"
+    studies["feedback"] = rivals.feedback_study, "order and score with the same faults"
+    studies["fill"] = rivals.fill_study, "batches filled up with groups that carry a signal"
     for name, (_, words) in studies.items():
         study = commands.add_parser(name, help=words)
         study.add_argument("--out", default=f"runs/{name}_study")

@@ -3,14 +3,14 @@
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
 from tqdm import tqdm
 
-from oracle import FunctionOracle, Ranking, RewardOracle, RuleOracle, load_function
-from plumbing.machine import reduce_sum
+from oracle import READS, FunctionOracle, Ranking, RewardOracle, RuleOracle, load_function
+from plumbing.machine import process_info, reduce_sum, say
 from plumbing.options import (
     BadInput,
     Bounds,
@@ -45,7 +45,7 @@ class OracleOptions(Options):
     oracle_cache: str = ""  # llm: sqlite file, empty: judge.sqlite in --out; replay: the file, or a JSONL
     ranker: str = "weights/ranker"  # trained: folder of the ranker (pretrain.py --stage ranker)
     ranker_margin: NotNegative = 0.5  # trained: answers closer than this in log-odds tie
-    discrete_coef: NotNegative = 1.0  # dual reward (sum, --objective grpo): weight of the right answer
+    discrete_coef: NotNegative = 1.0  # dual reward (sum, objectives by scores): of the right answer
     continuous_coef: NotNegative = 1.0  # dual reward: weight of the spans' overlap
     format_coef: NotNegative = 0.1  # dual reward: weight of the form
     overlap: Literal["iou", "iop"] = "iou"  # dual reward: how the overlap is measured
@@ -68,6 +68,8 @@ class OracleExperiments(Options):
 
     swap_prob: Share = 0.0  # chance that two neighbours in the oracle's order swap
     position_bias: Share = 0.0  # chance that the first candidate is put on top
+    score_bend: Share = 0.0  # sum, and objectives by scores: how far apart the scales of two questions are
+    score_noise: NotNegative = 0.0  # the same: noise of a score, as a share of the scale
     oracle_agreement: Literal["off", "scale", "tie"] = "off"  # scale advantages by Kendall's W | tie disputes
     anchor: bool = False  # the gold answer is ranked too: no positive advantage below it
     canary: bool = False  # a known-bad answer is ranked too, which measures the judge's errors
@@ -75,17 +77,23 @@ class OracleExperiments(Options):
 
 def by_reward(cfg) -> bool:
     """Whether a run's feedback is the dual reward of Temporal-R1."""
-    return cfg.oracle in ("sum", "lexicographic") or (cfg.objective == "grpo" and cfg.oracle == "rule")
+    return cfg.oracle in ("sum", "lexicographic") or (cfg.objective in READS and cfg.oracle == "rule")
 
 
 def choose_oracle(cfg, generator: torch.Generator, device: torch.device):
     """The oracle of train.py's options. `generator` draws the noise. A judge is asked something first, so
     that a wrong address, key or model ends the run before anything is written."""
     oracle = RuleOracle()
+    if (cfg.score_bend or cfg.score_noise) and not by_reward(cfg):
+        raise BadInput("--score_bend, --score_noise: bend the scores of --oracle sum; choose it")
     if by_reward(cfg):
         by = "lexicographic" if cfg.oracle == "lexicographic" else "sum"
         weights = (cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef)
         oracle = RewardOracle(by, weights, cfg.overlap, cfg.think)
+        if cfg.score_bend or cfg.score_noise:
+            from oracles.combine import BentOracle
+
+            oracle = BentOracle(oracle, generator, cfg.score_bend, cfg.score_noise, sum(weights), cfg.seed)
     elif cfg.oracle in ("llm", "replay"):
         oracle = choose_judge(cfg)
     elif cfg.oracle == "trained":
@@ -135,6 +143,15 @@ def choose_judge(cfg):
     return judge
 
 
+def check_replayed(cfg, batches):
+    """Raises BadInput if a file that is replayed lacks a question of the run. cfg: train.Config with
+    num_steps; batches: data.Batches."""
+    if cfg.oracle == "replay":
+        from oracles.cache import check_replay
+
+        check_replay(cfg.oracle_cache, batches, cfg.num_steps)
+
+
 # What helps where a ranking failed; else the judge's server is to be looked at
 REMEDIES = {
     "function": "mend the function",
@@ -155,13 +172,38 @@ def remedy_of(note: str, option: str = "oracle") -> str:
 class PatientOracle:
     """An oracle in training: waits for a judge that died, and lets no failure pass unseen.
 
-    patience: seconds to wait for a dead judge. interrupted(): whether to give up at once. The first failure
+    objective: reads the ranking in its own way (oracle.READS). patience: seconds to wait for a dead judge.
+    interrupted(): whether to give up at once. The first failure
     of each cause is printed. Raises BadInput if all groups of the first step failed, over all processes.
     """
 
-    def __init__(self, oracle, patience: float, interrupted, device: torch.device):
+    def __init__(self, oracle, objective: str, patience: float, interrupted, device: torch.device):
         self.oracle, self.patience, self.interrupted, self.device = oracle, patience, interrupted, device
+        self.reads = READS.get(objective, "order")
         self.told, self.first = set(), True
+
+    @property
+    def judge(self):
+        """The language model that is asked, None if there is none; in the first process only, so that several
+        do not ask for the same verdicts."""
+        oracle = self.oracle
+        while oracle and not getattr(oracle, "chat", None):
+            oracle = vars(oracle).get("oracle")
+        return oracle if process_info()[0] == 0 else None
+
+    def announce(self, cfg, batches):
+        """Says what a judge can cost in the whole run. cfg: train.Config; batches: data.Batches."""
+        if cfg.oracle != "llm":
+            return
+        G = cfg.group_size + cfg.anchor + cfg.canary
+        a_group = {"pairs": G * (G - 1) // 2, "tournament": 2 * (G - 1)}.get(cfg.oracle_asks, 1)
+        calls = cfg.num_steps * batches.fill * batches.P * cfg.oracle_permutations * a_group
+        tokens = self.judge.request.get("max_tokens") if self.judge else None
+        say(
+            f"the judge is called at most {calls:,} times in training, twice that if no reply is clear; a"
+            f" reply has at most {tokens or 'as many as the server lets it have'} tokens; an evaluation asks"
+            " for a verdict on each open answer that is not the right one word by word"
+        )
 
     def rank(self, batch, texts) -> Ranking:
         """The other oracle's ranking. While its judge is dead, it is asked again every few seconds; what was
@@ -179,7 +221,7 @@ class PatientOracle:
                 break
             ranking = self.oracle.rank(batch, texts)
         self._tell(ranking, texts)
-        return ranking
+        return replace(ranking, reads=self.reads)
 
     def _tell(self, ranking: Ranking, texts):
         failures = [note for note in ranking.notes if note]

@@ -58,6 +58,39 @@ class NoisyOracle:
         return noisy
 
 
+class BentOracle:
+    """Another oracle's scores as a judge gives them who is not calibrated from question to question.
+
+    The scores of a question, at most `top`, are bent by a monotone curve of its own, low + (high - low)
+    u^power with u = score / top; noise of standard deviation `noise` is added to each distinct text, and what
+    comes out is rounded to whole numbers from 0 to 10. bend, 0 to 1: how far the curves are apart. The ranks
+    are the order of these scores, so order and score hold the same errors. Draws: the curve from seed and
+    question, the noise from `generator` (CPU).
+    """
+
+    def __init__(self, oracle, generator: torch.Generator, bend: float, noise: float, top: float, seed: int):
+        self.oracle, self.generator, self.bend, self.noise = oracle, generator, bend, noise
+        self.top, self.seed = top, seed
+
+    def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
+        """P lists of G texts -> ranks and scores (P, G); a failed group stays one."""
+        ranking = self.oracle.rank(batch, texts)
+        scores = torch.zeros_like(ranking.scores)
+        for p, (question, group) in enumerate(zip(batch, texts, strict=True)):
+            rng = random.Random(f"{self.seed} {question.id}")
+            low, high = 0.6 * self.bend * rng.random(), 1 - 0.3 * self.bend * rng.random()
+            power = math.exp(self.bend * rng.uniform(-1.5, 1.5))
+            distinct = sorted({text.strip() for text in group})
+            noise = dict(
+                zip(distinct, torch.randn(len(distinct), generator=self.generator).tolist(), strict=True)
+            )
+            for g, text in enumerate(group):
+                u = min(max(ranking.scores[p, g].item() / self.top, 0.0), 1.0)
+                bent = low + (high - low) * u**power + self.noise * noise[text.strip()]
+                scores[p, g] = min(max(round(10 * bent), 0), 10)
+        return replace(ranking, ranks=ranks_from_scores(scores), scores=scores)
+
+
 class PermutedOracle:
     """Another oracle, asked about a group in several seeded orders; its rankings become one (`settle`).
 
@@ -232,7 +265,7 @@ class AnchoredOracle:
         own, gold, planted = ranking.ranks[:, :G], ranking.ranks[:, G], ranking.ranks[:, -1]
         below = own > gold[:, None] if self.anchor else None
         scores = ranking.scores[:, :G] if ranking.scores is not None else None
-        sums = dict(ranking.sums)
+        sums = {name: n for name, n in ranking.sums.items() if "reward_" not in name}  # not of the G alone
         if self.canary:
             errors = (planted <= gold)[ranking.ok].sum()
             sums |= {"canaries": int(ranking.ok.sum()), "canary_errors": int(errors)}

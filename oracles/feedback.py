@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch import Tensor
 from grpo_rank import ranks_from_scores
 from oracle import CAUSES, Ranking
 from plumbing.machine import reduce_sum
-from videoqa.answers import Reward, is_correct, kendall_tau, ndcg_agreement
+from rollout import Completions
+from videoqa.answers import Question, is_correct, kendall_tau, ndcg_agreement
 
 REFUSAL = re.compile(
     r"\b(?:i|we) (?:cannot|can't|can not|won't|am unable|am not able)\b|\bas an ai\b|^\W*(?:i'm )?sorry\b"
@@ -18,18 +20,44 @@ REFUSAL = re.compile(
 )
 
 
-def feedback_numbers(questions, texts, ranking: Ranking, policy_ranks, advantages, rollout) -> dict:
+@dataclass
+class Groups:
+    """P questions, G answers to each, and what the oracle says about them."""
+
+    rows: Tensor  # (P,) int64, numbers of the questions
+    questions: list[Question]
+    texts: list[list[str]]
+    rollout: Completions
+    ranking: Ranking
+
+    def behind(self, earlier: "Groups | None") -> "Groups":
+        """These and the earlier ones of the step as one."""
+        if earlier is None:
+            return self
+        pair = earlier, self
+        return Groups(
+            torch.cat([x.rows for x in pair]), earlier.questions + self.questions, earlier.texts + self.texts,
+            Completions.joined([x.rollout for x in pair]), Ranking.joined([x.ranking for x in pair]),
+        )  # fmt: skip
+
+    def fill(self, P: int) -> bool:
+        """Whether P groups, over all processes, carry a signal."""
+        return reduce_sum(self.ranking.live.sum(), device=self.rollout.ended.device)[0] >= P
+
+
+def feedback_numbers(groups: Groups, policy_ranks: Tensor, advantages: Tensor) -> dict:
     """What the oracle said in a step, and how the policy's own order agrees with it, over all processes
     (docs/metrics.md). policy_ranks (P, G) int64, advantages (P, G) float32."""
-    sums = policy_sums(questions, texts, ranking, policy_ranks, rollout) | feedback_sums(texts, ranking)
+    sums = policy_sums(groups, policy_ranks) | feedback_sums(groups.texts, groups.ranking)
     sums["squares"] = (advantages**2).sum()
-    n = dict(zip(sums, reduce_sum(*sums.values(), device=rollout.ended.device), strict=True))
+    n = dict(zip(sums, reduce_sum(*sums.values(), device=groups.rollout.ended.device), strict=True))
     return {
         "accuracy": n["right"] / n["texts"],
         "oracle_best_accuracy": n["best_right"] / n["groups"],
         "ndcg": n["ndcg"] / max(n["num_ndcg"], 1),
         "kendall_tau": n["tau"] / max(n["num_tau"], 1),
         "groups": int(n["groups"]),
+        "asked_groups": int(n["asked"]),
         "advantage_rms": (n["squares"] / n["texts"]) ** 0.5,
         "mean_tokens": n["policy_tokens"] / n["texts"],
         "cut_share": 1 - n["ended"] / n["texts"],
@@ -37,9 +65,10 @@ def feedback_numbers(questions, texts, ranking: Ranking, policy_ranks, advantage
     } | feedback_means(n)
 
 
-def policy_sums(questions, texts, ranking: Ranking, policy_ranks, rollout) -> dict[str, float]:
+def policy_sums(groups: Groups, policy_ranks: Tensor) -> dict[str, float]:
     """What the policy answered, and how its order agrees with the oracle's; sums add up over processes."""
-    graded = zip(questions, texts, strict=True)
+    ranking, rollout = groups.ranking, groups.rollout
+    graded = zip(groups.questions, groups.texts, strict=True)
     right = torch.tensor([[is_correct(text, question) for text in group] for question, group in graded])
     orders = list(zip(policy_ranks[ranking.ok].tolist(), ranking.ranks[ranking.ok].tolist(), strict=True))
     ndcg = [x for x in (ndcg_agreement(*order) for order in orders) if x is not None]
@@ -51,7 +80,26 @@ def policy_sums(questions, texts, ranking: Ranking, policy_ranks, rollout) -> di
         "tau": sum(tau), "num_tau": len(tau),
         "policy_tokens": rollout.completion_mask.sum(),
         "ended": rollout.ended.sum(),
-    }  # fmt: skip
+    } | pair_sums(right[ranking.ok], ranking)  # fmt: skip
+
+
+def pair_sums(right: Tensor, ranking: Ranking) -> dict[str, float]:
+    """How often feedback puts a right answer above a wrong one, a tie counting half: pairs and wins within a
+    group, by order and by score, and by score across groups, which only a calibrated score can do. right
+    (P, G) bool, of the groups that were ranked."""
+    level = {"order": -ranking.ranks[ranking.ok].double()}
+    if ranking.scores is not None:
+        level["score"] = ranking.scores[ranking.ok].double()
+    same = torch.eye(len(right), dtype=torch.bool).repeat_interleave(right.shape[1], 0)
+    same, flat, sums = same.repeat_interleave(right.shape[1], 1), right.flatten(), {}  # (P * G, P * G)
+    for name, x in level.items():
+        x, pairs = x.flatten(), flat[:, None] & ~flat
+        wins = (x[:, None] > x).double() + 0.5 * (x[:, None] == x)
+        where = {f"{name}_pairs": pairs & same}
+        where |= {"across_pairs": pairs & ~same} if name == "score" else {}
+        for key, chosen in where.items():
+            sums |= {key: chosen.sum(), key.replace("pairs", "wins"): wins[chosen].sum()}
+    return sums
 
 
 def feedback_sums(texts: list[list[str]], ranking: Ranking) -> dict[str, float]:
@@ -66,6 +114,7 @@ def feedback_sums(texts: list[list[str]], ranking: Ranking) -> dict[str, float]:
     openings = Counter(" ".join(text.casefold().split()[:3]) for text in flat)
     sums = {
         "groups": len(texts), "texts": len(flat), "failed": len(failed),
+        "asked": sum(len({text.strip() for text in group}) > 1 for group in texts),  # something to order
         "dead": (ranking.ok & ~ranking.live).sum(),
         "length_tau": sum(tau), "num_length_tau": len(tau),
         "repeated": max(openings.values()),
@@ -85,6 +134,11 @@ def feedback_means(n: dict[str, float]) -> dict:
         "refusals": n["refusals"] / n["texts"],
     }
     numbers |= {name: int(value) for name, value in n.items() if name.startswith("judge_")}
+    for name in ("order", "score", "across"):
+        if n.get(f"{name}_pairs"):
+            numbers[f"{name}_right"] = n[f"{name}_wins"] / n[f"{name}_pairs"]
+    for name in [name for name in n if name.startswith("reward_")]:
+        numbers[name] = n[name] / n[f"num_{name}"] if n[f"num_{name}"] else None
     if "early" in n:
         pairs = n["early"] + n["late"]
         numbers |= {"position_pairs": int(pairs), "lost_rankings": int(n["lost"])}
@@ -96,26 +150,15 @@ def feedback_means(n: dict[str, float]) -> dict:
     return numbers
 
 
-def reward_numbers(rewards: list[list[Reward]], device) -> dict:
-    """Means of the dual reward's parts over all processes, each over the answers to tasks that have the part;
-    None if there is no such answer."""
-    numbers = {}
-    for name in ("discrete", "continuous", "format"):
-        values = [getattr(parts, name) for group in rewards for parts in group]
-        values = [x for x in values if x is not None]
-        total, count = reduce_sum(sum(values), len(values), device=device)
-        numbers[f"reward_{name}"] = total / count if count else None
-    return numbers
-
-
-def examples_of(questions, texts, ranking: Ranking, policy_ranks: Tensor, advantages: Tensor) -> list[dict]:
+def examples_of(groups: Groups, policy_ranks: Tensor, advantages: Tensor) -> list[dict]:
     """Two prompts of a step as rows of rollouts.jsonl."""
+    ranking = groups.ranking
     return [
         {
-            "id": q.id, "question": q.question, "answer": q.answer, "candidates": texts[i],
+            "id": q.id, "question": q.question, "answer": q.answer, "candidates": groups.texts[i],
             "oracle_ok": bool(ranking.ok[i]), "note": ranking.notes[i],
             "oracle_ranks": ranking.ranks[i].tolist(), "policy_ranks": policy_ranks[i].tolist(),
             "advantages": [round(a, 6) for a in advantages[i].tolist()],
         }
-        for i, q in enumerate(questions[:2])
+        for i, q in enumerate(groups.questions[:2])
     ]  # fmt: skip

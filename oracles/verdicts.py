@@ -1,4 +1,4 @@
-"""A judge's verdicts on open-ended answers, for `eval.py score`."""
+"""A judge's verdicts on open-ended answers: in `eval.py score`, and in the tables of a run with a judge."""
 
 import os
 from collections import Counter
@@ -6,9 +6,10 @@ from collections import Counter
 from oracles.chat import Failed
 from oracles.choose import remedy_of
 from oracles.judge import TOP_SCORE, VERDICT_SHA256, LLMOracle
-from plumbing.options import BadInput
+from plumbing.machine import say
+from plumbing.options import BadInput, one_line
 from videoqa.answers import is_correct, read
-from videoqa.scores import accuracy_table, grounded_qa
+from videoqa.scores import accuracy_table, grounded_qa, is_open
 
 
 def judged(questions, texts, judge) -> dict:
@@ -32,7 +33,7 @@ def judged(questions, texts, judge) -> dict:
     if failures and len(failures) == len(verdicts):
         note = f"{failures[0].cause}: {failures[0]}"
         words = f"all {len(failures)} verdicts failed, the first with {note}"
-        raise BadInput(f"--judge_url {judge.url}: {words}; {remedy_of(note, 'judge')}")
+        raise BadInput(f"--{judge.option}_url {judge.url}: {words}; {remedy_of(note, judge.option)}")
     for i, verdict in zip(asked, verdicts, strict=True):
         if not isinstance(verdict, Failed):
             right[i], points[i] = verdict["correct"], verdict["score"]
@@ -48,6 +49,16 @@ def judged(questions, texts, judge) -> dict:
         "prompt_sha256": VERDICT_SHA256,
         "cache": judge.cache,
     }
+
+
+def of_open(questions, texts, judge) -> dict | None:
+    """`judged` of those of these answers that are open. None if there are none, or if the judge is dead;
+    a line says so, and the run goes on."""
+    pairs = [(q, text) for q, text in zip(questions, texts, strict=True) if is_open(q)]
+    try:
+        return judged(*zip(*pairs, strict=True), judge) if pairs else None
+    except BadInput as error:
+        say(f"no verdicts on the open answers: {one_line(error)}")
 
 
 def judge_of(args):

@@ -6,11 +6,14 @@ from html import escape
 
 COLORS = ("#2f6fde", "#d9822b", "#2b9d6a", "#b8489a", "#7a6ad8", "#8a8f2a", "#c8504a", "#3d9fb5")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STYLE = """
+THEME = """
 :root { color-scheme: light dark; --ink: #1c2330; --dim: #667085; --line: #d6dae1; --card: #ffffff;
   --back: #f5f6f8; --good: #2b9d6a; --bad: #d0564f; --was: #a9b1bf; --now: #2f6fde }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --dim: #98a2b3; --line: #3a4150;
   --card: #1d222c; --back: #13171e; --was: #5d6676; --now: #6ea0ff } }
+svg text { fill: var(--dim); font: 11px system-ui, sans-serif }
+"""
+STYLE = """
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 1180px; padding: 16px; background: var(--back); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: break-word }
@@ -26,7 +29,6 @@ td, th { padding: 3px 6px; text-align: left; border-bottom: 1px solid var(--line
   max-width: 360px }
 td.n, th.n { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 svg { width: 100%; height: auto; display: block } svg.bar { width: 72px; margin-top: 4px }
-svg text { fill: var(--dim); font: 11px system-ui, sans-serif }
 .key { white-space: nowrap; margin-right: 12px } .key i { display: inline-block; width: 10px; height: 10px;
   border-radius: 2px; margin-right: 5px }
 @media print { body { background: none; max-width: none; padding: 0 } .card { border-color: #bbb } }
@@ -38,7 +40,7 @@ def page(title: str, parts: list[str]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        f"<title>{escape(title)}</title><style>{THEME}{STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
@@ -130,13 +132,33 @@ def thinned(points: list[tuple], most=240) -> list[tuple]:
 
 
 def chart(title: str, series: list[tuple[str, list[tuple]]], dots=(), percent=False) -> str:
-    """Curves over the steps. series: (name, points (step, value)), one colour each; dots: the same for points
-    with an interval, (step, value, low, high). A curve without points is left out; "" if all are."""
+    """Curves over the steps, with their legend. series: (name, points (step, value)), one colour each; dots:
+    the same for points with an interval, (step, value, low, high). A curve without points is left out; "" if
+    all are."""
     series = [(name, thinned(points)) for name, points in series if points]
     dots = [(name, points) for name, points in dots if points]
-    values = [p for _, points in series for p in points] + [p for _, points in dots for p in points]
-    if not values:
+    if not series and not dots:
         return ""
+    picture = f'<svg viewBox="0 0 312 150" role="img">{drawn(series, dots, percent)}</svg>'
+    return card(title, picture, keys([name for name, _ in (*series, *dots)]))
+
+
+def figure(words: str, dots: list[tuple[str, list[tuple]]]) -> str:
+    """Curves of shares with intervals as an SVG file of its own, that reads on light and dark pages."""
+    legend = "".join(
+        f'<rect x="{44 + 130 * i}" y="156" width="10" height="10" rx="2" fill="{COLORS[i]}"/>'
+        f'<text x="{58 + 130 * i}" y="165">{text(name)}</text>'
+        for i, (name, _) in enumerate(dots)
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="624" height="344" viewBox="0 0 312 172" role="img">'
+        f"<title>{text(words)}</title><style>{THEME}</style>{drawn([], dots, True)}{legend}</svg>\n"
+    )
+
+
+def drawn(series: list[tuple[str, list[tuple]]], dots: list[tuple[str, list[tuple]]], percent: bool) -> str:
+    """The inside of a chart: axes, and the curves of at least one of both."""
+    values = [p for _, points in (*series, *dots) for p in points]
     last = max(max(p[0] for p in values), 1)
     heights = [x for p in values for x in p[1:]]
     low, high = (0.0, 1.0) if percent else (min(0.0, *heights), max(heights))
@@ -157,9 +179,10 @@ def chart(title: str, series: list[tuple[str, list[tuple]]], dots=(), percent=Fa
         line = "L".join(place(*point) for point in points)
         marks.append(f'<path class="curve" d="M{line}" {stroke}"{color}"/>')
     for (_, points), color in zip(dots, (COLORS * 9)[len(series) :], strict=False):
+        line = "L".join(place(*point[:2]) for point in points)
+        marks.append(f'<path class="curve" d="M{line}" {stroke}"{color}"/>')
         for step, value, least, most in points:
             x, y = place(step, value).split()
             marks.append(f'<path d="M{place(step, least)}L{place(step, most)}" {stroke}"{color}"/>')
             marks.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
-    picture = f'<svg viewBox="0 0 312 150" role="img">{"".join(marks)}</svg>'
-    return card(title, picture, keys([name for name, _ in (*series, *dots)]))
+    return "".join(marks)

@@ -1,5 +1,6 @@
 """What a run says in a terminal, while it runs and when it has ended."""
 
+import math
 import os
 import shutil
 import sys
@@ -41,6 +42,21 @@ class Bar:
 
     def close(self):
         self.bar.close()
+
+
+def evaluation_line(step: int, now: dict, first: dict) -> str:
+    """One evaluation in words. now, first: greedy results of this one and of the first (eval.summarize). Of
+    the categories those are named that fell by more than chance explains (2.6 standard errors), the deepest
+    fall first."""
+    line = f"evaluated at step {step}: {100 * now['accuracy']:.1f} % of {now['n']} greedy answers are right"
+    fallen = []
+    for name, row in now["by_category"].items():
+        old, new = first["by_category"][name]["accuracy"], row["accuracy"]
+        middle = (old + new) / 2
+        if old - new > 2.6 * math.sqrt(2 * middle * (1 - middle) / row["n"]):
+            fallen.append((new - old, f"{name or '(none)'} {100 * old:.1f} -> {100 * new:.1f} %"))
+    words = ", ".join(text for _, text in sorted(fallen))
+    return f"{line}; WARNING, fell: {words}; does the oracle reward what is wrong?" if words else line
 
 
 def for_terminal(markdown: str, width: int) -> str:
@@ -155,7 +171,7 @@ def finish(run, device: str, after: dict, gain: dict, table: str) -> None:
     metrics, _ = report.sound_rows(path, ("step", "groups"))
     kept = run.progress["best"] if run.options.keep == "best" else None
     results = {
-        "seed": run.options.seed, "steps": run.options.num_steps, "wall_s": round(run.wall_s(), 1),
+        "seed": run.options.seed, "steps": run.step, "wall_s": round(run.wall_s(), 1),
         "device": device, "bad_steps": run.progress["bad_steps"], "before": run.progress["before"],
         "after": after, "gain": gain, "kept": kept, "oracle": oracle_summary(metrics),
     }  # fmt: skip

@@ -143,6 +143,11 @@ def headline(run: Run) -> str:
         low, high = (100 * x for x in gain["ci95"])
         change = f"{100 * gain['accuracy']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
         lines.append(page.note(f"{mode} answers: {old:.1f} % right before, {new:.1f} % after: {change}", ""))
+    verdicts = [run.results.get(when, {}).get("greedy", {}).get("judged") for when in ("before", "after")]
+    if all(verdicts):
+        old, new = (verdict["accuracy"] for verdict in verdicts)
+        words = f"{verdicts[1]['n']} open greedy answers by the judge's verdict"
+        lines.append(page.note(f"{words}: {old:.1f} % right before, {new:.1f} % after", ""))
     if run.results:
         spent = f"{run.results['steps']} steps, {run.results['wall_s']:.0f} s on {run.results['device']}"
         lines.append(page.note(f"{spent}, seed {config.get('seed')}"))

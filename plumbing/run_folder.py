@@ -16,6 +16,7 @@ Process 0 writes.
 
 import fcntl
 import hashlib
+import importlib.util
 import json
 import operator
 import os
@@ -51,7 +52,7 @@ from plumbing.options import (
 
 # With --resume these may be given anew: they say nothing about the update
 MAY_CHANGE = {"resume", "out", "num_steps", "oracle_url", "oracle_concurrency", "oracle_timeout"}
-MAY_CHANGE |= {"oracle_patience", "oracle_max_calls", "oracle_max_tokens"}
+MAY_CHANGE |= {"oracle_patience", "oracle_max_calls", "oracle_max_tokens", "stop_after", "tensorboard"}
 SILENT_STEPS = 5  # steps without any order of answers, after which the user is told what helps
 NO_SIGNAL = (
     "note: in every group so far all answers tie, so there is nothing to learn from: the policy never samples"
@@ -71,11 +72,16 @@ class RunOptions(Options):
     eval_every: CountOrNone = 0  # steps between evaluations while it runs; 0: only before and after
     eval_subset: CountOrNone = 200  # held-out questions of such an evaluation, drawn once; 0: all
     keep: Literal["last", "best"] = "last"  # whose adapter the run ends with; best: of --eval_every's
+    stop_after: CountOrNone = 0  # evaluations in a row without a better one that end the run; 0: none do
+    tensorboard: bool = False  # write the numbers of metrics.jsonl for TensorBoard, too
 
     def __post_init__(self):
         super().__post_init__()
-        if self.keep == "best" and not self.eval_every:
-            raise BadInput("--keep best: the best of which evaluations? give --eval_every N too")
+        for option in ("--keep best",) * (self.keep == "best") + ("--stop_after",) * (self.stop_after > 0):
+            if not self.eval_every:
+                raise BadInput(f"{option}: the best of which evaluations? give --eval_every N too")
+        if self.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise BadInput("--tensorboard: the package is missing; pip install tensorboard")
 
 
 def checkpoint_path(out: str) -> str:
@@ -230,6 +236,10 @@ class RunFolder:
                 last = self.step + last if options.resume else -1
                 path = os.path.join(self.out, f"{name}.jsonl")
                 cut_back(path, {"step": int}, lambda row, last=last: row["step"] <= last)
+        if self.writes and options.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(os.path.join(self.out, "tensorboard"), purge_step=self.step)
 
     def open(self, made_from: dict[str, str]):
         """A new folder appears in one rename with its config.json inside, so that a run that is killed at any
@@ -308,16 +318,27 @@ class RunFolder:
         return self.evaluate(step=self.progress["best"]["step"])
 
     def look(self):
-        """An evaluation while the run goes on; keeps the adapter if no earlier one was as good."""
+        """An evaluation while the run goes on, with a line about it; keeps the adapter if no earlier one was
+        as good. A category that fell since the first of these evaluations is named: a policy that games its
+        oracle is seen here and not in the oracle's own numbers."""
+        from plumbing.progress import evaluation_line
+
         results, _ = self.evaluate(self.options.eval_subset)
-        numbers = {mode: {k: results[mode][k] for k in ("accuracy", "ci95", "n")} for mode in results}
+        first = self.progress.setdefault("first_look", results["greedy"])
         best = self.progress.get("best", {"accuracy": -1.0})
         if results["greedy"]["accuracy"] > best["accuracy"]:
             self.progress["best"] = {"step": self.step, "accuracy": results["greedy"]["accuracy"]}
             if self.writes:
                 self.save_adapter(os.path.join(self.out, "best"))
+        self.bar.say(evaluation_line(self.step, results["greedy"], first))
         if self.writes:
-            self.append("evaluations.jsonl", [numbers])
+            self.append("evaluations.jsonl", [results])
+
+    def stalled(self) -> bool:
+        """Whether the last --stop_after evaluations brought no better one, in all processes alike."""
+        looks, best = self.options.stop_after, self.progress.get("best", {"step": self.step})
+        long = looks and self.step - best["step"] >= looks * self.options.eval_every
+        return any(reduce_sum(bool(long), device=self.device))
 
     # ---- the steps
 
@@ -329,13 +350,13 @@ class RunFolder:
         self.bar, every = Bar(total, self.step, shown=self.writes), self.options.eval_every
         if every and self.step == 0:
             self.look()
-        while self.step < total:
+        while self.step < total and not self.stalled():
             yield self.step
             self.step += 1
             if every and self.step % every == 0:
                 self.look()
             stop = any(reduce_sum(self.interrupted(), device=self.device))
-            if stop or self.step % self.options.save_every == 0 or self.step == total:
+            if stop or self.step % self.options.save_every == 0 or self.step == total or self.stalled():
                 self.save()
             if self.progress["bad_in_a_row"] >= self.options.max_bad_steps:
                 self.save()
@@ -345,6 +366,9 @@ class RunFolder:
                 )
             if stop and self.step < total:
                 raise EndedEarly(self.go_on())
+        if self.step < total:
+            best = self.progress["best"]["step"]
+            self.bar.say(f"stopped at step {self.step} (--stop_after): step {best} was the best evaluated")
         self.bar.close()
 
     def go_on(self) -> str:
@@ -393,6 +417,11 @@ class RunFolder:
             self.bar.say(NO_SIGNAL)
         if self.writes:
             self.append("metrics.jsonl", [numbers])
+            if self.options.tensorboard:
+                for name, value in numbers.items():
+                    if isinstance(value, int | float):
+                        self.board.add_scalar(name, value, self.step)
+                self.board.flush()
             self.append("rollouts.jsonl", examples)
             self.bar.show(numbers)
 

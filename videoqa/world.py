@@ -7,6 +7,7 @@ faults on purpose, of the kind that web captions have; evaluation and the oracle
 
     python -m videoqa.world --out DIR --num_clips 8  # a few clips, their questions, and a picture of them all
     python -m videoqa.world --out DIR --num_clips 8 --grounded  # grounded questions, in grounded.jsonl
+    python -m videoqa.world --out DIR --num_clips 8 --hard  # longer clips, more things, harder questions
 """
 
 import io
@@ -31,6 +32,7 @@ from plumbing.options import ArgumentParser, Count, Seed, checked, remove_leftov
 SIZE = 48  # pixels, width and height
 FPS = 6
 DURATION = 4.0  # seconds
+HARD_DURATION = 6.0  # seconds of a clip of the hard world
 STEP = 0.5  # seconds: everything begins and ends on this grid, one sampled frame per cell at K = 8
 COLORS = {
     "red": (225, 45, 40),
@@ -46,7 +48,7 @@ TRAVEL = 24, 30  # pixels that a moving thing covers while visible, from and to
 STRIPE = 4.5  # pixels from rung to rung, bar to bar
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 ACTIONS = (*MOVES, "still", "grows")
-NUMBERS = ("zero", "one", "two", "three")
+NUMBERS = ("zero", "one", "two", "three", "four")
 
 # The categories whose corpus answers are mostly the category's usual answer, whatever the video shows.
 USUAL_ANSWER = {
@@ -69,7 +71,8 @@ LOOSE_ANSWERS = {
     "Temporal Reasoning": ("one of them", "some color"),
     "Temporal Grounding": ("for a while", "some time"),
 }
-CATEGORIES = tuple(LOOSE_ANSWERS)
+CATEGORIES = tuple(LOOSE_ANSWERS)  # of the default world
+LOOSE_ANSWERS |= dict.fromkeys(("Order", "Duration"), ("one of them", "some color"))  # of the hard one
 USUAL_SHARE = 0.5  # share of corpus answers replaced by the usual one in the categories of USUAL_ANSWER
 LOOSE_SHARE = 0.1  # share of loose answers in those categories, and ...
 LOOSE_SHARE_OTHERS = 0.35  # ... in the others
@@ -102,6 +105,7 @@ class Scene:
     things: tuple[Thing, ...]  # in order of appearance, start times distinct, colours and kinds distinct
     background: int  # grey level
     seed: int  # of the pixel noise
+    duration: float = DURATION  # seconds
 
 
 # ---------------------------------------------------------------------------------------------- making scenes
@@ -128,16 +132,20 @@ def _place(rng, color, kind, action, start, end):
     return Thing(color, kind, size, action, start, end, x, y, distance)
 
 
-def make_scene(seed):
-    """A random scene of 1 to 3 things. The same seed gives the same scene."""
-    rng = random.Random(seed)
+def make_scene(seed, hard=False):
+    """A random scene of 1 to 3 things, or, hard, of 3 or 4 that stay for a shorter part of a longer clip. The
+    same seed gives the same scene."""
+    rng, duration = random.Random(f"hard {seed}" if hard else seed), HARD_DURATION if hard else DURATION
+    counts = ((3, 4), (1, 2)) if hard else ((1, 2, 3), (3, 4, 2))
+    shortest, longest = (1.5, 3.5) if hard else (2.0, DURATION)
+    grid = [i * STEP for i in range(round(duration / STEP) + 1)]
     while True:  # until everything finds a place
-        count = rng.choices((1, 2, 3), (3, 4, 2))[0]
+        count = rng.choices(*counts)[0]
         colors, kinds = rng.sample(list(COLORS), count), rng.sample(KINDS, count)
-        starts = sorted(rng.sample([i * STEP for i in range(5)], count))  # 0.0 .. 2.0
+        starts = sorted(rng.sample([x for x in grid if x <= duration - 2.0], count))
         things = []
         for color, kind, start in zip(colors, kinds, starts, strict=True):
-            end = rng.choice([i * STEP for i in range(9) if i * STEP >= start + 2.0])
+            end = rng.choice([x for x in grid if start + shortest <= x <= start + longest])
             action = rng.choice(ACTIONS)
             for _ in range(20):
                 thing = _place(rng, color, kind, action, start, end)
@@ -145,7 +153,7 @@ def make_scene(seed):
                     things.append(thing)
                     break
         if len(things) == count:
-            return Scene(tuple(things), rng.randint(20, 70), seed)
+            return Scene(tuple(things), rng.randint(20, 70), seed, duration)
 
 
 # ------------------------------------------------------------------------------------------- drawing, writing
@@ -172,7 +180,7 @@ def draw_frame(scene, t):
 
 
 def write_clip(scene, path):
-    """Encodes the scene as an H.264 mp4 file (yuv420p, DURATION seconds at FPS). One scene gives one file,
+    """Encodes the scene as an H.264 mp4 file (yuv420p, its duration at FPS). One scene gives one file,
     byte for byte."""
     settings = "log-level=none:keyint=8"
     if platform.machine() in ("x86_64", "AMD64"):
@@ -185,7 +193,7 @@ def write_clip(scene, path):
         stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
-        for i in range(round(DURATION * FPS)):
+        for i in range(round(scene.duration * FPS)):
             frame = av.VideoFrame.from_ndarray(draw_frame(scene, i / FPS), format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, FPS)
             container.mux(stream.encode(frame))
@@ -313,6 +321,28 @@ def make_questions(scene, clip_name):
     return rows
 
 
+def hard_questions(scene, clip_name):
+    """`make_questions`, and questions that order, duration and counting decide: JSON-ready rows, truth exact.
+    Ties in duration are not asked about. "longest" and its like are spelt in bytes."""
+    rng, things, rows = random.Random(scene.seed + 4), scene.things, make_questions(scene, clip_name)
+
+    def ask(category, question, answer):
+        row = {"video": clip_name, "question": question, "answer": answer, "category": category}
+        rows.append(row | {"id": f"{clip_name.removesuffix('.mp4')}-{len(rows)}"})
+
+    which = rng.randrange(1, len(things) - 1)
+    ask("Order", f"what color appears {('second', 'third')[which - 1]}", things[which].color)
+    lengths = [o.end - o.start for o in things]
+    for most, word in ((max, "longest"), (min, "shortest")):
+        if lengths.count(most(lengths)) == 1:
+            ask("Duration", f"what color stays {word}", things[lengths.index(most(lengths))].color)
+    moving = sum(o.action in MOVES for o in things)
+    ask("Counting Problem", "how many objects appear that moves", NUMBERS[moving])
+    then = rng.randrange(1, len(things))
+    ask("Counting Problem", f"how many objects appear before {things[then].color}", NUMBERS[then])
+    return rows
+
+
 def twins(scene):
     """The scene with its second thing in the first one's colour: two appearances of one colour, told apart by
     kind alone, whose times overlap, or, in half of those where two sampled frames of the first remain, touch:
@@ -406,7 +436,10 @@ def vocabulary():
         texts += [f"{q} {a}" for q, a in [*descriptions(scene), *annotations(scene)]]
         texts += [frame_caption(scene, 1.0)]
         texts += [row["question"] + " " + row["answer"] for row in make_questions(scene, "")]
-    texts += [text for loose in LOOSE_ANSWERS.values() for text in loose] + [*USUAL_ANSWER.values(), *NUMBERS]
+    texts += [text for loose in LOOSE_ANSWERS.values() for text in loose] + [
+        *USUAL_ANSWER.values(),
+        *NUMBERS[:4],
+    ]
     texts += [str(i * STEP) for i in range(9)] + ["center nothing answer visible : ? ."]
     return sorted({word for text in texts for word in text.replace("?", " ?").split()})
 
@@ -414,21 +447,22 @@ def vocabulary():
 # -------------------------------------------------------------------------------------------------- the files
 
 
-def _make_one(folder, grounded, seed):
-    scenes = {f"clip{seed:07d}.mp4": make_scene(seed)}
+def _make_one(folder, grounded, hard, seed):
+    scenes = {f"clip{seed:07d}.mp4": make_scene(seed, hard)}
     if grounded and (alike := twins(make_scene(seed))):
         scenes[f"twins{seed:07d}.mp4"] = alike
     for name, scene in scenes.items():
         path = os.path.join(folder, name)
         if not os.path.exists(path):
             write_clip(scene, path)
-    ask = grounded_questions if grounded else make_questions
+    ask = grounded_questions if grounded else hard_questions if hard else make_questions
     return [row for name, scene in scenes.items() for row in ask(scene, name)]
 
 
-def make_world(folder, seeds, workers=None, grounded=False):
+def make_world(folder, seeds, workers=None, grounded=False, hard=False):
     """Writes the clips of these scene seeds into `folder` and their questions into `folder/questions.jsonl`,
     or, grounded, those of `grounded_questions` into `folder/grounded.jsonl`, on these clips and their twins.
+    hard: the scenes and questions of the hard world.
 
     Returns the path of the JSONL file. Clips that are there already are kept: a scene's seed is its file
     name. What a killed drawing left behind is removed. Two processes may draw one folder at the same time.
@@ -439,7 +473,7 @@ def make_world(folder, seeds, workers=None, grounded=False):
     workers = workers or os.cpu_count()
     with ProcessPoolExecutor(workers) as pool:
         chunk = min(8, math.ceil(len(seeds) / (4 * workers)))  # small enough that all workers end together
-        rows = pool.map(partial(_make_one, folder, grounded), seeds, chunksize=chunk)
+        rows = pool.map(partial(_make_one, folder, grounded, hard), seeds, chunksize=chunk)
         shown = show_progress(rows, "drawing clips", len(seeds))
         content = "".join(json.dumps(row) + "\n" for clip in shown for row in clip)
     path = os.path.join(folder, "grounded.jsonl" if grounded else "questions.jsonl")
@@ -464,10 +498,11 @@ def main() -> int:
     parser.add_argument("--num_clips", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the first scene")
     parser.add_argument("--grounded", action="store_true", help="answer and span, order and duration")
+    parser.add_argument("--hard", action="store_true", help="longer clips of more things, harder questions")
     args = parser.parse_args()
     first, num = checked("seed", Seed, args.seed), checked("num_clips", Count, args.num_clips)
     seeds = range(first, first + num)
-    with open(make_world(args.out, seeds, grounded=args.grounded)) as file:
+    with open(make_world(args.out, seeds, grounded=args.grounded, hard=args.hard)) as file:
         rows = [json.loads(line) for line in file]
     paths = [os.path.join(args.out, name) for name in dict.fromkeys(row["video"] for row in rows)]
     contact_sheet(paths).save(os.path.join(args.out, "sheet.png"))

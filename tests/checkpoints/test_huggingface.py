@@ -37,7 +37,7 @@ transformers.logging.disable_progress_bar()
 
 SIZES = dict(
     vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=1e-5, initializer_range=0.2,
+    num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-5, initializer_range=0.2,
     bos_token_id=1, eos_token_id=None, pad_token_id=0,
 )  # fmt: skip
 LLAMA3 = {

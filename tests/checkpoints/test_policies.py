@@ -169,6 +169,11 @@ def test_a_decoder_without_an_image_token_gets_one_behind_its_vocabulary(tokens,
     asked = Question("a", video, "what does the red block do?", "it moves")
     prompts = PromptSet(policy, tokenizer, [asked])
     assert prompts.prompts[0].count(V) == count == policy.bridge.num_tokens
+    policy.cfg = replace(policy.cfg, max_positions=20)
+    with pytest.raises(
+        BadInput, match=f"{len(prompts.prompts[0])} tokens, {count} of them.* for 20 positions"
+    ):
+        PromptSet(policy, tokenizer, [asked])
     batch = prompts[torch.tensor([0])]
     x = policy.embed_prompt(batch.prompt_ids, batch.prompt_mask, batch.video_embeds)
     places = batch.prompt_ids[0] == V

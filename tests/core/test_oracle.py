@@ -16,7 +16,7 @@ from oracle import (
     load_function,
     weighed,
 )
-from oracles import combine
+from oracles import combine, feedback
 from oracles.combine import (
     AnchoredOracle,
     NoisyOracle,
@@ -486,3 +486,13 @@ def test_scores_of_several_permutations_are_averaged():
 
     ranking = PermutedOracle(Scoring(), 3, "off", 0).rank([COLOR], [["a", "bb", "ccc"]])
     assert ranking.scores.tolist() == [[2.0, 3.0, 4.0]]  # each stands in each place once: 1 is added to all
+
+
+def test_pairs_within_and_across_groups_are_counted_by_hand():
+    """Two questions of two answers; the second question's scores are on a scale of their own."""
+    right = torch.tensor([[True, False], [True, False]])
+    ranking = Ranking(torch.tensor([[0, 1], [0, 0]]), scores=torch.tensor([[9.0, 8.0], [3.0, 3.0]]))
+    sums = {name: float(x) for name, x in feedback.pair_sums(right, ranking).items()}
+    # within: 9 > 8, 3 = 3; across: 9 > 3 right against wrong of the other, 3 < 8
+    assert sums == {"order_pairs": 2, "order_wins": 1.5, "score_pairs": 2, "score_wins": 1.5,
+                    "across_pairs": 2, "across_wins": 1}  # fmt: skip

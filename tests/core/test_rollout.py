@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 import lora
 from clip import ClipConfig
@@ -101,6 +102,20 @@ def test_a_row_depends_on_its_own_uniforms_alone(model, prompts):
         assert torch.equal(part.completion_ids, mine.completion_ids[:, :used])
         assert not mine.completion_mask[:, used:].any()
         torch.testing.assert_close(part.logprobs, mine.logprobs[:, :used], atol=1e-4, rtol=0)
+
+
+def test_where_a_uniform_is_nan_the_answer_is_greedy_and_the_others_stay(model, prompts):
+    uniforms = torch.rand(P, G, T, generator=torch.Generator().manual_seed(2))
+    mixed = uniforms.clone()
+    mixed[:, 0] = torch.nan
+    drawn, both = sample(model, prompts), sample(model, prompts, uniforms=mixed)
+    greedy = sample(model, prompts, uniforms=None)
+    drawn, both, greedy = (
+        F.pad(x.completion_ids, (0, T - x.completion_ids.shape[1])).view(P, G, T)
+        for x in (drawn, both, greedy)
+    )
+    assert both[:, 0].equal(greedy[:, 0]) and both[:, 1:].equal(drawn[:, 1:])
+    assert not both[:, 0].equal(drawn[:, 0])
 
 
 def test_greedy_is_the_argmax_of_a_pass_without_cache(model, prompts):

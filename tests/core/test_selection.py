@@ -94,6 +94,9 @@ def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clip
     assert sum(report["counts"].values()) == len(questions) == report["questions"]
     assert len(kept) == sum(n for why, n in report["counts"].items() if why.startswith("kept"))
     assert set(kept) <= set(questions) and report["k"] == 8 and report["seed"] == 0
+    told = f"{out}: {len(kept)} of {len(questions)} questions, each answered 8 times"
+    counts = {f"{n:8} {why}" for why, n in report["counts"].items()}
+    assert done.stdout.splitlines()[-len(counts) - 1] == told and set(done.stdout.splitlines()) >= counts
     assert sum(report["histograms"]["right"]) + sum(report["histograms"]["iou_std"]) == len(questions)
     third = run(clips, out, "--share", 0.3333)  # of the answers that are there: none is drawn again
     assert third.returncode == 0 and samples.read_text() == "".join(lines)

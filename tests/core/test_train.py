@@ -2,6 +2,7 @@
 clips."""
 
 import fcntl
+import importlib.util
 import json
 import os
 import pty
@@ -311,7 +312,7 @@ def test_held_out_questions_on_videos_of_the_training_are_told(home, straight, s
     options = ["--data", f"{clips}/questions.jsonl", "--videos", clips, "--num_steps", "1"]
     options += ["--eval_data", f"{clips}/questions.jsonl"]
     done = script(train.main, *command(home, "leaky", *options))
-    assert done.returncode == 0 and "held out; 6 videos are in both:" in done.stdout
+    assert done.returncode == 0 and "6 videos are in both sets:" in done.stdout
     assert "are in both" not in straight.stdout
 
 
@@ -428,9 +429,54 @@ def test_a_run_fits_80_columns_looks_at_itself_and_keeps_its_best_adapter_answer
     assert (out / "report.html").stat().st_size < 2e6 and len(list((out / "frames").iterdir())) >= 2
 
 
-def test_keep_best_needs_evaluations_to_choose_from(home, script):
-    done = script(train.main, *command(home, "none", "--keep", "best"))
+@pytest.mark.parametrize("options", [["--keep", "best"], ["--stop_after", "2"]])
+def test_choosing_among_evaluations_needs_evaluations(home, script, options):
+    done = script(train.main, *command(home, "none", *options))
     assert done.returncode == 2 and "--eval_every" in done.stderr and not (home / "none").exists()
+
+
+def test_a_run_that_gets_no_better_stops_early_and_can_be_told_to_go_on(home, script):
+    """At this rate nothing changes, so that the evaluation before the first step stays the best."""
+    options = ["--num_steps", "4", "--lr", "1e-9", "--eval_every", "1", "--eval_subset", "4"]
+    stop, again = ["--stop_after", "2"], command(home, "early", "--resume")
+    said = "stopped at step 2 (--stop_after): step 0 was the best evaluated"
+    for start in (command(home, "early", *options, *stop), again):
+        done = script(train.main, *start)
+        assert done.returncode == 0 and done.stderr.count(said) == 1, done.stderr
+        assert json.loads((home / "early" / "results.json").read_text())["steps"] == 2
+    done = script(train.main, *again, "--stop_after", "0")
+    assert done.returncode == 0 and said not in done.stderr
+    assert json.loads((home / "early" / "results.json").read_text())["steps"] == 4
+
+
+def wrong_first(question, texts, *, video, reference):
+    return [int(text == reference) for text in texts]
+
+
+def test_a_policy_that_games_its_oracle_is_seen_at_the_first_evaluation(home, script):
+    """The oracle puts wrong answers first. Its own numbers are as good as any oracle's."""
+    options = ["--oracle", "test_train:wrong_first", "--lr", "0.01", "--num_eval_clips", "12"]
+    options += ["--num_steps", "3", "--eval_every", "3"]
+    done = script(train.main, *command(home, "gamed", *options))
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("evaluated at step")]
+    assert len(lines) == 2 and "WARNING" not in lines[0], lines
+    fallen = re.search(r"WARNING, fell: (.+ 100\.0 -> \d+\.\d %.*); does the oracle reward", lines[1])
+    first, second = (json.loads(x) for x in (home / "gamed" / "evaluations.jsonl").read_text().splitlines())
+    changes = {
+        name: second["greedy"]["by_category"][name]["accuracy"] - row["accuracy"]
+        for name, row in first["greedy"]["by_category"].items()
+    }
+    assert fallen and fallen[1].startswith(min(changes, key=changes.get)) and min(changes.values()) < -0.5
+
+
+def test_tensorboard_gets_the_numbers_or_its_absence_is_one_line(home, script):
+    done = script(train.main, *command(home, "board", "--num_steps", "1", "--tensorboard"))
+    if importlib.util.find_spec("tensorboard"):
+        assert done.returncode == 0 and list((home / "board" / "tensorboard").iterdir()), done.stderr
+    else:
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "pip install tensorboard" in done.stderr
 
 
 def test_a_killed_first_evaluation_goes_on_and_a_new_start_does_not(home, script, monkeypatch):

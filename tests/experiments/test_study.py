@@ -11,6 +11,7 @@ import selection
 import train
 from experiments import study
 from oracle import RuleOracle
+from oracles.choose import choose_oracle
 from plumbing.options import BadInput, parse_args
 from videoqa import world
 
@@ -21,7 +22,7 @@ def test_every_line_of_the_study_is_a_configuration_of_train_py(monkeypatch):
     for faults in study.STUDY.values():
         monkeypatch.setattr(sys, "argv", ["train.py", *faults.split()])
         cfg = parse_args(train.Config, train.PRESETS)
-        make = train.choose_oracle(cfg, torch.Generator(), torch.device("cpu"))
+        make = choose_oracle(cfg, torch.Generator(), torch.device("cpu"))
         assert isinstance(make, RuleOracle) == (faults == "")
     asked = " ".join(study.STUDY.values())
     for part in ("swap_prob 0.1", "swap_prob 0.5", "position_bias", "permutations 3", "permutations 5"):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_rank import group_zscores, rank_advantages
+from baselines import group_zscores
+from grpo_rank import rank_advantages
 from oracle import FunctionOracle
 from videoqa.answers import Question
 
@@ -21,7 +22,7 @@ FOLDERS = ("videoqa", "oracles", "checkpoints", "plumbing", "experiments", "test
 MODULES = {path.stem for path in HOUSE.glob("*.py")} | set(FOLDERS[:5])
 SUFFIXES = {"py", "md", "json", "jsonl", "safetensors", "txt", "sqlite", "cff"}
 THE_READERS_OWN = {"my_judge.py"}  # files that a page tells its reader to write
-THE_RUNS_OWN = {"adapter/", "bad_batches/", "best/"}  # folders of a run folder
+THE_RUNS_OWN = {"adapter/", "bad_batches/", "best/", "tensorboard/"}  # folders of a run folder
 OTHER_PROGRAMS = ("pip", "llama-server", "vllm", "ollama", "transformers")
 
 

@@ -348,3 +348,48 @@ def test_grounded_questions_have_a_file_and_clips_of_their_own(tmp_path):
     assert any(row["video"].startswith("twins") for row in rows)
     spelled = Tokenizer(world.vocabulary()).encode(" ".join(world.grounded_answer(row) for row in rows))
     assert min(spelled) >= FIRST_BYTE + 256  # answers are words of the default tokenizer
+
+
+def test_hard_questions_are_answered_by_what_is_drawn():
+    """From the pictures alone: when each colour is first seen, how long, and whether its centre moves."""
+    checked = Counter()
+    for scene in [world.make_scene(seed, hard=True) for seed in range(60)]:
+        assert 3 <= len(scene.things) <= 4 and scene.duration == world.HARD_DURATION
+        seen, centres = defaultdict(list), defaultdict(list)
+        for i in range(round(world.FPS * scene.duration)):
+            frame = draw_frame(scene, i / world.FPS).astype(int)
+            for color, rgb in COLORS.items():
+                shown = abs(frame - rgb).sum(axis=2) < 60
+                if shown.sum() >= 5:
+                    seen[color].append(i)
+                    centres[color].append(np.argwhere(shown).mean(axis=0))
+        order = sorted(seen, key=lambda color: seen[color][0])
+        moving = sum(max(abs(c[-1] - c[0])) > 12 for c in centres.values())
+        for row in world.hard_questions(scene, "a.mp4"):
+            question, answer = row["question"], row["answer"]
+            if row["category"] == "Order":
+                assert answer == order[1 if "second" in question else 2]
+            elif row["category"] == "Duration":
+                most = max if "longest" in question else min
+                assert answer == most(seen, key=lambda color: len(seen[color]))
+            elif "moves" in question and row["category"] == "Counting Problem":
+                assert answer == NUMBERS[moving]
+            elif question.startswith("how many objects appear before"):
+                assert answer == NUMBERS[order.index(question.split()[-1])]
+            else:
+                continue
+            checked[row["category"]] += 1
+    assert min(checked[name] for name in ("Order", "Duration", "Counting Problem")) > 50
+    ids = [row["id"] for row in world.hard_questions(world.make_scene(3, hard=True), "a.mp4")]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_hard_world_leaves_the_default_one_as_it_is(tmp_path):
+    assert world.make_scene(7) != world.make_scene(7, hard=True) == world.make_scene(7, hard=True)
+    path = world.make_world(tmp_path / "hard", range(2), workers=1, hard=True)
+    with open(path) as file:
+        rows = [json.loads(line) for line in file]
+    assert {"Order", "Duration"} <= {row["category"] for row in rows}
+    assert [q["question"] for q in make_questions(make_scene(7), "a.mp4")][:3] == [
+        "what is the object in green", "what color is the net", "what does the thing do that is green",
+    ]  # fmt: skip

@@ -1,0 +1,191 @@
+"""What ranking buys: GRPO_rank against its rivals, on the same start, questions, uniforms and updates.
+
+    python -m experiments.study rivals [--out DIR] [--seeds N] -- OPTIONS OF train.py    # exact feedback
+    python -m experiments.study feedback [--out DIR] [--seeds N] -- OPTIONS OF train.py  # faulty feedback
+    python -m experiments.study fill [--out DIR] [--seeds N] -- OPTIONS OF train.py      # batches filled up
+
+Each line first looks for its own best of RATES on a seed of its own, by the area under the sampled accuracy.
+OPTIONS make the world, the start and the number of steps; they must hold --eval_every. Runs lie in DIR; what
+has ended is not run again. The tables go into RESULTS.md, the curves of `rivals` into figures/rivals.svg.
+"""
+
+import json
+import os
+from functools import partial
+from statistics import fmean, stdev
+
+from experiments.study import study_run, train_lines, train_run
+from plumbing import page
+from plumbing.options import BadInput, write_json, write_whole
+
+RATES = (3e-4, 1e-3, 3e-3)
+RATE_SEED = 100  # the rates are found on it, and no table shows it
+T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # of Student's t, by number of seeds
+
+BY_SCORE = "--oracle sum --objective"  # the exact score, and for the others the order of that score
+RIVALS = {
+    "GRPO_rank": "--oracle sum",
+    "GRPO_rank, printed form": "--oracle sum --advantage_form printed",
+    "GRPO_rank, appendix gain": "--oracle sum --gain appendix",
+    "GRPO": f"{BY_SCORE} grpo",
+    "Dr. GRPO": f"{BY_SCORE} dr_grpo",
+    "RLOO": f"{BY_SCORE} rloo",
+    "PPO": f"{BY_SCORE} ppo",
+    "DPO, best against worst": f"{BY_SCORE} dpo",
+    "Plackett-Luce": f"{BY_SCORE} plackett_luce",
+    "best of G": f"{BY_SCORE} best_of",
+}
+# A judge whose scale differs from question to question, and whose scores are noisy; its order is their order
+BENT = "--oracle sum --score_bend 1 --score_noise 0.1"
+FEEDBACK = {
+    "exact order": "--oracle sum",
+    "exact score": f"{BY_SCORE} grpo",
+    "noisy order (swaps 0.3)": "--oracle sum --swap_prob 0.3",
+    "bent score, GRPO": f"{BENT} --objective grpo",
+    "bent score, RLOO": f"{BENT} --objective rloo",
+    "bent score, PPO": f"{BENT} --objective ppo",
+    "its order": BENT,
+    "its order, printed form": f"{BENT} --advantage_form printed",
+    "ranker's score, GRPO": "--oracle trained --objective grpo",
+    "ranker's score, PPO": "--oracle trained --objective ppo",
+    "ranker's order": "--oracle trained",
+}
+FILL = {
+    "as many questions a step": "--fill 1",
+    "filled up, at most 4 batches": "--fill 4 --num_steps {part}",
+    "a quarter of the batch, filled up": "--fill 4 --batch_prompts {quarter}",
+}
+
+
+def rivals_study(folder: str, seeds: int, options: list[str], page_path: str) -> str:
+    """Trains every line of RIVALS with every seed at its own best rate; writes figures/rivals.svg too."""
+    lines = at_best_rate("rivals_study", RIVALS, folder, options)
+    table = train_lines(
+        "rivals_study", lines, partial(rivals_table, lines), folder, seeds, options, page_path
+    )
+    path = os.path.join(os.path.dirname(page_path), "figures", "rivals.svg")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_whole(path, curves(lines, folder, seeds).encode())
+    return table
+
+
+def feedback_study(folder: str, seeds: int, options: list[str], page_path: str) -> str:
+    """Trains every line of FEEDBACK with every seed at its own best rate."""
+    lines = at_best_rate("feedback_study", FEEDBACK, folder, options)
+    return train_lines(
+        "feedback_study", lines, partial(rivals_table, lines), folder, seeds, options, page_path
+    )
+
+
+def fill_study(folder: str, seeds: int, options: list[str], page_path: str) -> str:
+    """Trains every line of FILL with every seed at the same rate; --num_steps and --batch_prompts must be
+    among the options."""
+    sizes = dict(zip(options, options[1:], strict=False))
+    if not {"--num_steps", "--batch_prompts"} <= sizes.keys():
+        raise BadInput("fill: name --num_steps and --batch_prompts behind --")
+    blanks = {"part": int(sizes["--num_steps"]) // 3, "quarter": int(sizes["--batch_prompts"]) // 4}
+    table = partial(rivals_table, FILL)
+    return train_lines("fill_study", FILL, table, folder, seeds, options, page_path, **blanks)
+
+
+def at_best_rate(name: str, lines: dict[str, str], folder: str, options: list[str]) -> dict[str, str]:
+    """The lines with the learning rate of RATES that gives each the largest area (`area`) on RATE_SEED. What
+    was found is kept in DIR/rates.json with the areas."""
+    if "--eval_every" not in options:
+        raise BadInput(f"{name}: the area under a curve needs --eval_every N; give it behind --")
+    os.makedirs(folder, exist_ok=True)
+    best, found = {}, {}
+    for line, special in lines.items():
+        areas = {}
+        for rate in RATES:
+            out = study_run(folder, f"{line} at {rate:g}", RATE_SEED)
+            train_run(out, ["--seed", str(RATE_SEED), *options, *special.split(), "--lr", f"{rate:g}"])
+            areas[f"{rate:g}"] = area(looks(out))
+        found[line] = areas
+        best[line] = f"{special} --lr {max(areas, key=areas.get)}"
+        write_json(os.path.join(folder, "rates.json"), found)
+    return best
+
+
+def looks(run: str) -> list[tuple[int, float]]:
+    """(step, sampled accuracy) of a run's evaluations on held-out questions, the same in all runs."""
+    with open(os.path.join(run, "evaluations.jsonl"), encoding="utf-8") as file:
+        rows = map(json.loads, file)
+        return [(row["step"], row["sampled"]["accuracy"]) for row in rows]
+
+
+def area(points: list[tuple[int, float]]) -> float:
+    """Mean height of the curve through these points: the area under it, a share of all steps."""
+    pairs = list(zip(points, points[1:], strict=False))
+    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairs) / (points[-1][0] - points[0][0])
+
+
+def numbers_of(run: str) -> dict[str, float]:
+    """What the tables show of a run that has ended."""
+    with open(os.path.join(run, "results.json"), encoding="utf-8") as file:
+        results = json.load(file)
+    with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return {
+        "before": 100 * results["before"]["sampled"]["accuracy"],
+        "sampled": 100 * results["after"]["sampled"]["accuracy"],
+        "greedy": 100 * results["after"]["greedy"]["accuracy"],
+        "area": 100 * area(looks(run)),
+        "rms": fmean(row["advantage_rms"] for row in rows),
+        "kl": rows[-1]["kl"] or 0.0,
+        "asked": sum(row["asked_groups"] for row in rows),
+        "seconds": sum(
+            row[name] for row in rows for name in row if name.endswith("_s") and "per" not in name
+        ),
+    }
+
+
+def paired(values: list[float], others: list[float]) -> str:
+    """Mean of the differences, seed by seed, with its 95 % interval by Student's t."""
+    gaps = [a - b for a, b in zip(values, others, strict=True)]
+    if len(gaps) < 2 or len(gaps) not in T_975:
+        return f"{fmean(gaps):+.1f}"
+    half = T_975[len(gaps)] * stdev(gaps) / len(gaps) ** 0.5
+    return f"{fmean(gaps):+.1f} [{fmean(gaps) - half:+.1f}, {fmean(gaps) + half:+.1f}]"
+
+
+def rivals_table(lines: dict[str, str], folder: str, seeds: int) -> str:
+    """A row a line: means over the seeds, and the paired difference in area from the first line."""
+    heads = ["learned by", "rate", "seeds", "sampled", "greedy", "area", "area against the first line"]
+    heads += ["RMS of A", "KL", "groups asked", "seconds"]
+    rows, first = [], None
+    for name, options in lines.items():
+        runs = [study_run(folder, name, seed) for seed in range(seeds)]
+        found = [numbers_of(run) for run in runs if os.path.exists(os.path.join(run, "results.json"))]
+        if not found:
+            continue
+        columns = {key: [one[key] for one in found] for key in found[0]}
+        first = first or columns["area"]
+        against = paired(columns["area"], first[: len(found)]) if rows else ""
+        rate = options.partition("--lr ")[2] or "as given"
+        cells = [name, rate, str(len(found))]
+        cells += [f"{fmean(columns[key]):.1f} [{min(columns[key]):.1f}, {max(columns[key]):.1f}]"
+                  for key in ("sampled", "greedy")]  # fmt: skip
+        cells += [f"{fmean(columns['area']):.1f}", against, f"{fmean(columns['rms']):.2f}"]
+        cells += [f"{fmean(columns['kl']):.2f}"]
+        cells += [f"{fmean(columns[key]):,.0f}" for key in ("asked", "seconds")]
+        if not rows:
+            start = f"{fmean(columns['before']):.1f}"
+            rows.append(["nothing yet: the start", "", "", start, "", "", "", "", "", "", ""])
+        rows.append(cells)
+    body = ["| " + " | ".join(row) + " |" for row in [heads, *rows]]
+    return "\n".join([body[0], "|---" * len(heads) + "|", *body[1:]])
+
+
+def curves(lines: dict[str, str], folder: str, seeds: int) -> str:
+    """Sampled accuracy by step, the mean over the seeds with their range, a curve a line, as SVG."""
+    series = []
+    for name in lines:
+        runs = [study_run(folder, name, seed) for seed in range(seeds)]
+        steps = zip(*(looks(run) for run in runs if os.path.exists(run)), strict=True)
+        points = []
+        for at_step in steps:
+            heights = [height for _, height in at_step]
+            points.append((at_step[0][0], fmean(heights), min(heights), max(heights)))
+        series.append((name, points))
+    return page.figure(f"sampled accuracy by step, mean and range of {seeds} seeds", series)

@@ -1,0 +1,104 @@
+"""The comparison of objectives: its measures by hand, and all of it small."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from test_study import TINY, in_this_process  # noqa: F401
+
+import train
+from experiments import rivals
+from oracles.choose import choose_oracle
+from oracles.combine import BentOracle
+from plumbing.options import BadInput, parse_args
+
+
+def test_the_area_under_a_curve_is_its_mean_height():
+    assert rivals.area([(0, 0.2), (10, 0.6), (30, 0.8)]) == pytest.approx((10 * 0.4 + 20 * 0.7) / 30)
+
+
+def test_paired_intervals_are_students():
+    # gaps 1, 2, 3: mean 2, standard deviation 1, half width 4.30 / sqrt(3) = 2.48
+    assert rivals.paired([3.0, 5.0, 7.0], [2.0, 3.0, 4.0]) == "+2.0 [-0.5, +4.5]"
+    assert rivals.paired([3.0], [2.0]) == "+1.0"
+
+
+def test_every_line_is_a_configuration_of_train_py(monkeypatch):
+    lines = rivals.RIVALS | rivals.FEEDBACK
+    assert len({options for options in lines.values()}) == len(lines) - 2  # exact order and score are in both
+    for options in lines.values():
+        monkeypatch.setattr(sys, "argv", ["train.py", *options.split(), "--lr", "0.001"])
+        parse_args(train.Config, train.PRESETS)
+
+
+def test_the_study_finds_each_rate_trains_with_it_and_writes_table_and_curves(
+    tmp_path,
+    monkeypatch,
+    in_this_process,  # noqa: F811
+):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- rivals_study -->\n<!-- /rivals_study -->\n")
+    chosen = {name: rivals.RIVALS[name] for name in ("GRPO_rank", "PPO")}
+    monkeypatch.setattr(rivals, "RIVALS", chosen)
+    monkeypatch.setattr(rivals, "RATES", (1e-4, 3e-3))
+    options = [
+        *TINY,
+        "--world_dir",
+        str(tmp_path / "world"),
+        "--num_train_clips",
+        "6",
+        "--num_eval_clips",
+        "3",
+    ]
+    with pytest.raises(BadInput, match="--eval_every"):
+        rivals.rivals_study(str(tmp_path / "study"), 1, options, str(page))
+    options += ["--eval_every", "1", "--eval_subset", "20"]
+    found = rivals.rivals_study(str(tmp_path / "study"), 1, options, str(page))
+    rows = found.splitlines()
+    assert [row.split(" | ")[0][2:] for row in rows[2:]] == ["nothing yet: the start", *chosen]
+    assert found in page.read_text() and (tmp_path / "figures" / "rivals.svg").stat().st_size > 500
+    rates = json.loads((tmp_path / "study" / "rates.json").read_text())
+    for name, areas in rates.items():
+        assert f"| {name} | {max(areas, key=areas.get)} | 1 |" in found
+    stored = [json.loads(path.read_text()) for path in (tmp_path / "study").glob("*/config.json")]
+    assert sorted((c["objective"], c["seed"]) for c in stored) == sorted(
+        [(name, seed) for name in ("grpo_rank", "ppo") for seed in (0, 100, 100)]
+    )
+
+
+class Known:
+    """An oracle whose scores are known: the length of the text."""
+
+    def rank(self, batch, texts):
+        from grpo_rank import ranks_from_scores
+        from oracle import Ranking
+
+        scores = torch.tensor([[float(len(text)) for text in group] for group in texts], dtype=torch.float64)
+        return Ranking(ranks_from_scores(scores), scores=scores)
+
+
+def test_bent_scores_keep_a_question_s_order_have_a_scale_for_each_and_tie_equal_texts(monkeypatch):
+    from videoqa.answers import Question
+
+    batch = [Question(str(i), "a.mp4", "q", "a") for i in range(40)]
+    texts = [["aaaa", "a", "aaaaaaaaaa", "a", ""]] * 40
+    bent = BentOracle(Known(), torch.Generator().manual_seed(0), 1.0, 0.0, top=10.0, seed=0).rank(
+        batch, texts
+    )
+    exact = Known().rank(batch, texts)
+    order = exact.scores.argsort(dim=1)
+    assert (bent.scores.gather(1, order).diff(dim=1) >= 0).all()
+    assert (bent.scores[:, 1] == bent.scores[:, 3]).all() and (bent.scores == bent.scores.round()).all()
+    assert bent.scores[:, 2].unique().numel() > 2 and bent.scores[:, 4].unique().numel() > 2
+    noisy = BentOracle(Known(), torch.Generator().manual_seed(0), 0.0, 0.3, top=10.0, seed=0).rank(
+        batch, texts
+    )
+    assert (noisy.scores[:, 1] == noisy.scores[:, 3]).all() and (noisy.ranks != exact.ranks).any()
+    spread = (noisy.scores[:, 0] - 4).std().item()
+    assert math.isclose(spread, 3, rel_tol=0.4)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--score_noise", "0.1"])
+    cfg = parse_args(train.Config, train.PRESETS)
+    with pytest.raises(BadInput, match="--oracle sum"):
+        choose_oracle(cfg, torch.Generator(), torch.device("cpu"))
