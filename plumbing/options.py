@@ -98,6 +98,13 @@ def check_record(record, where: str, wants: str) -> None:
             raise BadInput(f"{where}: {field.name} is {value!r}; {wants}")
 
 
+def is_kind(value, kind) -> bool:
+    """Whether a JSON value is of this type, as int | float or list[str]. true and false are no numbers."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(is_kind(x, get_args(kind)[0]) for x in value)
+    return isinstance(value, kind) and (kind is bool or type(value) is not bool)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are BadInputs: one line instead of the whole usage."""
 

@@ -9,7 +9,7 @@ from collections import Counter
 from tqdm import tqdm
 
 from plumbing.machine import fitted
-from plumbing.options import BadInput, cell, read_json, write_json
+from plumbing.options import BadInput, cell, is_kind, read_json, write_json
 
 
 class Bar:
@@ -116,13 +116,22 @@ def compare(folders: list[str]) -> str:
     ]
     lines.append("|---" * 10 + "|")
     for folder in folders:
-        path, wants = os.path.join(folder, "results.json"), "name run folders whose training has ended"
-        results = read_json(path, wants)
-        try:
-            lines.append(results_row(os.path.basename(folder.rstrip("/")), results))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BadInput(f"{path}: not what train.py wrote ({error!r}); {wants}") from error
+        lines.append(read_results(folder)[1])
     return "\n".join(lines)
+
+
+def read_results(folder: str) -> tuple[dict, str]:
+    """(results.json of a run that has ended, its row of `compare`). BadInput: it is missing or damaged."""
+    path, wants = os.path.join(folder, "results.json"), "name run folders whose training has ended"
+    results = read_json(path, wants)
+    try:
+        row = results_row(os.path.basename(folder.rstrip("/")), results)
+        steps = [results["steps"], (results.get("kept") or {"step": 0})["step"]]
+        if not is_kind(steps, list[int]):
+            raise ValueError(f"steps {steps}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: not what train.py wrote ({error!r}); {wants}") from error
+    return results, row
 
 
 def results_row(name: str, r: dict) -> str:
@@ -146,14 +155,16 @@ def differences(folders: list[str]) -> str:
     return "\n".join(lines) if rows else ""
 
 
+COUNTED = ("groups", "dead_groups", "failed_groups")
+
+
 def oracle_summary(rows: list[dict]) -> dict:
     """What the oracle did over a whole run, from the rows of metrics.jsonl: sums, and means weighted by their
     counts."""
     causes = Counter()
     for row in rows:
         causes.update(row.get("failed_by_cause", {}))
-    counted = ("groups", "dead_groups", "failed_groups")
-    found = {name: sum(row.get(name, 0) for row in rows) for name in counted}
+    found = {name: sum(row.get(name, 0) for row in rows) for name in COUNTED}
     found["failed_by_cause"] = dict(causes)
     for name in ("judge_calls", "judge_cache_hits", "judge_tokens", "judge_repairs"):
         found |= {name: sum(row.get(name, 0) for row in rows)} if rows and name in rows[0] else {}
@@ -168,7 +179,7 @@ def finish(run, device: str, after: dict, gain: dict, table: str) -> None:
     from plumbing import report
 
     path = os.path.join(run.out, "metrics.jsonl")
-    metrics, _ = report.sound_rows(path, ("step", "groups"))
+    metrics, _ = report.sound_rows(path, {"groups": int})
     kept = run.progress["best"] if run.options.keep == "best" else None
     results = {
         "seed": run.options.seed, "steps": run.step, "wall_s": round(run.wall_s(), 1),

@@ -41,6 +41,7 @@ from plumbing.options import (
     CountOrNone,
     EndedEarly,
     Options,
+    is_kind,
     parse_json,
     read_json,
     read_tensors,
@@ -166,11 +167,6 @@ def environment() -> dict:
         "processes": process_info()[1], "processor": processor(),
         "packages": {name: version(name) for name in ("numpy", "pillow", "av", "safetensors", "tqdm")},
     }  # fmt: skip
-
-
-def is_kind(value, kind: type) -> bool:
-    """Whether the value is of this type; a list: of texts."""
-    return type(value) is kind and (kind is not list or all(isinstance(text, str) for text in value))
 
 
 def cut_back(path: str, kinds: dict[str, type], kept=lambda row: True) -> list[dict]:
@@ -306,7 +302,7 @@ class RunFolder:
         """The evaluation of the policy; its answers are kept in answers.jsonl. step: whose the policy is,
         None: of now."""
         step = self.step if step is None else step
-        kinds = {"greedy": str, "sampled": list}
+        kinds = {"greedy": str, "sampled": list[str]}
         kept = Kept(os.path.join(self.out, "answers.jsonl"), kinds, self.writes, step=step)
         return self.evaluation(subset=subset, kept=kept)
 
