@@ -127,7 +127,7 @@ def test_kept_answers_of_another_type_are_refused(tmp_path, row):
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps({"id": "a", "greedy": "red", "sampled": ["red"]} | row) + "\n")
     with pytest.raises(BadInput, match=r"answers.jsonl, line 1: no row with id, greedy, sampled"):
-        Kept(str(path), {"greedy": str, "sampled": list})
+        Kept(str(path), {"greedy": str, "sampled": list[str]})
 
 
 @pytest.mark.parametrize("line", ['{"a": 1}', "[1]", '"red"', '["a"', "\xff", '["a"]\n["b"]\n["c"]'])
