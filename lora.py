@@ -172,6 +172,12 @@ class Joined:
         return self(x).split(self.sizes, dim=-1)
 
 
+def joinable(linears: list[nn.Module], dtype: torch.dtype) -> bool:
+    """Whether `joined` makes copies of a decoder's linear layers: of plain ones, of JOINED_BYTES at most."""
+    plain = all(isinstance(x, nn.Linear) for x in linears)
+    return plain and sum(x.weight.numel() for x in linears) * dtype.itemsize <= JOINED_BYTES
+
+
 @contextmanager
 def joined(decoder: nn.Module):
     """Within it, without gradient, each layer of the decoder takes 4 large products where it has 7 linear
@@ -183,8 +189,7 @@ def joined(decoder: nn.Module):
         owners += [(attention, [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj])]
         owners += [(mlp, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])]
     linears = [x.base if isinstance(x, LoRALinear) else x for _, a, b in owners for x in a + b]
-    plain = all(isinstance(x, nn.Linear) for x in linears)
-    if not plain or sum(x.weight.numel() for x in linears) * dtype.itemsize > JOINED_BYTES:
+    if not joinable(linears, dtype):
         with torch.no_grad():
             yield
         return

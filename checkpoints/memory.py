@@ -92,9 +92,10 @@ def plan(
         for parameter in lora.add_adapters(decoder, run.lora_r, run.lora_alpha):
             parameter.grad = torch.zeros_like(parameter)
         decoder.compute_dtype, decoder.checkpointing = dtype, run.checkpointing
-        more = step_peaks(decoder, run, P, G, S, T)
+        joins = run.base != "nf4" and lora.joinable(linears, dtype)
+        more = step_peaks(decoder, run, P, G, S, T, joins)
         del decoder.layers[1]
-        few = step_peaks(decoder, run, P, G, S, T)
+        few = step_peaks(decoder, run, P, G, S, T, joins)
     each = (b + (cfg.num_layers - 3) * (b - a) for a, b in zip(few, more, strict=True))
     cache, prefill, step, update = each
     logits, embedding = logits_peak(cfg, run), embedding_peak(cfg, clip)
@@ -110,10 +111,10 @@ def plan(
     }
 
 
-def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int) -> tuple[int, int, int, int]:
+def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int, joins: bool) -> tuple:
     """Bytes of the KV cache, and the peaks of prefill, of a sampling step and of a micro-batch's forward and
-    backward, without weights and gradients."""
-    with Live() as live, lora.joined(decoder):  # as in generate
+    backward, without weights and gradients. joins: whether generate joins the whole decoder's layers."""
+    with Live() as live, lora.joined(decoder) if joins else torch.no_grad():
         cache = KVCache(torch.ones(P, S, dtype=torch.bool), G, T)
         prompt = decoder.embed_tokens(torch.zeros(P, S, dtype=torch.int64))
         decoder(prompt, cache.prompt_mask, cache=cache)

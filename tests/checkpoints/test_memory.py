@@ -267,3 +267,11 @@ def test_a_rehearsal_changes_nothing(capsys):
     assert "rehearsal" in capsys.readouterr().out
     after = learner.tensors()
     assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+def test_a_decoder_too_large_for_joined_layers_is_planned_without_their_copies():
+    """The plan measures three layers, whose copies would fit, of a decoder whose 13 GB of copies do not."""
+    run = run_config(base="bfloat16", sample_prompts=2)
+    lines = memory.plan(LLAMA, CLIP_336, run, torch.bfloat16, 1, TEXT)
+    (sampling,) = (n for name, n in lines.items() if name.startswith("sampling"))
+    assert sampling < 2e9
