@@ -19,16 +19,7 @@ from data import PromptSet
 from grpo_rank import rank_advantages, ranks_from_scores
 from oracle import FunctionOracle, RuleOracle, load_function
 from plumbing.machine import pick_device, show_progress
-from plumbing.options import (
-    ArgumentParser,
-    BadInput,
-    Count,
-    Positive,
-    add_options,
-    cell,
-    one_line,
-    run_script,
-)
+from plumbing.options import ArgumentParser, BadInput, Count, Positive, add_options, one_line, run_script
 from plumbing.progress import show_table
 from plumbing.run_folder import Kept
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
@@ -71,7 +62,7 @@ def show_answers(policy, asked: PromptSet, sampling: Sampling, cfg: AskOptions, 
         columns |= {"oracle rank": ranking.ranks[0].tolist(), "policy rank": policy_ranks[0].tolist()}
         columns["advantage"] = [f"{a:+.3f}" for a in advantages]
     likeliest = logprobs.argsort(descending=True).tolist()
-    rows = [[cell(cells[i]) for cells in columns.values()] for i in likeliest]
+    rows = [[one_line(cells[i]).replace("|", "/") for cells in columns.values()] for i in likeliest]
     show_table("\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]))
 
 

@@ -189,13 +189,12 @@ def load_function(spec: str):
         raise BadInput(f"--oracle {spec}: {words}; put its folder on PYTHONPATH") from error
     if not callable(function):
         raise BadInput(f"--oracle {spec}: {module} has no function {name!r}; define it there")
-    wanted = "(question, texts, *, video, reference)"
     try:
         signature = inspect.signature(function)
         item = {"item": 0} if "item" in signature.parameters else {}
         signature.bind("", [], video="", reference="", **item)
     except (TypeError, ValueError) as error:
-        raise BadInput(f"--oracle {spec}: {error}; define {name}{wanted}") from error
+        raise BadInput(f"--oracle {spec}: {error}; define f(question, texts, *, video, reference)") from error
     return function
 
 

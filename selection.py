@@ -26,16 +26,7 @@ from checkpoints.policies import PolicyOptions, load_policy
 from data import PromptSet
 from plumbing import options
 from plumbing.machine import pick_device, show_progress
-from plumbing.options import (
-    BadInput,
-    Bounds,
-    Count,
-    PositiveShare,
-    parse_json,
-    read_jsonl,
-    run_script,
-    write_whole,
-)
+from plumbing.options import BadInput, Bounds, Count, PositiveShare, read_jsonl, run_script, write_whole
 from plumbing.run_folder import fingerprint
 from rollout import Sampling, answer
 from videoqa.answers import Reward, reward, task
@@ -132,7 +123,7 @@ def _resume(path: str, settings: dict, batch: int) -> list[list[str]]:
             lines = file.readlines()
         if lines and lines[0] != header.encode():
             raise BadInput(f"{path}: begun with other settings; repeat those, or {wants}")
-        done = [parse_json(line, path, wants) for line in lines[1:] if line.endswith(b"\n")]
+        done = [options.parse_json(line, path, wants) for line in lines[1:] if line.endswith(b"\n")]
         texts = [text for row in done for text in (row if isinstance(row, list) else [None])]
         if not all(isinstance(text, str) for text in texts) or len(done) > settings["questions"]:
             raise BadInput(f"{path}: not only lists of answers, a line a question; {wants}")

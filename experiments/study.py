@@ -16,17 +16,7 @@ import sys
 from functools import partial
 
 from data import DataOptions, draw_world, world_folders
-from plumbing.options import (
-    ArgumentParser,
-    BadInput,
-    Count,
-    checked,
-    parse_json,
-    read_bytes,
-    run_script,
-    write_json,
-    write_whole,
-)  # fmt: skip
+from plumbing.options import ArgumentParser, BadInput, Count, checked, run_script, write_json, write_whole
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What is wrong with the oracle, and what is done about it: options of train.py
@@ -68,7 +58,8 @@ def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list
     stored = os.path.join(folder, "options.json")
     if not os.path.exists(stored):
         write_json(stored, options)
-    old = parse_json(read_bytes(stored, "name another --out"), stored, "name another --out")
+    with open(stored) as file:
+        old = json.load(file)
     if old != options:
         raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
     for seed in range(seeds):

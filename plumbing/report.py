@@ -45,14 +45,12 @@ CHARTS = (  # title, names in metrics.jsonl, whether they are shares in 0..1
 )  # fmt: skip
 
 
-TEXTS = ("id", "video", "category", "question", "gold", "greedy")
 KINDS = {  # the fields that each row of a file has beside its step
     "metrics": dict.fromkeys(COUNTED, int),
-    "rollouts": dict.fromkeys(("id", "question", "answer"), str)
-    | {"candidates": list[str], "oracle_ranks": list[int], "policy_ranks": list[int]}
-    | {"advantages": list[int | float]},
+    "rollouts": {"id": str, "question": str, "answer": str, "candidates": list[str]}
+    | {"oracle_ranks": list[int], "policy_ranks": list[int], "advantages": list[int | float]},
     "evaluations": {"greedy": dict},
-    "answers": dict.fromkeys(TEXTS, str) | {"right": bool},
+    "answers": dict.fromkeys("id video category question gold greedy".split(), str) | {"right": bool},
 }
 
 
@@ -96,10 +94,6 @@ def sound_rows(path: str, kinds: dict) -> tuple[list[dict], int]:
     return rows, broken
 
 
-def is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def read_run(folder: str) -> Run:
     """Raises BadInput if the folder is no run's."""
     config, read, broken = read_json(os.path.join(folder, "config.json"), RUN), {}, {}
@@ -138,7 +132,7 @@ def before_and_after(run: Run) -> tuple[dict, dict]:
 
 
 def points(rows: list[dict], name: str) -> list[tuple]:
-    return [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
+    return [(row["step"], row[name]) for row in rows if is_kind(row.get(name), int | float)]
 
 
 # ---- parts of the page

@@ -14,7 +14,7 @@ import os
 import re
 from collections import defaultdict
 
-from plumbing.options import BadInput, one_line, parse_json, read_text, write_whole
+from plumbing.options import BadInput, is_kind, one_line, parse_json, read_text, write_whole
 from videoqa.questions import is_number, is_span, is_text
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
@@ -35,14 +35,8 @@ KINDS = {
     "text": (is_text, "a text"),
     "key": (lambda value: type(value) is int or is_text(value), "a text or an id"),
     "seconds": (lambda value: is_number(value) and value > 0, "a number of seconds"),
-    "texts": (
-        lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
-        "a list of texts",
-    ),
-    "spans": (
-        lambda value: isinstance(value, list) and all(map(is_span, value)),
-        "a list of [start, end] in seconds",
-    ),
+    "texts": (lambda value: is_kind(value, list[str]), "a list of texts"),
+    "spans": (lambda value: isinstance(value, list) and all(map(is_span, value)), "a list of [start, end]"),
     "object": (lambda value: isinstance(value, dict), "an object"),
 }
 
