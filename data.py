@@ -21,12 +21,12 @@ from plumbing.options import (
     Count,
     Options,
     PositiveShare,
+    is_kind,
     read_json,
     run_script,
     write_json,
 )
 from videoqa.answers import Question, instruction, prompt_text
-from videoqa.questions import is_text
 from videoqa.video import read_frames
 
 PAD_ID, BOS_ID, EOS_ID, VIDEO_ID = 0, 1, 2, 3  # VIDEO_ID: placeholder for one visual token, never sampled
@@ -160,7 +160,7 @@ class Tokenizer:
         if saved.get("type") != "words+bytes":
             raise BadInput(f"{path}: field 'type' is not words+bytes; {wants}")
         words = saved.get("words")
-        if not isinstance(words, list) or not all(map(is_text, words)) or len(set(words)) < len(words):
+        if not is_kind(words, list[str]) or not all(words) or len(set(words)) < len(words):
             raise BadInput(f"{path}: field 'words' is no list of texts, each there once; {wants}")
         tokenizer = cls(words)
         if tokenizer.vocab_size > V:
