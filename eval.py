@@ -124,6 +124,8 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
         questions = load_questions(data, videos)
     else:
         names = [field.name for field in fields(DataOptions)]
+        if not config.keys() >= set(names):
+            raise BadInput(f"{folder}/config.json: not all options of the data; give --data and --videos")
         questions = load_sets(DataOptions(**{name: config[name] for name in names}), config["seed"])[1]
     prompts = PromptSet(policy, tokenizer, questions)
     sampling = Sampling.of(policy, tokenizer, max_new_tokens=config["max_new_tokens"])

@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 import lora
 from clip import ClipConfig
-from data import DataOptions, Tokenizer
+from data import Tokenizer
 from model import ModelConfig, VideoLM
 from plumbing.options import (
     BadInput,
@@ -179,8 +179,7 @@ def load_run(folder: str, device="cpu"):
     bounds."""
     path = os.path.join(folder, "config.json")
     config, names = read_json(path, RUN), [field.name for field in fields(PolicyOptions)]
-    wanted = [*names, *(field.name for field in fields(DataOptions)), *RUN_KINDS, "made"]
-    missing = [name for name in wanted if name not in config]
+    missing = [name for name in (*names, *RUN_KINDS, "made") if name not in config]
     if missing:
         raise BadInput(
             f"{path}: {missing[0]} is missing, so an earlier version made this run, or none; run train.py"
