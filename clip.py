@@ -1,11 +1,9 @@
-"""CLIP from scratch (Radford et al., arXiv:2103.00020): a ViT image tower, a causal
-text tower, a contrastive loss.
+"""CLIP from scratch (Radford et al., arXiv:2103.00020): an image tower, a text tower, a contrastive loss.
 
 Trained once by `pretrain.py` and frozen ever after. The video-language model reads patch tokens of a hidden
-layer before the last (`layer=-2`, as LLaVA does): the last layer's patches serve the class token alone.
+layer before the last (`layer=-2`, as LLaVA does): the last layer's patches serve only the class token.
 
-Shape letters (grpo_rank.py): K frames, N patches of a frame. Here F_ is a number of
-frames or captions in a batch.
+Shape letters (grpo_rank.py): K frames, N patches of a frame. Here F_ is a number of frames or captions.
 """
 
 from dataclasses import dataclass
@@ -39,8 +37,7 @@ class ClipConfig:
 
 
 def preprocess(frames: Tensor) -> Tensor:
-    """uint8 (..., 3, H, W) RGB, already at the tower's size -> float32, normalised with
-    CLIP's mean and std."""
+    """uint8 (..., 3, H, W) RGB, already at the tower's size -> float32, normalised as CLIP's."""
     mean = torch.tensor(PIXEL_MEAN, device=frames.device).view(3, 1, 1)
     std = torch.tensor(PIXEL_STD, device=frames.device).view(3, 1, 1)
     return (frames.float() / 255 - mean) / std
@@ -87,18 +84,16 @@ class ImageTower(nn.Module):
         self.class_embedding = nn.Parameter(torch.randn(cfg.width) * cfg.width**-0.5)
         self.position_embedding = nn.Parameter(torch.randn(1 + self.num_patches, cfg.width) * 0.1)
         self.pre_layernorm = nn.LayerNorm(cfg.width)
-        self.layers = nn.ModuleList(
-            Layer(cfg.width, cfg.num_heads, False, cfg.activation, cfg.mlp_width)
-            for _ in range(cfg.num_layers)
-        )
+        sizes = dict(causal=False, activation=cfg.activation, mlp_width=cfg.mlp_width)
+        layers = (Layer(cfg.width, cfg.num_heads, **sizes) for _ in range(cfg.num_layers))
+        self.layers = nn.ModuleList(layers)
         self.post_layernorm = nn.LayerNorm(cfg.width)
         if cfg.embed_dim:
             self.projection = nn.Linear(cfg.width, cfg.embed_dim, bias=False)
 
     def hidden(self, pixel_values: Tensor, layer: int) -> Tensor:
-        """(F_, 3, H, W) -> (F_, 1 + N, width) after `layer` layers; negative counts from the end as
-        in a list of all hidden states (the embedding first): -1 is the last layer's output, -2 that
-        of the layer before."""
+        """(F_, 3, H, W) -> (F_, 1 + N, width) after `layer` layers. A negative number counts from the end:
+        -1 is the last layer's output, -2 that of the layer before it."""
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (F_, N, width)
         cls = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x = self.pre_layernorm(torch.cat([cls, patches], dim=1) + self.position_embedding)
@@ -117,10 +112,9 @@ class TextTower(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(cfg.vocab_size, cfg.text_width)
         self.position_embedding = nn.Parameter(torch.randn(cfg.text_length, cfg.text_width) * 0.02)
-        self.layers = nn.ModuleList(
-            Layer(cfg.text_width, cfg.text_heads, True, cfg.activation, cfg.text_mlp_width)
-            for _ in range(cfg.text_layers)
-        )
+        sizes = dict(causal=True, activation=cfg.activation, mlp_width=cfg.text_mlp_width)
+        layers = (Layer(cfg.text_width, cfg.text_heads, **sizes) for _ in range(cfg.text_layers))
+        self.layers = nn.ModuleList(layers)
         self.final_layer_norm = nn.LayerNorm(cfg.text_width)
         self.projection = nn.Linear(cfg.text_width, cfg.embed_dim, bias=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -147,8 +141,7 @@ class Clip(nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # log(1 / 0.07), CLIP's first temperature
 
     def patch_tokens(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
-        """(F_, 3, H, W) normalised pixels -> (F_, N, width) patch tokens of a hidden
-        layer, class token dropped."""
+        """(F_, 3, H, W) normalised pixels -> (F_, N, width) patch tokens of a hidden layer."""
         return self.vision_model.hidden(pixel_values, layer)[:, 1:]
 
     def similarity(self, pixel_values: Tensor, input_ids: Tensor, lengths: Tensor) -> Tensor:
@@ -158,9 +151,8 @@ class Clip(nn.Module):
 
 
 def contrastive_loss(similarity: Tensor, same: Tensor) -> Tensor:
-    """Symmetric InfoNCE. similarity (F_, C) of F_ images to C >= F_ captions, the first F_ of them
-    theirs, the rest hard negatives. `same` (F_, C) bool marks the captions that are right for an
-    image: they share its target."""
+    """Symmetric InfoNCE. similarity (F_, C) of F_ images to C >= F_ captions: first their own, then hard
+    negatives. `same` (F_, C) bool marks the captions that are right for an image; they share its target."""
     own, own_same = similarity[:, : len(similarity)], same[:, : len(same)]  # negatives have no image to find
     target, own_target = (s.float() / s.sum(dim=1, keepdim=True) for s in (same, own_same.T))
     return (F.cross_entropy(similarity, target) + F.cross_entropy(own.T, own_target)) / 2

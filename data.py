@@ -60,14 +60,11 @@ class DataOptions(Options):
 
 
 def world_folders(options: DataOptions) -> dict[str, tuple[str, range]]:
-    """Folder and scene seeds of the embedded world's two sets; pretrain.py draws from seed 0
-    on, so no scene is shared."""
+    """Folder and scene seeds of the embedded world's two sets; pretrain.py draws from seed 0 on."""
     sets = {"train": (1_000_000, options.num_train_clips), "eval": (2_000_000, options.num_eval_clips)}
     name = "hard_" if options.world == "hard" else ""
-    return {
-        k: (os.path.join(options.world_dir, f"{name}{k}{n}"), range(first, first + n))
-        for k, (first, n) in sets.items()
-    }
+    folder_of = {k: os.path.join(options.world_dir, f"{name}{k}{n}") for k, (_, n) in sets.items()}
+    return {k: (folder_of[k], range(first, first + n)) for k, (first, n) in sets.items()}
 
 
 def draw_world(options: DataOptions) -> None:
@@ -94,9 +91,7 @@ def load_sets(options: DataOptions, seed: int) -> tuple[list[Question], list[Que
         return questions, held
     videos = sorted({q.video for q in questions})
     if len(videos) < 2:
-        raise BadInput(
-            f"{options.data}: only {len(videos)} video; at least 2 are needed, one of them to be held out"
-        )
+        raise BadInput(f"{options.data}: only {len(videos)} video; give 2 or more, one is held out")
     order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(seed)).tolist()
     held = {videos[i] for i in order[: max(1, min(len(videos) - 1, round(options.eval_share * len(videos))))]}
     return [q for q in questions if q.video not in held], [q for q in questions if q.video in held]
@@ -139,8 +134,7 @@ class Tokenizer:
         return b"".join(self.bytes_of[i] for i in ids).decode(errors="replace").removeprefix(" ")
 
     def banned_ids(self, V: int) -> torch.Tensor:
-        """(V,) bool: ids that a policy must never produce: padding, start,
-        visual placeholder, unused rows."""
+        """(V,) bool: ids that a policy must never produce: padding, start, placeholder, unused rows."""
         ids = torch.arange(V)
         return (ids == PAD_ID) | (ids == BOS_ID) | (ids == VIDEO_ID) | (ids >= self.vocab_size)
 
@@ -232,26 +226,30 @@ def clips_at_once(num_frames: int, num_patches: int) -> int:
     return max(1, min(64, 2**15 // (num_frames * num_patches)))
 
 
+def embed_videos(model, shown: list[tuple]) -> tuple[torch.Tensor, list[list[float]]]:
+    """Frozen (C, N_video, D) of C videos or parts of them (`Question.shown`), and their frames' times in
+    seconds. model: a VideoLM (embed_video, cfg, clip_cfg)."""
+    times, (cfg, clip_cfg) = [], (model.cfg, model.clip_cfg)
+    chunk = clips_at_once(cfg.num_frames, (clip_cfg.image_size // clip_cfg.patch_size) ** 2)
+    for start in show_progress(range(0, len(shown), chunk), "videos"):
+        part = shown[start : start + chunk]
+        frames, seconds = load_clips(part, cfg.num_frames, clip_cfg.image_size, cfg.framing)
+        embeds = model.embed_video(frames, seconds)
+        if start == 0:  # all of them at once: put together at the end they would need twice the room
+            whole = embeds.new_empty((len(shown), *embeds.shape[1:]))
+        whole[start : start + chunk] = embeds
+        times += seconds.tolist()
+    return whole, times
+
+
 class PromptSet:
     """Questions with their videos embedded: each video, or part of one, is decoded and sent through the
-    frozen CLIP and bridge once.
-
-    model: a VideoLM (embed_video, cfg, clip_cfg). Holds (number of videos, N_video, D) on the model's device.
-    """
+    frozen CLIP and bridge once. Holds (number of videos, N_video, D) on the model's device."""
 
     def __init__(self, model, tokenizer: Tokenizer, questions: list[Question]):
         self.questions, self.tokenizer = questions, tokenizer
         videos = sorted({question.shown for question in questions})
-        times, num_patches = [], (model.clip_cfg.image_size // model.clip_cfg.patch_size) ** 2
-        chunk = clips_at_once(model.cfg.num_frames, num_patches)
-        for start in show_progress(range(0, len(videos), chunk), "videos"):
-            sizes = model.cfg.num_frames, model.clip_cfg.image_size, model.cfg.framing
-            frames, seconds = load_clips(videos[start : start + chunk], *sizes)
-            embeds = model.embed_video(frames, seconds)
-            if start == 0:  # all of them at once: put together at the end they would need twice the room
-                self.video_embeds = embeds.new_empty(len(videos), *embeds.shape[1:])
-            self.video_embeds[start : start + chunk] = embeds
-            times += seconds.tolist()
+        self.video_embeds, times = embed_videos(model, videos)
         place = {video: i for i, video in enumerate(videos)}
         self.video_of = torch.tensor([place[question.shown] for question in questions])
         num_tokens = self.video_embeds.shape[1]

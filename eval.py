@@ -98,10 +98,10 @@ def table(before: dict, after: dict | None = None) -> str:
     for name, row in before["greedy"]["by_category"].items():
         cells = [f"{100 * e[mode]['by_category'][name]['accuracy']:.1f}" for mode, e in columns]
         lines.append(f"| {cell(name) or '(none)'} | {row['n']} | " + " | ".join(cells) + " |")
-    cells = [
-        "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (e[m]["accuracy"], *e[m]["ci95"])))
-        for m, e in columns
-    ]
+    cells = []
+    for mode, e in columns:
+        low, high = (f"{100 * x:.1f}" for x in e[mode]["ci95"])
+        cells.append(f"{100 * e[mode]['accuracy']:.1f} [{low}, {high}]")
     lines.append(f"| **all** | {before['greedy']['n']} | " + " | ".join(cells) + " |")
     if before["greedy"]["mean_iou"] is not None:
         cells = [f"{100 * e[mode]['mean_iou']:.1f}" for mode, e in columns]

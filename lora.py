@@ -1,9 +1,9 @@
-"""Low-rank adapters by hand (Hu et al., arXiv:2106.09685): y = W x + (alpha / r) B A x,
-W frozen, B = 0 at the start.
+"""Low-rank adapters by hand (Hu et al., arXiv:2106.09685): y = W x + (alpha / r) B A x, W frozen, B = 0 at
+the start.
 
-Adapters off is the supervised start; a snapshot of the adapters is a frozen reference for the price of the
-adapters alone. No dropout, no hidden state in train()/eval(), and `merge` only when it is called. The base
-may be a plain linear layer or one of 4 bits (checkpoints/nf4.py). Files: checkpoints/peft_files.py.
+With its adapters off a model is the supervised start. A copy of the adapters is a frozen reference, which
+costs no second model. There is no dropout, no hidden state in train()/eval(), and `merge` happens only when
+it is called. The base may be a plain linear layer or one of 4 bits (checkpoints/nf4.py).
 """
 
 import math
@@ -13,55 +13,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-JOINED_BYTES = 2**32  # of the copies that `joined` makes of a decoder's weights
 DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T of a frozen weight that weight_of(dtype, *stored) makes: (..., in) -> (..., out). The backward
-    pass keeps what is stored, 4 bits for instance, where F.linear would keep the 16-bit weights of all
-    layers at once. W is frozen, so x is not kept at all."""
+    """x W^T, (..., in) -> (..., out), of a frozen weight that weight_of(dtype, stored) makes. The backward
+    pass keeps the stored tensors, 4 bits for instance; F.linear would keep the 16-bit weights of all layers
+    at once. W is frozen, so x is not kept at all."""
 
     @staticmethod
-    def forward(ctx, x, weight_of, *stored):
+    def forward(ctx, x, weight_of, stored):
         ctx.save_for_backward(*stored)
         ctx.weight_of = weight_of
-        return F.linear(x, weight_of(x.dtype, *stored))
+        return F.linear(x, weight_of(x.dtype, stored))
 
     @staticmethod
     def backward(ctx, grad):
-        stored = ctx.saved_tensors  # asked for once: a checkpointed layer forgets them then
-        weight = ctx.weight_of(grad.dtype, *stored)
+        weight = ctx.weight_of(grad.dtype, ctx.saved_tensors)
         if grad.is_cpu and grad.dtype == torch.bfloat16:
             # A CPU without bfloat16 instructions takes 3 to 6 times as long for grad W as for grad (W^T)^T.
             weight = weight.T.contiguous().T
-        return grad @ weight, None, *[None] * len(stored)
+        return grad @ weight, None, None
 
 
 def frozen_linear(x: Tensor, weight_of, stored, bias: Tensor | None) -> Tensor:
-    """x W^T + b in x's dtype (autocast's, where it is on), with gradient to x alone."""
+    """x W^T + b in x's dtype (autocast's, where it is on); only x gets a gradient."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    y = FrozenProduct.apply(x, weight_of, *stored)
+    y = FrozenProduct.apply(x, weight_of, stored)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def in_dtype(dtype: torch.dtype, weight: Tensor) -> Tensor:
-    return weight.to(dtype)
+def in_dtype(dtype: torch.dtype, stored: tuple[Tensor]) -> Tensor:
+    return stored[0].to(dtype)
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer with a low-rank update. (..., in) -> (..., out), any float dtype of the base.
     rslora: scaled by alpha / sqrt(r) (arXiv:2312.03732)."""
 
-    def __init__(
-        self,
-        base: nn.Module,
-        r: int,
-        alpha: float,
-        generator: torch.Generator | None = None,
-        rslora: bool = False,
-    ):
+    def __init__(self, base: nn.Module, r: int, alpha: float, generator=None, rslora: bool = False):
         super().__init__()
         self.base = base.requires_grad_(False)
         self.r, self.alpha, self.rslora = r, alpha, rslora
@@ -104,11 +95,9 @@ def linears(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if hasattr(m, "in_features")]
 
 
-def add_adapters(
-    model, r, alpha, targets=DECODER_LINEARS, generator=None, rslora=False
-) -> list[nn.Parameter]:
-    """Freezes `model`, wraps every linear layer whose path or last name is in `targets`, returns
-    the trainable parameters."""
+def add_adapters(model, r, alpha, targets=DECODER_LINEARS, generator=None, rslora=False) -> list:
+    """Freezes `model`, wraps every linear layer whose path or last name is in `targets`, and returns the
+    trainable parameters."""
     model.requires_grad_(False)
     names = [name for name in linears(model) if name in targets or name.split(".")[-1] in targets]
     if not names:
@@ -132,75 +121,6 @@ def using(model: nn.Module, which: str):
     finally:
         for layer, use in zip(adapted, before, strict=True):
             layer.use = use
-
-
-class Joined:
-    """Frozen linear layers that read the same input, as one product whose weights are cast and joined once.
-
-    float32: each W + (alpha / r) B A, stacked. Other dtypes: the products of the training pass with the same
-    roundings, W x and A x in one. A weight rounded after B A is added would sample from another policy.
-    """
-
-    def __init__(self, linears: list[nn.Module], dtype: torch.dtype):
-        bases = [layer.base if isinstance(layer, LoRALinear) else layer for layer in linears]
-        self.sizes, self.dtype, self.up = [base.out_features for base in bases], dtype, None
-        self.bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases]).to(dtype)
-        weights, downs, ups = [base.weight.detach() for base in bases], [], []
-        for layer, W in zip(linears, weights, strict=True):
-            A, B = layer.pair() if isinstance(layer, LoRALinear) else (None, None)
-            downs.append(W.new_zeros(0, W.shape[1]) if A is None else A)
-            ups.append(W.new_zeros(len(W), 0) if B is None else B * layer.scale)
-        if dtype == torch.float32:
-            triples = zip(weights, ups, downs, strict=True)
-            weights, downs = [torch.addmm(W.float(), B.float(), A.float()) for W, B, A in triples], []
-        elif any(len(A) for A in downs):
-            self.up = torch.block_diag(*ups).T.to(dtype).contiguous()
-        self.weight = torch.cat([x.to(dtype) for x in weights + downs])
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., sum of out), in dtype."""
-        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        if self.up is None:
-            y = F.linear(rows, self.weight, self.bias)
-        else:
-            y, low = F.linear(rows, self.weight).split([sum(self.sizes), len(self.up)], dim=1)
-            y = torch.addmm(y if self.bias is None else y + self.bias, low, self.up)
-        return y.view(*x.shape[:-1], -1)
-
-    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The outputs of the layers one by one."""
-        return self(x).split(self.sizes, dim=-1)
-
-
-def joinable(linears: list[nn.Module], dtype: torch.dtype) -> bool:
-    """Whether `joined` makes copies of a decoder's linear layers: of plain ones, of JOINED_BYTES at most."""
-    plain = all(isinstance(x, nn.Linear) for x in linears)
-    return plain and sum(x.weight.numel() for x in linears) * dtype.itemsize <= JOINED_BYTES
-
-
-@contextmanager
-def joined(decoder: nn.Module):
-    """Within it, without gradient, each layer of the decoder takes 4 large products where it has 7 linear
-    layers of three products each. A base of 4 bits, or of more than JOINED_BYTES, is left as it is: a joined
-    copy would undo what few bits save."""
-    dtype, owners = decoder.compute_dtype, []
-    for layer in decoder.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        owners += [(attention, [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj])]
-        owners += [(mlp, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])]
-    linears = [x.base if isinstance(x, LoRALinear) else x for _, a, b in owners for x in a + b]
-    if not joinable(linears, dtype):
-        with torch.no_grad():
-            yield
-        return
-    with torch.no_grad():
-        for owner, first, last in owners:
-            owner.joined = Joined(first, dtype), Joined(last, dtype)
-        try:
-            yield
-        finally:
-            for owner, _, _ in owners:
-                owner.joined = None
 
 
 def freeze_reference(model: nn.Module):

@@ -1,8 +1,8 @@
 """The video-language model: frozen CLIP patch tokens -> bridge (Q-Former) -> a small LLaMA-style decoder.
 
-One attention function serves everything. A prompt's keys and values are computed once; its G
-completions attend to that one copy, when sampling (`KVCache`, one token at a time) and when updating
-(all tokens at once, with gradient).
+One attention function serves everything. A prompt's keys and values are computed once; its G completions
+attend to that one copy, when sampling (`KVCache`, one token at a time) and when updating (all tokens at once,
+with gradient).
 
 Shape letters as in grpo_rank.py: P prompts, G group_size, S prompt tokens, T completion tokens, D width, K
 frames, N patches of a frame.
@@ -155,8 +155,9 @@ def attend_long(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int) -> T
     for start in range(0, S, size):
         stop, first = min(start + size, S), max(start - window, 0)
         part = bias[: stop - start, first - start + window : stop - start + window]
-        block = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
-        blocks.append(F.scaled_dot_product_attention(*block, attn_mask=part, scale=h**-0.5))
+        near_k, near_v = k[:, :, first:stop], v[:, :, first:stop]
+        y = F.scaled_dot_product_attention(q[:, :, start:stop], near_k, near_v, part, scale=h**-0.5)
+        blocks.append(y)
     return torch.cat(blocks, dim=2)[..., :h].unflatten(1, (kv, rep))
 
 
@@ -181,7 +182,7 @@ class SelfAttention(nn.Module):
             RMSNorm(self.head_dim, cfg.norm_eps) if cfg.qk_norm else nn.Identity() for _ in range(2)
         )
         self.o_proj = nn.Linear(cfg.num_heads * self.head_dim, cfg.dim, bias=False)
-        self.joined = None  # lora.joined: q_proj, k_proj and v_proj in one product, and o_proj
+        self.joined = None  # machine.joined: q_proj, k_proj and v_proj in one product, and o_proj
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor, first: int):
         """x (P, L, D), cos, sin (P, L, h) -> q (P, kv, rep, L - first, h), k and v (P, kv, L, h), rotated."""
@@ -208,7 +209,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
         self.up_proj = nn.Linear(cfg.dim, cfg.ffn_dim, bias=False)
         self.down_proj = nn.Linear(cfg.ffn_dim, cfg.dim, bias=False)
-        self.joined = None  # lora.joined: gate_proj and up_proj in one product, and down_proj
+        self.joined = None  # machine.joined: gate_proj and up_proj in one product, and down_proj
 
     def forward(self, x: Tensor) -> Tensor:
         if self.joined is not None:
@@ -292,8 +293,8 @@ class Decoder(nn.Module):
             if S > LONG and asking > 1:
                 y = attend_long(q0, k0, v0, prompt_mask, self.cfg.sliding_window)
             else:
-                alone = (x[:, :, None] for x in (q0, k0, v0))
-                y = attend(*alone, prompt_bias[..., -asking:, :])[:, :, 0]
+                bias = prompt_bias[..., -asking:, :]
+                y = attend(q0[:, :, None], k0[:, :, None], v0[:, :, None], bias)[:, :, 0]
             if cache is not None:
                 cache.prompt.append((k0.contiguous(), v0.contiguous()))  # read again in every step
             if G == 0:
@@ -425,9 +426,8 @@ class Bridge(nn.Module):
         if self.kind == "qformer":
             self.motion = nn.Linear(clip.width, width, bias=False)
             self.queries = nn.Parameter(torch.randn(cfg.num_queries // self.NUM_TIMES, width))
-            self.layers = nn.ModuleList(
-                QFormerLayer(width, cfg.bridge_heads) for _ in range(cfg.qformer_layers)
-            )
+            layers = (QFormerLayer(width, cfg.bridge_heads) for _ in range(cfg.qformer_layers))
+            self.layers = nn.ModuleList(layers)
             self.final_norm = nn.LayerNorm(width)
 
     @property
@@ -465,9 +465,8 @@ class Bridge(nn.Module):
         centres = even * K - 0.5  # in frames
         times = frame_times[:, :1] + centres * spacing  # (P, 8) seconds
         frames_ahead = (frame_times[:, None] - times[:, :, None]) / spacing[:, None]  # (P, 8, K)
-        frames_ahead = frames_ahead.repeat_interleave(places, dim=1).repeat_interleave(
-            N, dim=2
-        )  # (P, Q, K*N)
+        frames_ahead = frames_ahead.repeat_interleave(places, dim=1)
+        frames_ahead = frames_ahead.repeat_interleave(N, dim=2)  # (P, Q, K*N)
         cells_away = torch.cdist(grid(places, x.device), grid(N, x.device)) * places**0.5  # (places, N)
         cells_away = cells_away.repeat(self.NUM_TIMES, K)  # (Q, K*N)
         queries = self.queries + self.time_proj(time_features(times, 64)).unsqueeze(2)  # (P, 8, places, D)

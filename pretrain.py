@@ -57,9 +57,7 @@ class Config(WorldOptions, RankerOptions, SupervisedOptions, PolicyOptions):
         if self.policy and self.stage not in ("bridge", "sft"):
             raise BadInput(f"--policy {self.policy}: belongs to --stage bridge or sft; leave it out")
         if self.stage == "bridge" and not self.policy:
-            raise BadInput(
-                "--stage bridge trains a pretrained decoder's bridge: name its folder with --policy"
-            )
+            raise BadInput("--stage bridge trains the bridge of a pretrained decoder: name it with --policy")
         named = self.data if self.policy else self.pairs
         if bool(named) != bool(self.videos):
             raise BadInput(f"--{'data' if self.policy else 'pairs'} and --videos go together; give both")

@@ -16,6 +16,7 @@ import lora
 from data import PAD_ID, Prompts, PromptSet
 from grpo_rank import nucleus, pack_support, sampling_logprobs
 from model import KVCache, VideoLM
+from plumbing.machine import joined
 from plumbing.options import BadInput
 
 NOT_FINITE = (
@@ -125,17 +126,9 @@ def pick(logprobs: Tensor, uniforms: Tensor | None) -> Tensor:
 
 
 def generate(
-    model: VideoLM,
-    prompts: Prompts,
-    group_size: int,
-    max_new_tokens: int,
-    *,
-    end_ids: Tensor,
-    banned: Tensor | None = None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    uniforms: Tensor | None = None,
-) -> Completions:
+    model: VideoLM, prompts: Prompts, group_size: int, max_new_tokens: int, *, end_ids: Tensor,
+    banned: Tensor | None = None, temperature=1.0, top_p=1.0, uniforms: Tensor | None = None,
+) -> Completions:  # fmt: skip
     """G completions of each prompt: one prefill, then a token a step for all of them until all have ended.
 
     uniforms (P, G, max_new_tokens) in [0, 1) decide every draw; where one is NaN, the likeliest token is
@@ -145,7 +138,7 @@ def generate(
     decoder = model.decoder
     P, G, T, device = len(prompts.prompt_ids), group_size, max_new_tokens, prompts.prompt_ids.device
     # Inference mode: no bookkeeping for views and versions, a tenth of the time where tensors are small.
-    with torch.inference_mode(), lora.joined(decoder):
+    with torch.inference_mode(), joined(decoder):
         cache = KVCache(prompts.prompt_mask, G, T)
         prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
         state = decoder(prompt, prompts.prompt_mask, cache=cache).flatten(0, 2)  # (P, D)
@@ -175,20 +168,19 @@ def generate(
             state = decoder.step(ids[:, t].view(P, G), t, cache).flatten(0, 1)
         used = t + 1  # the longest completion: what lies behind it never existed
         support = torch.stack(supports, dim=1) if supports else None
-    rows = ids[:, :used], mask[:, :used], logprobs[:, :used], support, ended
-    rows = [None if x is None else x.clone() for x in rows]  # ordinary tensors, for the loss
-    return Completions(*rows, temperature=temperature, banned=banned)
+    return Completions(  # clones are ordinary tensors, for the loss
+        completion_ids=ids[:, :used].clone(), completion_mask=mask[:, :used].clone(),
+        logprobs=logprobs[:, :used].clone(), support=None if support is None else support.clone(),
+        ended=ended.clone(), temperature=temperature, banned=banned,
+    )  # fmt: skip
 
 
 def generate_in_parts(model: VideoLM, prompts: Prompts, group_size: int, at_once: int, uniforms, **options):
-    """`generate`, `at_once` prompts at a time, so that the KV cache is of so many alone; the draws stay the
-    same."""
-    rows = [slice(i, i + at_once) for i in range(0, len(prompts.prompt_ids), at_once)]
-    drawn = [None if uniforms is None else uniforms[p].to(prompts.prompt_ids.device) for p in rows]
-    parts = [
-        generate(model, prompts[p], group_size, uniforms=u, **options)
-        for p, u in zip(rows, drawn, strict=True)
-    ]
+    """`generate` for `at_once` prompts at a time, which bounds the KV cache; the draws stay the same."""
+    parts = []
+    for p in micro_batches(len(prompts.prompt_ids), at_once):
+        drawn = None if uniforms is None else uniforms[p].to(prompts.prompt_ids.device)
+        parts.append(generate(model, prompts[p], group_size, uniforms=drawn, **options))
     return Completions.joined(parts)
 
 
@@ -209,8 +201,7 @@ def answer(
 
 
 def completion_states(model: VideoLM, prompts: Prompts, completions: Completions) -> Tensor:
-    """(B, T, D): the state that predicts each completion token, with gradient; B = P * G
-    rows share P prompts."""
+    """(B, T, D): the state that predicts each completion token, with gradient."""
     P = len(prompts.prompt_ids)
     prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
     ids = completions.completion_ids.unflatten(0, (P, -1))  # (P, G, T)
@@ -218,6 +209,7 @@ def completion_states(model: VideoLM, prompts: Prompts, completions: Completions
 
 
 def micro_batches(P: int, size: int) -> list[slice]:
+    """Slices of at most `size` of P prompts; size 0: all in one."""
     return [slice(i, i + size) for i in range(0, P, size)] if size else [slice(0, P)][: min(P, 1)]
 
 
@@ -230,6 +222,6 @@ def reference_states(policy: VideoLM, prompts: Prompts, completions: Completions
     """The frozen reference's states of the completions, (b * G, T, D) for each micro-batch of `size` prompts.
     They wait in host memory: in the 7b preset they are 4.7 GB."""
     G = len(completions.ended) // max(len(prompts.prompt_ids), 1)
-    with lora.using(policy.decoder, "reference"), lora.joined(policy.decoder):
+    with lora.using(policy.decoder, "reference"), joined(policy.decoder):
         micro = micro_batches(len(prompts.prompt_ids), size)
         return [completion_states(policy, prompts[p], completions[rows_of(p, G)]).cpu() for p in micro]

@@ -50,11 +50,9 @@ class Config(PolicyOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("videos", "out"):
+        for name, wanted in {"videos": "a folder", "out": "a JSONL file"}.items():
             if not getattr(self, name):
-                raise BadInput(
-                    f"--{name} is missing; give {'a folder' if name == 'videos' else 'a JSONL file'}"
-                )
+                raise BadInput(f"--{name} is missing; give {wanted}")
 
 
 def spread(rewards: list[Reward]) -> dict:

@@ -73,9 +73,7 @@ class ChatTokenizer:
         self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
         highest = max(self.vocab_size - 1, placeholder_id or 0)
         if highest >= V:
-            raise DataError(
-                f"{self.path}: id {highest} exceeds the embedding's {V} rows; use files of one model"
-            )
+            raise DataError(f"{self.path}: id {highest} exceeds the model's {V} rows; use files of one model")
         self.processor = placeholder_id is not None  # whose template takes pictures
         self.placeholder_id = V if placeholder_id is None else placeholder_id
         self.video = self.tokenizer.id_to_token(self.placeholder_id) or "<image>"
@@ -105,16 +103,12 @@ class ChatTokenizer:
         """DataError if the conversation has a special token that the vocabulary lacks."""
         known = self.tokenizer.token_to_id
         texts = self.render("") + self.named[2] * (self.own is None)
-        lacks = [t for t in SPECIAL_FORM.findall(texts) if t != self.video and known(t) is None]
-        if lacks:
-            fit = [
-                name
-                for name, parts in TEMPLATES.items()
-                if all(known(t) is not None for t in SPECIAL_FORM.findall("".join(parts)))
-            ]
-            raise DataError(
-                f"{self.path}: has no token {lacks[0]}, which {what} needs; those that fit: {', '.join(fit)}"
-            )
+        wanted = [token for token in SPECIAL_FORM.findall(texts) if token != self.video]
+        lack = next((token for token in wanted if known(token) is None), "")
+        if lack:
+            needs = {name: SPECIAL_FORM.findall("".join(parts)) for name, parts in TEMPLATES.items()}
+            fit = ", ".join(name for name, tokens in needs.items() if None not in map(known, tokens))
+            raise DataError(f"{self.path}: has no token {lack}, which {what} needs; those that fit: {fit}")
 
     def find_ends(self, folder: str, special: dict[int, str]) -> tuple[int, ...]:
         """The end of a turn, then eos_token_id of generation_config.json and config.json, eos_token."""
@@ -133,9 +127,8 @@ class ChatTokenizer:
         ends = [i for i in dict.fromkeys(ends) if type(i) is int and 0 <= i < self.vocab_size]
         ends = ends or [i for i in map(known, END_TOKENS) if i is not None]
         if not ends:
-            raise DataError(
-                f"{self.path}: no end token is known; give eos_token_id in a generation_config.json beside it"
-            )
+            remedy = "give eos_token_id in a generation_config.json beside it"
+            raise DataError(f"{self.path}: no end token is known; {remedy}")
         return tuple(ends)
 
     def render(self, text: str) -> str:
@@ -169,9 +162,8 @@ class ChatTokenizer:
         except (TypeError, jinja2.UndefinedError):  # a template of texts was given parts
             return ""
         except Exception as error:  # a template is foreign code, which may raise anything
-            raise DataError(
-                f"{self.path}: its chat template cannot be rendered ({error}); name a --template"
-            ) from error
+            words = f"its chat template cannot be rendered ({error}); name a --template"
+            raise DataError(f"{self.path}: {words}") from error
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -189,9 +181,8 @@ class ChatTokenizer:
         """Ids of the conversation, the placeholder repeated. DataError: text holds a special token."""
         special = next((token for token in sorted(self.special_texts) if token in text), None)
         if special is not None:
-            raise DataError(
-                f"question {json.dumps(text[:60])}: holds the special token {special}; take it out"
-            )
+            shown = json.dumps(text[:60])
+            raise DataError(f"question {shown}: holds the special token {special}; take it out")
         rendered = self.render(text)
         before, after = rendered.split(self.video)
         # An own template of a text decoder spells its BOS itself, or means that there is none.
@@ -262,9 +253,8 @@ def compiled(template: str, folder: str):
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
-        raise DataError(
-            f"{folder}: its chat template needs the package jinja2: pip install jinja2, or name a --template"
-        ) from error
+        words = "its chat template needs the package jinja2: pip install jinja2, or name a --template"
+        raise DataError(f"{folder}: {words}") from error
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -272,9 +262,8 @@ def compiled(template: str, folder: str):
     def to_json(value, ensure_ascii=False, **options):
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    loops = ["jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": A_DAY.strftime}
     for tag, known in (("generation", "if true"), ("endgeneration", "endif")):

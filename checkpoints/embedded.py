@@ -65,7 +65,8 @@ def train_clip(cfg, clip: Clip, tokenizer: Tokenizer, frames, times, generator):
         shown = [(scenes[c], times[c, k].item()) for c, k in moments]
         captions = [world.frame_caption(scene, t) for scene, t in shown]
         wrong = [world.frame_caption(scene, t, rng) for scene, t in shown]
-        similarity = clip.similarity(pixels, *encode(captions + wrong))
+        ids, lengths = encode(captions + wrong)
+        similarity = clip.similarity(pixels, ids, lengths)
         same = torch.tensor([[a == b for b in captions + wrong] for a in captions], device=device)
         found = same.gather(1, similarity.argmax(dim=1)[:, None]).float().mean()
         return contrastive_loss(similarity, same), {"retrieval": found.item()}
@@ -81,15 +82,14 @@ def train_align(cfg, model: VideoLM, patches, times, tokenizer: Tokenizer, gener
     far sooner than annotations of whole clips do. Neither has faults.
     """
     scenes = [world.make_scene(c, cfg.world == "hard") for c in range(len(patches))]
-    rows = [[token_ids(tokenizer, *pair) for pair in world.annotations(scene)] for scene in scenes]
+    rows = [token_pairs(tokenizer, world.annotations(scene)) for scene in scenes]
     rng, actions = random.Random(cfg.seed), model.bridge.kind == "qformer"  # only it compares frames
 
     def captions():
         chosen = torch.randperm(len(patches), generator=generator)[: cfg.caption_batch]
         video = model.bridge(patches[chosen].float(), times[chosen])  # (P, N_video, D)
-        texts = [
-            world.frame_caption(scenes[c], t, actions=actions) for c in chosen for t in times[c].tolist()
-        ]
+        moments = [(scenes[c], t) for c in chosen for t in times[c].tolist()]
+        texts = [world.frame_caption(scene, t, actions=actions) for scene, t in moments]
         ids, mask = collate_completions([tokenizer.encode(text) + [EOS_ID] for text in texts])
         video = model.bridge.frame_tokens(video)  # (P * K, tokens of a frame, D)
         return answer_loss(model, [BOS_ID], video, ids.unsqueeze(1), mask.unsqueeze(1)), {}
@@ -97,8 +97,8 @@ def train_align(cfg, model: VideoLM, patches, times, tokenizer: Tokenizer, gener
     def annotations():
         chosen = torch.randperm(len(patches), generator=generator)[: cfg.annotation_batch]
         video = model.bridge(patches[chosen].float(), times[chosen])
-        batch = answer_batch([rows[c] for c in chosen], cfg.annotations_per_clip, rng)
-        return answer_loss(model, [BOS_ID], video, *batch), {}
+        ids, answer = answer_batch([rows[c] for c in chosen], cfg.annotations_per_clip, rng)
+        return answer_loss(model, [BOS_ID], video, ids, answer), {}
 
     parameters = trainable(model, model.bridge, model.decoder)
     fit("captions", captions, parameters, steps=cfg.caption_steps, lr=cfg.align_lr)
@@ -111,8 +111,9 @@ def trainable(model: VideoLM, *parts) -> list[torch.nn.Parameter]:
     return [p.requires_grad_(True) for part in parts for p in part.parameters()]
 
 
-def token_ids(tokenizer: Tokenizer, question: str, answer: str) -> tuple[list[int], list[int]]:
-    return tokenizer.encode(question), tokenizer.encode(answer) + [EOS_ID]
+def token_pairs(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """(question ids, answer ids) of questions with their answers."""
+    return [(tokenizer.encode(question), tokenizer.encode(answer) + [EOS_ID]) for question, answer in texts]
 
 
 def corpus(cfg, tokenizer: Tokenizer):
@@ -122,13 +123,12 @@ def corpus(cfg, tokenizer: Tokenizer):
     for c in range(cfg.num_clips):
         scene = world.make_scene(c, cfg.world == "hard")
         ask = world.hard_questions if cfg.world == "hard" else world.make_questions
-        questions = ask(scene, f"clip{c:07d}.mp4")
-        answers = [world.corpus_answer(row, rng, cfg.faults) for row in questions]
-        pairs = [(row, token_ids(tokenizer, row["question"], answer))
-                 for row, answer in zip(questions, answers, strict=True)]  # fmt: skip
-        short.append([ids for row, ids in pairs if not row.get("span")])
-        described = [token_ids(tokenizer, *pair) for pair in world.descriptions(scene)]
-        long.append([ids for row, ids in pairs if row.get("span")] + described)
+        brief, lengthy = [], []
+        for row in ask(scene, f"clip{c:07d}.mp4"):
+            answer = world.corpus_answer(row, rng, cfg.faults)
+            (lengthy if row.get("span") else brief).append((row["question"], answer))
+        short.append(token_pairs(tokenizer, brief))
+        long.append(token_pairs(tokenizer, [*lengthy, *world.descriptions(scene)]))
     return short, long
 
 
@@ -137,26 +137,18 @@ def train_sft(cfg, model: VideoLM, video_embeds, tokenizer: Tokenizer, generator
     video tokens. In the second half batches of long and short answers take turns, so that a batch holds
     answers of similar length."""
     short, long = corpus(cfg, tokenizer)
-    for name, corpora, steps in (
-        ("short", [short], cfg.short_steps),
-        ("long", [long, short], cfg.long_steps),
-    ):
+    parts = {"short": ([short], cfg.short_steps), "long": ([long, short], cfg.long_steps)}
+    for name, (corpora, steps) in parts.items():
         rng = random.Random(int(torch.randint(2**31, (1,), generator=generator)))
         turn = itertools.cycle(corpora)
 
         def batch_loss(turn=turn, rng=rng):
             rows = next(turn)
             chosen = torch.randperm(len(rows), generator=generator)[: cfg.sft_batch]
-            batch = answer_batch([rows[c] for c in chosen], cfg.questions_per_clip, rng)
-            return answer_loss(model, [BOS_ID], video_embeds[chosen], *batch), {}
+            ids, answer = answer_batch([rows[c] for c in chosen], cfg.questions_per_clip, rng)
+            return answer_loss(model, [BOS_ID], video_embeds[chosen], ids, answer), {}
 
         fit(name, batch_loss, trainable(model, model.decoder), steps=steps, lr=cfg.sft_lr)
-
-
-@torch.no_grad()
-def in_parts(function, *tensors, size: int = 128):
-    """function of the tensors' rows, `size` rows at a time."""
-    return torch.cat([function(*parts) for parts in zip(*(x.split(size) for x in tensors), strict=True)])
 
 
 def run_stage(stage: str, cfg, tokenizer: Tokenizer, frames, times) -> VideoLM:
@@ -169,12 +161,14 @@ def run_stage(stage: str, cfg, tokenizer: Tokenizer, frames, times) -> VideoLM:
         train_clip(cfg, model.clip.requires_grad_(True), tokenizer, frames, times, generator)
         return model
     model, times = load_model(cfg.out, device), times.to(device)
-    patches = in_parts(lambda part: model.patch_tokens(part.to(device)).half(), frames)  # CLIP is frozen
+    patches = torch.cat([model.patch_tokens(part.to(device)).half() for part in frames.split(128)])
     if stage == "align":
         train_align(cfg, model, patches, times, tokenizer, generator)
         return model
     # The bridge is frozen now, so that answers which ignore the video cannot teach it to ignore the video
-    embeds = in_parts(lambda part, seconds: model.bridge(part.float(), seconds), patches, times)
+    parts = zip(patches.split(128), times.split(128), strict=True)
+    with torch.no_grad():
+        embeds = torch.cat([model.bridge(part.float(), seconds) for part, seconds in parts])
     train_sft(cfg, model, embeds, tokenizer, generator)
     return model
 

@@ -200,19 +200,16 @@ def read_tensor(tensors: Tensors, source: Source) -> Tensor:
 def check_tensors(shapes: dict[str, tuple], tensors: Tensors, sources: dict[str, Source], spare: tuple):
     wrapped = next((name for name in tensors.file_of if ".base_layer." in name), None)
     if wrapped:
-        raise BadInput(
-            f"{tensors.path}: {wrapped} was saved with PEFT's adapters around it; merge_and_unload() first"
-        )
+        words = "was saved with PEFT's adapters around it; merge_and_unload() first"
+        raise BadInput(f"{tensors.path}: {wrapped} {words}")
     for name, wanted in shapes.items():
         source = sources[name]
         if source.name not in tensors.file_of:
             raise BadInput(f"{tensors.path}: tensor {source.name} is missing; {TOGETHER}")
         stored = tensors.shape(source.name)
         if source.shape(stored) != wanted:
-            raise BadInput(
-                f"{tensors.file_of[source.name]}: tensor {source.name} has shape {stored}, config.json's"
-                f" sizes make it {wanted}; {TOGETHER}"
-            )
+            words = f"tensor {source.name} has shape {stored}, config.json's sizes make it {wanted}"
+            raise BadInput(f"{tensors.file_of[source.name]}: {words}; {TOGETHER}")
     used = {source.name for source in sources.values()}
     for name, file in tensors.file_of.items():
         if name not in used and not name.startswith(spare) and not name.endswith(CONSTANTS):
@@ -259,19 +256,16 @@ def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
     refuse_unsupported(config, where, kind, scaling)
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
-    sizes = {
-        field: number(config, key, where, float if field == "norm_eps" else int)
-        for field, key in DECODER_KEYS.items()
-    }
+    kinds = {"norm_eps": float}
+    sizes = {name: number(config, key, where, kinds.get(name, int)) for name, key in DECODER_KEYS.items()}
     if config.get("head_dim") is not None:
         sizes["head_dim"] = number(config, "head_dim", where)
     elif sizes["dim"] % sizes["num_heads"]:
         raise BadInput(f"{where}: hidden_size {sizes['dim']} is no multiple of {sizes['num_heads']} heads")
     if sizes["num_heads"] % sizes["num_kv_heads"]:
-        raise BadInput(
-            f"{where}: num_attention_heads {sizes['num_heads']} is no multiple of num_key_value_heads"
-            f" {sizes['num_kv_heads']}; copy the model's own config.json"
-        )
+        heads = f"num_attention_heads {sizes['num_heads']}"
+        words = f"{heads} is no multiple of num_key_value_heads {sizes['num_kv_heads']}"
+        raise BadInput(f"{where}: {words}; copy the model's own config.json")
     for field, key in ROPE_KEYS[scaling].items():
         sizes[field] = number(rope, key, where, float)
     sizes["rope_theta"] = number(rope if "rope_theta" in rope else config, "rope_theta", where, float)

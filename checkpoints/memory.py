@@ -21,7 +21,7 @@ from clip import ClipConfig
 from data import clips_at_once, longest_text
 from grpo_rank import Objective, Tokens, nucleus, sampling_logprobs, walk
 from model import Decoder, KVCache, ModelConfig, Projector, VideoLM
-from plumbing.machine import pick_dtype, say
+from plumbing.machine import joinable, joined, pick_dtype, say
 from rollout import EVALUATED_AT_ONCE, answer, draw, reference_states
 
 
@@ -92,7 +92,7 @@ def plan(
         for parameter in lora.add_adapters(decoder, run.lora_r, run.lora_alpha):
             parameter.grad = torch.zeros_like(parameter)
         decoder.compute_dtype, decoder.checkpointing = dtype, run.checkpointing
-        joins = run.base != "nf4" and lora.joinable(linears, dtype)
+        joins = run.base != "nf4" and joinable(linears, dtype)
         more = step_peaks(decoder, run, P, G, S, T, joins)
         del decoder.layers[1]
         few = step_peaks(decoder, run, P, G, S, T, joins)
@@ -114,7 +114,7 @@ def plan(
 def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int, joins: bool) -> tuple:
     """Bytes of the KV cache, and the peaks of prefill, of a sampling step and of a micro-batch's forward and
     backward, without weights and gradients. joins: whether generate joins the whole decoder's layers."""
-    with Live() as live, lora.joined(decoder) if joins else torch.no_grad():
+    with Live() as live, joined(decoder) if joins else torch.no_grad():
         cache = KVCache(torch.ones(P, S, dtype=torch.bool), G, T)
         prompt = decoder.embed_tokens(torch.zeros(P, S, dtype=torch.int64))
         decoder(prompt, cache.prompt_mask, cache=cache)
@@ -165,9 +165,10 @@ def logits_peak(cfg: ModelConfig, run) -> int:
     float32 copy of the head, where it is of 16 bits."""
     n = (run.micro_batch_prompts or run.batch_prompts) * run.group_size * run.max_new_tokens
     with FakeTensorMode(), Live() as live:
-        hidden, head, ones = torch.zeros(2, n, cfg.dim), torch.zeros(cfg.vocab_size, cfg.dim), torch.ones(n)
-        objective = Objective(kl_coef=1.0, entropy_coef=1.0)
-        walk(*hidden, head, Tokens(ones.long(), ones, ones, ones, None), objective, 1.0, None)
+        states, ref_states = torch.zeros(2, n, cfg.dim)
+        head, ones = torch.zeros(cfg.vocab_size, cfg.dim), torch.ones(n)
+        tokens, objective = Tokens(ones.long(), ones, ones, ones, None), Objective(kl_coef=1, entropy_coef=1)
+        walk(states, ref_states, head, tokens, objective, 1.0, None)
     return live.peak - (num_bytes([head]) if run.base == "float32" else 0)
 
 

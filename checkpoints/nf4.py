@@ -64,9 +64,9 @@ def quantise(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.cat(codes), absmax_codes.flatten(), scale, mean
 
 
-def dequantise(shape, dtype, codes, absmax_codes, absmax_scale, absmax_mean, pairs, dynamic) -> Tensor:
-    """The weight of `shape` in `dtype`; the product is taken in float32. pairs (256, 2): a
-    byte's two levels."""
+def dequantise(shape, dtype, stored: tuple[Tensor, ...]) -> Tensor:
+    """The weight of `shape` in `dtype`, out of `NF4Linear.stored`; the product is taken in float32."""
+    codes, absmax_codes, absmax_scale, absmax_mean, pairs, dynamic = stored
     values = F.embedding(codes.int(), pairs).view(-1, BLOCK)  # (blocks, 64)
     absmax = dynamic[absmax_codes.int()].view(-1, GROUP) * absmax_scale[:, None] + absmax_mean
     values = values.mul_(absmax.flatten()[: len(values), None]).to(dtype)
@@ -94,28 +94,28 @@ class NF4Linear(nn.Module):
             self.register_buffer(name, table.view(torch.int32), persistent=False)
 
     def stored(self) -> tuple[Tensor, ...]:
+        """What `dequantise` reads. pairs (256, 2): a byte's two levels."""
         floats = (self.absmax_scale, self.absmax_mean, self.pairs, self.dynamic)
         return self.codes, self.absmax_codes, *(x.view(torch.float32) for x in floats)
 
     def dequantised(self, dtype=torch.float32) -> Tensor:
         """The weight, (out, in)."""
-        return dequantise(self.shape, dtype, *self.stored())
+        return dequantise(self.shape, dtype, self.stored())
 
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, partial(dequantise, self.shape), self.stored(), self.bias)
 
 
 def quantise_linear(linear: nn.Linear) -> NF4Linear:
-    """The layer in 4 bits, on the linear's device. The linear gives its weight up, whoever still holds it: a
-    model quantised layer by layer as its file is read never stands in memory in 16 bits."""
+    """The layer in 4 bits, on the linear's device. Frees the original weight at once, so a model quantised
+    while it is being read never exists in 16 bits."""
     layer = NF4Linear(linear.weight, linear.bias)
     linear.weight = linear.bias = None
     return layer
 
 
 def quantise_linears(model: nn.Module, targets) -> None:
-    """Every nn.Linear whose last name is in `targets`, one after the other, in place. Before
-    adapters are added."""
+    """Quantises every nn.Linear whose last name is in `targets`, in place; before adapters are added."""
     for name, linear in list(model.named_modules()):
         owner, _, child = name.rpartition(".")
         if isinstance(linear, nn.Linear) and child in targets:

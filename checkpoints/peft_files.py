@@ -66,9 +66,8 @@ def read_adapter(folder: str) -> tuple[dict, dict[str, Tensor]]:
         raise BadInput(f"{config_path}: r is {r!r}, lora_alpha is {alpha!r}; both must be numbers above 0")
     for name, plain in PLAIN.items():
         if name in config and config[name] not in plain:
-            raise BadInput(
-                f"{config_path}: {name} {config[name]} is not supported; only plain LoRA and rsLoRA are"
-            )
+            words = f"{name} {config[name]} is not supported; only plain LoRA and rsLoRA are"
+            raise BadInput(f"{config_path}: {words}")
     return config, read_tensors(path, SAVED)[0]
 
 
@@ -97,15 +96,13 @@ def load_adapter(model: nn.Module, folder: str) -> list[nn.Parameter]:
     problems += [f"lora_{part} of {name} is missing" for name, part in sorted(wanted - key_of.keys())]
     if problems or not stored or len(key_of) < len(stored):
         what = f"the first: {problems[0]}" if problems else "or it holds none"
-        raise BadInput(
-            f"{path}: its names differ from the model's layers, {what}; use the policy it was made for"
-        )
+        words = f"its names differ from the model's layers, {what}"
+        raise BadInput(f"{path}: {words}; use the policy it was made for")
     for (name, part), key in key_of.items():
         shape = (r, bases[name].in_features) if part == "A" else (bases[name].out_features, r)
         if stored[key].shape != shape:
-            raise BadInput(
-                f"{path}: {key} has shape {tuple(stored[key].shape)}, not {shape}: use its own --policy"
-            )
+            found = tuple(stored[key].shape)
+            raise BadInput(f"{path}: {key} has shape {found}, not {shape}: use its own --policy")
     for layer in adapted.values():
         if (layer.r, layer.alpha, layer.rslora) != (r, alpha, rslora):
             raise BadInput(

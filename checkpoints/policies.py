@@ -218,9 +218,8 @@ def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
 def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):
     """Writes config.json and model.safetensors."""
     os.makedirs(folder, exist_ok=True)
-    write_json(
-        os.path.join(folder, "config.json"), {"model": asdict(model.cfg), "clip": asdict(model.clip_cfg)}
-    )
+    sizes = {"model": asdict(model.cfg), "clip": asdict(model.clip_cfg)}
+    write_json(os.path.join(folder, "config.json"), sizes)
     tensors = {name: x.detach().to("cpu", dtype).contiguous() for name, x in model.state_dict().items()}
     write_whole(os.path.join(folder, "model.safetensors"), save(tensors))
 

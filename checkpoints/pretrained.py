@@ -60,9 +60,8 @@ def pretrained_configs(options) -> tuple[ModelConfig, ClipConfig]:
     kind = config.get("model_type")
     if kind == "llava":
         if options.clip:
-            raise BadInput(
-                f"--clip {options.clip}: {folder} is no text decoder and has its own; leave --clip out"
-            )
+            words = f"{folder} is no text decoder and has its own; leave --clip out"
+            raise BadInput(f"--clip {options.clip}: {words}")
         return llava_configs(config, where, num_frames, options.video_tokens)
     if kind not in DECODERS:
         raise BadInput(f"{where}: model_type {kind} is no policy; {POLICIES} ({', '.join(DECODERS)})")
@@ -114,9 +113,8 @@ def load_pretrained(options, device="cpu", own_bridge: bool = False) -> VideoLM:
         model = VideoLM(cfg, clip_cfg)
     has_bridge = isinstance(model.bridge, Bridge)
     parts = {part: list(getattr(model, part).state_dict()) for part in ("clip", "bridge", "decoder")}
-    sources = {
-        f"decoder.{name}": source for name, source in decoder_sources(parts["decoder"], tensors).items()
-    }
+    in_decoder = decoder_sources(parts["decoder"], tensors)
+    sources = {f"decoder.{name}": source for name, source in in_decoder.items()}
     spare = (tensors.prefix(HEAD, "") + HEAD,) if tensors else ()
     if options.clip:
         tower = {f"clip.{name}": clip_source(name, options.clip) for name in parts["clip"]}
@@ -141,19 +139,15 @@ def open_weights(path: str, options) -> Tensors | None:
     return None
 
 
-def llava_sources(
-    parts: dict[str, list[str]], tensors: Tensors | None, own_bridge: bool
-) -> dict[str, Source]:
+def llava_sources(parts: dict[str, list[str]], tensors: Tensors | None, own_bridge: bool) -> dict:
     """Where a LLaVA's image tower and projector lie. Published files say vision_tower.vision_model., newer
     ones leave the second word out, and a trainer's state_dict has model. before all."""
     tower, projector = "vision_tower.", "multi_modal_projector."
     if tensors:
         tower = tensors.prefix("embeddings.patch_embedding.weight", tower)
         projector = tensors.prefix("linear_1.weight", projector)
-    sources = {
-        f"clip.{name}": Source(tower + clip_source(name, "").name.removeprefix("vision_model."))
-        for name in parts["clip"]
-    }
+    theirs = {name: clip_source(name, "").name.removeprefix("vision_model.") for name in parts["clip"]}
+    sources = {f"clip.{name}": Source(tower + place) for name, place in theirs.items()}
     if own_bridge:
         return sources
     return sources | {f"bridge.{name}": Source(projector + name) for name in parts["bridge"]}
@@ -208,11 +202,8 @@ def save_pretrained(model: VideoLM, source: str, folder: str, end_ids) -> None:
     changed = {place.name: state[name] for name, place in decoder_sources(state, tensors).items()}
     for file in sorted(tensors.handles):
         content = {name: tensors[name] for name, of in tensors.file_of.items() if of == file}
-        content |= {
-            name: changed[name].to("cpu", stored.dtype).contiguous()
-            for name, stored in content.items()
-            if name in changed
-        }
+        for name in content.keys() & changed.keys():
+            content[name] = changed[name].to("cpu", content[name].dtype).contiguous()
         save_file(content, os.path.join(folder, os.path.basename(file)), metadata={"format": "pt"})
     for name in sorted(os.listdir(source)):
         if name.endswith(COPIED) and os.path.isfile(os.path.join(source, name)):

@@ -74,9 +74,7 @@ class SupervisedOptions(Options):
     short_share: Share = 0.3  # share of the steps, the first, that learn only the shorter half of the answers
     lora_r: Count = 16
     lora_alpha: Positive = 32.0
-    checkpointing: bool = (
-        False  # keep only a layer's input for the backward pass: less memory, a third slower
-    )
+    checkpointing: bool = False  # keep only a layer's input for the backward pass: less memory, slower
     save_every: Count = 100  # steps between saves, and between losses on held-out clips
     resume: bool = False  # continue in --out from the last save
 
@@ -101,17 +99,23 @@ def answer_batch(rows: list[list], limit: int, rng: random.Random) -> tuple[Tens
     return ids.unflatten(0, (len(rows), G)), answer.unflatten(0, (len(rows), G))
 
 
+def states_behind(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor) -> Tensor:
+    """The states (P, G, T, D) that predict ids (P, G, T), which stand behind the opening and the video tokens
+    (P, N_video, D)."""
+    prompt_ids = torch.tensor([*opening] + [VIDEO_ID] * video.shape[1], device=video.device)
+    prompt_ids = prompt_ids.expand(len(video), -1)
+    prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
+    prompt = model.embed_prompt(prompt_ids, prompt_mask, video)
+    return model.decoder(prompt, prompt_mask, model.decoder.embed_tokens(ids))
+
+
 def answer_loss(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor, answer: Tensor) -> Tensor:
     """Mean next-token cross-entropy of the answers' tokens, scalar.
 
     opening: the ids before the video. video (P, N_video, D), ids (P, G, T), answer (P, G, T) bool.
     """
     ids, answer = ids.to(video.device), answer.to(video.device)
-    prompt_ids = torch.tensor([*opening] + [VIDEO_ID] * video.shape[1], device=video.device)
-    prompt_ids = prompt_ids.expand(len(video), -1)
-    prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
-    prompt = model.embed_prompt(prompt_ids, prompt_mask, video)
-    states = model.decoder(prompt, prompt_mask, model.decoder.embed_tokens(ids))
+    states = states_behind(model, opening, video, ids)
     return F.cross_entropy(states[answer] @ model.decoder.head.float().T, ids[answer])
 
 
@@ -137,9 +141,8 @@ class Lessons:
             raise BadInput(f"{data}: questions about {len(clips)} clips; give 3 or more, 2 are held out")
         lengths = {q.id: len(tokenizer.encode(q.answer)) for part in self.by_clip.values() for q in part}
         middle = sorted(lengths.values())[len(lengths) // 2]
-        self.short = {
-            clip: [q for q in part if lengths[q.id] <= middle] for clip, part in self.by_clip.items()
-        }
+        brief = {q_id for q_id, length in lengths.items() if length <= middle}
+        self.short = {clip: [q for q in part if q.id in brief] for clip, part in self.by_clip.items()}
         self.opening = tokenizer.prompt("", 1)[: model.cfg.video_start]
         self.folder = os.path.join(cfg.out, "features")
         os.makedirs(self.folder, exist_ok=True)
@@ -156,9 +159,8 @@ class Lessons:
         missing = [clip for clip, path in paths.items() if not os.path.exists(path)]
         if missing:
             frames, times = load_clips(missing, cfg.num_frames, clip_cfg.image_size, cfg.framing)
-            for clip, tokens, seconds in zip(
-                missing, self.model.patch_tokens(frames.to(device)), times, strict=True
-            ):
+            patches = self.model.patch_tokens(frames.to(device))
+            for clip, tokens, seconds in zip(missing, patches, times, strict=True):
                 write_whole(paths[clip], save({"patches": tokens.half().cpu(), "times": seconds}))
         stored = [load_file(paths[clip]) for clip in clips]
         patches, times = (torch.stack([one[name] for one in stored]) for name in ("patches", "times"))
@@ -182,7 +184,8 @@ class Lessons:
         short, rng = step < self.cfg.short_share * self.cfg.steps, random.Random(f"{self.cfg.seed} {step}")
         pool = [clip for clip in self.learned if self.short[clip]] if short else self.learned
         clips = rng.sample(pool, min(self.cfg.batch_clips, len(pool)))
-        return answer_loss(self.model, self.opening, *self.batch(clips, short, rng))
+        video, ids, answer = self.batch(clips, short, rng)
+        return answer_loss(self.model, self.opening, video, ids, answer)
 
     @torch.no_grad()
     def held_losses(self) -> dict:
@@ -192,11 +195,10 @@ class Lessons:
         for i in range(0, max(len(self.held) - 1, 1), size):
             clips = self.held[i : i + size + (len(self.held) - i - size == 1)]  # no clip is left alone
             video, ids, answer = self.batch(clips, False, random.Random(0))
+            num_tokens = answer.sum().item()
             for k, tokens in enumerate((video, video.roll(1, dims=0))):
-                sums[k] += (
-                    answer_loss(self.model, self.opening, tokens, ids, answer).item() * answer.sum().item()
-                )
-            count += answer.sum().item()
+                sums[k] += answer_loss(self.model, self.opening, tokens, ids, answer).item() * num_tokens
+            count += num_tokens
         return {"held_loss": sums[0] / count, "held_loss_other_video": sums[1] / count}
 
 
@@ -237,9 +239,8 @@ def train_supervised(cfg) -> None:
             losses = []
             save_result(cfg, model, parameters, optimizer, history)
             held, other = row["held_loss"], row["held_loss_other_video"]
-            bar.write(
-                f"step {step + 1}: loss {row['loss']:.3f}, held out {held:.3f}, other video {other:.3f}"
-            )
+            losses_of = f"loss {row['loss']:.3f}, held out {held:.3f}, other video {other:.3f}"
+            bar.write(f"step {step + 1}: {losses_of}")
     say(f"{cfg.out}: a policy for --policy {cfg.out}")
 
 
@@ -295,20 +296,15 @@ def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict])
     beneath = read_json(os.path.join(cfg.policy, "config.json"), WANTS)
     if beneath.get("model_type") != SUPERVISED:
         decoder, clip = os.path.abspath(cfg.policy), os.path.abspath(cfg.clip) if cfg.clip else ""
-        beneath = {
-            "decoder": decoder,
-            "clip": clip,
-            "template": cfg.template,
-            "video_tokens": cfg.video_tokens,
-        }
-        beneath |= {"fingerprints": {"decoder": fingerprint(decoder), "clip": fingerprint(clip)}}
+        beneath = {"decoder": decoder, "clip": clip}
+        beneath["fingerprints"] = {name: fingerprint(path) for name, path in beneath.items()}
+        beneath |= {"template": cfg.template, "video_tokens": cfg.video_tokens}
     tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(parameters)}
     for i, p in enumerate(parameters):
         tensors |= {f"optimizer.{i}.{name}": x for name, x in optimizer.state[p].items()}
     content = {name: x.cpu().contiguous() for name, x in tensors.items()}
-    write_whole(
-        os.path.join(cfg.out, "training.safetensors"), save(content, {"history": json.dumps(history)})
-    )
+    training = save(content, {"history": json.dumps(history)})
+    write_whole(os.path.join(cfg.out, "training.safetensors"), training)
     if isinstance(model.bridge, Bridge):
         bridge = {name: x.detach().cpu().contiguous() for name, x in model.bridge.state_dict().items()}
         write_whole(os.path.join(cfg.out, "bridge.safetensors"), save(bridge))

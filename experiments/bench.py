@@ -51,6 +51,7 @@ from grpo_rank import (
 )
 from model import Bridge, Decoder, ModelConfig, VideoLM
 from plumbing.options import BadInput, Count, Options, parse_args, run_script, write_json
+from plumbing.run_folder import processor
 from rollout import Completions, draw, generate, reference_states
 
 MODEL = ModelConfig(dim=256, num_layers=6, num_heads=8, num_kv_heads=8, ffn_dim=688, vocab_size=512)
@@ -347,10 +348,10 @@ def compare_loss(cfg: Config, dtype: str) -> dict:
     peak bytes of the tensors that each makes. dtype is the head's; the logits are compared in float32."""
     V, D, tokens = SIZES["loss"][cfg.size], 256, (ROWS // T, T)
     torch.manual_seed(0)
-    hidden, ref_hidden = torch.randn(*tokens, D, requires_grad=True), torch.randn(*tokens, D)
+    hidden, ref_hidden = torch.randn((*tokens, D), requires_grad=True), torch.randn((*tokens, D))
     head, advantages = torch.randn(V, D) * D**-0.5, torch.randn(tokens[0])
-    whole = torch.ones(tokens, dtype=torch.bool), torch.full(tokens, -math.log(V))
-    rollout = Completions(torch.randint(V, tokens), *whole, None, whole[0][:, 0])
+    mask, old_logprobs = torch.ones(tokens, dtype=torch.bool), torch.full(tokens, -math.log(V))
+    rollout = Completions(torch.randint(V, tokens), mask, old_logprobs, support=None, ended=mask[:, 0])
     objective = Objective(kl_coef=STEP.kl_coef)
 
     def walk():
@@ -358,13 +359,13 @@ def compare_loss(cfg: Config, dtype: str) -> dict:
         rollout_loss(hidden, kind, rollout, advantages, objective, ref_hidden=ref_hidden)[0].backward()
 
     def plain():
-        tables = [
+        ours, reference = (
             sampling_logprobs((x @ head.T).flatten(0, 1), 1.0, None, None) for x in (hidden, ref_hidden)
-        ]
-        values = token_stats(*tables, rollout.completion_ids.flatten())
+        )
+        values = token_stats(ours, reference, rollout.completion_ids.flatten())
         logprobs, entropy, kl = (x.view(tokens) for x in values)
         grids = {"kl": kl, "entropy": entropy}
-        policy_loss(logprobs, whole[1], advantages, whole[0], **grids, **vars(objective))[0].backward()
+        policy_loss(logprobs, old_logprobs, advantages, mask, **grids, **vars(objective))[0].backward()
 
     result = take_turns(cfg, dtype, {"loss": (walk, plain)})
     peaks = [peak_bytes(function) for function in (walk, plain)]
@@ -406,9 +407,8 @@ def growth(cfg: Config, dtype: str) -> dict:
             peaks.append(peak_bytes(function))
         slopes = [slope(sizes, values) for values in (seconds, peaks)]
         result[name] = dict(sizes=sizes, seconds=seconds, peak=peaks, exponents=slopes)
-        shown = ", ".join(
-            f"{n}: {s:.3f} s {b / 1e6:.0f} MB" for n, s, b in zip(sizes, seconds, peaks, strict=True)
-        )
+        measured = zip(sizes, seconds, peaks, strict=True)
+        shown = ", ".join(f"{n}: {s:.3f} s {b / 1e6:.0f} MB" for n, s, b in measured)
         print(f"  {name}  time {slopes[0]:5.2f}  memory {slopes[1]:5.2f}   {shown}", flush=True)
     return result
 
@@ -448,28 +448,18 @@ COMPARE |= {"loss": compare_loss, "draw": compare_draw, "growth": growth}
 
 def describe(peer: str) -> dict:
     """The machine and the versions that a time belongs to."""
-    info = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
-    cpu = (re.findall(r"model name\s*: (.*)", info) or [platform.machine()])[0]
     versions = {name: version(name) for name in PACKAGES[peer]}
-    return {"cpu": cpu, "threads": torch.get_num_threads(), **versions}
+    return {"processor": processor(), "threads": torch.get_num_threads(), **versions}
 
 
 def main() -> int:
     cfg = parse_args(Config)
     result = describe(cfg.peer if cfg.what == "step" else cfg.what)
-    if cfg.device == "cuda":
-        result["gpu"] = torch.cuda.get_device_name()
     print(", ".join(f"{key} {value}" for key, value in result.items()))
     result |= {"what": cfg.what, "size": cfg.size, "repeats": cfg.repeats}
     size = SIZES[cfg.what][cfg.size]
-    result |= {
-        "P": P,
-        "G": G,
-        "S": S,
-        "T": T,
-        "frames": FRAMES,
-        "model": asdict(size) if is_dataclass(size) else size,
-    }
+    result |= {"P": P, "G": G, "S": S, "T": T, "frames": FRAMES}
+    result["model"] = asdict(size) if is_dataclass(size) else size
     result["runs"] = [COMPARE[cfg.what](cfg, dtype) for dtype in DTYPES[cfg.dtype]]
     if cfg.json:
         write_json(cfg.json, result)

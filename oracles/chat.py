@@ -44,15 +44,9 @@ class Chat:
     """
 
     def __init__(
-        self,
-        url: str,
-        key: str,
-        timeout: float,
-        patience: int,
-        max_calls: int,
-        max_tokens: int,
-        option="oracle",
-    ):
+        self, url: str, key: str, timeout: float, patience: int, max_calls: int, max_tokens: int,
+        option: str = "oracle",
+    ):  # fmt: skip
         name, wants = f"--{option}_url", "write http://HOST:PORT/v1"
         try:
             parts = urlsplit(url.strip())
@@ -176,12 +170,11 @@ def _retry_after(headers) -> float | None:
         if "retry-after-ms" in headers:
             return max(0.0, float(headers["retry-after-ms"]) / 1000)
         value = headers.get("Retry-After", "").strip()
-        seconds = (
-            float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
-        )
+        if value[:1].isdigit():
+            return max(0.0, float(value))
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return None
-    return max(0.0, seconds)
 
 
 # ---- what servers answer
@@ -211,9 +204,8 @@ def read_completion(text: str) -> tuple[str, str, object]:
         if error and not (choice.get("message") or {}).get("content"):
             code = error.get("code") if isinstance(error, dict) else None
             words = _server_words(json.dumps({"error": error}, ensure_ascii=False))
-            raise Failed(
-                _cause(code if type(code) is int else 400, words), f"HTTP 200 with an error: {words}"
-            )
+            cause = _cause(code if type(code) is int else 400, words)
+            raise Failed(cause, f"HTTP 200 with an error: {words}")
         message = choice.get("message") or {"content": choice["text"]}  # of a server of plain completions
         said = message.get("content") or ""
         if isinstance(said, list):

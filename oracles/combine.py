@@ -26,9 +26,7 @@ class NoisyOracle:
     Equal texts still tie, and failed rankings pass through. Every draw comes from `generator` (CPU).
     """
 
-    def __init__(
-        self, oracle, generator: torch.Generator, swap_prob: float = 0.0, position_bias: float = 0.0
-    ):
+    def __init__(self, oracle, generator: torch.Generator, swap_prob=0.0, position_bias=0.0):
         self.oracle, self.generator = oracle, generator
         self.swap_prob, self.position_bias = swap_prob, position_bias
 
@@ -120,11 +118,8 @@ class PermutedOracle:
         ok, notes, sums = torch.zeros(len(batch), dtype=torch.bool), [], dict.fromkeys(COUNTS, 0)
         for p, group in enumerate(groups):
             rows = [row for row, owner in enumerate(owners) if owner == p]
-            kept = [
-                dict(zip(orders[row], inner.ranks[row].tolist(), strict=False))
-                for row in rows
-                if inner.ok[row]
-            ]
+            shown = [row for row in rows if inner.ok[row]]
+            kept = [dict(zip(orders[row], inner.ranks[row].tolist(), strict=False)) for row in shown]
             notes.append(max(inner.notes[row] for row in rows))
             ok[p] = bool(kept)
             if kept:
@@ -142,9 +137,8 @@ class PermutedOracle:
         for row in inner.ok.nonzero().flatten().tolist():
             for text, score in zip(shown[row], inner.scores[row].tolist(), strict=True):
                 given[owners[row]][text].append(score)
-        means = [
-            [fmean(own[text] or [0.0]) for text in group] for own, group in zip(given, groups, strict=True)
-        ]
+        pairs = zip(given, groups, strict=True)
+        means = [[fmean(own[text] or [0.0]) for text in group] for own, group in pairs]
         return torch.tensor(means, dtype=torch.float64)
 
 
@@ -156,11 +150,8 @@ class DuelOracle:
     """
 
     def __init__(self, oracle, asks: str, seed: int):
-        self.oracle, self.play, self.seed = (
-            oracle,
-            {"pairs": round_robin, "tournament": knock_out}[asks],
-            seed,
-        )
+        self.oracle, self.seed = oracle, seed
+        self.play = {"pairs": round_robin, "tournament": knock_out}[asks]
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G)."""
@@ -178,9 +169,8 @@ class DuelOracle:
             inner = self.oracle.rank([batch[p] for p, _ in rows], [list(pair) for _, pair in rows])
             sums.update(inner.sums)
             dead, points = inner.dead or dead, {p: [] for p in pairs}
-            for (p, _), (one, other), ok, note in zip(
-                rows, inner.ranks.tolist(), inner.ok.tolist(), inner.notes, strict=True
-            ):
+            duels = zip(rows, inner.ranks.tolist(), inner.ok.tolist(), inner.notes, strict=True)
+            for (p, _), (one, other), ok, note in duels:
                 points[p].append(0.5 if one == other else float(one < other))
                 notes[p] = notes[p] if ok else note
             pairs = {}
@@ -319,9 +309,10 @@ def consensus(votes: list[list[int]]) -> list[int]:
         return votes[0]
     if len(votes[0]) <= 7:
         return kemeny(votes)
-    lost = [
-        sum(2 * (x < vote[i]) + (x == vote[i]) for vote in votes for x in vote) for i in range(len(votes[0]))
-    ]
+    lost = [0] * len(votes[0])
+    for vote in votes:
+        for i, place in enumerate(vote):
+            lost[i] += sum(2 * (x < place) + (x == place) for x in vote)
     return competition_ranks(lost)
 
 

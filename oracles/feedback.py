@@ -71,8 +71,8 @@ def policy_sums(groups: Groups, policy_ranks: Tensor) -> dict[str, float]:
     graded = zip(groups.questions, groups.texts, strict=True)
     right = torch.tensor([[is_correct(text, question) for text in group] for question, group in graded])
     orders = list(zip(policy_ranks[ranking.ok].tolist(), ranking.ranks[ranking.ok].tolist(), strict=True))
-    ndcg = [x for x in (ndcg_agreement(*order) for order in orders) if x is not None]
-    tau = [x for x in (kendall_tau(*order) for order in orders) if x is not None]
+    ndcg = [x for x in (ndcg_agreement(policy, oracle) for policy, oracle in orders) if x is not None]
+    tau = [x for x in (kendall_tau(policy, oracle) for policy, oracle in orders) if x is not None]
     return {
         "right": right.sum(),
         "best_right": (right & (ranking.ranks == 0)).any(dim=1).sum(),
@@ -110,7 +110,7 @@ def feedback_sums(texts: list[list[str]], ranking: Ranking) -> dict[str, float]:
     causes = Counter(note.partition(":")[0] for note in failed)
     longest_first = ranks_from_scores(torch.tensor([[len(text) for text in group] for group in texts]))
     orders = zip(longest_first[ranking.ok].tolist(), ranking.ranks[ranking.ok].tolist(), strict=True)
-    tau = [x for x in (kendall_tau(*order) for order in orders) if x is not None]
+    tau = [x for x in (kendall_tau(length, oracle) for length, oracle in orders) if x is not None]
     openings = Counter(" ".join(text.casefold().split()[:3]) for text in flat)
     sums = {
         "groups": len(texts), "texts": len(flat), "failed": len(failed),

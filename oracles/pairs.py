@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints.policies import load_model
-from data import Tokenizer
-from oracles.ranker import Ranker, embed_videos, load_ranker, save_ranker
+from data import Tokenizer, embed_videos
+from oracles.ranker import Ranker, load_ranker, save_ranker
 from plumbing.fitting import fit
 from plumbing.machine import pick_device
 from plumbing.options import BadInput, Count, Options, Positive, Share, read_jsonl, write_json
@@ -166,7 +166,8 @@ def train_ranker(cfg) -> dict:
     tokenizer = Tokenizer.load(os.path.join(cfg.out, "tokenizer.json"), model.cfg.vocab_size)
     pairs = pairs_to_learn(cfg)
     videos = sorted({pair.video for pair in pairs})
-    embeds, video_of = embed_videos(model, [(v,) for v in videos]), {v: i for i, v in enumerate(videos)}
+    embeds, _ = embed_videos(model, [(video,) for video in videos])
+    video_of = {video: i for i, video in enumerate(videos)}
     order = torch.randperm(len(videos), generator=generator).tolist()
     num_held = min(max(round(cfg.held_share * len(videos)), 1), len(videos) - 1)
     held, learned = {videos[i] for i in order[:num_held]}, order[num_held:]

@@ -16,7 +16,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from checkpoints.policies import load_model
-from data import BOS_ID, EOS_ID, VIDEO_ID, Tokenizer, collate_completions, load_clips
+from checkpoints.supervised import states_behind
+from data import BOS_ID, EOS_ID, Tokenizer, collate_completions, embed_videos
 from model import VideoLM
 from oracle import Ranking, check_groups, competition_ranks
 from plumbing.options import BadInput, read_tensors, write_whole
@@ -35,26 +36,13 @@ class Ranker(nn.Module):
     def forward(self, video_embeds: Tensor, rows: list[list[tuple[str, str]]]) -> Tensor:
         """video_embeds (P, N_video, D), for each video the same number R of (question, answer) -> scores
         (P, R) float32. One pass: the R rows share the video's keys and values."""
-        (P, N, _), device = video_embeds.shape, video_embeds.device
-        encode = self.tokenizer.encode
+        P, device, encode = len(video_embeds), video_embeds.device, self.tokenizer.encode
         # The second end token is never read: a decoder gives the states that predict the tokens it is given
         flat = [encode(question) + encode(answer) + 2 * [EOS_ID] for row in rows for question, answer in row]
         ids, mask = (x.unflatten(0, (P, -1)).to(device) for x in collate_completions(flat))
-        prompt_ids = torch.tensor([BOS_ID] + [VIDEO_ID] * N, device=device).expand(P, -1)
-        prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
-        decoder = self.model.decoder
-        prompt = self.model.embed_prompt(prompt_ids, prompt_mask, video_embeds)
-        states = decoder(prompt, prompt_mask, decoder.embed_tokens(ids))  # (P, R, T, D)
+        states = states_behind(self.model, [BOS_ID], video_embeds, ids)  # (P, R, T, D)
         last = (mask.sum(dim=2) - 1)[..., None, None].expand(-1, -1, 1, states.shape[3])
         return self.head(states.gather(2, last)).flatten(1).float()
-
-
-def embed_videos(model: VideoLM, shown: list[tuple], chunk: int = 64) -> Tensor:
-    """(number of videos, N_video, D): CLIP and bridge are frozen, so once a video (or part of one, see
-    `Question.shown`) is enough."""
-    sizes = model.cfg.num_frames, model.clip_cfg.image_size
-    parts = [shown[i : i + chunk] for i in range(0, len(shown), chunk)]
-    return torch.cat([model.embed_video(*load_clips(part, *sizes)) for part in parts])
 
 
 def _digest(base: str) -> str:
@@ -66,10 +54,8 @@ def save_ranker(ranker: Ranker, base: str):
     """Writes base/ranker/ranker.safetensors: decoder and head in bfloat16, and which base they belong to."""
     os.makedirs(os.path.join(base, "ranker"), exist_ok=True)
     tensors = {f"decoder.{name}": x for name, x in ranker.model.decoder.state_dict().items()}
-    tensors = {
-        k: x.to("cpu", torch.bfloat16).contiguous()
-        for k, x in (tensors | {"head": ranker.head.weight.data}).items()
-    }
+    tensors["head"] = ranker.head.weight.data
+    tensors = {name: x.to("cpu", torch.bfloat16).contiguous() for name, x in tensors.items()}
     path = os.path.join(base, "ranker", "ranker.safetensors")
     write_whole(path, save(tensors, metadata={"base": _digest(base)}))
 
@@ -108,7 +94,7 @@ class TrainedOracle:
         check_groups(batch, texts)
         new = sorted({question.shown for question in batch} - self.embeds.keys())
         if new:
-            self.embeds |= dict(zip(new, embed_videos(self.ranker.model, new), strict=True))
+            self.embeds |= dict(zip(new, embed_videos(self.ranker.model, new)[0], strict=True))
         groups = [[text.strip() for text in group] for group in texts]
         pairs = zip(batch, groups, strict=True)
         rows = [[(prompt_text(question), text) for text in group] for question, group in pairs]

@@ -41,14 +41,9 @@ def judged(questions, texts, judge) -> dict:
     if questions[0].spans:
         overlaps = [reading.overlaps(q) for q, reading in zip(questions, readings, strict=True)]
         table |= grounded_qa(right, overlaps)
-    return table | {
-        "matched": matched,
-        "asked": len(asked),
-        "failures": dict(Counter(failure.cause for failure in failures)),
-        "judge": judge.judge,
-        "prompt_sha256": VERDICT_SHA256,
-        "cache": judge.cache,
-    }
+    causes = dict(Counter(failure.cause for failure in failures))
+    table |= {"matched": matched, "asked": len(asked), "failures": causes}
+    return table | {"judge": judge.judge, "prompt_sha256": VERDICT_SHA256, "cache": judge.cache}
 
 
 def of_open(questions, texts, judge) -> dict | None:

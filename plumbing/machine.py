@@ -1,4 +1,4 @@
-"""The machine: device, dtype, processes, and a step of an optimizer over all of them."""
+"""The machine: device, dtype, processes, an optimizer step over all of them, and fewer, larger products."""
 
 import functools
 import os
@@ -6,16 +6,20 @@ import shutil
 import sys
 import sysconfig
 import textwrap
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils._triton import has_triton
 from tqdm import tqdm
 
 from plumbing.options import BadInput, CountOrNone, Options
 
+JOINED_BYTES = 2**32  # of the copies that `joined` makes of a decoder's weights
 WIDE = 512  # D from which bfloat16 products pay on a CPU; below, casting costs as much as it saves
 
 
@@ -28,9 +32,7 @@ class MachineOptions(Options):
     compile: bool = False  # torch.compile for the log-probabilities of the update and the 4-bit base
     checkpointing: bool = False  # keep only a layer's input for the backward pass: less memory, slower
     sample_prompts: CountOrNone = 0  # prompts sampled at once; 0: all of a step; fewer need less KV cache
-    micro_batch_prompts: CountOrNone = (
-        0  # prompts of one forward and backward; 0: all; fewer need less memory
-    )
+    micro_batch_prompts: CountOrNone = 0  # prompts of one forward and backward; 0: all; fewer: less memory
     memory_plan: bool = False  # print the memory plan, and rehearse the largest possible step first
 
 
@@ -74,10 +76,7 @@ def pick_dtype(wanted: str, device: torch.device, width: int) -> str:
     return chosen
 
 
-BFLOAT16_UNITS = {
-    "AMX": torch.cpu._is_amx_tile_supported,
-    "AVX512-BF16": torch.cpu._is_avx512_bf16_supported,
-}
+BFLOAT16_UNITS = {"AMX": torch.cpu._is_amx_tile_supported, "AVX512-BF16": torch.cpu._is_avx512_bf16_supported}
 
 
 def process_info() -> tuple[int, int]:
@@ -108,9 +107,8 @@ def fitted(line: str) -> str:
 def show_progress(parts, name: str, total: int | None = None):
     """The parts, with a bar in a terminal where they take longer than a second."""
     shown = process_info()[0] == 0 and sys.stdout.isatty()
-    return tqdm(
-        parts, name, total, leave=False, delay=1, dynamic_ncols=True, disable=not shown, file=sys.stdout
-    )
+    where = dict(disable=not shown, file=sys.stdout, dynamic_ncols=True)
+    return tqdm(parts, name, total, leave=False, delay=1, **where)
 
 
 def reduce_sum(*values: torch.Tensor | float, device) -> list[float]:
@@ -157,6 +155,76 @@ def compiled(fn, device_type: str):
         return torch.compile(fn)
     print(f"compile: no {', no '.join(missing)}; {fn.__name__} runs uncompiled", file=sys.stderr)
     return fn
+
+
+class Joined:
+    """Frozen linear layers (lora.LoRALinear, or plain) that read the same input, as one product whose weights
+    are cast and joined once.
+
+    float32: each W + (alpha / r) B A, stacked. Other dtypes: the products of the training pass with the same
+    roundings, W x and A x in one. A weight rounded after B A is added would sample from another policy.
+    """
+
+    def __init__(self, linears: list[nn.Module], dtype: torch.dtype):
+        bases = [getattr(layer, "base", layer) for layer in linears]
+        self.sizes, self.dtype, self.up = [base.out_features for base in bases], dtype, None
+        self.bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases]).to(dtype)
+        weights, downs, ups = [base.weight.detach() for base in bases], [], []
+        for layer, W in zip(linears, weights, strict=True):
+            A, B = layer.pair() if hasattr(layer, "pair") else (None, None)
+            downs.append(W.new_zeros(0, W.shape[1]) if A is None else A)
+            ups.append(W.new_zeros(len(W), 0) if B is None else B * layer.scale)
+        if dtype == torch.float32:
+            triples = zip(weights, ups, downs, strict=True)
+            weights, downs = [torch.addmm(W.float(), B.float(), A.float()) for W, B, A in triples], []
+        elif any(len(A) for A in downs):
+            self.up = torch.block_diag(*ups).T.to(dtype).contiguous()
+        self.weight = torch.cat([x.to(dtype) for x in weights + downs])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., sum of out), in dtype."""
+        rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
+        if self.up is None:
+            y = F.linear(rows, self.weight, self.bias)
+        else:
+            y, low = F.linear(rows, self.weight).split([sum(self.sizes), len(self.up)], dim=1)
+            y = torch.addmm(y if self.bias is None else y + self.bias, low, self.up)
+        return y.view(*x.shape[:-1], -1)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of the layers one by one."""
+        return self(x).split(self.sizes, dim=-1)
+
+
+def joinable(linears: list[nn.Module], dtype: torch.dtype) -> bool:
+    """Whether `joined` makes copies of a decoder's linear layers: of plain ones, of JOINED_BYTES at most."""
+    plain = all(isinstance(x, nn.Linear) for x in linears)
+    return plain and sum(x.weight.numel() for x in linears) * dtype.itemsize <= JOINED_BYTES
+
+
+@contextmanager
+def joined(decoder: nn.Module):
+    """Within it, without gradient, each layer of a model.Decoder takes 4 large products where it has 7 linear
+    layers of three products each. A base of 4 bits, or of more than JOINED_BYTES, is left as it is: a joined
+    copy would undo what few bits save."""
+    dtype, owners = decoder.compute_dtype, []
+    for layer in decoder.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        owners += [(attention, [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj])]
+        owners += [(mlp, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])]
+    linears = [getattr(x, "base", x) for _, first, last in owners for x in first + last]
+    if not joinable(linears, dtype):
+        with torch.no_grad():
+            yield
+        return
+    with torch.no_grad():
+        for owner, first, last in owners:
+            owner.joined = Joined(first, dtype), Joined(last, dtype)
+        try:
+            yield
+        finally:
+            for owner, _, _ in owners:
+                owner.joined = None
 
 
 def describe(device: torch.device) -> str:

@@ -132,18 +132,16 @@ def add_options(parser: ArgumentParser, config_class) -> None:
     for record in config_class.__mro__:
         names = [name for name in vars(record).get("__annotations__", ()) if name in ours]
         group = parser.add_argument_group((record.__doc__ or "").partition("\n")[0] or None)
-        meaning = (
-            dict(re.findall(r"^    (\w+): .*?  # (.*)", inspect.getsource(record), re.M)) if names else {}
-        )
+        source = inspect.getsource(record) if names else ""
+        meaning = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.M))
         for field in (ours.pop(name) for name in names):
             choices = "|".join(map(str, get_args(field.type))) if get_origin(field.type) is Literal else ""
             words = filter(None, [choices, meaning.get(field.name, ""), f"({field.default!r})"])
             flag = {"nargs": "?", "const": True} if field.type is bool else {}
             kind = value_reader(field.type)
             help = " ".join(words).replace("%", "%%")
-            group.add_argument(
-                f"--{field.name}", type=kind, default=argparse.SUPPRESS, metavar="X", help=help, **flag
-            )
+            flag |= {"type": kind, "default": argparse.SUPPRESS, "metavar": "X", "help": help}
+            group.add_argument(f"--{field.name}", **flag)
 
 
 def value_reader(kind):

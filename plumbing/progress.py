@@ -45,8 +45,8 @@ class Bar:
 
 
 def evaluation_line(step: int, now: dict, first: dict) -> str:
-    """One evaluation in words. now, first: greedy results of this one and of the first (eval.summarize). Of
-    the categories those are named that fell by more than chance explains (2.6 standard errors), the deepest
+    """One evaluation in words. now, first: `answers.summarize` of this one's and the first one's greedy
+    answers. A category is named if it fell by more than chance explains (2.6 standard errors), the deepest
     fall first."""
     line = f"evaluated at step {step}: {100 * now['accuracy']:.1f} % of {now['n']} greedy answers are right"
     fallen = []

@@ -1,7 +1,10 @@
+import io
 import signal
 import sys
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
@@ -10,27 +13,48 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), *(str(folder) for folder in TESTS.iterdir() if folder.is_dir())]
 
 
-@pytest.fixture(autouse=True)
-def signals_are_put_back():
+@contextmanager
+def signals_kept():
     """A run catches signals for the life of its process; here the process goes on with the next test."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-@pytest.fixture
-def script(monkeypatch, capsys):
+@pytest.fixture(autouse=True)
+def signals_are_put_back():
+    with signals_kept():
+        yield
+
+
+@contextmanager
+def one_thread():
+    """Small runs are fastest so, and a run in a process of its own with one thread has the same numbers."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def script():
     """script(main, name, *arguments) runs a script in this process: seconds faster than one of its own."""
     from plumbing.options import run_script
 
     def run(main, *argv):
-        monkeypatch.setattr(sys, "argv", [*map(str, argv)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            run_script(main)
-        told = capsys.readouterr()
-        return SimpleNamespace(returncode=ended.value.code, stdout=told.out, stderr=told.err)
+        out, err = io.StringIO(), io.StringIO()
+        argv = mock.patch.object(sys, "argv", [*map(str, argv)])
+        with argv, signals_kept(), one_thread(), redirect_stdout(out), redirect_stderr(err):
+            with pytest.raises(SystemExit) as ended:
+                run_script(main)
+        return SimpleNamespace(returncode=ended.value.code, stdout=out.getvalue(), stderr=err.getvalue())
 
     return run

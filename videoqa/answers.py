@@ -66,14 +66,12 @@ _NUMBER = (
     rf"(?:-?\d++(?::\d{{1,2}}){{1,2}},\d++|-?\d{{1,3}}(?:,\d{{3}})+(?:\.\d++)?|-?\d++,\d{{1,2}}|{_PLAIN})"
 )
 _SECONDS, _MILLISECONDS = r"seconds?|secs?|s", r"milliseconds?|millisecs?|msecs?|ms"
-_OTHER_UNITS = (
-    r"%|(?:minutes?|mins?|m|hours?|hrs?|h|frames?|fps|percent)\b"  # left unread rather than misread
-)
+# Left unread rather than misread
+_OTHER_UNITS = r"%|(?:minutes?|mins?|m|hours?|hrs?|h|frames?|fps|percent)\b"
 _UNIT = rf"\s*+((?:{_SECONDS}|{_MILLISECONDS})\b)?+(?!\s*(?:{_OTHER_UNITS}))"
 _TIME = rf"(?<![\w.])(?<!\d[:,])({_NUMBER})(?![.:,]?\d){_UNIT}"
-_LISTED_TIME = (
-    rf"(?<![\w.])(?<!\d:)({_PLAIN})(?![.:]?\d){_UNIT}"  # of "[3,9]", where the comma stands between two
-)
+# In "[3,9]" the comma stands between two times
+_LISTED_TIME = rf"(?<![\w.])(?<!\d:)({_PLAIN})(?![.:]?\d){_UNIT}"
 _ABOUT = r"(?:(?:about|around|approximately|approx\.?|roughly|second)\s+)?"
 _TO = r"(?:(?:up\s+)?(?:to|until|till)\b|through\b|-{1,2}>|→|-)"
 _BOUND = rf"\w*\W*?(?:(?:time|at|is)\W+?)?{_TIME}"  # behind "start": '_time": "6.0"', "s at 6", " time = 6"
@@ -142,6 +140,11 @@ def task(question: Question) -> str:
     return "grounding" if only_span else "grounded"
 
 
+def is_open(question) -> bool:
+    """Asks for an answer in free words, alone or with a span."""
+    return task(question) != "grounding" and not question.options
+
+
 def prompt_text(question: Question) -> str:
     """The question's text and, where there are options, a second line "(A) red (B) blue", or a line for each
     option behind the data set's own mark, "Caption A: red"."""
@@ -157,11 +160,8 @@ def instruction(question: Question, think: bool, times: list[float] | tuple = ()
 
     times: seconds at which the frames that it sees are shown, said only where a span is asked for.
     """
-    mark = (
-        f"the right option's mark, as {question.marks[0]}"
-        if question.marks
-        else "the letter of the right option"
-    )
+    mark = "the letter of the right option"
+    mark = f"the right option's mark, as {question.marks[0]}" if question.marks else mark
     wanted = [mark if question.options else "a few words"]
     if question.spans:
         span = "the time span as: from START to END seconds"
@@ -300,9 +300,8 @@ def _option_words(options: tuple[str, ...]) -> tuple[list[list[str]], list[str]]
     """Each option's words, and its folded words between spaces. An option that is a single letter has no
     words: it is chosen by the letter of its place."""
     words = [_tokens(option) for option in options]
-    exact = [
-        [] if len(option) == 1 and len(option[0]) == 1 and option[0].isalpha() else option for option in words
-    ]
+    letters = [len(option) == 1 and len(option[0]) == 1 and option[0].isalpha() for option in words]
+    exact = [[] if letter else option for option, letter in zip(words, letters, strict=True)]
     return exact, [f" {' '.join(normalize(option))} " for option in options]
 
 

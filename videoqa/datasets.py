@@ -27,6 +27,7 @@ MVBENCH_FOLDERS = {
     "clevrer/video_validation": ("counterfactual_inference",),
     "sta": ("action_localization",),
 }  # fmt: skip
+ORIGINAL = "give the original file"
 MVBENCH_FOLDER_OF = {task: folder for folder, tasks in MVBENCH_FOLDERS.items() for task in tasks}
 
 
@@ -41,17 +42,16 @@ KINDS = {
 }
 
 
-def _need(row, where: str, *columns: str) -> list:
-    """The values of these columns, each "name" or "name:kind" of KINDS (text by default, ids as texts).
-    BadInput names the first column that is not there or holds something else."""
+def _need(row, where: str, columns: str | list[str]) -> list:
+    """The values of these columns, "name name:kind .." or a list of such. kind: of KINDS, text by default; a
+    key comes as a text. BadInput names the first column that is not there or holds something else."""
     values = []
-    for column in columns:
+    for column in columns.split() if isinstance(columns, str) else columns:
         name, _, kind = column.partition(":")
         if not isinstance(row, dict) or row.get(name) is None:
             has = ", ".join(map(str, row)) if isinstance(row, dict) else "no columns"
-            raise BadInput(
-                f"{where}: column '{name}' is missing (there: {has[:200]}); give the data set's own file"
-            )
+            words = f"column '{name}' is missing (there: {has[:200]})"
+            raise BadInput(f"{where}: {words}; give the data set's own file")
         value, (good, words) = row[name], KINDS[kind or "text"]
         if value == "":
             raise BadInput(f"{where}: column '{name}' is empty; correct the row")
@@ -62,16 +62,17 @@ def _need(row, where: str, *columns: str) -> list:
     return values
 
 
-ORIGINAL = "give the original file, in UTF-8"
-
-
 def _text(path: str) -> str:
     return read_text(path, ORIGINAL)
 
 
+def _json(path: str):
+    return parse_json(_text(path), path, ORIGINAL)
+
+
 def _videos(path: str) -> dict:
     """A JSON object by video."""
-    videos = parse_json(_text(path), path, ORIGINAL)
+    videos = _json(path)
     if not isinstance(videos, dict):
         raise BadInput(f"{path}: not an object of videos; give the file of the named version")
     return videos
@@ -85,7 +86,7 @@ def _parquet(path: str) -> list[dict]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
-        raise BadInput(f"{path}: {str(error).splitlines()[0]}; give the original file") from error
+        raise BadInput(f"{path}: {str(error).splitlines()[0]}; {ORIGINAL}") from error
 
 
 def _rows(path: str) -> list[tuple[str, dict]]:
@@ -102,7 +103,8 @@ def _rows(path: str) -> list[tuple[str, dict]]:
     if path.endswith(".jsonl"):
         lines = [(f"{path}, line {i}", line) for i, line in enumerate(_text(path).split("\n"), 1)]
         return [(where, parse_json(line, where, ORIGINAL)) for where, line in lines if line.strip()]
-    rows = _parquet(path) if path.endswith(".parquet") else parse_json(_text(path), path, ORIGINAL)
+    whole = _parquet if path.endswith(".parquet") else _json
+    rows = whole(path)
     if not isinstance(rows, list):
         raise BadInput(f"{path}: not a list of rows; give the file of the named version")
     return [(f"{path}, row {i}", row) for i, row in enumerate(rows)]
@@ -124,9 +126,8 @@ def _choice(where: str, options: list[str], index: int | str) -> dict:
 def _index(where: str, value: str, num_options: int) -> int:
     digits = re.fullmatch(r"\s*(\d+)(?:\.0)?\s*", value, re.ASCII)  # 2.0: pandas' column with a gap in it
     if not digits or int(digits[1]) >= num_options:
-        raise BadInput(
-            f"{where}: column 'answer' is {value!r}, no index of an option; give the named version"
-        )
+        words = f"column 'answer' is {value!r}, no index of an option"
+        raise BadInput(f"{where}: {words}; give the named version")
     return int(digits[1])
 
 
@@ -141,10 +142,10 @@ def msvd_qa(path):
     clip_of = {name: clip for clip, name in pairs}
     for where, row in _rows(path):
         if path.endswith(".csv"):  # a re-export: question_id is <video>_<id>
-            question, answer, key, clip = _need(row, where, "question", "answer", "question_id", "video_name")
+            question, answer, key, clip = _need(row, where, "question answer question_id video_name")
             names, key = (clip, f"vid{row['video_id']}"), key.rpartition("_")[2]
         else:
-            question, answer, key, video = _need(row, where, "question", "answer", "id:key", "video_id:key")
+            question, answer, key, video = _need(row, where, "question answer id:key video_id:key")
             names = (clip_of.get(f"vid{video}", f"vid{video}"), f"vid{video}")
         kind = question.split()[0].lower()  # what, who, how, when, where: the published columns
         yield where, {"id": key, "videos": names, "question": question, "answer": answer, "category": kind}
@@ -155,7 +156,7 @@ def msrvtt_qa(path):
         key = "question_id:key" if path.endswith(".csv") else "id:key"
         if "answer_type" in row and "id" not in row:  # a re-export without ids: they are the row's number
             key, row = "id:key", row | {"id": i}
-        question, answer, key, video = _need(row, where, "question", "answer", key, "video_id:key")
+        question, answer, key, video = _need(row, where, f"question answer {key} video_id:key")
         video, kind = f"video{video.removeprefix('video')}", question.split()[0].lower()
         yield where, {"id": key, "videos": (video,), "question": question, "answer": answer, "category": kind}
 
@@ -167,13 +168,13 @@ def activitynet_qa(path):
         rows, beside = _rows(path), re.sub(r"_q(?=\.json$)", "_a", path)
         answers = {_need(row, where, "question_id:key")[0]: (where, row) for where, row in _rows(beside)}
     for where, row in rows:
-        question, key, video = _need(row, where, "question", "question_id:key", "video_name")
+        question, key, video = _need(row, where, "question question_id:key video_name")
         if answers and key not in answers:
-            raise BadInput(
-                f"{where}: question_id {key!r} has no answer in {beside}; give both files of one split"
-            )
+            words = f"question_id {key!r} has no answer in {beside}"
+            raise BadInput(f"{where}: {words}; give both files of one split")
         place, other = answers[key] if answers else (where, row)
-        answer, kind = _need(other, place, "answer", "type:key" if answers else "question_type:key")
+        kinds = "type:key" if answers else "question_type:key"
+        answer, kind = _need(other, place, f"answer {kinds}")
         video = video.removeprefix("v_")
         if kind not in map(str, range(len(ACTIVITYNET_TYPES))):
             raise BadInput(f"{place}: question type {kind!r} is none of 0 to 8; give the data set's own file")
@@ -183,15 +184,10 @@ def activitynet_qa(path):
 
 def next_qa(path):
     for where, row in _rows(path):
-        video, question, answer, key, kind, *options = _need(
-            row, where, *"video:key question answer:key qid:key type a0 a1 a2 a3 a4".split()
-        )
-        choice = _choice(where, options, _index(where, answer, len(options)))
-        names = (video,)
-        yield (
-            where,
-            {"id": f"{video}_{key}", "videos": names, "question": question, "category": kind} | choice,
-        )
+        columns = "video:key question answer:key qid:key type a0 a1 a2 a3 a4"
+        video, question, answer, key, kind, *options = _need(row, where, columns)
+        out = {"id": f"{video}_{key}", "videos": (video,), "question": question, "category": kind}
+        yield where, out | _choice(where, options, _index(where, answer, len(options)))
 
 
 def next_gqa(path):
@@ -199,12 +195,11 @@ def next_gqa(path):
     spans_path = os.path.join(folder, f"gsub_{name.removesuffix('.csv')}.json")
     located = _videos(spans_path)
     for where, row in _rows(path):
-        video, question, answer, key, kind, *options = _need(
-            row, where, *"video_id:key question answer:key qid:key type a0 a1 a2 a3 a4".split()
-        )
+        columns = "video_id:key question answer:key qid:key type a0 a1 a2 a3 a4"
+        video, question, answer, key, kind, *options = _need(row, where, columns)
         place = f"{spans_path}, video {video}"
-        duration, location = _need(located.get(video), place, "duration:seconds", "location:object")
-        (spans,) = _need(location, place, f"{key}:spans")
+        duration, location = _need(located.get(video), place, "duration:seconds location:object")
+        (spans,) = _need(location, place, [f"{key}:spans"])
         out = {"id": f"{video}_{key}", "videos": (video,), "question": question, "category": kind}
         yield where, out | _choice(where, options, answer) | {"spans": spans, "duration": duration}
 
@@ -218,15 +213,13 @@ def charades_sta(path):
         parts = head.split()
         if not mark or len(parts) != 3:
             column = "start, end" if mark else "sentence"
-            raise BadInput(
-                f"{where}: column '{column}' is missing; a line is <video> <start> <end>##<sentence>"
-            )
+            words = f"column '{column}' is missing; a line is <video> <start> <end>##<sentence>"
+            raise BadInput(f"{where}: {words}")
         try:
             span = [float(parts[1]), float(parts[2])]
         except ValueError:
-            raise BadInput(
-                f"{where}: start and end must be seconds, got {parts[1:]}; correct the line"
-            ) from None
+            words = f"start and end must be seconds, got {parts[1:]}; correct the line"
+            raise BadInput(f"{where}: {words}") from None
         yield where, {"id": str(i), "videos": (parts[0],), **_moment(sentence, span)}
 
 
@@ -243,9 +236,7 @@ def _moment(sentence: str, span: list[float]) -> dict:
 def activitynet_captions(path):
     for video, row in _videos(path).items():
         place = f"{path}, video {video}"
-        duration, spans, sentences = _need(
-            row, place, "duration:seconds", "timestamps:spans", "sentences:texts"
-        )
+        duration, spans, sentences = _need(row, place, "duration:seconds timestamps:spans sentences:texts")
         if len(spans) != len(sentences):
             raise BadInput(f"{place}: {len(spans)} timestamps, {len(sentences)} sentences; correct the video")
         for i, (span, sentence) in enumerate(zip(spans, sentences, strict=True)):
@@ -257,9 +248,8 @@ def activitynet_captions(path):
 
 def video_mme(path):
     for where, row in _rows(path):
-        key, video, length, kind, question, lettered, answer = _need(
-            row, where, *"question_id:key videoID duration task_type question options:texts answer".split()
-        )
+        columns = "question_id:key videoID duration task_type question options:texts answer"
+        key, video, length, kind, question, lettered, answer = _need(row, where, columns)
         options = [re.sub(r"^[A-Z]\.\s*", "", option) for option in lettered]
         letter = re.fullmatch(r"\s*([A-Z])\.?\s*", answer)
         if not letter or ord(letter[1]) - ord("A") >= len(options):
@@ -272,9 +262,7 @@ def video_mme(path):
 def mvbench(path):
     task = os.path.basename(path).removesuffix(".json")
     for i, (where, row) in enumerate(_rows(path)):
-        video, question, options, answer = _need(
-            row, where, "video", "question", "candidates:texts", "answer"
-        )
+        video, question, options, answer = _need(row, where, "video question candidates:texts answer")
         out = {"id": f"{task}_{i}", "videos": (video,), "question": question, "category": task}
         # five rows of the data set offer a single candidate: no choice, so they are asked openly
         out |= _choice(where, options, answer) if len(options) > 1 else {"answer": answer}
@@ -296,7 +284,7 @@ def tempcompass(path):
     task = os.path.basename(path).removesuffix(".json")
     mark_and_text = r"^((?:Option|Sentence|Caption|Information) [A-Z1-9]|[A-Z1-9])[.:]\s*(.*)"
     for where, video, aspect, i, row in _tempcompass_rows(path):
-        question, answer = _need(row, where, "question", "answer")
+        question, answer = _need(row, where, "question answer")
         out = {"id": f"{video}_{task}_{aspect}_{i}", "videos": (video,), "question": question}
         out |= {"answer": answer, "category": f"{task}, {aspect}", "benchmark": f"tempcompass {task}"}
         if task == "yes_no":
@@ -305,9 +293,7 @@ def tempcompass(path):
         pairs = re.findall(mark_and_text, question, flags=re.MULTILINE)
         marks, options = [mark for mark, _ in pairs], [text.strip() for _, text in pairs]
         chosen = re.match(mark_and_text, answer)
-        letters = [
-            mark[-1] for mark in marks
-        ]  # captioning: "Information A: .." in the question, "A. .." here
+        letters = [mark[-1] for mark in marks]  # of "Information A" in a question, of "A" in an answer
         if not chosen or chosen[1][-1] not in letters:
             raise BadInput(f"{where}: answer {answer!r} names no option; correct the row")
         if task == "captioning":  # to be written, not an option to be named: judged against the right option
@@ -320,16 +306,13 @@ def tempcompass(path):
 def video_chatgpt(path):
     part = os.path.basename(path).removesuffix(".json").removesuffix("_qa")
     for i, (where, row) in enumerate(_rows(path)):
-        wordings = ("Q1", "Q2") if part == "consistency" else ("Q",)
-        *questions, answer, video = _need(row, where, *wordings, "A", "video_name")
-        for wording, question in zip(wordings, questions, strict=True):
+        wordings = "Q1 Q2" if part == "consistency" else "Q"
+        *questions, answer, video = _need(row, where, f"{wordings} A video_name")
+        for wording, question in zip(wordings.split(), questions, strict=True):
             key = f"{part}_{i}{wording[1:] and '_' + wording[1:]}"
             bare = video.removeprefix("v_")
-            names = (f"v_{bare}", bare)
-            yield (
-                where,
-                {"id": key, "videos": names, "question": question, "answer": answer, "category": part},
-            )
+            out = {"id": key, "videos": (f"v_{bare}", bare), "question": question}
+            yield where, out | {"answer": answer, "category": part}
 
 
 # reader and, for a folder, which of its files to read: those of the first pattern that any has (companions
@@ -473,9 +456,8 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
     write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()).encode())
     report = [f"bad span, dropped: {fault}" for fault in faults]
     report += [f"missing video: {video}" for video in missing]
-    report.append(
-        f"{num_read} read = {len(rows)} written + {num_repeats} repeats + {len(faults)} with bad spans"
-    )
+    parts = f"{len(rows)} written + {num_repeats} repeats + {len(faults)} with bad spans"
+    report.append(f"{num_read} read = {parts}")
     report.append(f"{len(used) + len(missing)} videos: {len(used)} found, {len(missing)} missing in {videos}")
     if num_clipped:
         report.append(f"{num_clipped} questions with a span cut at the video's bounds")

@@ -11,6 +11,7 @@ from videoqa.answers import (
     Question,
     equal_option,
     final_answer,
+    gold_option,
     is_refusal,
     leading_yes_no,
     negated_letters,
@@ -151,15 +152,11 @@ def _concluded(body: str, question: Question) -> int | None:
     found = _LETTER_NEXT.match(tail)
     words = found[2].split() if found and found[2] else []
     # "A man runs" begins with no letter of an option, nor does "a"
-    if (
-        found
-        and (not words or words[0] in _VERBS or found[1] not in "AaIi")
-        and _index(found[1]) < len(question.options)
-    ):
+    is_letter = found and (not words or words[0] in _VERBS or found[1] not in "AaIi")
+    if is_letter and _index(found[1]) < len(question.options):
         others = {_index(x) for x in re.findall(r"(?<![\w'])([A-Z])(?![\w'])", line)} - {_index(found[1])}
-        hedging = re.match(
-            r"[)\]*\"'.\s]*(?:or|and|/|,)\s*(?:option\s*)?\(?[A-Z](?![\w'])", tail[found.end(1) :]
-        )
+        another = r"[)\]*\"'.\s]*(?:or|and|/|,)\s*(?:option\s*)?\(?[A-Z](?![\w'])"
+        hedging = re.match(another, tail[found.end(1) :])
         return None if others and hedging else _index(found[1])
     marked = _marked(tail, question)
     return marked if marked is not None else read(line, question).option
@@ -199,10 +196,7 @@ def is_right_published(text: str, question: Question) -> bool:
     """Counts as right by the benchmark's rule."""
     reading = read_published(text, question)
     if question.options:
-        gold = question.answer_index
-        return reading is not None and reading == (
-            question.options.index(question.answer) if gold is None else gold
-        )
+        return reading == gold_option(question)
     if rule_of(question) == FIRST_WORD:
         return reading == question.answer.strip().lower()
     return reading == question.answer.strip()

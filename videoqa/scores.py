@@ -9,7 +9,7 @@ from collections import defaultdict
 from statistics import fmean
 
 from plumbing.options import BadInput, one_line, read_jsonl, write_whole
-from videoqa.answers import Question, Reading, final_answer, grade, is_correct, read, summarize, task
+from videoqa.answers import Question, Reading, final_answer, grade, is_correct, is_open, read, summarize, task
 from videoqa.published import is_right_published, read_published, rule_of
 from videoqa.questions import load_questions
 
@@ -169,15 +169,10 @@ def table(result: dict) -> str:
         for name, value in figures.items():
             if isinstance(value, float) and name != "accuracy":
                 add(f"{part}: {name}", value)
-        readings = (
-            [
-                ("strict, normalised match", figures),
-                (f"published, {figures['published']['rule']}", figures["published"]),
-            ]
-            if "published" in figures
-            else []
-        )
-        for reading, of in readings:
+        readings = {}
+        if published := figures.get("published"):
+            readings = {"strict, normalised match": figures, f"published, {published['rule']}": published}
+        for reading, of in readings.items():
             add(f"{part}: {reading}", of["accuracy"], of["n"])
             for group in ("by_task_type", "by_duration"):
                 for name, row in of[group].items():
@@ -185,11 +180,6 @@ def table(result: dict) -> str:
     width = max((len(name) for name, _, _ in lines), default=0)
     head = f"{'':<{width}}  {'%':>7}  {'n':>6}"
     return "\n".join([head, *(f"{name:<{width}}  {value:>7}  {n:>6}" for name, value, n in lines)])
-
-
-def is_open(question) -> bool:
-    """Asks for an answer in free words, alone or with a span."""
-    return task(question) != "grounding" and not question.options
 
 
 def read_predictions(path: str, of: dict, data: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 import lora
 from checkpoints import nf4
 from model import Decoder, ModelConfig
+from plumbing.machine import joined
 
 CFG = ModelConfig(vocab_size=40, dim=32, num_layers=2, ffn_dim=48)
 
@@ -69,7 +70,7 @@ def test_absmax_in_8_bits_are_those_of_32_to_a_percent():
     layer = nf4.NF4Linear(weight)
     exact = weight.view(-1, 64).abs().amax(dim=1)
     ones = torch.full_like(layer.codes, 0xFF)  # every code 15, so that the weight is the absmax
-    stored = nf4.dequantise(weight.shape, torch.float32, ones, *layer.stored()[1:]).view(-1, 64)
+    stored = nf4.dequantise(weight.shape, torch.float32, (ones, *layer.stored()[1:])).view(-1, 64)
     assert ((stored[:, 0] - exact) / exact).abs().max() < 0.01
 
 
@@ -175,7 +176,7 @@ def test_adapters_learn_on_a_4_bit_base_that_does_not_change():
     assert not torch.equal(decoder(X, MASK), start)
     with lora.using(decoder, "off"), torch.no_grad():
         assert torch.equal(decoder(X, MASK), start)
-        with lora.joined(decoder):  # a 4-bit base is never unfolded into one of more bits
+        with joined(decoder):  # a 4-bit base is never unfolded into one of more bits
             assert all(layer.mlp.joined is None for layer in decoder.layers)
 
 
@@ -208,7 +209,7 @@ def test_a_frozen_product_has_the_values_and_gradients_of_a_linear_layer(dtype):
     x, weight, bias, ahead = gaussian(5, 12), gaussian(7, 12), gaussian(7), gaussian(5, 7)
     found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        ours = lora.frozen_linear(found, lambda dtype, w: w.to(dtype), (weight,), bias)
+        ours = lora.frozen_linear(found, lambda dtype, stored: stored[0].to(dtype), (weight,), bias)
         theirs = F.linear(wanted, weight, bias)
     assert ours.dtype == theirs.dtype == dtype
     ours.backward(ahead.to(dtype))

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 import lora
 from checkpoints import peft_files
 from model import Decoder, ModelConfig
+from plumbing.machine import joined
 
 CFG = ModelConfig(vocab_size=40, dim=32, num_layers=2, ffn_dim=48)
 X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
@@ -84,15 +85,15 @@ def test_joined_products_give_what_the_layers_give_and_leave_no_trace(which):
     names = [name for name, _ in decoder.named_parameters()]
     with lora.using(decoder, which):
         plain = out(decoder)
-        with lora.joined(decoder):
+        with joined(decoder):
             assert all(len(layer.mlp.joined[0].sizes) == 2 for layer in decoder.layers)
             torch.testing.assert_close(out(decoder), plain, atol=1e-5, rtol=0)
         assert torch.equal(out(decoder), plain)
         decoder.compute_dtype = torch.bfloat16  # the roundings of the training pass, not those of W + B A
         plain = out(decoder)
-        with lora.joined(decoder):
+        with joined(decoder):
             assert (out(decoder) - plain).abs().max() <= 0.01
-    with lora.joined(decoder):
+    with joined(decoder):
         assert names == [name for name, _ in decoder.named_parameters()]
 
 

@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -72,22 +70,16 @@ def clips(tmp_path_factory):
     return folder
 
 
-def run(clips, out, *options):
-    command = [ROOT / "selection.py", clips / "questions.jsonl", "--videos", clips, "--out", out]
-    command += ["--policy", ROOT / "weights", "--batch", 8, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = [sys.executable, *map(str, command)]
-    return subprocess.run(done, capture_output=True, text=True, env=environment)
-
-
-def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clips):
+def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clips, script):
+    command = ["selection.py", clips / "questions.jsonl", "--videos", clips, "--policy", ROOT / "weights"]
+    command += ["--batch", 8, "--out", clips / "selected.jsonl"]
     out, samples = clips / "selected.jsonl", clips / "selected.jsonl.samples"
-    done = run(clips, out)
+    done = script(selection.main, *command)
     assert done.returncode == 0, done.stderr
     whole, lines = out.read_bytes(), samples.read_text().splitlines(keepends=True)
     out.unlink()
     samples.write_text("".join(lines[:12]) + lines[12][:5])  # killed in a write: header, 11 rows, a torn one
-    assert run(clips, out).returncode == 0
+    assert script(selection.main, *command).returncode == 0
     assert out.read_bytes() == whole and samples.read_text() == "".join(lines)
     questions = load_questions(str(clips / "questions.jsonl"), "")
     report, kept = json.loads(whole.split(b"\n")[0])["selection"], load_questions(str(out), "")
@@ -98,7 +90,8 @@ def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clip
     counts = {f"{n:8} {why}" for why, n in report["counts"].items()}
     assert done.stdout.splitlines()[-len(counts) - 1] == told and set(done.stdout.splitlines()) >= counts
     assert sum(report["histograms"]["right"]) + sum(report["histograms"]["iou_std"]) == len(questions)
-    third = run(clips, out, "--share", 0.3333)  # of the answers that are there: none is drawn again
+    # Of the answers that are there: none is drawn again
+    third = script(selection.main, *command, "--share", 0.3333)
     assert third.returncode == 0 and samples.read_text() == "".join(lines)
     report, fewer = json.loads(out.read_text().split("\n")[0])["selection"], load_questions(str(out), "")
     assert report["share"] == 0.3333 and report["counts"]["dropped: beyond the share, others disagree more"]
@@ -106,7 +99,7 @@ def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clip
     for name in {task(q) for q in questions}:
         asked = sum(task(q) == name for q in questions)
         assert sum(task(q) == name for q in fewer) == round(0.3333 * asked) > 0
-    other = run(clips, out, "--seed", 1)
+    other = script(selection.main, *command, "--seed", 1)
     assert other.returncode == 2 and "begun with other settings" in other.stderr
 
 

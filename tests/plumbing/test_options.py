@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from plumbing import options
 
 ROOT = Path(__file__).parents[2]
@@ -68,8 +69,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == '{\n "old": 1\n}' and list(tmp_path.iterdir()) == [path]
 
 
-def test_help_tells_what_each_option_means_and_its_default():
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
+def test_help_tells_what_each_option_means_and_its_default(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "__main__", train)  # whose docstring --help begins with
+    done = script(train.main, "train.py", "--help")
     told = " ".join(done.stdout.split())
     assert done.returncode == 0 and "fine-tune a video-language policy" in told
     assert "--clip_eps X (0.2)" in told and "G: completions a prompt, ordered by the oracle (5)" in told
