@@ -90,7 +90,7 @@ def main() -> None:
     run, questions = questions_of(cfg, words)
     if (cfg.data or len(questions) > 1) and not cfg.out:
         raise BadInput("--out: name the JSONL file that the predictions go to")
-    kept = Kept(cfg.out, writes=bool(cfg.out))
+    kept = Kept(cfg.out, {"prediction": str}, writes=bool(cfg.out))
     left = [question for question in questions if question.id not in kept.of]
     if left:
         policy, tokenizer, *made = (load_run if run else load_policy)(run or cfg, pick_device())

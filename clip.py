@@ -7,6 +7,7 @@ Shape letters (grpo_rank.py): K frames, N patches of a frame. Here F_ is a numbe
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class ClipConfig:
     text_length: int = 24  # tokens, the end token included
     vocab_size: int = 512
     embed_dim: int = 96  # of the space that both towers share; 0: the image tower alone (LLaVA)
-    activation: str = "gelu"  # gelu | quick_gelu, x * sigmoid(1.702 x) (OpenAI's weights)
+    activation: Literal["gelu", "quick_gelu"] = "gelu"  # quick_gelu: x * sigmoid(1.702 x) (OpenAI's weights)
     mlp_width: int = 0  # of the image tower's layers; 0: 4 * width
     text_mlp_width: int = 0  # 0: 4 * text_width
 

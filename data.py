@@ -5,7 +5,7 @@ python data.py check FILE.jsonl --videos DIR    # every clip: ok or reason, fram
 python data.py convert NAME ANNOTATIONS .. --videos DIR --out FILE.jsonl    # public data sets
 """
 
-import json
+import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +15,19 @@ from typing import Literal
 import torch
 
 from plumbing.machine import say, show_progress
-from plumbing.options import ArgumentParser, BadInput, Count, Options, PositiveShare, run_script, write_json
+from plumbing.options import (
+    ArgumentParser,
+    BadInput,
+    Count,
+    Options,
+    PositiveShare,
+    is_kind,
+    read_json,
+    run_script,
+    write_json,
+)
 from videoqa.answers import Question, instruction, prompt_text
-from videoqa.video import DataError, read_frames
+from videoqa.video import read_frames
 
 PAD_ID, BOS_ID, EOS_ID, VIDEO_ID = 0, 1, 2, 3  # VIDEO_ID: placeholder for one visual token, never sampled
 FIRST_BYTE = 4  # ids 4..259 are the bytes, then come the words
@@ -137,16 +147,19 @@ class Tokenizer:
         write_json(path, {"type": "words+bytes", "words": self.words})
 
     @classmethod
-    def load(cls, path: str) -> "Tokenizer":
-        """Raises DataError if the file is not one that save() wrote."""
-        try:
-            with open(path, encoding="utf-8") as file:
-                saved = json.load(file)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: {error}; give a file written by Tokenizer.save") from error
-        if not isinstance(saved, dict) or saved.get("type") != "words+bytes":
-            raise DataError(f"{path}: field 'type' is not words+bytes; give a file written by Tokenizer.save")
-        return cls(saved["words"])
+    def load(cls, path: str, V: float = math.inf) -> "Tokenizer":
+        """Raises BadInput if the file is not one that save() wrote, or has more ids than the model's V."""
+        wants = "give a file written by Tokenizer.save"
+        saved = read_json(path, wants)
+        if saved.get("type") != "words+bytes":
+            raise BadInput(f"{path}: field 'type' is not words+bytes; {wants}")
+        words = saved.get("words")
+        if not is_kind(words, list[str]) or not all(words) or len(set(words)) < len(words):
+            raise BadInput(f"{path}: field 'words' is no list of texts, each there once; {wants}")
+        tokenizer = cls(words)
+        if tokenizer.vocab_size > V:
+            raise BadInput(f"{path}: {tokenizer.vocab_size} ids, the model has {V}; use files of one model")
+        return tokenizer
 
 
 # ---- batches ----

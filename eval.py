@@ -24,7 +24,7 @@ import lora
 from checkpoints.policies import load_run, save_policy
 from data import DataOptions, PromptSet, load_sets
 from plumbing.machine import pick_device, show_progress
-from plumbing.options import ArgumentParser, BadInput, run_script, write_json
+from plumbing.options import ArgumentParser, BadInput, cell, run_script, write_json
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, by_video, grade, is_correct, summarize
 
@@ -97,7 +97,7 @@ def table(before: dict, after: dict | None = None) -> str:
     lines = ["| category | n | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(columns)]
     for name, row in before["greedy"]["by_category"].items():
         cells = [f"{100 * e[mode]['by_category'][name]['accuracy']:.1f}" for mode, e in columns]
-        lines.append(f"| {name or '(none)'} | {row['n']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {cell(name) or '(none)'} | {row['n']} | " + " | ".join(cells) + " |")
     cells = []
     for mode, e in columns:
         low, high = (f"{100 * x:.1f}" for x in e[mode]["ci95"])
@@ -124,6 +124,8 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
         questions = load_questions(data, videos)
     else:
         names = [field.name for field in fields(DataOptions)]
+        if not config.keys() >= set(names):
+            raise BadInput(f"{folder}/config.json: not all options of the data; give --data and --videos")
         questions = load_sets(DataOptions(**{name: config[name] for name in names}), config["seed"])[1]
     prompts = PromptSet(policy, tokenizer, questions)
     sampling = Sampling.of(policy, tokenizer, max_new_tokens=config["max_new_tokens"])

@@ -168,11 +168,11 @@ class Learner:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]):
-        """Raises ValueError if an adapter is missing or has another shape."""
+        """Raises ValueError if an adapter or a moment is missing or has another shape or dtype."""
         for name, layer in layers(self.model).items():
             for part in ("lora_A", "lora_B", "reference_A", "reference_B"):
                 stored, wanted = tensors.get(f"{name}.{part}"), getattr(layer, part)
-                if stored is None or stored.shape != wanted.shape:
+                if stored is None or (stored.shape, stored.dtype) != (wanted.shape, wanted.dtype):
                     raise ValueError(f"{name}.{part} does not fit the policy")
                 wanted.copy_(stored)
         for name, wanted in self.critic.state_dict().items():
@@ -182,4 +182,9 @@ class Learner:
             if name.startswith("optimizer."):
                 _, i, key = name.split(".")
                 state.setdefault(int(i), {})[key] = tensor
+        parameters = self.optimizer.param_groups[0]["params"]
+        for i, p in enumerate(parameters if state else ()):
+            shapes = {key: x.shape for key, x in state.get(i, {}).items()}
+            if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+                raise ValueError(f"the optimizer's moments of parameter {i} do not fit the policy")
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})

@@ -10,6 +10,7 @@ frames, N patches of a frame.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +41,14 @@ class ModelConfig:
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3: RMSNorm of each head's queries and keys before they are rotated
     sliding_window: int = 0  # Mistral: a token sees itself and the window - 1 before it; 0: all
-    rope_scaling: str = "default"  # default | linear | llama3 (`periods`)
+    rope_scaling: Literal["default", "linear", "llama3"] = "default"  # `periods`
     rope_factor: float = 1.0
     rope_low: float = 1.0  # llama3: wavelengths above rope_length / rope_low are stretched by rope_factor ...
     rope_high: float = 4.0  # ... and those below rope_length / rope_high stay as they are
     rope_length: int = 8192  # tokens of the first training
     max_positions: int = 0  # tokens of a sequence that the model was made for; 0: not known
-    bridge: str = "qformer"  # qformer | patches | pooled (Bridge) | llava | llava_pooled (Projector)
+    # The first three are a Bridge, the last two a Projector
+    bridge: Literal["qformer", "patches", "pooled", "llava", "llava_pooled"] = "qformer"
     clip_layer: int = -2  # the hidden layer whose patch tokens the bridge reads
     video_start: int = 1  # tokens of a prompt before its video: BOS, or a chat template's opening
     bridge_width: int = 128  # of a Bridge's own layers; two linear layers lead from it to D
@@ -54,7 +56,7 @@ class ModelConfig:
     num_queries: int = 32  # Q-Former tokens a video
     qformer_layers: int = 2
     num_frames: int = 8  # K
-    framing: str = "ffmpeg"  # ffmpeg | crop | pad: how a frame becomes CLIP's square (video.read_frames)
+    framing: Literal["ffmpeg", "crop", "pad"] = "ffmpeg"  # how a frame becomes a square (read_frames)
 
 
 # ------------------------------------------------------------------------------------------------ the decoder

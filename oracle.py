@@ -184,11 +184,17 @@ def load_function(spec: str):
     module, _, name = spec.partition(":")
     try:
         function = getattr(importlib.import_module(module), name, None)
-    except Exception as error:  # the module is the user's: whatever its import raises is shown
+    except (Exception, SystemExit) as error:  # the module is the user's: whatever its import raises is shown
         words = one_line(f"{type(error).__name__}: {error}")
         raise BadInput(f"--oracle {spec}: {words}; put its folder on PYTHONPATH") from error
     if not callable(function):
         raise BadInput(f"--oracle {spec}: {module} has no function {name!r}; define it there")
+    try:
+        signature = inspect.signature(function)
+        item = {"item": 0} if "item" in signature.parameters else {}
+        signature.bind("", [], video="", reference="", **item)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"--oracle {spec}: {error}; define f(question, texts, *, video, reference)") from error
     return function
 
 

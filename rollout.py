@@ -17,7 +17,12 @@ from data import PAD_ID, Prompts, PromptSet
 from grpo_rank import nucleus, pack_support, sampling_logprobs
 from model import KVCache, VideoLM
 from plumbing.machine import joined
+from plumbing.options import BadInput
 
+NOT_FINITE = (
+    "the policy's logits are not finite: its training diverged, or its weights, --lora_alpha or a tiny"
+    " --temperature overflow; start anew with a lower --lr, with --dtype float32 or with other weights"
+)
 EVALUATED_AT_ONCE = 128  # prompts that an evaluation samples together, where no option says fewer
 
 
@@ -147,6 +152,8 @@ def generate(
         for t in range(T):
             torch.mm(state, head.T, out=logits)
             scores = sampling_logprobs(logits, temperature, banned, None, reuse=True)
+            if scores[:, 0].isnan().any():  # one logit that is not finite makes its whole row NaN
+                raise BadInput(NOT_FINITE)
             if top_p < 1:
                 support = nucleus(scores, top_p)
                 supports.append(pack_support(support))

@@ -115,13 +115,16 @@ def sample(policy, tokenizer, questions: list, first: int, cfg: Config) -> list[
 
 def _resume(path: str, settings: dict, batch: int) -> list[list[str]]:
     """The answers of all whole batches of an earlier run; the file is cut back to them, or begun."""
-    header, done = json.dumps(settings) + "\n", []
+    header, done, wants = json.dumps(settings) + "\n", [], "remove it to start anew"
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             lines = file.readlines()
-        if lines and lines[0] != header:
-            raise BadInput(f"{path}: begun with other settings; repeat those, or remove it to start anew")
-        done = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
+        if lines and lines[0] != header.encode():
+            raise BadInput(f"{path}: begun with other settings; repeat those, or {wants}")
+        done = [options.parse_json(line, path, wants) for line in lines[1:] if line.endswith(b"\n")]
+        texts = [text for row in done for text in (row if isinstance(row, list) else [None])]
+        if not all(isinstance(text, str) for text in texts) or len(done) > settings["questions"]:
+            raise BadInput(f"{path}: not only lists of answers, a line a question; {wants}")
         if len(done) < settings["questions"]:
             done = done[: len(done) // batch * batch]
     rows = "".join(json.dumps(texts, ensure_ascii=False) + "\n" for texts in done)

@@ -10,7 +10,7 @@ from datetime import datetime
 
 import torch
 
-from plumbing.options import read_json
+from plumbing.options import read_json, read_text
 from videoqa.video import DataError
 
 # What stands before the video, what stands after the question, and the token that closes an answer ("": the
@@ -120,8 +120,8 @@ class ChatTokenizer:
         for name in ("generation_config.json", "config.json"):
             path = os.path.join(folder, name)
             config = read_json(path, COPY_AGAIN) if os.path.exists(path) else {}
-            for part in (config, config.get("text_config") or {}):
-                found = part.get("eos_token_id")
+            for part in (config, config.get("text_config")):
+                found = part.get("eos_token_id") if isinstance(part, dict) else None
                 ends += found if isinstance(found, list) else [found]
         ends.append(known(self.names.get("eos_token", "")))
         ends = [i for i in dict.fromkeys(ends) if type(i) is int and 0 <= i < self.vocab_size]
@@ -161,7 +161,7 @@ class ChatTokenizer:
             return self.own.render(messages=messages, enable_thinking=self.think, **self.names, **options)
         except (TypeError, jinja2.UndefinedError):  # a template of texts was given parts
             return ""
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is foreign code, which may raise anything
             words = f"its chat template cannot be rendered ({error}); name a --template"
             raise DataError(f"{self.path}: {words}") from error
 
@@ -233,8 +233,7 @@ def own_template(folder: str) -> str:
     """The chat template that came with a tokenizer, where transformers looks for it; "" if none did."""
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            return file.read()
+        return read_text(path, COPY_AGAIN)
     for name in ("chat_template.json", "tokenizer_config.json"):  # a processor's file, the tokenizer's
         path = os.path.join(folder, name)
         found = (read_json(path, COPY_AGAIN) if os.path.exists(path) else {}).get("chat_template")

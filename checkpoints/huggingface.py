@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from checkpoints.policies import read_configs
 from clip import Clip, ClipConfig
 from lora import DECODER_LINEARS
 from model import Decoder, ModelConfig
@@ -235,17 +236,23 @@ def number(config: dict, key: str, where: str, kind=int):
     return value
 
 
+def table(config: dict, key: str, where: str) -> dict:
+    """The object under a key, empty where there is none. BadInput: it is something else."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise BadInput(f"{where}: {key} is {value!r}; it must be an object {{..}}")
+    return value
+
+
 def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
     """ModelConfig of a decoder's config.json, or of the text_config in LLaVA's. ours: fields that the file
     does not know. BadInput: not supported, or no number where one is needed."""
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in DECODERS:
         raise BadInput(f"{where}: model_type {kind} is not supported; those that are: {SUPPORTED}")
     config = DECODERS[kind] | config
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise BadInput(f"{where}: rope_scaling is {rope!r}; it must be an object")
-    scaling = rope.get("rope_type", rope.get("type", "default"))
+    rope = table(config, "rope_parameters", where) or table(config, "rope_scaling", where)
+    scaling = str(rope.get("rope_type", rope.get("type", "default")))
     refuse_unsupported(config, where, kind, scaling)
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
@@ -276,8 +283,8 @@ def refuse_unsupported(config: dict, where: str, kind: str, scaling: str):
     """BadInput for what would make our decoder compute something else than the checkpoint's own code."""
     layer_types = config.get("layer_types") or []
     if config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
-        first = config.get("max_window_layers", 28)
-        layer_types = layer_types or ["sliding_attention"] * (config["num_hidden_layers"] > first)
+        layers, first = (number({"max_window_layers": 28} | config, key, where) for key in WINDOW_KEYS)
+        layer_types = layer_types or ["sliding_attention"] * (layers > first)
     packed = config.get("quantization_config")
     causes = {
         "attention_bias true": config.get("attention_bias"),
@@ -402,6 +409,7 @@ def clip_source(name: str, path: str) -> Source:
     return Source(name)
 
 
+WINDOW_KEYS = ("num_hidden_layers", "max_window_layers")
 HEAD = "lm_head.weight"
 EMBEDDED = ("clip.", "bridge.", "decoder.")  # the parts of a folder that pretrain.py made
 
@@ -467,11 +475,13 @@ def read_clip_config(path: str) -> ClipConfig:
     where = os.path.join(path, "config.json")
     config = read_json(where, FOLDER)
     if is_embedded(path):
-        return ClipConfig(**config["clip"])
+        return read_configs(path)[1]
     if config.get("model_type") != "clip":
         raise BadInput(f"{where}: model_type {config.get('model_type')} is no clip: name CLIP's folder")
     embed_dim = number({"projection_dim": 512} | config, "projection_dim", where)
-    return clip_config(config.get("vision_config") or {}, where, config.get("text_config") or {}, embed_dim)
+    return clip_config(
+        table(config, "vision_config", where), where, table(config, "text_config", where), embed_dim
+    )
 
 
 def load_clip(path: str, device="cpu", dtype=torch.float32) -> Clip:

@@ -4,12 +4,11 @@ import os
 import re
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import lora
-from plumbing.options import BadInput, read_json, refuse_pickles, write_json, write_whole
+from plumbing.options import BadInput, read_json, read_tensors, refuse_pickles, write_json, write_whole
 
 SAVED = "name a folder with an adapter that train.py or PEFT saved"
 PREFIX = "base_model.model."  # PEFT's prefix; without it PEFT loads nothing and warns once
@@ -69,14 +68,7 @@ def read_adapter(folder: str) -> tuple[dict, dict[str, Tensor]]:
         if name in config and config[name] not in plain:
             words = f"{name} {config[name]} is not supported; only plain LoRA and rsLoRA are"
             raise BadInput(f"{config_path}: {words}")
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: {error}; {SAVED}") from error
-    unsound = next((name for name, x in tensors.items() if not x.isfinite().all()), None)
-    if unsound:
-        raise BadInput(f"{path}: {unsound} holds NaN or infinity; use a sound copy of this adapter")
-    return config, tensors
+    return config, read_tensors(path, SAVED)[0]
 
 
 @torch.no_grad()

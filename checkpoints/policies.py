@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 import lora
 from clip import ClipConfig
@@ -19,14 +18,21 @@ from plumbing.options import (
     CountOrNone,
     Options,
     Positive,
+    Seed,
+    check_record,
     checked,
     read_json,
+    read_tensors,
     refuse_pickles,
     write_json,
     write_whole,
 )
 
 RUN = "name a folder that train.py made"
+RUN_KINDS = {  # what else of train.py's options it takes to use its policy
+    "lora_r": Count, "lora_alpha": Positive, "max_new_tokens": Count, "eval_samples": Count,
+    "dtype": Literal["float32", "bfloat16"],
+}  # fmt: skip
 POLICIES = (
     "a policy is what pretrain.py wrote or, in the Hugging Face layout, LLaVA-1.5 (model_type llava) or a"
     " text decoder with --clip"
@@ -49,13 +55,13 @@ class PolicyOptions(Options):
     template: str = "auto"  # pretrained: the conversation; auto: the tokenizer's own, or else vicuna_v1
     think: bool = False  # pretrained: the prompt and the reward's form ask for a <think> part
     random_weights: bool = False  # draw the weights of a pretrained layout's folder that holds none
-    seed: int = 0  # of everything that is drawn
+    seed: Seed = 0  # of everything that is drawn
 
 
 def kind_of(folder: str) -> str:
     """config.json's model_type; empty for a folder that pretrain.py wrote, or that is none at all."""
     path = os.path.join(folder, "config.json")
-    return (read_json(path, "name a policy's folder").get("model_type") or "") if os.path.exists(path) else ""
+    return str(read_json(path, POLICIES).get("model_type") or "") if os.path.exists(path) else ""
 
 
 def policy_configs(options: PolicyOptions) -> tuple[ModelConfig, ClipConfig]:
@@ -77,7 +83,7 @@ def policy_configs(options: PolicyOptions) -> tuple[ModelConfig, ClipConfig]:
 def load_tokenizer(options: PolicyOptions, V: int):
     """The tokenizer of the policy. V: rows of its embedding."""
     if not kind_of(options.policy):
-        return Tokenizer.load(os.path.join(options.policy, "tokenizer.json"))
+        return Tokenizer.load(os.path.join(options.policy, "tokenizer.json"), V)
     if kind_of(options.policy) == SUPERVISED:
         from checkpoints.supervised import decoder_options
 
@@ -88,6 +94,8 @@ def load_tokenizer(options: PolicyOptions, V: int):
     placeholder_id = config.get("image_token_index", config.get("image_token_id", 32000))
     if config["model_type"] != "llava":
         placeholder_id = None
+    elif type(placeholder_id) is not int:
+        raise BadInput(f"{options.policy}/config.json: image_token_index is {placeholder_id!r}; {POLICIES}")
     return ChatTokenizer(options.policy, options.template, placeholder_id, V, options.think)
 
 
@@ -171,18 +179,15 @@ def load_run(folder: str, device="cpu"):
     bounds."""
     path = os.path.join(folder, "config.json")
     config, names = read_json(path, RUN), [field.name for field in fields(PolicyOptions)]
-    missing = [name for name in (*names, "lora_r", "lora_alpha", "made") if name not in config]
+    missing = [name for name in (*names, *RUN_KINDS, "made") if name not in config]
     if missing:
         raise BadInput(
             f"{path}: {missing[0]} is missing, so an earlier version made this run, or none; run train.py"
             f" again, or start it from this adapter: --adapter {os.path.join(folder, 'adapter')}"
         )
+    config |= {name: checked(name, kind, config[name]) for name, kind in RUN_KINDS.items()}
     policy, tokenizer = load_policy(PolicyOptions(**{name: config[name] for name in names}), device)
-    r, alpha = (
-        checked("lora_r", Count, config["lora_r"]),
-        checked("lora_alpha", Positive, config["lora_alpha"]),
-    )
-    lora.add_adapters(policy.decoder, r, alpha)
+    lora.add_adapters(policy.decoder, config["lora_r"], config["lora_alpha"])
     load_adapter_of(policy, os.path.join(folder, "best" if config.get("keep") == "best" else "adapter"))
     return policy, tokenizer, config
 
@@ -234,18 +239,21 @@ def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipCon
             " with pretrain.py, or rename in it model.adapter to bridge and the tensors adapter.* to bridge.*"
         )
     try:
-        cfg = ModelConfig(**sizes["model"])
-        return replace(cfg, num_frames=num_frames or cfg.num_frames), ClipConfig(**sizes["clip"])
-    except (ValueError, TypeError, KeyError) as error:
+        cfg, clip_cfg = ModelConfig(**sizes["model"]), ClipConfig(**sizes["clip"])
+    except (TypeError, KeyError) as error:
         raise BadInput(f"{config}: not what save_model wrote ({error}); {POLICIES}") from error
+    check_record(cfg, config, POLICIES)
+    check_record(clip_cfg, config, POLICIES)
+    return replace(cfg, num_frames=num_frames or cfg.num_frames), clip_cfg
 
 
 def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
     """The model of a folder that `save_model` wrote, float32, frozen. BadInput: a file is missing or odd."""
     path, configs = os.path.join(folder, "model.safetensors"), read_configs(folder, num_frames)
+    stored, _ = read_tensors(path, "make it anew with pretrain.py")
     try:
-        model, stored = VideoLM(*configs), load_file(path)
-    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        model = VideoLM(*configs)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise BadInput(
             f"{folder}: not what save_model wrote ({error}); make it anew with pretrain.py"
         ) from error
@@ -256,8 +264,5 @@ def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
             f"{path}: {odd[0]} is {shapes.get(odd[0])}, config.json wants {wanted.get(odd[0])}"
             f" (and {len(odd) - 1} more): use files that belong together"
         )
-    unsound = next((name for name, x in stored.items() if not x.isfinite().all()), None)
-    if unsound:
-        raise BadInput(f"{path}: {unsound} holds NaN or infinity; use a sound copy of these weights")
     model.load_state_dict(stored)
     return model.to(device).float().eval().requires_grad_(False)

@@ -25,6 +25,7 @@ from checkpoints.huggingface import (
     decoder_sources,
     fill,
     read_clip_config,
+    table,
     weight_files,
     with_own_head,
 )
@@ -83,7 +84,7 @@ def llava_configs(config: dict, where: str, num_frames: int, video_tokens: str):
     layer = config.get("vision_feature_layer", -2)
     if type(layer) is not int:
         raise BadInput(f"{where}: vision_feature_layer {layer} is not supported; one layer, a whole number")
-    text, vision = config.get("text_config") or {}, config.get("vision_config") or LLAVA_VISION
+    text, vision = table(config, "text_config", where), table(config, "vision_config", where) or LLAVA_VISION
     if vision.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise BadInput(f"{where}: an image tower {vision['model_type']} is not supported; CLIP's is")
     text = {"model_type": "llama"} | text

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
@@ -33,13 +32,27 @@ from data import VIDEO_ID, build_prompt, collate_completions, load_clips
 from model import Bridge, VideoLM
 from plumbing.fitting import MAX_NORM, adamw, learning_rate
 from plumbing.machine import optimizer_step, pick_device, pick_dtype, say
-from plumbing.options import BadInput, Count, Options, Positive, Share, read_json, write_json, write_whole
+from plumbing.options import (
+    BadInput,
+    Count,
+    Options,
+    Positive,
+    Share,
+    check_record,
+    one_line,
+    parse_json,
+    read_json,
+    read_tensors,
+    write_json,
+    write_whole,
+)  # fmt: skip
 from plumbing.run_folder import fingerprint
 from videoqa import world
 from videoqa.questions import load_questions
 
 WANTS = "name a folder that pretrain.py --stage bridge or sft wrote"
 FIRST_SCENE = 4_000_000  # seed of the first scene of the embedded world's clips for pretrained policies
+KINDS = dict.fromkeys(("decoder", "clip", "template", "video_tokens"), str) | {"fingerprints": dict}
 SIZES = ("bridge", "bridge_width", "bridge_heads", "num_queries", "qformer_layers", "num_frames")
 HELD_CLIPS = 32  # held-out clips that the loss is measured on
 
@@ -252,14 +265,17 @@ def take_bridge(model: VideoLM, folder: str) -> None:
     """Gives the model the bridge of another policy folder, written by pretrain.py. Where the decoders differ
     in width, the last two linear layers start anew. Raises BadInput if it is of another CLIP."""
     config, name = read_json(os.path.join(folder, "config.json"), WANTS), "model.safetensors"
-    sizes = config["model"] if "model" in config else config.get("sizes", {})
+    sizes = config.get("model", config.get("sizes"))
+    if not isinstance(sizes, dict):
+        raise BadInput(f"--bridge_from {folder}: holds no bridge; {WANTS}")
     if config.get("model_type") == SUPERVISED:
         name = "bridge.safetensors"
-    stored = load_file(os.path.join(folder, name))
+    stored, _ = read_tensors(os.path.join(folder, name), WANTS)
     if name == "model.safetensors":
         stored = {key.removeprefix("bridge."): x for key, x in stored.items() if key.startswith("bridge.")}
     sizes = {key: sizes[key] for key in SIZES if key in sizes and key != "num_frames"}
     model.cfg = replace(model.cfg, **sizes)
+    check_record(model.cfg, folder, WANTS)
     bridge, device = Bridge(model.cfg, model.clip_cfg), model.decoder.head.device
     new = bridge.state_dict()
     kept = {key: x.float() for key, x in stored.items() if key in new and x.shape == new[key].shape}
@@ -297,7 +313,7 @@ def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict])
         peft_files.save_adapter(model.decoder, os.path.join(cfg.out, "adapter"), path)
     rows = "".join(json.dumps(row) + "\n" for row in history)
     write_whole(os.path.join(cfg.out, "metrics.jsonl"), rows.encode())
-    config = {name: beneath[name] for name in ("decoder", "clip", "template", "video_tokens", "fingerprints")}
+    config = {name: beneath[name] for name in KINDS}
     sizes = {name: getattr(model.cfg, name) for name in SIZES}
     config |= {"model_type": SUPERVISED, "sizes": sizes, "options": asdict(cfg)}
     write_json(os.path.join(cfg.out, "config.json"), config)
@@ -305,9 +321,9 @@ def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict])
 
 def load_training(folder: str, parameters, optimizer) -> list[dict]:
     """Restores parameters and optimizer from the last save; returns the rows of metrics.jsonl."""
-    with safe_open(os.path.join(folder, "training.safetensors"), "pt") as file:
-        history = json.loads(file.metadata()["history"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    path = os.path.join(folder, "training.safetensors")
+    tensors, metadata = read_tensors(path, WANTS)
+    history = parse_json(metadata.get("history", ""), path, WANTS)
     for i, p in enumerate(parameters):
         p.data.copy_(tensors[f"parameter.{i}"])
         state = {k.rsplit(".", 1)[1]: x for k, x in tensors.items() if k.startswith(f"optimizer.{i}.")}
@@ -320,14 +336,18 @@ def decoder_options(options: PolicyOptions) -> tuple[PolicyOptions, dict]:
     the folder's config.json. Raises BadInput if decoder or CLIP are not those that it was trained with, or if
     an option contradicts the folder."""
     folder = options.policy
-    config = read_json(os.path.join(folder, "config.json"), WANTS)
+    path = os.path.join(folder, "config.json")
+    config = read_json(path, WANTS)
+    for name, kind in (KINDS | {"sizes": dict}).items():
+        if type(config.get(name)) is not kind:
+            raise BadInput(f"{path}: {name} is missing or damaged; {WANTS}")
     fixed = {"clip": config["clip"], "template": config["template"], "video_tokens": config["video_tokens"]}
-    fixed["num_frames"] = config["sizes"]["num_frames"]
+    fixed["num_frames"] = config["sizes"].get("num_frames")
     for name, value in fixed.items():
         if getattr(options, name) not in (value, getattr(PolicyOptions, name)):
             raise BadInput(f"--{name} {getattr(options, name)}: {folder} has {value}; leave it out")
-    for name, made_from in config["fingerprints"].items():
-        if fingerprint(config[name]) != made_from:
+    for name in ("decoder", "clip"):
+        if fingerprint(config[name]) != config["fingerprints"].get(name):
             raise BadInput(f"{config[name]}: not the {name} that {folder} was trained with; put it back")
     adapter = os.path.join(folder, "adapter")
     adapter = adapter if os.path.isdir(adapter) else ""
@@ -342,9 +362,14 @@ def load_supervised(options: PolicyOptions, device):
     path = os.path.join(options.policy, "bridge.safetensors")
     model, tokenizer = load_policy(beneath, device, own_bridge=os.path.exists(path))
     if os.path.exists(path):
-        model.cfg = replace(model.cfg, **config["sizes"])
-        bridge = Bridge(model.cfg, model.clip_cfg)
-        bridge.load_state_dict(load_file(path))
+        stored = read_tensors(path, WANTS)[0]
+        try:
+            model.cfg = replace(model.cfg, **config["sizes"])
+            check_record(model.cfg, options.policy, WANTS)
+            bridge = Bridge(model.cfg, model.clip_cfg)
+            bridge.load_state_dict(stored)
+        except (TypeError, RuntimeError, ArithmeticError) as error:
+            raise BadInput(f"{path}: does not fit config.json ({one_line(error)}); {WANTS}") from error
         model.bridge = bridge.requires_grad_(False).eval().to(device)
     if options.adapter:
         peft_files.load_adapter(model.decoder, options.adapter)

@@ -16,7 +16,7 @@ import sys
 from functools import partial
 
 from data import DataOptions, draw_world, world_folders
-from plumbing.options import ArgumentParser, BadInput, run_script, write_json, write_whole
+from plumbing.options import ArgumentParser, BadInput, Count, checked, run_script, write_json, write_whole
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # What is wrong with the oracle, and what is done about it: options of train.py
@@ -59,8 +59,9 @@ def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list
     if not os.path.exists(stored):
         write_json(stored, options)
     with open(stored) as file:
-        if (old := json.load(file)) != options:
-            raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
+        old = json.load(file)
+    if old != options:
+        raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
     for seed in range(seeds):
         for line, special in lines.items():
             special = special.format(folder=folder, seed=seed, **blanks).split()
@@ -218,8 +219,9 @@ def main() -> int:
         if name == "selection":
             study.add_argument("--warm_up", type=int, default=10, help="steps before anything is selected")
     args = parser.parse_args()
-    more = {"warm_up": args.warm_up} if args.command == "selection" else {}
-    print(studies[args.command][0](args.out, args.seeds, args.options, args.page, **more))
+    more = {"warm_up": checked("warm_up", Count, args.warm_up)} if args.command == "selection" else {}
+    seeds = checked("seeds", Count, args.seeds)
+    print(studies[args.command][0](args.out, seeds, args.options, args.page, **more))
     return 0
 
 

@@ -15,7 +15,7 @@ from checkpoints.policies import load_policy
 from data import PromptSet
 from grpo_rank import dcg, rank_advantages, ranks_from_scores
 from oracle import RuleOracle
-from plumbing.options import Count, Options, parse_args, run_script
+from plumbing.options import Count, Options, Seed, parse_args, run_script
 from rollout import Sampling, answer, completion_states, reference_states
 from videoqa import world
 from videoqa.questions import load_questions
@@ -30,7 +30,7 @@ class TourOptions(Options):
     clip: Count = 2000006  # seed of the scene that is drawn and asked about
     question: str = "what color appears last"  # one of the scene's own
     group_size: Count = 5  # G
-    seed: int = 0  # of the sampled answers
+    seed: Seed = 0  # of the sampled answers
 
 
 def show(name: str, value, meaning: str) -> None:

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from tqdm import tqdm
@@ -13,11 +13,11 @@ from oracle import READS, FunctionOracle, Ranking, RewardOracle, RuleOracle, loa
 from plumbing.machine import process_info, reduce_sum, say
 from plumbing.options import (
     BadInput,
+    Bounds,
     Count,
     CountOrNone,
     NotNegative,
     Options,
-    Positive,
     Share,
     one_line,
 )  # fmt: skip
@@ -38,7 +38,7 @@ class OracleOptions(Options):
     oracle_body: str = ""  # llm: JSON merged into every request; null takes a field out
     oracle_frames: CountOrNone = 0  # llm: pictures of the video that the judge is shown
     oracle_concurrency: Count = 64  # llm: calls in flight
-    oracle_timeout: Positive = 120.0  # llm: seconds for a whole reply
+    oracle_timeout: Annotated[float, Bounds(0, 10**6, above=True)] = 120.0  # llm: seconds for a whole reply
     oracle_patience: NotNegative = 600.0  # seconds to wait for a judge that died, before the run stops
     oracle_max_calls: CountOrNone = 0  # llm: budget until the run is started or resumed again; 0: no limit
     oracle_max_tokens: CountOrNone = 0  # llm: the same in tokens

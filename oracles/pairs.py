@@ -21,7 +21,7 @@ from plumbing.machine import pick_device
 from plumbing.options import BadInput, Count, Options, Positive, Share, read_jsonl, write_json
 from videoqa import world
 from videoqa.answers import Question, grade, prompt_text
-from videoqa.questions import load_questions
+from videoqa.questions import is_below, load_questions
 
 FIELDS = ("video", "question", "chosen", "rejected")
 FIRST_SCENE = 3_000_000  # seed of the first scene of the ranker's clips: nothing else has seen them
@@ -63,6 +63,8 @@ def load_pairs(path: str, videos_dir: str) -> list[Pair]:
         video, question, chosen, rejected = (text.strip() for text in texts)
         if chosen == rejected:
             raise BadInput(f"{where}: chosen and rejected are the same; leave it out")
+        if not is_below(video):
+            raise BadInput(f"{where}: video {video!r} is not below --videos; name a folder above it there")
         pairs.append(Pair(os.path.join(videos_dir, video), question, chosen, rejected))
     if len({pair.video for pair in pairs}) < 2:
         raise BadInput(f"{path}: pairs of at least 2 videos are needed, one of them to be held out; add some")
@@ -160,7 +162,8 @@ def train_ranker(cfg) -> dict:
     began, rng, generator = time.time(), random.Random(cfg.seed), torch.Generator().manual_seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     device = pick_device(cfg.device)
-    model, tokenizer = load_model(cfg.out, device), Tokenizer.load(os.path.join(cfg.out, "tokenizer.json"))
+    model = load_model(cfg.out, device)
+    tokenizer = Tokenizer.load(os.path.join(cfg.out, "tokenizer.json"), model.cfg.vocab_size)
     pairs = pairs_to_learn(cfg)
     videos = sorted({pair.video for pair in pairs})
     embeds, _ = embed_videos(model, [(video,) for video in videos])

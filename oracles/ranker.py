@@ -12,7 +12,6 @@ import hashlib
 import os
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from checkpoints.supervised import states_behind
 from data import BOS_ID, EOS_ID, Tokenizer, collate_completions, embed_videos
 from model import VideoLM
 from oracle import Ranking, check_groups, competition_ranks
-from plumbing.options import BadInput, write_whole
+from plumbing.options import BadInput, read_tensors, write_whole
 from videoqa.answers import Question, prompt_text
 
 
@@ -65,18 +64,15 @@ def load_ranker(folder: str, device="cpu") -> Ranker:
     """What save_ranker wrote, float32, frozen; its base is the folder above. BadInput: none, or another's."""
     path, base = os.path.join(folder, "ranker.safetensors"), os.path.dirname(os.path.abspath(folder))
     remedy = "make it with python pretrain.py --stage ranker"
-    if not os.path.exists(path):
-        raise BadInput(f"{path}: no such file; {remedy}")
+    tensors, metadata = read_tensors(path, remedy)
+    if os.path.exists(os.path.join(base, "model.safetensors")) and metadata.get("base") != _digest(base):
+        raise BadInput(f"{path}: was trained from another {base}/model.safetensors; {remedy}")
+    model = load_model(base)
+    ranker = Ranker(model, Tokenizer.load(os.path.join(base, "tokenizer.json"), model.cfg.vocab_size))
     try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            made_for = (file.metadata() or {}).get("base")
-        if os.path.exists(os.path.join(base, "model.safetensors")) and made_for != _digest(base):
-            raise BadInput(f"{path}: was trained from another {base}/model.safetensors; {remedy}")
-        ranker = Ranker(load_model(base), Tokenizer.load(os.path.join(base, "tokenizer.json")))
         ranker.head.weight.data.copy_(tensors.pop("head"))
         ranker.model.decoder.load_state_dict({k.removeprefix("decoder."): x for k, x in tensors.items()})
-    except (SafetensorError, KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError) as error:
         words = " ".join(str(error).split())[:200]
         raise BadInput(f"{path}: not what save_ranker wrote ({words}); {remedy}") from error
     return ranker.to(device).float().eval().requires_grad_(False)
@@ -102,9 +98,13 @@ class TrainedOracle:
         groups = [[text.strip() for text in group] for group in texts]
         pairs = zip(batch, groups, strict=True)
         rows = [[(prompt_text(question), text) for text in group] for question, group in pairs]
-        found = self.ranker(torch.stack([self.embeds[question.shown] for question in batch]), rows).tolist()
+        found = self.ranker(torch.stack([self.embeds[question.shown] for question in batch]), rows)
+        if not found.isfinite().all():
+            raise BadInput(
+                "--ranker: its scores are not finite; make it anew with pretrain.py --stage ranker"
+            )
         scores = []
-        for group, values in zip(groups, found, strict=True):
+        for group, values in zip(groups, found.tolist(), strict=True):
             score_of = dict(zip(group, values, strict=True))  # one score a text, so identical ones tie
             scores.append([score_of[text] for text in group])
         ranks = torch.tensor([tied_ranks(group, self.margin) for group in scores])

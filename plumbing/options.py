@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal, get_args, get_origin
 
+from safetensors import SafetensorError, safe_open
+
 
 class BadInput(ValueError):
     """Something the user gave is wrong. One line: the file, row or option, what is wrong, the remedy."""
@@ -51,8 +53,9 @@ class Bounds:
         return low if self.high >= sys.float_info.max else f"{low} and at most {self.high}"
 
 
-Count = Annotated[int, Bounds(1)]
-CountOrNone = Annotated[int, Bounds(0)]  # 0 means none, or all, as the option's help says
+Count = Annotated[int, Bounds(1, 10**9)]
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]
+CountOrNone = Annotated[int, Bounds(0, 10**9)]  # 0 means none, or all, as the option's help says
 Positive = Annotated[float, Bounds(0, sys.float_info.max, above=True)]
 NotNegative = Annotated[float, Bounds(0, sys.float_info.max)]
 Share = Annotated[float, Bounds(0, 1)]
@@ -82,6 +85,24 @@ def checked(name: str, kind, value):
     if type(value) is not kind or (bounds and not bounds[0].hold(value)):
         raise BadInput(f"--{name} {value}: give {' '.join([words, *map(str, bounds)])}")
     return value
+
+
+def check_record(record, where: str, wants: str) -> None:
+    """Raises BadInput unless each field of a dataclass that was filled from a file is of its type, and a
+    number above 0 wherever its default is."""
+    for field in fields(record):
+        value, choices = getattr(record, field.name), get_args(field.type)
+        kinds = (int, float) if field.type is float else (field.type,)
+        good = value in choices if choices else type(value) in kinds
+        if not good or type(value) in (int, float) and field.default > 0 and not value > 0:
+            raise BadInput(f"{where}: {field.name} is {value!r}; {wants}")
+
+
+def is_kind(value, kind) -> bool:
+    """Whether a JSON value is of this type, as int | float or list[str]. true and false are no numbers."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(is_kind(x, get_args(kind)[0]) for x in value)
+    return isinstance(value, kind) and (kind is bool or type(value) is not bool)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -159,6 +180,11 @@ def one_line(text: str) -> str:
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in spaced)
 
 
+def cell(text: str) -> str:
+    """As `one_line`, for a table in Markdown."""
+    return one_line(text).replace("|", "/")
+
+
 def run_script(main) -> None:
     """Runs a script: status 0 done, 2 bad input, 130 Ctrl-C (one line on stderr), 1 anything else."""
     try:
@@ -173,6 +199,10 @@ def run_script(main) -> None:
         print(
             f"error: {one_line(error)}; make room or choose another folder, then run again", file=sys.stderr
         )
+        status = 2
+    except UnicodeEncodeError as error:  # a file's name, or a word of the command line
+        near = error.object[max(error.start - 40, 0) : error.end + 40]
+        print(f"error: {one_line(near)}: not a text in UTF-8; rename the file", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:  # where nothing is worth saving; train.py's loop catches Ctrl-C itself
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
@@ -218,6 +248,14 @@ def read_bytes(path: str, wants: str) -> bytes:
         raise BadInput(f"{path}: {error.strerror or error}; {wants}") from error
 
 
+def read_text(path: str, wants: str) -> str:
+    """A file's content, line ends as they are. Raises BadInput if it is missing or not in UTF-8."""
+    try:
+        return read_bytes(path, wants).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not a UTF-8 text ({error.reason}); {wants}") from error
+
+
 def read_json(path: str, wants: str) -> dict:
     """The JSON object in a file. Raises BadInput if there is none."""
     value = parse_json(read_bytes(path, wants), path, wants)
@@ -236,6 +274,21 @@ def read_jsonl(path: str, wants: str) -> Iterator[tuple[str, dict]]:
             if not isinstance(row, dict):
                 raise BadInput(f"{where}: not a JSON object; {wants}")
             yield where, row
+
+
+def read_tensors(path: str, wants: str) -> tuple[dict, dict[str, str]]:
+    """(tensors by name, metadata) of a safetensors file. Raises BadInput if it is missing or damaged, and for
+    a number that is NaN or infinite."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{path}: {one_line(error)}; {wants}") from error
+    unsound = next((name for name, x in tensors.items() if not x.float().isfinite().all()), None)
+    if unsound:
+        raise BadInput(f"{path}: {unsound} holds NaN or infinity; use a sound copy of this file")
+    return tensors, metadata
 
 
 PICKLES = (".bin", ".pt", ".pth")

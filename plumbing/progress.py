@@ -9,7 +9,7 @@ from collections import Counter
 from tqdm import tqdm
 
 from plumbing.machine import fitted
-from plumbing.options import read_json, write_json
+from plumbing.options import BadInput, cell, is_kind, read_json, write_json
 
 
 class Bar:
@@ -116,26 +116,46 @@ def compare(folders: list[str]) -> str:
     ]
     lines.append("|---" * 10 + "|")
     for folder in folders:
-        path = os.path.join(folder, "results.json")
-        r = read_json(path, "name run folders whose training has ended")
-        cells = [os.path.basename(folder.rstrip("/")), str(r["seed"])]
-        for mode in ("greedy", "sampled"):
-            low, high = (f"{100 * x:+.1f}" for x in r["gain"][mode]["ci95"])
-            cells += [f"{100 * r[when][mode]['accuracy']:.1f}" for when in ("before", "after")]
-            cells.append(f"{100 * r['gain'][mode]['accuracy']:+.1f} [{low}, {high}]")
-        old, new = (r[when]["greedy"]["by_category"] for when in ("before", "after"))
-        change, name = min((new[k]["accuracy"] - old[k]["accuracy"], k) for k in old)
-        lines.append("| " + " | ".join([*cells, f"{name} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]) + " |")
+        lines.append(read_results(folder)[1])
     return "\n".join(lines)
+
+
+def read_results(folder: str) -> tuple[dict, str]:
+    """(results.json of a run that has ended, its row of `compare`). BadInput: it is missing or damaged."""
+    path, wants = os.path.join(folder, "results.json"), "name run folders whose training has ended"
+    results = read_json(path, wants)
+    try:
+        row = results_row(os.path.basename(folder.rstrip("/")), results)
+        steps = [results["steps"], (results.get("kept") or {"step": 0})["step"]]
+        if not is_kind(steps, list[int]):
+            raise ValueError(f"steps {steps}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: not what train.py wrote ({error!r}); {wants}") from error
+    return results, row
+
+
+def results_row(name: str, r: dict) -> str:
+    """A run's row of `compare`, from its results.json."""
+    cells = [cell(name), cell(r["seed"])]
+    for mode in ("greedy", "sampled"):
+        low, high = (f"{100 * x:+.1f}" for x in r["gain"][mode]["ci95"])
+        cells += [f"{100 * r[when][mode]['accuracy']:.1f}" for when in ("before", "after")]
+        cells.append(f"{100 * r['gain'][mode]['accuracy']:+.1f} [{low}, {high}]")
+    old, new = (r[when]["greedy"]["by_category"] for when in ("before", "after"))
+    change, worst = min((new[k]["accuracy"] - old[k]["accuracy"], k) for k in old)
+    return "| " + " | ".join([*cells, f"{cell(worst)} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]) + " |"
 
 
 def differences(folders: list[str]) -> str:
     """The options in which runs differ, a row an option; "" where there is none."""
     names = [os.path.basename(folder.rstrip("/")) for folder in folders]
     configs = [read_json(os.path.join(folder, "config.json"), "name run folders") for folder in folders]
-    rows = [[name, *map(str, of)] for name, of in options_that_differ(configs).items()]
+    rows = [[name, *map(cell, of)] for name, of in options_that_differ(configs).items()]
     lines = [f"| {' | '.join(cells)} |" for cells in [["option", *names], ["---"] * (len(names) + 1), *rows]]
     return "\n".join(lines) if rows else ""
+
+
+COUNTED = ("groups", "dead_groups", "failed_groups")
 
 
 def oracle_summary(rows: list[dict]) -> dict:
@@ -144,8 +164,7 @@ def oracle_summary(rows: list[dict]) -> dict:
     causes = Counter()
     for row in rows:
         causes.update(row.get("failed_by_cause", {}))
-    counted = ("groups", "dead_groups", "failed_groups")
-    found = {name: sum(row.get(name, 0) for row in rows) for name in counted}
+    found = {name: sum(row.get(name, 0) for row in rows) for name in COUNTED}
     found["failed_by_cause"] = dict(causes)
     for name in ("judge_calls", "judge_cache_hits", "judge_tokens", "judge_repairs"):
         found |= {name: sum(row.get(name, 0) for row in rows)} if rows and name in rows[0] else {}
@@ -160,7 +179,7 @@ def finish(run, device: str, after: dict, gain: dict, table: str) -> None:
     from plumbing import report
 
     path = os.path.join(run.out, "metrics.jsonl")
-    metrics, _ = report.sound_rows(path, ("step", "groups"))
+    metrics, _ = report.sound_rows(path, {"groups": int})
     kept = run.progress["best"] if run.options.keep == "best" else None
     results = {
         "seed": run.options.seed, "steps": run.step, "wall_s": round(run.wall_s(), 1),

@@ -16,13 +16,14 @@ from plumbing import page
 from plumbing.options import (
     ArgumentParser,
     BadInput,
+    is_kind,
     parse_json,
     read_bytes,
     read_json,
     run_script,
     write_whole,
 )
-from plumbing.progress import options_that_differ, oracle_summary
+from plumbing.progress import COUNTED, options_that_differ, oracle_summary, read_results
 
 RUN = "name a folder that train.py made"
 CARDS = 12  # prompts that are shown with their candidates, and changed answers of a kind
@@ -44,6 +45,15 @@ CHARTS = (  # title, names in metrics.jsonl, whether they are shares in 0..1
 )  # fmt: skip
 
 
+KINDS = {  # the fields that each row of a file has beside its step
+    "metrics": dict.fromkeys(COUNTED, int),
+    "rollouts": {"id": str, "question": str, "answer": str, "candidates": list[str]}
+    | {"oracle_ranks": list[int], "policy_ranks": list[int], "advantages": list[int | float]},
+    "evaluations": {"greedy": dict},
+    "answers": dict.fromkeys("id video category question gold greedy".split(), str) | {"right": bool},
+}
+
+
 @dataclass
 class Run:
     """What a run folder holds, of a run that has ended or is under way."""
@@ -63,16 +73,18 @@ class Run:
         return os.path.basename(os.path.abspath(self.folder))
 
 
-def sound_rows(path: str, needs: tuple) -> tuple[list[dict], int]:
-    """(rows of a JSONL file that have these fields, number of the others). A last line without its end is
-    being written, and is no row yet."""
-    rows, broken = [], 0
+def sound_rows(path: str, kinds: dict) -> tuple[list[dict], int]:
+    """(rows of a JSONL file that have fields of these types and a step, number of the others). A last line
+    without its end is being written, and is no row yet."""
+    rows, broken, kinds = [], 0, {"step": int} | kinds
     if not os.path.exists(path):
         return rows, broken
     for line in read_bytes(path, RUN).splitlines(keepends=True):
         try:
             row = parse_json(line, path, RUN)
-            sound = isinstance(row, dict) and row.keys() >= set(needs) and is_number(row["step"])
+            sound = isinstance(row, dict) and all(is_kind(row.get(k), kind) for k, kind in kinds.items())
+            lengths = {len(row[k]) for k in kinds if sound and isinstance(row[k], list)}
+            sound = sound and len(lengths) < 2  # a candidate is a column of all its row's lists
         except BadInput:
             sound = False
         if sound:
@@ -82,24 +94,16 @@ def sound_rows(path: str, needs: tuple) -> tuple[list[dict], int]:
     return rows, broken
 
 
-def is_number(value) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def read_run(folder: str) -> Run:
     """Raises BadInput if the folder is no run's."""
     config, read, broken = read_json(os.path.join(folder, "config.json"), RUN), {}, {}
-    if "made" not in config:
+    if not isinstance(config.get("made"), dict):
         raise BadInput(f"{folder}: no run, or one of an earlier version; {RUN}")
-    candidates = ("id", "question", "answer", "candidates", "oracle_ranks", "policy_ranks", "advantages")
-    for name, needs in (
-        ("metrics", ()), ("rollouts", candidates), ("evaluations", ("greedy",)),
-        ("answers", ("id", "video", "category", "question", "gold", "greedy", "right")),
-    ):  # fmt: skip
-        read[name], count = sound_rows(os.path.join(folder, f"{name}.jsonl"), ("step", *needs))
+    for name, kinds in KINDS.items():
+        read[name], count = sound_rows(os.path.join(folder, f"{name}.jsonl"), kinds)
         broken |= {f"{name}.jsonl": count} if count else {}
-    path, log = os.path.join(folder, "results.json"), os.path.join(folder, "sessions.log")
-    results = read_json(path, RUN) if os.path.exists(path) else {}
+    log = os.path.join(folder, "sessions.log")
+    results = read_results(folder)[0] if os.path.exists(os.path.join(folder, "results.json")) else {}
     sessions = read_bytes(log, RUN).decode(errors="replace") if os.path.exists(log) else ""
     return Run(folder, config, **read, results=results, sessions=sessions, broken=broken)
 
@@ -128,7 +132,7 @@ def before_and_after(run: Run) -> tuple[dict, dict]:
 
 
 def points(rows: list[dict], name: str) -> list[tuple]:
-    return [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
+    return [(row["step"], row[name]) for row in rows if is_kind(row.get(name), int | float)]
 
 
 # ---- parts of the page

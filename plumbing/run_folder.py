@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import importlib.util
 import json
+import operator
 import os
 import platform
 import shlex
@@ -31,7 +32,6 @@ from importlib.metadata import version
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from plumbing.machine import process_info, reduce_sum, say
@@ -41,8 +41,10 @@ from plumbing.options import (
     CountOrNone,
     EndedEarly,
     Options,
+    is_kind,
     parse_json,
     read_json,
+    read_tensors,
     remove_leftovers,
     temporary_name,
     write_json,
@@ -167,25 +169,30 @@ def environment() -> dict:
     }  # fmt: skip
 
 
-def cut_back(path: str, kept=lambda row: True) -> list[dict]:
+def cut_back(path: str, kinds: dict[str, type], kept=lambda row: True) -> list[dict]:
     """Takes out of a JSONL file the rows that are not `kept`, and a last row cut in half by a kill. Returns
-    the rest."""
+    the rest. kinds: what fields each row has, and of which type."""
     if not os.path.exists(path):
         return []
     with open(path, "rb") as file:
         lines = [line for line in file if line.endswith(b"\n")]
-    rows = [parse_json(line, path, COPY_AGAIN) for line in lines]
+    rows = [parse_json(line, f"{path}, line {i}", COPY_AGAIN) for i, line in enumerate(lines, start=1)]
+    for i, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not all(is_kind(row.get(name), kind) for name, kind in kinds.items()):
+            raise BadInput(f"{path}, line {i}: no row with {', '.join(kinds)}; {COPY_AGAIN}")
     write_whole(path, b"".join(line for line, row in zip(lines, rows, strict=True) if kept(row)))
     return [row for row in rows if kept(row)]
 
 
 class Kept:
     """What a long job has made of each question, in a JSONL file that it appends to: started again, the job
-    goes on behind a kill. `of`: rows by their id. same: fields that all of the job's rows share."""
+    goes on behind a kill. `of`: rows by their id. kinds: the types of a row's fields. same: fields that all
+    of the job's rows share."""
 
-    def __init__(self, path: str, writes: bool = True, **same):
+    def __init__(self, path: str, kinds: dict[str, type], writes: bool = True, **same):
         self.path, self.writes, self.same = path, writes, same
-        self.of = {row["id"]: row for row in cut_back(path) if same.items() <= row.items()} if writes else {}
+        rows = cut_back(path, {"id": str} | kinds) if writes else []
+        self.of = {row["id"]: row for row in rows if same.items() <= row.items()}
 
     def add(self, rows: list[dict]):
         self.of |= {row["id"]: row for row in rows}
@@ -223,7 +230,8 @@ class RunFolder:
         if self.writes:
             for name, last in (("metrics", -1), ("rollouts", -1), ("answers", 0), ("evaluations", 0)):
                 last = self.step + last if options.resume else -1
-                cut_back(os.path.join(self.out, f"{name}.jsonl"), lambda row, last=last: row["step"] <= last)
+                path = os.path.join(self.out, f"{name}.jsonl")
+                cut_back(path, {"step": int}, lambda row, last=last: row["step"] <= last)
         if self.writes and options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -255,13 +263,18 @@ class RunFolder:
 
     def compare(self, made_from: dict[str, str]):
         """Refuses a resume on other data or weights; says what only shifts rounding."""
-        made = read_json(os.path.join(self.out, "config.json"), COPY_AGAIN)["made"]
+        path = os.path.join(self.out, "config.json")
+        made = read_json(path, COPY_AGAIN)["made"]
+        if not isinstance(made, dict) or not isinstance(made.get("from"), dict):
+            raise BadInput(f"{path}: 'made' is damaged; {COPY_AGAIN}")
         for name, value in made_from.items():
             if made["from"].get(name) != value:
                 raise BadInput(f"--out {self.out}: {name} changed since the run began; put it back to resume")
         now = environment()
         changed = [
-            f"{k} {made[k]} -> {now[k]}" for k in ("threads", "processes", "torch") if made[k] != now[k]
+            f"{k} {made.get(k)} -> {now[k]}"
+            for k in ("threads", "processes", "torch")
+            if made.get(k) != now[k]
         ]
         if changed:
             say(f"note: {', '.join(changed)} since the run began; its numbers round differently from here on")
@@ -289,7 +302,8 @@ class RunFolder:
         """The evaluation of the policy; its answers are kept in answers.jsonl. step: whose the policy is,
         None: of now."""
         step = self.step if step is None else step
-        kept = Kept(os.path.join(self.out, "answers.jsonl"), self.writes, step=step)
+        kinds = {"greedy": str, "sampled": list[str]}
+        kept = Kept(os.path.join(self.out, "answers.jsonl"), kinds, self.writes, step=step)
         return self.evaluation(subset=subset, kept=kept)
 
     def end(self, load_adapter) -> tuple[dict, dict]:
@@ -438,13 +452,12 @@ class RunFolder:
 
     def load(self):
         path = checkpoint_path(self.out)
+        tensors, metadata = read_tensors(path, COPY_AGAIN)
+        self.progress = parse_json(metadata.get("progress", ""), path, COPY_AGAIN)
         try:
-            with safe_open(path, "pt") as file:
-                self.progress = parse_json((file.metadata() or {}).get("progress", ""), path, COPY_AGAIN)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            self.step = self.progress.pop("step")
+            self.step = operator.index(self.progress.pop("step"))
             self.learner.restore(tensors)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BadInput(f"{path}: {error}; {COPY_AGAIN}") from error
         if self.writes:
             self.save_adapter(os.path.join(self.out, "adapter"))

@@ -14,8 +14,8 @@ import os
 import re
 from collections import defaultdict
 
-from plumbing.options import BadInput, parse_json, write_whole
-from videoqa.questions import is_number, is_text
+from plumbing.options import BadInput, is_kind, one_line, parse_json, read_text, write_whole
+from videoqa.questions import is_number, is_span, is_text
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
 ACTIVITYNET_TYPES = "motion spatial temporal yes/no color object location number other".split()
@@ -36,11 +36,8 @@ KINDS = {
     "text": (is_text, "a text"),
     "key": (lambda value: type(value) is int or is_text(value), "a text or an id"),
     "seconds": (lambda value: is_number(value) and value > 0, "a number of seconds"),
-    "texts": (
-        lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value),
-        "a list of texts",
-    ),
-    "list": (lambda value: isinstance(value, list), "a list"),
+    "texts": (lambda value: is_kind(value, list[str]), "a list of texts"),
+    "spans": (lambda value: isinstance(value, list) and all(map(is_span, value)), "a list of [start, end]"),
     "object": (lambda value: isinstance(value, dict), "an object"),
 }
 
@@ -66,14 +63,7 @@ def _need(row, where: str, columns: str | list[str]) -> list:
 
 
 def _text(path: str) -> str:
-    if not os.path.isfile(path):
-        raise BadInput(f"{path}: no such file; give it beside the other annotations")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            return file.read()
-        except UnicodeDecodeError as error:
-            words = f"not a UTF-8 text ({error.reason}); give CSV, JSON or JSON lines"
-            raise BadInput(f"{path}: {words}") from error
+    return read_text(path, ORIGINAL)
 
 
 def _json(path: str):
@@ -102,8 +92,14 @@ def _parquet(path: str) -> list[dict]:
 def _rows(path: str) -> list[tuple[str, dict]]:
     """(place, row) of a CSV, JSON list, JSON lines or parquet file."""
     if path.endswith(".csv"):
-        table = csv.DictReader(io.StringIO(_text(path), newline=""))
-        return [(f"{path}, line {table.line_num}", row) for row in table]
+        table = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+        try:
+            rows = [(f"{path}, line {table.line_num}", row) for row in table]
+        except csv.Error as error:
+            raise BadInput(f"{path}, line {table.line_num}: {error}; {ORIGINAL}") from error
+        if longer := [where for where, row in rows if None in row]:
+            raise BadInput(f"{longer[0]}: has more fields than line 1 has columns; {ORIGINAL}")
+        return rows
     if path.endswith(".jsonl"):
         lines = [(f"{path}, line {i}", line) for i, line in enumerate(_text(path).split("\n"), 1)]
         return [(where, parse_json(line, where, ORIGINAL)) for where, line in lines if line.strip()]
@@ -141,6 +137,8 @@ def _index(where: str, value: str, num_options: int) -> int:
 def msvd_qa(path):
     mapping = os.path.join(os.path.dirname(path), "youtube_mapping.txt")
     pairs = [line.split() for line in _text(mapping).splitlines()] if os.path.exists(mapping) else []
+    if odd := [pair for pair in pairs if len(pair) != 2]:
+        raise BadInput(f"{mapping}: {' '.join(odd[0])!r} is no line <clip> <video>; give the original file")
     clip_of = {name: clip for clip, name in pairs}
     for where, row in _rows(path):
         if path.endswith(".csv"):  # a re-export: question_id is <video>_<id>
@@ -201,7 +199,7 @@ def next_gqa(path):
         video, question, answer, key, kind, *options = _need(row, where, columns)
         place = f"{spans_path}, video {video}"
         duration, location = _need(located.get(video), place, "duration:seconds location:object")
-        (spans,) = _need(location, place, [f"{key}:list"])
+        (spans,) = _need(location, place, [f"{key}:spans"])
         out = {"id": f"{video}_{key}", "videos": (video,), "question": question, "category": kind}
         yield where, out | _choice(where, options, answer) | {"spans": spans, "duration": duration}
 
@@ -238,7 +236,7 @@ def _moment(sentence: str, span: list[float]) -> dict:
 def activitynet_captions(path):
     for video, row in _videos(path).items():
         place = f"{path}, video {video}"
-        duration, spans, sentences = _need(row, place, "duration:seconds timestamps:list sentences:texts")
+        duration, spans, sentences = _need(row, place, "duration:seconds timestamps:spans sentences:texts")
         if len(spans) != len(sentences):
             raise BadInput(f"{place}: {len(spans)} timestamps, {len(sentences)} sentences; correct the video")
         for i, (span, sentence) in enumerate(zip(spans, sentences, strict=True)):
@@ -404,7 +402,7 @@ def _cut(row: dict, most: float) -> dict:
 def _span_fault(row: dict, first: float = 0) -> str:
     spans, duration = (*row.get("spans", ()), *([row["clip"]] if "clip" in row else ())), row.get("duration")
     for span in spans:
-        if not isinstance(span, list) or len(span) != 2 or not all(map(is_number, span)):
+        if not is_span(span):
             return f"span {span} is not two numbers"
     for start, end in spans:
         if not start < end:
@@ -465,4 +463,4 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
         report.append(f"{num_clipped} questions with a span cut at the video's bounds")
     if num_cuts:
         report.append(f"{num_cuts} questions are about a part of their video: field 'clip', in seconds")
-    return "\n".join(report)
+    return "\n".join(map(one_line, report))

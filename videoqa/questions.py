@@ -4,7 +4,7 @@ import json
 import math
 import os
 
-from plumbing.options import read_jsonl
+from plumbing.options import one_line, read_jsonl
 from videoqa.answers import Question
 from videoqa.video import DataError, check_video
 
@@ -24,6 +24,11 @@ def is_span(value) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
 
 
+def is_below(path: str) -> bool:
+    """Whether a path, joined to a folder, names something in the folder or below it."""
+    return not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] != os.pardir
+
+
 def _read_question(row: dict, videos_dir: str, where: str) -> Question:
     def need(good: bool, field: str, remedy: str):
         if not good:
@@ -32,6 +37,7 @@ def _read_question(row: dict, videos_dir: str, where: str) -> Question:
 
     for field in NEEDED:
         need(is_text(row.get(field)), field, "give a text that is not empty")
+    need(is_below(row["video"]), "video", "give a path below --videos, or name a folder above it there")
     for field in OPTIONAL:
         need(isinstance(row.get(field, ""), str), field, "give a text or leave it out")
     options, index, duration = row.get("options"), row.get("answer_index"), row.get("duration")
@@ -99,7 +105,7 @@ def check(jsonl_path: str, videos_dir: str) -> bool:
     for video, end in ends.items():
         facts = check_video(video, end)
         num_ok += facts["ok"]
-        parts = ["ok  " if facts["ok"] else "FAIL", video, facts["reason"]]
+        parts = ["ok  " if facts["ok"] else "FAIL", one_line(video), facts["reason"]]
         if facts["codec"]:
             about = "{frames} frames, {fps:.3f} fps, {duration:.2f} s, {codec} {width}x{height}"
             parts.append(about.format_map(facts))

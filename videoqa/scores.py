@@ -8,7 +8,7 @@ import json
 from collections import defaultdict
 from statistics import fmean
 
-from plumbing.options import BadInput, read_jsonl, write_whole
+from plumbing.options import BadInput, one_line, read_jsonl, write_whole
 from videoqa.answers import Question, Reading, final_answer, grade, is_correct, is_open, read, summarize, task
 from videoqa.published import is_right_published, read_published, rule_of
 from videoqa.questions import load_questions
@@ -176,7 +176,7 @@ def table(result: dict) -> str:
             add(f"{part}: {reading}", of["accuracy"], of["n"])
             for group in ("by_task_type", "by_duration"):
                 for name, row in of[group].items():
-                    add(f"  {name}", row["accuracy"], row["n"])
+                    add(f"  {one_line(name)}", row["accuracy"], row["n"])
     width = max((len(name) for name, _, _ in lines), default=0)
     head = f"{'':<{width}}  {'%':>7}  {'n':>6}"
     return "\n".join([head, *(f"{name:<{width}}  {value:>7}  {n:>6}" for name, value, n in lines)])

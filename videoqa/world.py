@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from plumbing.machine import show_progress
-from plumbing.options import ArgumentParser, remove_leftovers, run_script, write_whole
+from plumbing.options import ArgumentParser, Count, Seed, checked, remove_leftovers, run_script, write_whole
 
 SIZE = 48  # pixels, width and height
 FPS = 6
@@ -500,7 +500,8 @@ def main() -> int:
     parser.add_argument("--grounded", action="store_true", help="answer and span, order and duration")
     parser.add_argument("--hard", action="store_true", help="longer clips of more things, harder questions")
     args = parser.parse_args()
-    seeds = range(args.seed, args.seed + args.num_clips)
+    first, num = checked("seed", Seed, args.seed), checked("num_clips", Count, args.num_clips)
+    seeds = range(first, first + num)
     with open(make_world(args.out, seeds, grounded=args.grounded, hard=args.hard)) as file:
         rows = [json.loads(line) for line in file]
     paths = [os.path.join(args.out, name) for name in dict.fromkeys(row["video"] for row in rows)]

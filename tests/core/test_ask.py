@@ -118,13 +118,13 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(home, tmp_pa
 
     path = str(tmp_path / "answers.jsonl")
     with pytest.raises(KeyboardInterrupt):
-        evaluation.evaluate(policy, asked, sampling, samples=2, kept=Killed(path, step=0))
-    Kept(path, step=5).add([{"id": questions[5].id, "greedy": "of another step"}])
-    kept = Kept(path, step=0)
+        evaluation.evaluate(policy, asked, sampling, samples=2, kept=Killed(path, {}, step=0))
+    Kept(path, {}, step=5).add([{"id": questions[5].id, "greedy": "of another step"}])
+    kept = Kept(path, {}, step=0)
     assert len(kept.of) == 4
     assert evaluation.evaluate(policy, asked, sampling, samples=2, kept=kept) == straight
-    right = [row["right"] for row in Kept(path, step=0).of.values()]
+    right = [row["right"] for row in Kept(path, {}, step=0).of.values()]
     assert sum(right) / len(right) == straight[0]["greedy"]["accuracy"]
-    part, _ = evaluation.evaluate(policy, asked, sampling, samples=2, subset=5, kept=Kept(path, step=0))
+    part, _ = evaluation.evaluate(policy, asked, sampling, samples=2, subset=5, kept=Kept(path, {}, step=0))
     assert part["greedy"]["n"] == 5
     assert torch.equal(torch.tensor(straight[1]["greedy"]), torch.tensor(right, dtype=torch.float64).float())

@@ -11,6 +11,7 @@ from test_questions import GOOD, write_lines
 from test_video import REAL_CLIPS, index_of, make_broken, needs_real_clips, write_video
 
 import data
+from plumbing.options import BadInput
 from videoqa.answers import Question, prompt_text
 
 ROOT = os.path.dirname(os.path.abspath(data.__file__))
@@ -94,7 +95,7 @@ def test_saved_tokenizer_is_loaded_as_it_was(tmp_path):
     assert data.Tokenizer.load(path).words == WORDS and os.listdir(tmp_path) == ["tokenizer.json"]
     assert json.load(open(path, encoding="utf-8")) == {"type": "words+bytes", "words": WORDS}
     (tmp_path / "tokenizer.json").write_text('{"type": "bpe"}')
-    with pytest.raises(data.DataError, match="field 'type'"):
+    with pytest.raises(BadInput, match="field 'type'"):
         data.Tokenizer.load(path)
 
 

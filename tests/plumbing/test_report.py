@@ -80,8 +80,8 @@ def test_broken_rows_are_passed_over_and_counted_and_a_row_under_way_is_none(tmp
         )
     html = report.html([run])
     assert (
-        "metrics.jsonl: 4 broken row(s) passed over" in html
-        and "under way, or broken off: 4 steps of 3" in html
+        "metrics.jsonl: 5 broken row(s) passed over" in html
+        and "under way, or broken off: 3 steps of 3" in html
     )
 
 
