@@ -152,7 +152,7 @@ def generate(
         for t in range(T):
             torch.mm(state, head.T, out=logits)
             scores = sampling_logprobs(logits, temperature, banned, None, reuse=True)
-            if scores[:, 0].isnan().any():  # one logit that is not finite makes its whole row NaN
+            if not scores[:, 0].isfinite().all():  # one logit that is not makes its row NaN
                 raise BadInput(NOT_FINITE)
             if top_p < 1:
                 support = nucleus(scores, top_p)

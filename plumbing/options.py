@@ -279,6 +279,8 @@ def read_jsonl(path: str, wants: str) -> Iterator[tuple[str, dict]]:
 def read_tensors(path: str, wants: str) -> tuple[dict, dict[str, str]]:
     """(tensors by name, metadata) of a safetensors file. Raises BadInput if it is missing or damaged, and for
     a number that is NaN or infinite."""
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: no such file; {wants}")
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

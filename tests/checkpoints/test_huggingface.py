@@ -440,6 +440,7 @@ def test_a_runs_policy_merges_into_a_checkpoint_of_its_kind(tokenizer_files, tmp
     for layer in lora.layers(policy.decoder).values():
         layer.lora_B.data.normal_(generator=torch.Generator().manual_seed(3))
     run = vars(chosen(tmp_path / "base", num_frames=2)) | {"lora_r": 4, "lora_alpha": 8.0, "made": {}}
+    run |= {"max_new_tokens": 5, "eval_samples": 1, "dtype": "float32"}
     peft_files.save_adapter(policy.decoder, str(tmp_path / "run" / "adapter"))
     (tmp_path / "run" / "config.json").write_text(json.dumps(run))
     merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
@@ -452,7 +453,7 @@ def test_a_runs_policy_merges_into_a_checkpoint_of_its_kind(tokenizer_files, tmp
 
 
 def test_a_tokenizer_whose_ids_exceed_the_embedding_is_refused(tokenizer_files, tmp_path):
-    with pytest.raises(BadInput, match=r"^\S*tokenizer.json: id \d+ exceeds the embedding's 200 rows;"):
+    with pytest.raises(BadInput, match=r"^\S*tokenizer.json: id \d+ exceeds the model's 200 rows;"):
         ChatTokenizer(str(tokenizer_files), "plain", 3, 200)
     with pytest.raises(BadInput, match=r"^\S*tokenizer.json: no such file"):
         ChatTokenizer(str(tmp_path), "plain", 3, 320)
@@ -804,7 +805,7 @@ def test_a_clip_whose_mlp_is_not_four_times_its_width_gives_transformers_feature
         ({"rms_norm_eps": None}, ("rms_norm_eps is None",)),
         ({"num_key_value_heads": 3}, ("num_attention_heads 4 is no multiple of num_key_value_heads 3",)),
         ({"rope_parameters": {"rope_type": "yarn"}}, ("rope type yarn is not supported",)),
-        ({"rope_parameters": "linear"}, ("rope_scaling is 'linear'",)),
+        ({"rope_parameters": "linear"}, ("rope_parameters is 'linear'",)),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config", "gptq")),
         ({"layer_types": ["sliding_attention"] * 2}, ("a sliding window in some layers",)),
     ],

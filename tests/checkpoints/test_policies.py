@@ -370,6 +370,8 @@ def test_the_longest_prompt_is_known_before_any_video_and_weight_is_read(folders
 
 # -------------------------------------------------------------------------------------------- merged, and old
 
+# What load_run reads of a run's config.json beside the policy's options
+MADE = dict(lora_r=4, lora_alpha=8.0, max_new_tokens=5, eval_samples=1, dtype="float32")
 LEFT_BESIDE = {  # what a real checkpoint has beside its weights, and a merged one needs to be served
     "generation_config.json": '{"eos_token_id": 2, "do_sample": true, "temperature": 0.6, "top_p": 0.9}',
     "chat_template.jinja": "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}",
@@ -390,7 +392,8 @@ def test_a_merged_run_is_the_folder_that_it_came_from_with_other_weights(dtype, 
     for parameter in lora.add_adapters(policy.decoder, 4, 8.0):
         parameter.data += 0.02
     save_adapter_of(policy, str(run / "adapter"))
-    (run / "config.json").write_text(json.dumps(vars(options) | {"lora_r": 4, "lora_alpha": 8.0, "made": {}}))
+    made = vars(options) | MADE | {"made": {}}
+    (run / "config.json").write_text(json.dumps(made))
     capsys.readouterr()
     merge_run(str(run), str(out))
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"wrote {out}: ")
@@ -445,12 +448,12 @@ def test_what_an_earlier_version_wrote_is_refused_with_the_way_on(folders, tmp_p
     (tmp_path / "llama" / "video_adapter.safetensors").write_bytes(b"")
     pair = dict(policy=str(tmp_path / "llama"), clip=folders[1])
     refused("video_adapter.safetensors", "rename the file to bridge.safetensors", **pair)
-    run = vars(chosen("weights")) | {"lora_r": 4, "lora_alpha": 8.0}
+    run = vars(chosen("weights")) | MADE
     (tmp_path / "config.json").write_text(json.dumps(run))
     with pytest.raises(BadInput, match="made is missing, so an earlier version made this run.*--adapter"):
         load_run(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(run | {"made": {}, "lora_r": "4"}))
-    with pytest.raises(BadInput, match="^--lora_r 4: give a whole number at least 1$"):
+    with pytest.raises(BadInput, match="^--lora_r 4: give a whole number at least 1 and"):
         load_run(str(tmp_path))
 
 

@@ -62,7 +62,7 @@ def test_compare_names_the_category_that_lost_most(tmp_path):
     before, after = result(0.5), result(0.75)
     after["greedy"]["by_category"]["When"]["accuracy"] = 0.4
     gain = {mode: {"accuracy": 0.25, "ci95": [0.2, 0.3]} for mode in ("greedy", "sampled")}
-    row = {"seed": 3, "wall_s": 61.2, "before": before, "after": after, "gain": gain}
+    row = {"seed": 3, "steps": 9, "wall_s": 61.2, "before": before, "after": after, "gain": gain}
     (tmp_path / "results.json").write_text(json.dumps(row))
     assert compare([str(tmp_path)]).splitlines()[2].endswith("| +25.0 [+20.0, +30.0] | When -10.0 | 61 |")
 

@@ -189,13 +189,13 @@ def test_the_dual_reward_ranks_by_its_sum_or_the_right_answer_first():
 
 
 def test_a_function_in_a_file_outside_the_repository_is_an_oracle(tmp_path, monkeypatch):
-    (tmp_path / "my_judge.py").write_text(
+    (tmp_path / "own_judge.py").write_text(
         "def shortest(question, texts, *, video, reference):\n"
         "    assert (question, video, reference) == ('What color is the circle?', 'a.mp4', 'red')\n"
         "    return [sum(len(other) < len(text) for other in texts) for text in texts]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    oracle = FunctionOracle(load_function("my_judge:shortest"))
+    oracle = FunctionOracle(load_function("own_judge:shortest"))
     ranking = oracle.rank([COLOR], [["bb", "a", "ccc", " a ", "dd"]])
     assert ranking.ranks.tolist() == [[2, 0, 4, 0, 2]] and ranking.ok.tolist() == [True]
 

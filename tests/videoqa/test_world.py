@@ -327,7 +327,7 @@ def test_the_default_world_is_what_it_was_before_grounded_questions():
     """Scenes, questions, captions and words, from which the shipped weights were made, by their hash."""
     known, pixels = hashlib.sha256(), 0
     for scene in map(make_scene, range(200)):
-        known.update(repr(scene).encode())
+        known.update(repr(scene).replace(", duration=4.0)", ")").encode())
         texts = [make_questions(scene, "a.mp4"), list(world.annotations(scene))]
         texts += [list(world.descriptions(scene)), world.frame_caption(scene, 1.0)]
         known.update(json.dumps(texts).encode())
