@@ -5,7 +5,7 @@
     python -m experiments.study fill [--out DIR] [--seeds N] -- OPTIONS OF train.py      # batches filled up
 
 Each line first looks for its own best of RATES on a seed of its own, by the area under the sampled accuracy.
-OPTIONS make the world, the start and the number of steps; they must hold --eval_every. Runs lie in DIR; what
+--rates R [R ..] takes others, or one for all. OPTIONS make the world, the start and the number of steps; they must hold --eval_every. Runs lie in DIR; what
 has ended is not run again. The tables go into RESULTS.md, the curves of `rivals` into figures/rivals.svg.
 """
 
@@ -57,9 +57,9 @@ FILL = {
 }
 
 
-def rivals_study(folder: str, seeds: int, options: list[str], page_path: str) -> str:
+def rivals_study(folder: str, seeds: int, options: list[str], page_path: str, rates=RATES) -> str:
     """Trains every line of RIVALS with every seed at its own best rate; writes figures/rivals.svg too."""
-    lines = at_best_rate("rivals_study", RIVALS, folder, options)
+    lines = at_best_rate("rivals_study", RIVALS, folder, options, rates)
     table = train_lines(
         "rivals_study", lines, partial(rivals_table, lines), folder, seeds, options, page_path
     )
@@ -69,9 +69,9 @@ def rivals_study(folder: str, seeds: int, options: list[str], page_path: str) ->
     return table
 
 
-def feedback_study(folder: str, seeds: int, options: list[str], page_path: str) -> str:
+def feedback_study(folder: str, seeds: int, options: list[str], page_path: str, rates=RATES) -> str:
     """Trains every line of FEEDBACK with every seed at its own best rate."""
-    lines = at_best_rate("feedback_study", FEEDBACK, folder, options)
+    lines = at_best_rate("feedback_study", FEEDBACK, folder, options, rates)
     return train_lines(
         "feedback_study", lines, partial(rivals_table, lines), folder, seeds, options, page_path
     )
@@ -88,16 +88,18 @@ def fill_study(folder: str, seeds: int, options: list[str], page_path: str) -> s
     return train_lines("fill_study", FILL, table, folder, seeds, options, page_path, **blanks)
 
 
-def at_best_rate(name: str, lines: dict[str, str], folder: str, options: list[str]) -> dict[str, str]:
-    """The lines with the learning rate of RATES that gives each the largest area (`area`) on RATE_SEED. What
-    was found is kept in DIR/rates.json with the areas."""
+def at_best_rate(name: str, lines: dict[str, str], folder: str, options: list[str], rates) -> dict[str, str]:
+    """The lines with the learning rate of `rates` that gives each the largest area (`area`) on RATE_SEED;
+    where there is one rate only, nothing is tried. What was found is kept in DIR/rates.json."""
     if "--eval_every" not in options:
         raise BadInput(f"{name}: the area under a curve needs --eval_every N; give it behind --")
     os.makedirs(folder, exist_ok=True)
+    if len(rates) == 1:
+        return {line: f"{special} --lr {rates[0]:g}" for line, special in lines.items()}
     best, found = {}, {}
     for line, special in lines.items():
         areas = {}
-        for rate in RATES:
+        for rate in rates:
             out = study_run(folder, f"{line} at {rate:g}", RATE_SEED)
             train_run(out, ["--seed", str(RATE_SEED), *options, *special.split(), "--lr", f"{rate:g}"])
             areas[f"{rate:g}"] = area(looks(out))

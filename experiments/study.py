@@ -216,11 +216,12 @@ def main() -> int:
         study.add_argument("--seeds", type=int, default=3)
         study.add_argument("--page", default=os.path.join(HOUSE, "RESULTS.md"), help="has the table's place")
         study.add_argument("options", nargs="*", help="options of train.py for every run")
+        if name in ("rivals", "feedback"):
+            study.add_argument("--rates", type=float, nargs="+", default=rivals.RATES, help="learning rates")
         if name == "selection":
             study.add_argument("--warm_up", type=int, default=10, help="steps before anything is selected")
     args = parser.parse_args()
-    more = {"warm_up": checked("warm_up", Count, args.warm_up)} if args.command == "selection" else {}
-    seeds = checked("seeds", Count, args.seeds)
+    more = {name: value for name, value in vars(args).items() if name in ("warm_up", "rates")}
     print(studies[args.command][0](args.out, seeds, args.options, args.page, **more))
     return 0
 

@@ -42,7 +42,7 @@ def test_the_study_finds_each_rate_trains_with_it_and_writes_table_and_curves(
     page.write_text("<!-- rivals_study -->\n<!-- /rivals_study -->\n")
     chosen = {name: rivals.RIVALS[name] for name in ("GRPO_rank", "PPO")}
     monkeypatch.setattr(rivals, "RIVALS", chosen)
-    monkeypatch.setattr(rivals, "RATES", (1e-4, 3e-3))
+    rates = (1e-4, 3e-3)
     options = [
         *TINY,
         "--world_dir",
@@ -53,9 +53,9 @@ def test_the_study_finds_each_rate_trains_with_it_and_writes_table_and_curves(
         "3",
     ]
     with pytest.raises(BadInput, match="--eval_every"):
-        rivals.rivals_study(str(tmp_path / "study"), 1, options, str(page))
+        rivals.rivals_study(str(tmp_path / "study"), 1, options, str(page), rates)
     options += ["--eval_every", "1", "--eval_subset", "20"]
-    found = rivals.rivals_study(str(tmp_path / "study"), 1, options, str(page))
+    found = rivals.rivals_study(str(tmp_path / "study"), 1, options, str(page), rates)
     rows = found.splitlines()
     assert [row.split(" | ")[0][2:] for row in rows[2:]] == ["nothing yet: the start", *chosen]
     assert found in page.read_text() and (tmp_path / "figures" / "rivals.svg").stat().st_size > 500
