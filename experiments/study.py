@@ -222,6 +222,9 @@ def main() -> int:
             study.add_argument("--warm_up", type=int, default=10, help="steps before anything is selected")
     args = parser.parse_args()
     more = {name: value for name, value in vars(args).items() if name in ("warm_up", "rates")}
+    if "warm_up" in more:
+        checked("warm_up", Count, args.warm_up)
+    seeds = checked("seeds", Count, args.seeds)
     print(studies[args.command][0](args.out, seeds, args.options, args.page, **more))
     return 0
 
