@@ -5,13 +5,13 @@ By scores R, higher is better:
     dr_grpo        A_i = R_i - mean                                      arXiv:2503.20783      centred
     rloo           A_i = R_i - mean of the others                        arXiv:2402.14740      leave_one_out
     ppo            A_t by a value head and GAE, R and KL as rewards      arXiv:2402.03746      Critic
-By the order, with w_i = beta (s_i - s_ref,i), s = log pi(answer), and d a difference:
+By the order, with w_i = beta (s_i - s_ref,i) and s = log pi(answer):
     dpo            -log sigma(w_best - w_worst)                          arXiv:2305.18290      dpo_loss
     plackett_luce  -sum_i log(exp w_i / sum of exp w_j, j = i or worse)  there, A.3    plackett_luce_loss
     best_of        -s_best / its tokens: cloning of the best answer                            best_of_loss
 
 A loss of whole answers acts on the policy through its slope in each s_i, so its negative slope is an
-advantage (`as_advantages`), taken anew at every update. Shape letters as in grpo_rank.py.
+advantage (`Ordered`), taken anew at every update. Shape letters as in grpo_rank.py.
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ VALUE_CLIP, VALUE_COEF = 0.2, 0.1  # how far a value may move in a step; weight 
 def check_objective(cfg) -> None:
     """Raises BadInput if the objective cannot use the feedback that the options choose. cfg: train.Config."""
     name, noisy = cfg.objective, cfg.swap_prob or cfg.position_bias
-    scored = cfg.oracle in ("rule", "sum", "trained", "replay") or cfg.oracle_asks == "scores"
+    scored = cfg.oracle in ("rule", "sum", "trained") or cfg.oracle_asks == "scores"
     if name in READS and (not scored or noisy or cfg.anchor or cfg.canary):
         raise BadInput(
             f"--objective {name} takes scores: --oracle sum | trained, or llm with --oracle_asks scores; no"
