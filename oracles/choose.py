@@ -84,7 +84,7 @@ def choose_oracle(cfg, generator: torch.Generator, device: torch.device):
     """The oracle of train.py's options. `generator` draws the noise. A judge is asked something first, so
     that a wrong address, key or model ends the run before anything is written."""
     oracle = RuleOracle()
-    if (cfg.score_bend or cfg.score_noise) and not by_reward(cfg):
+    if (cfg.score_bend or cfg.score_noise) and (not by_reward(cfg) or cfg.oracle == "lexicographic"):
         raise BadInput("--score_bend, --score_noise: bend the scores of --oracle sum; choose it")
     if by_reward(cfg):
         by = "lexicographic" if cfg.oracle == "lexicographic" else "sum"
@@ -173,8 +173,8 @@ class PatientOracle:
     """An oracle in training: waits for a judge that died, and lets no failure pass unseen.
 
     objective: reads the ranking in its own way (oracle.READS). patience: seconds to wait for a dead judge.
-    interrupted(): whether to give up at once. The first failure
-    of each cause is printed. Raises BadInput if all groups of the first step failed, over all processes.
+    interrupted(): whether to give up at once. The first failure of each cause is printed. Raises BadInput if
+    all groups of the first step failed, over all processes.
     """
 
     def __init__(self, oracle, objective: str, patience: float, interrupted, device: torch.device):

@@ -98,7 +98,8 @@ def test_bent_scores_keep_a_question_s_order_have_a_scale_for_each_and_tie_equal
     assert (noisy.scores[:, 1] == noisy.scores[:, 3]).all() and (noisy.ranks != exact.ranks).any()
     spread = (noisy.scores[:, 0] - 4).std().item()
     assert math.isclose(spread, 3, rel_tol=0.4)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--score_noise", "0.1"])
-    cfg = parse_args(train.Config, train.PRESETS)
-    with pytest.raises(BadInput, match="--oracle sum"):
-        choose_oracle(cfg, torch.Generator(), torch.device("cpu"))
+    for other in ("rule", "lexicographic"):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--score_noise", "0.1", "--oracle", other])
+        cfg = parse_args(train.Config, train.PRESETS)
+        with pytest.raises(BadInput, match="--oracle sum"):
+            choose_oracle(cfg, torch.Generator(), torch.device("cpu"))
