@@ -74,8 +74,9 @@ PRESETS = {
 def pretrain(cfg: Config):
     """The small model of the embedded world: all three stages, or the one that --stage names."""
     tokenizer, began = folder_tokenizer(cfg), time.time()
-    world.make_world(cfg.world_dir, range(cfg.num_clips), hard=cfg.world == "hard")
-    shown = [(os.path.join(cfg.world_dir, f"clip{c:07d}.mp4"),) for c in range(cfg.num_clips)]
+    hard, scenes = cfg.world == "hard", range(cfg.num_clips)
+    world.make_world(cfg.world_dir, scenes, hard=hard)
+    shown = [(os.path.join(cfg.world_dir, world.clip_name(seed, hard)),) for seed in scenes]
     frames, times = load_clips(shown, ModelConfig.num_frames, ClipConfig.image_size)
     record, made = os.path.join(cfg.out, "made.json"), {"seconds": {}, "commands": []}
     if cfg.stage not in ("all", "clip") and os.path.exists(record):

@@ -124,7 +124,7 @@ def corpus(cfg, tokenizer: Tokenizer):
         scene = world.make_scene(c, cfg.world == "hard")
         ask = world.hard_questions if cfg.world == "hard" else world.make_questions
         brief, lengthy = [], []
-        for row in ask(scene, f"clip{c:07d}.mp4"):
+        for row in ask(scene, world.clip_name(c, cfg.world == "hard")):
             answer = world.corpus_answer(row, rng, cfg.faults)
             (lengthy if row.get("span") else brief).append((row["question"], answer))
         short.append(token_pairs(tokenizer, brief))

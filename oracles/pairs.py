@@ -149,7 +149,8 @@ def pairs_to_learn(cfg) -> list[Pair]:
     if cfg.pairs:
         return load_pairs(cfg.pairs, cfg.videos)
     folder = f"{cfg.world_dir}_ranker"
-    path = world.make_world(folder, range(FIRST_SCENE, FIRST_SCENE + cfg.ranker_clips))
+    scenes = range(FIRST_SCENE, FIRST_SCENE + cfg.ranker_clips)
+    path = world.make_world(folder, scenes, hard=cfg.world == "hard")
     return draw_pairs(load_questions(path, folder), cfg.pairs_per_question, cfg.error_rate, cfg.seed)
 
 

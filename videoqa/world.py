@@ -447,8 +447,13 @@ def vocabulary():
 # -------------------------------------------------------------------------------------------------- the files
 
 
+def clip_name(seed, hard=False):
+    """File name of a scene's clip: the two worlds' clips of one seed may lie in one folder."""
+    return f"{'hard' if hard else 'clip'}{seed:07d}.mp4"
+
+
 def _make_one(folder, grounded, hard, seed):
-    scenes = {f"clip{seed:07d}.mp4": make_scene(seed, hard)}
+    scenes = {clip_name(seed, hard): make_scene(seed, hard)}
     if grounded and (alike := twins(make_scene(seed))):
         scenes[f"twins{seed:07d}.mp4"] = alike
     for name, scene in scenes.items():

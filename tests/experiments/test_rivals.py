@@ -64,7 +64,7 @@ def test_the_study_finds_each_rate_trains_with_it_and_writes_table_and_curves(
         assert f"| {name} | {max(areas, key=areas.get)} | 1 |" in found
     stored = [json.loads(path.read_text()) for path in (tmp_path / "study").glob("*/config.json")]
     assert sorted((c["objective"], c["seed"]) for c in stored) == sorted(
-        [(name, seed) for name in ("grpo_rank", "ppo") for seed in (0, 100, 100)]
+        [(name, seed) for name in ("grpo_rank", "ppo") for seed in (0, 100, 100, 101, 101)]
     )
 
 
