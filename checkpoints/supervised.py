@@ -64,6 +64,7 @@ class SupervisedOptions(Options):
     data: str = ""  # JSONL of questions and answers; empty: the embedded world's
     videos: str = ""  # folder that the video paths in --data or --pairs are relative to
     taught_clips: Count = 2500  # clips of the embedded world, where --data is empty
+    loose_share: Share = 0.0  # of the embedded world's answers, replaced by ones that are always true
     bridge_from: str = ""  # folder whose bridge to start from, of any decoder; for instance weights
     with_bridge: bool = False  # sft: the bridge learns too, not only the LoRA
     steps: Count = 1000  # optimizer steps
@@ -127,6 +128,8 @@ class Lessons:
 
     def __init__(self, cfg, model: VideoLM, tokenizer):
         data, videos = cfg.data, cfg.videos
+        if data and cfg.loose_share:
+            raise BadInput("--loose_share: is for the embedded world's questions; leave it or --data out")
         if not data:
             videos = f"{cfg.world_dir}_taught"
             data = world.make_world(videos, range(FIRST_SCENE, FIRST_SCENE + cfg.taught_clips))
@@ -166,7 +169,7 @@ class Lessons:
         patches, times = (torch.stack([one[name] for one in stored]) for name in ("patches", "times"))
         return patches.float().to(device), times.to(device)
 
-    def batch(self, clips: list[tuple], short: bool, rng: random.Random):
+    def batch(self, clips: list[tuple], short: bool, rng: random.Random, loose_share=0.0):
         """(video tokens (P, N_video, D), ids and answer mask (P, G, T)) of these clips' questions."""
         patches, times = self.features(clips)
         video, start = self.model.bridge(patches, times), len(self.opening) + self.model.bridge.num_tokens
@@ -175,8 +178,9 @@ class Lessons:
             rows.append([])
             for question in questions[clip]:
                 prompt = build_prompt(self.tokenizer, question, self.model.bridge.num_tokens, seconds)
-                answer = [*self.tokenizer.encode(question.answer), self.tokenizer.end_ids[0]]
-                rows[-1].append((prompt[start:], answer))
+                loose = loose_share and rng.random() < loose_share  # so ranks have something to unlearn
+                text = rng.choice(world.LOOSE_ANSWERS[question.category]) if loose else question.answer
+                rows[-1].append((prompt[start:], [*self.tokenizer.encode(text), self.tokenizer.end_ids[0]]))
         return video, *answer_batch(rows, self.cfg.questions_per_clip, rng)
 
     def loss(self, step: int) -> Tensor:
@@ -184,7 +188,7 @@ class Lessons:
         short, rng = step < self.cfg.short_share * self.cfg.steps, random.Random(f"{self.cfg.seed} {step}")
         pool = [clip for clip in self.learned if self.short[clip]] if short else self.learned
         clips = rng.sample(pool, min(self.cfg.batch_clips, len(pool)))
-        video, ids, answer = self.batch(clips, short, rng)
+        video, ids, answer = self.batch(clips, short, rng, self.cfg.loose_share)
         return answer_loss(self.model, self.opening, video, ids, answer)
 
     @torch.no_grad()

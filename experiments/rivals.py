@@ -4,7 +4,7 @@
     python -m experiments.study feedback [--out DIR] [--seeds N] -- OPTIONS OF train.py  # faulty feedback
     python -m experiments.study fill [--out DIR] [--seeds N] -- OPTIONS OF train.py      # batches filled up
 
-Each line first looks for its own best of RATES on two other seeds, by the mean area under the sampled accuracy.
+Each line first looks for its own best of RATES on two other seeds, by the area under its sampled accuracy.
 --rates R [R ..] tries others; a single one is taken for all. OPTIONS make the world, the start and the number
 of steps; they must hold --eval_every. Runs lie in DIR; what has ended is not run again. The tables go into
 RESULTS.md, the curves of `rivals` into figures/rivals.svg.

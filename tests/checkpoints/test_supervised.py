@@ -104,6 +104,46 @@ def test_bridge_then_lora_learn_into_folders_of_their_own_that_load_as_policies(
         load_policy(PolicyOptions(policy=str(tuned)))
 
 
+def test_loose_answers_come_in_the_share_that_is_asked_for_and_never_into_the_held_out_loss(
+    folders,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    options = [
+        "--stage",
+        "sft",
+        "--policy",
+        folders[0],
+        "--clip",
+        folders[1],
+        "--num_frames",
+        2,
+        "--out",
+        tmp_path,
+    ]
+    options += ["--taught_clips", 6, "--world_dir", tmp_path / "world", "--questions_per_clip", 50]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, options)])
+    cfg = parse_args(pretrain.Config, pretrain.PRESETS)
+    model, tokenizer = load_policy(cfg, own_bridge=True)
+    lessons = supervised.Lessons(cfg, model, tokenizer)
+    loose = {tuple(tokenizer.encode(text)) for texts in world.LOOSE_ANSWERS.values() for text in texts}
+
+    def share(**given):
+        _, ids, answer = lessons.batch(lessons.learned, False, random.Random(0), **given)
+        taught = zip(ids.flatten(0, 1), answer.flatten(0, 1), strict=True)
+        rows = [tuple(row[mask].tolist()[:-1]) for row, mask in taught if mask.any()]
+        return sum(row in loose for row in rows) / len(rows)
+
+    assert share() == 0 and share(loose_share=1.0) == 1
+    assert 0.2 < share(loose_share=0.4) < 0.6
+    held = lessons.held_losses()
+    cfg.loose_share = 1.0
+    assert lessons.held_losses() == held
+    with pytest.raises(BadInput, match="--loose_share: .* leave it or --data out"):
+        cfg.data = "rows.jsonl"
+        supervised.Lessons(cfg, model, tokenizer)
+
+
 def test_a_killed_training_resumes_to_the_same_bytes_and_starts_only_in_an_empty_folder(
     folders,  # noqa: F811
     data,
