@@ -3,8 +3,10 @@ here. No scripts, no fonts, nothing from elsewhere: the page's own policy forbid
 
 import base64
 from html import escape
+from itertools import cycle
 
 COLORS = ("#2f6fde", "#d9822b", "#2b9d6a", "#b8489a", "#7a6ad8", "#8a8f2a", "#c8504a", "#3d9fb5")
+COLORS += ("#5f6b7a", "#d6a90f")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 THEME = """
 :root { color-scheme: light dark; --ink: #1c2330; --dim: #667085; --line: #d6dae1; --card: #ffffff;
@@ -91,7 +93,7 @@ def picture(content: bytes, words: str) -> Html:
 
 def keys(names: list[str]) -> str:
     """The legend of a chart."""
-    pairs = zip(names, COLORS * 9, strict=False)
+    pairs = zip(names, cycle(COLORS), strict=False)
     spans = [
         f'<span class="key"><i style="background:{color}"></i>{text(name)}</span>' for name, color in pairs
     ]
@@ -145,13 +147,15 @@ def chart(title: str, series: list[tuple[str, list[tuple]]], dots=(), percent=Fa
 
 def figure(words: str, dots: list[tuple[str, list[tuple]]]) -> str:
     """Curves of shares with intervals as an SVG file of its own, that reads on light and dark pages."""
-    legend = "".join(
-        f'<rect x="{44 + 130 * i}" y="156" width="10" height="10" rx="2" fill="{COLORS[i]}"/>'
-        f'<text x="{58 + 130 * i}" y="165">{text(name)}</text>'
-        for i, (name, _) in enumerate(dots)
-    )
+    in_row = 2 if max(len(name) for name, _ in dots) < 18 else 1
+    legend, height = "", 158 + 14 * -(-len(dots) // in_row)
+    for i, (name, _) in enumerate(dots):
+        x, y = 44 + 132 * (i % in_row), 156 + 14 * (i // in_row)
+        legend += f'<rect x="{x}" y="{y}" width="10" height="10" rx="2" fill="{COLORS[i % len(COLORS)]}"/>'
+        legend += f'<text x="{x + 14}" y="{y + 9}">{text(name)}</text>'
+    size = f'width="624" height="{2 * height}" viewBox="0 0 312 {height}"'
     return (
-        '<svg xmlns="http://www.w3.org/2000/svg" width="624" height="344" viewBox="0 0 312 172" role="img">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
         f"<title>{text(words)}</title><style>{THEME}</style>{drawn([], dots, True)}{legend}</svg>\n"
     )
 
@@ -175,10 +179,11 @@ def drawn(series: list[tuple[str, list[tuple]]], dots: list[tuple[str, list[tupl
         marks.append(f'<text x="40" y="{float(y) + 4:.1f}" text-anchor="end">{label}</text>')
     marks += [f'<text x="44" y="144">0</text><text x="306" y="144" text-anchor="end">step {last:g}</text>']
     stroke = 'fill="none" stroke-width="1.6" stroke='
-    for (_, points), color in zip(series, COLORS * 9, strict=False):
+    color_of = cycle(COLORS)
+    for (_, points), color in zip(series, color_of, strict=False):
         line = "L".join(place(*point) for point in points)
         marks.append(f'<path class="curve" d="M{line}" {stroke}"{color}"/>')
-    for (_, points), color in zip(dots, (COLORS * 9)[len(series) :], strict=False):
+    for (_, points), color in zip(dots, color_of, strict=False):
         line = "L".join(place(*point[:2]) for point in points)
         marks.append(f'<path class="curve" d="M{line}" {stroke}"{color}"/>')
         for step, value, least, most in points:

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import train
 from experiments import rivals
 from oracles.choose import choose_oracle
 from oracles.combine import BentOracle
+from plumbing import page
 from plumbing.options import BadInput, parse_args
 
 
@@ -103,3 +105,10 @@ def test_bent_scores_keep_a_question_s_order_have_a_scale_for_each_and_tie_equal
         cfg = parse_args(train.Config, train.PRESETS)
         with pytest.raises(BadInput, match="--oracle sum"):
             choose_oracle(cfg, torch.Generator(), torch.device("cpu"))
+
+
+def test_the_figure_draws_and_names_every_rival_however_many_there_are():
+    lines = [*rivals.RIVALS, *(f"line {i}" for i in range(80))]
+    drawing = page.figure("words", [(name, [(0, 0.2, 0.1, 0.3), (10, 0.6, 0.5, 0.7)]) for name in lines])
+    texts = [node.text for node in ElementTree.fromstring(drawing).iter() if node.tag.endswith("text")]
+    assert set(lines) <= set(texts) and drawing.count('class="curve"') == len(lines)
