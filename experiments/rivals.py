@@ -10,14 +10,13 @@ of steps; they must hold --eval_every. Runs lie in DIR; what has ended is not ru
 RESULTS.md, the curves of `rivals` into figures/rivals.svg.
 """
 
-import json
 import os
 from functools import partial
 from statistics import fmean, stdev
 
-from experiments.study import study_run, train_lines, train_run
+from experiments.study import RUN_WANTS, study_run, train_lines, train_run
 from plumbing import page
-from plumbing.options import BadInput, write_json, write_whole
+from plumbing.options import BadInput, read_json, read_jsonl, write_json, write_whole
 
 RATES = (3e-4, 1e-3, 3e-3)
 RATE_SEEDS = (100, 101)  # the rates are found on them, and no table shows them
@@ -113,9 +112,8 @@ def at_best_rate(name: str, lines: dict[str, str], folder: str, options: list[st
 
 def looks(run: str) -> list[tuple[int, float]]:
     """(step, sampled accuracy) of a run's evaluations on held-out questions, the same in all runs."""
-    with open(os.path.join(run, "evaluations.jsonl"), encoding="utf-8") as file:
-        rows = map(json.loads, file)
-        return [(row["step"], row["sampled"]["accuracy"]) for row in rows]
+    rows = read_jsonl(os.path.join(run, "evaluations.jsonl"), RUN_WANTS)
+    return [(row["step"], row["sampled"]["accuracy"]) for _, row in rows]
 
 
 def area(points: list[tuple[int, float]]) -> float:
@@ -126,10 +124,8 @@ def area(points: list[tuple[int, float]]) -> float:
 
 def numbers_of(run: str) -> dict[str, float]:
     """What the tables show of a run that has ended."""
-    with open(os.path.join(run, "results.json"), encoding="utf-8") as file:
-        results = json.load(file)
-    with open(os.path.join(run, "metrics.jsonl"), encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    results = read_json(os.path.join(run, "results.json"), RUN_WANTS)
+    rows = [row for _, row in read_jsonl(os.path.join(run, "metrics.jsonl"), RUN_WANTS)]
     return {
         "before": 100 * results["before"]["sampled"]["accuracy"],
         "sampled": 100 * results["after"]["sampled"]["accuracy"],

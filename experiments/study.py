@@ -7,7 +7,6 @@ was broken off goes on.
     python -m experiments.study rivals|feedback|fill [--out DIR] [--seeds N] -- OPTIONS  # rivals.py
 """
 
-import json
 import os
 import random
 import shutil
@@ -16,9 +15,22 @@ import sys
 from functools import partial
 
 from data import DataOptions, draw_world, world_folders
-from plumbing.options import ArgumentParser, BadInput, Count, checked, run_script, write_json, write_whole
+from plumbing.options import (
+    ArgumentParser,
+    BadInput,
+    Count,
+    checked,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_jsonl,
+    run_script,
+    write_json,
+    write_whole,
+)
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RUN_WANTS = "remove its folder, then the study trains that run anew"
 # What is wrong with the oracle, and what is done about it: options of train.py
 STUDY = {"no noise": ""} | {f"swap {x}": f"--swap_prob {x}" for x in (0.1, 0.2, 0.3, 0.4, 0.5)}
 STUDY |= {f"bias {x}": f"--position_bias {x}" for x in (0.3, 0.6)}
@@ -58,8 +70,7 @@ def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list
     stored = os.path.join(folder, "options.json")
     if not os.path.exists(stored):
         write_json(stored, options)
-    with open(stored) as file:
-        old = json.load(file)
+    old = parse_json(read_bytes(stored, RUN_WANTS), stored, RUN_WANTS)
     if old != options:
         raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
     for seed in range(seeds):
@@ -146,10 +157,7 @@ def answers_table(names, folder: str, seeds: int) -> str:
 
     for name in names:
         paths = [os.path.join(study_run(folder, name, seed), "results.json") for seed in range(seeds)]
-        found = []
-        for path in filter(os.path.exists, paths):
-            with open(path) as file:
-                found.append(json.load(file))
+        found = [read_json(path, RUN_WANTS) for path in filter(os.path.exists, paths)]
         if found and len(lines) == 2:
             row("nothing yet: the start", [r["before"] for r in found])
         if found:
@@ -173,12 +181,11 @@ def study_table(folder: str, seeds: int) -> str:
             continue
         gained, agreed = {"greedy": [], "sampled": []}, []
         for run in runs:
-            with open(os.path.join(run, "results.json")) as file:
-                gain = json.load(file)["gain"]
+            gain = read_json(os.path.join(run, "results.json"), RUN_WANTS)["gain"]
             for mode, found in gained.items():
                 found.append(100 * gain[mode]["accuracy"])
-            with open(os.path.join(run, "metrics.jsonl")) as file:
-                agreed += [row["kendall_w"] for row in map(json.loads, file) if "kendall_w" in row]
+            rows = read_jsonl(os.path.join(run, "metrics.jsonl"), RUN_WANTS)
+            agreed += [row["kendall_w"] for _, row in rows if "kendall_w" in row]
         cells = [name, str(len(runs))]
         cells += [f"{sum(g) / len(g):+.1f} [{min(g):+.1f}, {max(g):+.1f}]" for g in gained.values()]
         mean = sum(gained["sampled"]) / len(runs)

@@ -112,3 +112,12 @@ def test_the_figure_draws_and_names_every_rival_however_many_there_are():
     drawing = page.figure("words", [(name, [(0, 0.2, 0.1, 0.3), (10, 0.6, 0.5, 0.7)]) for name in lines])
     texts = [node.text for node in ElementTree.fromstring(drawing).iter() if node.tag.endswith("text")]
     assert set(lines) <= set(texts) and drawing.count('class="curve"') == len(lines)
+
+
+@pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "evaluations.jsonl"])
+def test_a_damaged_file_of_a_run_is_named_with_the_remedy(tmp_path, name):
+    rows = {"results.json": "{}", "metrics.jsonl": "", "evaluations.jsonl": ""} | {name: '{"step": '}
+    for file, content in rows.items():
+        (tmp_path / file).write_text(content)
+    with pytest.raises(BadInput, match=f"{name}.*; remove its folder"):
+        rivals.looks(str(tmp_path)) if name == "evaluations.jsonl" else rivals.numbers_of(str(tmp_path))
