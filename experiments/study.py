@@ -70,7 +70,7 @@ def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list
     stored = os.path.join(folder, "options.json")
     if not os.path.exists(stored):
         write_json(stored, options)
-    old = parse_json(read_bytes(stored, RUN_WANTS), stored, RUN_WANTS)
+    old = parse_json(read_bytes(stored, "name another --out"), stored, "name another --out")
     if old != options:
         raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
     for seed in range(seeds):

@@ -109,18 +109,8 @@ def test_loose_answers_come_in_the_share_that_is_asked_for_and_never_into_the_he
     tmp_path,
     monkeypatch,
 ):
-    options = [
-        "--stage",
-        "sft",
-        "--policy",
-        folders[0],
-        "--clip",
-        folders[1],
-        "--num_frames",
-        2,
-        "--out",
-        tmp_path,
-    ]
+    options = ["--stage", "sft", "--num_frames", 2, "--out", tmp_path]
+    options += ["--policy", folders[0], "--clip", folders[1]]
     options += ["--taught_clips", 6, "--world_dir", tmp_path / "world", "--questions_per_clip", 50]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, options)])
     cfg = parse_args(pretrain.Config, pretrain.PRESETS)

@@ -6,12 +6,14 @@ import os
 import random
 import re
 from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 
 from data import FIRST_BYTE, Tokenizer
+from oracles.pairs import pairs_to_learn
 from videoqa import world
 from videoqa.answers import is_correct, prompt_text, reward, task
 from videoqa.questions import load_questions
@@ -393,3 +395,17 @@ def test_the_hard_world_leaves_the_default_one_as_it_is(tmp_path):
     assert [q["question"] for q in make_questions(make_scene(7), "a.mp4")][:3] == [
         "what is the object in green", "what color is the net", "what does the thing do that is green",
     ]  # fmt: skip
+
+
+def test_both_worlds_lie_in_one_folder_and_the_ranker_learns_from_the_one_that_is_asked_for(tmp_path):
+    options = {"pairs": "", "world_dir": tmp_path / "w", "ranker_clips": 1}
+    options |= {"pairs_per_question": 4, "error_rate": 0.0, "seed": 0}
+    found = {}
+    for name in ("default", "hard"):
+        pairs = pairs_to_learn(SimpleNamespace(world=name, **options))
+        found[name] = (
+            {pair.video for pair in pairs},
+            any("second" in p.question or "third" in p.question for p in pairs),
+        )
+    assert found["hard"][1] and not found["default"][1]
+    assert not found["hard"][0] & found["default"][0]
