@@ -245,6 +245,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.compute_dtype = torch.float32  # bfloat16: the matrix products of the layers run in it (autocast)
         self.checkpointing = False  # with gradient, keep a layer's input alone and compute the layer again
+        self.captured = False  # on a GPU sampling replays one captured step (machine.Captured)
         nn.init.normal_(self.embed_tokens.weight, std=cfg.dim**-0.5)
         if not cfg.tied:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab_size, bias=False)
@@ -325,27 +326,29 @@ class Decoder(nn.Module):
         slots = torch.arange(cache.T, device=cache.prompt_mask.device)
         own = cache.prompt_mask.sum(dim=1, keepdim=True) + slots  # (P, T) positions
         cache.rotary = self.rotary(own)
-        cache.own_bias = bias_of(self.near(slots, slots))  # (T, T); later slots are never read
+        cache.own_bias = bias_of((slots <= slots[:, None]) & self.near(slots, slots))  # (T, T)
         near = self.near(own, cache.prompt_mask.cumsum(dim=1) - 1)
         cache.prefix_bias = bias_of(cache.prompt_mask[:, None] & near)  # (P, T, S)
 
-    def step(self, tokens: Tensor, t: int, cache: KVCache) -> Tensor:
-        """Token t of every completion in (P, G), the state that predicts token t + 1 out (P, G, D)."""
+    def step(self, tokens: Tensor, t: int | Tensor, cache: KVCache) -> Tensor:
+        """Token t of every completion in (P, G), the state that predicts token t + 1 out (P, G, D). With t an
+        int64 tensor (1,) all shapes are the same at every t: the slots behind t are read too, but hidden."""
         x = self.embed_tokens(tokens)  # (P, G, D)
         P, G = tokens.shape
         if not cache.own:
             self.prepare(cache)
-        cos, sin = (table[:, t, None].expand(P, G, -1) for table in cache.rotary)
-        own_bias = cache.own_bias[t, : t + 1].view(1, 1, 1, 1, 1, -1)
-        prefix_bias = cache.prefix_bias[:, t].view(P, 1, 1, 1, 1, -1)
+        at, stop = (t, cache.T) if isinstance(t, Tensor) else (slice(t, t + 1), t + 1)
+        cos, sin = (table[:, at].expand(P, G, -1) for table in cache.rotary)
+        own_bias = cache.own_bias[at, :stop].view(1, 1, 1, 1, 1, -1)
+        prefix_bias = cache.prefix_bias[:, at].view(P, 1, 1, 1, 1, -1)
         for i, layer in enumerate(self.layers):
             if len(cache.own) == i:
                 k0 = cache.prompt[i][0]
                 cache.own.append(k0.new_zeros(2, P, k0.shape[1], G, cache.T, k0.shape[3]))
 
             def attention(q, k, v, own=cache.own[i], prompt=cache.prompt[i]):
-                own[0, :, :, :, t], own[1, :, :, :, t] = k, v
-                own_k, own_v = own[..., : t + 1, :]
+                own[0][:, :, :, at], own[1][:, :, :, at] = k.unsqueeze(3), v.unsqueeze(3)
+                own_k, own_v = own[..., :stop, :]
                 q = q.transpose(2, 3).unsqueeze(4)  # (P, kv, G, rep, 1, h)
                 y = attend(q, own_k, own_v, own_bias, prefix=(*prompt, prefix_bias))
                 return y[..., 0, :].transpose(2, 3)

@@ -7,6 +7,7 @@ temperature, top-p and set of banned ids; train.py logs the largest difference o
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,15 @@ import lora
 from data import PAD_ID, Prompts, PromptSet
 from grpo_rank import nucleus, pack_support, sampling_logprobs
 from model import KVCache, VideoLM
-from plumbing.machine import joined
+from plumbing.machine import Captured, joined
 from plumbing.options import BadInput
 
 NOT_FINITE = (
     "the policy's logits are not finite: its training diverged, or its weights, --lora_alpha or a tiny"
     " --temperature overflow; start anew with a lower --lr, with --dtype float32 or with other weights"
 )
+# Tokens from one look at whether all have ended to the next: on a GPU a look waits for all that is queued.
+LOOK_EVERY = {"cpu": 1, "meta": 1, "cuda": 8}
 EVALUATED_AT_ONCE = 128  # prompts that an evaluation samples together, where no option says fewer
 
 
@@ -111,7 +114,7 @@ def _search(weights: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     cdf = weights.double().cumsum(dim=1)
     total = cdf[:, -1:]
     point = (shares[:, None] * total).clamp(max=torch.nextafter(total, torch.zeros_like(total)))
-    place = torch.searchsorted(cdf, point, right=True)
+    place = torch.searchsorted(cdf, point, right=True).clamp(max=cdf.shape[1] - 1)  # NaN lies behind all
     above = cdf.gather(1, place)
     weight = weights.gather(1, place).double()
     return place.squeeze(1), (1 - (above - point) / weight).clamp(0, 1).squeeze(1)
@@ -148,12 +151,12 @@ def generate(
         mask = torch.zeros(P * G, T, dtype=torch.bool, device=device)
         ended, supports = torch.zeros(P * G, dtype=torch.bool, device=device), []
         head = decoder.head.to(state.dtype)  # float32; a copy where the base is of 16 bits
-        logits = state.new_empty(P * G, len(head))
+        logits, sound = state.new_empty(P * G, len(head)), torch.ones((), dtype=torch.bool, device=device)
+        step, captured = partial(decoder.step, cache=cache), decoder.captured and device.type == "cuda"
         for t in range(T):
             torch.mm(state, head.T, out=logits)
             scores = sampling_logprobs(logits, temperature, banned, None, reuse=True)
-            if not scores[:, 0].isfinite().all():  # one logit that is not makes its row NaN
-                raise BadInput(NOT_FINITE)
+            sound &= scores[:, 0].isfinite().all()  # one logit that is not finite makes its row NaN
             if top_p < 1:
                 support = nucleus(scores, top_p)
                 supports.append(pack_support(support))
@@ -163,11 +166,16 @@ def generate(
             mask[:, t] = ~ended
             logprobs[:, t] = scores.gather(1, token[:, None]).squeeze(1).masked_fill(ended, 0.0)
             ended = ended | torch.isin(token, end_ids)
-            if t == T - 1 or ended.all():
-                break
-            state = decoder.step(ids[:, t].view(P, G), t, cache).flatten(0, 1)
-        used = t + 1  # the longest completion: what lies behind it never existed
-        support = torch.stack(supports, dim=1) if supports else None
+            if t == T - 1 or t % LOOK_EVERY[device.type] == 0:
+                if not sound:
+                    raise BadInput(NOT_FINITE)
+                if t == T - 1 or ended.all():
+                    break
+            if captured and t == 0:
+                step = Captured(step, ids[:, 0].view(P, G))
+            state = step(ids[:, t].view(P, G), t).flatten(0, 1)
+        used = mask.any(dim=0).sum().item()  # the longest completion: what lies behind it never existed
+        support = torch.stack(supports[:used], dim=1) if supports else None
     return Completions(  # clones are ordinary tensors, for the loss
         completion_ids=ids[:, :used].clone(), completion_mask=mask[:, :used].clone(),
         logprobs=logprobs[:, :used].clone(), support=None if support is None else support.clone(),

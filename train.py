@@ -31,10 +31,10 @@ from plumbing.machine import (
     describe,
     first_process,
     optimizer_step,
-    pick_dtype,
     process_info,
     reduce_sum,
     say,
+    set_up,
     start_processes,
 )  # fmt: skip
 from plumbing.options import (
@@ -240,9 +240,7 @@ def load_everything(cfg: Config, device: torch.device) -> tuple[VideoLM, PromptS
         memory.print_plan(cfg, device, sets)
     say(f"loading {cfg.policy}")
     policy, tokenizer = load_policy(cfg, device)
-    cfg.dtype = pick_dtype(cfg.dtype, device, policy.cfg.dim)
-    policy.decoder.compute_dtype = getattr(torch, cfg.dtype)
-    policy.decoder.checkpointing = cfg.checkpointing
+    set_up(policy.decoder, cfg, device)
     return policy, *(PromptSet(policy, tokenizer, questions) for questions in sets)
 
 

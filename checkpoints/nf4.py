@@ -81,6 +81,7 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.shape, (self.out_features, self.in_features) = weight.shape, weight.shape
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.dequantise = dequantise  # with --compile one fused pass (machine.set_up)
         codes, absmax_codes, scale, mean = quantise(weight)
         levels = torch.tensor(LEVELS)
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
@@ -103,7 +104,7 @@ class NF4Linear(nn.Module):
         return dequantise(self.shape, dtype, self.stored())
 
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, partial(dequantise, self.shape), self.stored(), self.bias)
+        return frozen_linear(x, partial(self.dequantise, self.shape), self.stored(), self.bias)
 
 
 def quantise_linear(linear: nn.Linear) -> NF4Linear:

@@ -29,7 +29,7 @@ class MachineOptions(Options):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products (autocast)
-    compile: bool = False  # torch.compile for the log-probabilities of the update and the 4-bit base
+    compile: bool = False  # torch.compile for the update's loss and a 4-bit base; a GPU samples by graph
     checkpointing: bool = False  # keep only a layer's input for the backward pass: less memory, slower
     sample_prompts: CountOrNone = 0  # prompts sampled at once; 0: all of a step; fewer need less KV cache
     micro_batch_prompts: CountOrNone = 0  # prompts of one forward and backward; 0: all; fewer: less memory
@@ -74,6 +74,16 @@ def pick_dtype(wanted: str, device: torch.device, width: int) -> str:
     if why and process_info()[0] == 0:
         print(f"computing in {chosen} ({why}; --dtype to change)", flush=True)
     return chosen
+
+
+def set_up(decoder: nn.Module, options: MachineOptions, device: torch.device) -> None:
+    """A model.Decoder computes as the options say. Sets options.dtype to what `auto` became."""
+    options.dtype = pick_dtype(options.dtype, device, decoder.cfg.dim)
+    decoder.compute_dtype = getattr(torch, options.dtype)
+    decoder.checkpointing, decoder.captured = options.checkpointing, options.compile
+    for layer in decoder.modules():
+        if options.compile and hasattr(layer, "dequantise"):
+            layer.dequantise = compiled(layer.dequantise, device.type)
 
 
 BFLOAT16_UNITS = {"AMX": torch.cpu._is_amx_tile_supported, "AVX512-BF16": torch.cpu._is_avx512_bf16_supported}
@@ -157,6 +167,29 @@ def compiled(fn, device_type: str):
         return torch.compile(fn)
     print(f"compile: no {', no '.join(missing)}; {fn.__name__} runs uncompiled", file=sys.stderr)
     return fn
+
+
+class Captured:
+    """function(tokens, t) as a CUDA graph, for a sampling step whose shapes are the same at every t: captured
+    once, then a token costs one launch where it cost some hundred. tokens (P, G) int64 on the GPU."""
+
+    def __init__(self, function, tokens: Tensor):
+        self.tokens = tokens.clone()
+        self.t = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once outside: what is made at the first call alone is not captured
+            function(self.tokens, self.t)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(self.graph):
+            self.state = function(self.tokens, self.t)
+
+    def __call__(self, tokens: Tensor, t: int) -> Tensor:
+        """The state, which the next call overwrites."""
+        self.tokens.copy_(tokens)
+        self.t.fill_(t)
+        self.graph.replay()
+        return self.state
 
 
 class Joined:

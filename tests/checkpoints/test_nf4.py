@@ -5,7 +5,8 @@ import torch.nn.functional as F
 import lora
 from checkpoints import nf4
 from model import Decoder, ModelConfig
-from plumbing.machine import joined
+from plumbing import machine
+from plumbing.machine import MachineOptions, joined
 
 CFG = ModelConfig(vocab_size=40, dim=32, num_layers=2, ffn_dim=48)
 
@@ -202,6 +203,23 @@ def test_a_compiled_layer_is_one_graph_with_the_same_values_and_gradients():
     wanted.square().sum().backward()
     torch.testing.assert_close(y, wanted, atol=1e-6, rtol=0)
     torch.testing.assert_close(x.grad, again.grad, atol=1e-6, rtol=0)
+
+
+def test_compile_reaches_every_4_bit_layer_and_changes_no_value(monkeypatch):
+    compiled, decoder = [], Decoder(CFG)
+    nf4.quantise_linears(decoder, lora.DECODER_LINEARS)
+    wanted = decoder(X, MASK)
+
+    def stand_in(fn, device_type):
+        compiled.append(device_type)
+        return torch.compile(fn, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(machine, "compiled", stand_in)
+    for asked in (False, True):
+        options = MachineOptions(compile=asked, dtype="float32")
+        machine.set_up(decoder, options, torch.device("cpu"))
+        assert decoder.captured == asked and compiled == ["cpu"] * 7 * CFG.num_layers * asked
+        torch.testing.assert_close(decoder(X, MASK), wanted, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -3,10 +3,11 @@ import torch
 import torch.nn.functional as F
 
 import lora
+import rollout as rollout_module
 from clip import ClipConfig
 from data import Prompts
 from grpo_rank import IMPOSSIBLE, Objective, rollout_loss, sampling_logprobs
-from model import ModelConfig, VideoLM
+from model import KVCache, ModelConfig, VideoLM
 from rollout import completion_states, draw, generate
 
 V, P, G, T, PAD = 40, 3, 4, 6, 0
@@ -84,11 +85,37 @@ def test_any_end_id_ends_and_is_the_last_that_counts(model, prompts):
 
 def test_it_stops_when_all_have_ended(model, prompts, monkeypatch):
     calls, real = [], model.decoder.step
-    monkeypatch.setattr(model.decoder, "step", lambda *args: calls.append(args) or real(*args))
+    monkeypatch.setattr(model.decoder, "step", lambda *args, **cache: calls.append(args) or real(*args, **cache))
     assert sample(model, prompts, end_ids=torch.arange(V)).completion_ids.shape == (P * G, 1)
     assert not calls
     rollout = sample(model, prompts, end_ids=torch.tensor([], dtype=torch.int64))
     assert len(calls) == T - 1 and not rollout.ended.any() and rollout.completion_mask.all()
+
+
+def test_a_step_of_one_shape_for_all_t_gives_the_states_of_a_growing_one(model, prompts):
+    """What a GPU captures once and replays: t is a tensor, and the slots behind it hold rubbish."""
+    tokens, states = torch.randint(8, V, (P, G, T), generator=torch.Generator().manual_seed(5)), []
+    for position in (int, lambda t: torch.tensor([t])):
+        cache = KVCache(prompts.prompt_mask, G, T)
+        embeds = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
+        model.decoder(embeds, prompts.prompt_mask, cache=cache)
+        model.decoder.step(tokens[:, :, 0] + 1, position(0), cache)
+        for own in cache.own:
+            own[..., 1:, :] = 1e4
+        states.append([model.decoder.step(tokens[:, :, t], position(t), cache) for t in range(T)])
+    for growing, static in zip(*states, strict=True):
+        torch.testing.assert_close(static, growing, atol=1e-5, rtol=0)
+
+
+def test_looking_seldom_whether_all_have_ended_changes_nothing(model, prompts, monkeypatch):
+    """A GPU looks at every eighth token: what was sampled behind the last end is dropped again."""
+    ends = torch.arange(8, V - 8)
+    often = sample(model, prompts, end_ids=ends, top_p=0.9)
+    monkeypatch.setitem(rollout_module.LOOK_EVERY, "cpu", 8)
+    seldom = sample(model, prompts, end_ids=ends, top_p=0.9)
+    assert often.completion_ids.shape[1] < T
+    for name in ("completion_ids", "completion_mask", "logprobs", "support", "ended"):
+        assert getattr(often, name).equal(getattr(seldom, name)), name
 
 
 def test_a_row_depends_on_its_own_uniforms_alone(model, prompts):
