@@ -1,5 +1,5 @@
-"""Seconds of one whole step (sample, rank, update) here and in TRL's GRPOTrainer, same sizes, same prompts;
-and of its parts, loading, CLIP and sampling, beside the libraries that they would come from.
+"""Seconds of one whole step here and in TRL's GRPOTrainer (experiments/step.py); and of its parts, loading,
+CLIP and sampling, beside the libraries that they would come from.
 
     pip install -r requirements-dev.txt
     python -m experiments.bench  # float32, then bfloat16, against TRL
@@ -10,25 +10,21 @@ and of its parts, loading, CLIP and sampling, beside the libraries that they wou
     python -m experiments.bench --what loss --size 49k  # the walk, against a whole (B, T, V) table
     python -m experiments.bench --what draw --size 49k  # against torch.multinomial
     python -m experiments.bench --what growth  # time and memory as one size grows, with exponents
+    python -m experiments.bench --what gpu  # all that only a GPU can show, in one table (experiments/gpu.py)
 
-A step, both sides: 8 prompts of 96 tokens, 5 completions of exactly 32 tokens, a decoder of random weights
-with LoRA on all seven linear layers, one AdamW update with KL to the start, no gradient checkpointing. Both
-take turns in one process, with the same number of threads; the median counts. The last line is JSON.
+Two sides take turns in one process, with the same number of threads; the median counts. The last line is
+JSON.
 """
 
 import json
 import math
 import platform
 import re
-import statistics
 import tempfile
-import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -40,29 +36,27 @@ from checkpoints.memory import Live
 from checkpoints.policies import freeze_base
 from clip import ClipConfig, ImageTower
 from data import Prompts
+from experiments import gpu
+from experiments.step import MODEL, STEP, G, P, S, Stopwatch, T, compare, text_policy
 from grpo_rank import (
     Objective,
     policy_loss,
     rank_advantages,
-    ranks_from_scores,
     rollout_loss,
     sampling_logprobs,
     token_stats,
 )
-from model import Bridge, Decoder, ModelConfig, VideoLM
+from model import Bridge, Decoder, ModelConfig
+from plumbing.machine import pick_device
 from plumbing.options import BadInput, Count, Options, parse_args, run_script, write_json
 from plumbing.run_folder import processor
 from rollout import Completions, draw, generate, reference_states
 
-MODEL = ModelConfig(dim=256, num_layers=6, num_heads=8, num_kv_heads=8, ffn_dim=688, vocab_size=512)
-P, G, S, T = 8, 5, 96, 32
-SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1}  # TRL wants them; prompts are drawn from the other ids
-STEP = train.Config(group_size=G, max_new_tokens=T, updates_per_rollout=1, kl_coef=0.04, lora_r=16, lr=1e-4)
 DTYPES = {"float32": ("float32",), "bfloat16": ("bfloat16",), "both": ("float32", "bfloat16")}
 PACKAGES = {"trl": ("torch", "trl", "transformers", "peft"), "none": ("torch",)}
 PACKAGES |= {"load": ("torch", "safetensors"), "clip": ("torch", "transformers")}
 PACKAGES["decoder"] = PACKAGES["clip"]
-PACKAGES |= dict.fromkeys(("loss", "draw", "growth"), PACKAGES["none"])
+PACKAGES |= dict.fromkeys(("loss", "draw", "growth", "gpu"), PACKAGES["none"])
 SIZES = {  # by --what and --size
     "step": {"small": MODEL},
     "load": {  # 67 MB and 1.1 GB in float32
@@ -79,7 +73,7 @@ SIZES = {  # by --what and --size
     },
     "loss": {"small": 512, "49k": 49152, "152k": 151936},  # V
     "draw": {"small": 512, "49k": 49152, "152k": 151936},
-    "growth": {"small": MODEL},
+    "growth": {"small": MODEL}, "gpu": gpu.SIZES,
 }  # fmt: skip
 FRAMES, ROWS = 8, 2560
 GROWTH = {  # the sizes that one letter takes while the others stay (`growing`)
@@ -93,9 +87,9 @@ NO_END = torch.empty(0, dtype=torch.int64)
 class Config(Options):
     """What is measured, and how"""
 
-    what: Literal["step", "load", "clip", "decoder", "loss", "draw", "growth"] = "step"
-    size: str = "small"  # small | full (load, clip) | 125m | smollm | 1b (decoder) | 49k | 152k (loss, draw)
-    device: Literal["cpu", "cuda"] = "cpu"  # a step and loading are measured on the CPU only
+    what: Literal["step", "load", "clip", "decoder", "loss", "draw", "growth", "gpu"] = "step"
+    size: str = ""  # small, the default | full (load, clip, gpu) | 125m | smollm | 1b (decoder) | 49k | 152k
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU, for gpu a GPU; loading needs the CPU
     dtype: Literal["float32", "bfloat16", "both"] = "both"  # in a step bfloat16 is autocast on both sides
     repeats: Count = 10  # timed steps a side
     warmup: Count = 2  # steps a side before them
@@ -104,140 +98,14 @@ class Config(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        self.size = self.size or next(iter(SIZES[self.what]))
+        if self.device == "auto":
+            self.device = "cuda" if self.what == "gpu" else "cpu"
         if self.size not in SIZES[self.what]:
             of = "; ".join(f"--what {what} --size {'|'.join(sizes)}" for what, sizes in SIZES.items())
             raise BadInput(f"--what {self.what} --size {self.size}: choose one of {of}")
-        if self.device == "cuda" and self.what in ("step", "load"):
+        if self.device == "cuda" and self.what == "load":
             raise BadInput(f"--device cuda: --what {self.what} is measured on the CPU; leave --device out")
-
-
-class Stopwatch:
-    """Seconds of each part, one entry a step."""
-
-    def __init__(self):
-        self.seconds: dict[str, list[float]] = {}
-
-    @contextmanager
-    def __call__(self, part: str):
-        began = time.perf_counter()
-        yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self.seconds.setdefault(part, []).append(time.perf_counter() - began)
-
-    def medians(self, warmup: int) -> dict[str, float]:
-        return {part: round(statistics.median(s[warmup:]), 6) for part, s in self.seconds.items()}
-
-
-def score(completion_ids: list[int]) -> float:
-    """Both sides' feedback, from the ids alone: the share of even ones."""
-    return sum(i % 2 == 0 for i in completion_ids) / len(completion_ids)
-
-
-def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
-    """prompt_ids (P, S) int64 -> a function that takes one step of train.py with them."""
-    policy = text_policy(MODEL, dtype)
-    learner = lora.Learner(policy.decoder, STEP.lora_r, STEP.lora_alpha)
-    prompts = Prompts(prompt_ids, torch.ones_like(prompt_ids).bool(), torch.zeros(P, 0, MODEL.dim))
-
-    def step():
-        with watch("step"):
-            with watch("sample"):
-                rollout = generate(policy, prompts, G, T, end_ids=NO_END, uniforms=torch.rand(P, G, T))
-            with watch("rank"):
-                scores = torch.tensor([score(ids) for ids in rollout.completion_ids.tolist()]).view(P, G)
-                advantages = rank_advantages(ranks_from_scores(scores))
-            with watch("update"):
-                with watch("reference, part of update"):
-                    ref_states = reference_states(policy, prompts, rollout, size=0)
-                numbers = train.update(
-                    STEP, policy, learner, prompts=prompts, rollout=rollout, advantages=advantages,
-                    ref_states=ref_states, step=0,
-                )  # fmt: skip
-        assert rollout.completion_mask.sum() == P * G * T and not numbers["bad"], numbers
-        # A part of the step once more, by itself
-        with watch("prefill, part of sample"):
-            generate(policy, prompts, G, 1, end_ids=NO_END)
-
-    return step
-
-
-def text_policy(cfg: ModelConfig, dtype: str, device: str = "cpu") -> SimpleNamespace:
-    """A VideoLM without eyes, of random weights: text alone."""
-    policy = SimpleNamespace(cfg=cfg, decoder=Decoder(cfg).to(device))
-    policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
-    policy.decoder.compute_dtype = getattr(torch, dtype)
-    return policy
-
-
-def run_trl(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch, num_steps: int, between, folder: str):
-    """prompt_ids (P, S): GRPOTrainer takes num_steps steps with them and calls between() after each."""
-    from datasets import Dataset
-    from peft import LoraConfig
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from transformers.trainer_callback import PrinterCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(MODEL.vocab_size)}, unk_token="0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1")
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=MODEL.vocab_size, hidden_size=MODEL.dim, num_hidden_layers=MODEL.num_layers,
-        num_attention_heads=MODEL.num_heads, num_key_value_heads=MODEL.num_kv_heads,
-        intermediate_size=MODEL.ffn_dim, tie_word_embeddings=True, bos_token_id=None, **SPECIAL_IDS,
-    ))  # fmt: skip
-    model.generate = watch("sample")(model.generate)
-
-    def reward(completion_ids, **kwargs):
-        assert [len(ids) for ids in completion_ids] == [T] * P * G, list(map(len, completion_ids))
-        return [score(ids) for ids in completion_ids]
-
-    class Turns(TrainerCallback):
-        def on_step_begin(self, *args, **kwargs):
-            self.timer = watch("step")
-            self.timer.__enter__()
-
-        def on_step_end(self, *args, **kwargs):
-            self.timer.__exit__(None, None, None)
-            between()
-
-    options = GRPOConfig(
-        output_dir=folder, max_steps=num_steps, per_device_train_batch_size=P * G, num_generations=G, top_k=0,
-        max_completion_length=T, generation_kwargs={"min_new_tokens": T}, temperature=STEP.temperature,
-        beta=STEP.kl_coef, epsilon=STEP.clip_eps, loss_type="grpo", num_iterations=1, learning_rate=STEP.lr,
-        weight_decay=0.0, max_grad_norm=STEP.max_grad_norm, bf16=dtype == "bfloat16", use_cpu=True,
-        gradient_checkpointing=False, save_strategy="no", logging_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    adapters = LoraConfig(r=STEP.lora_r, lora_alpha=STEP.lora_alpha, target_modules=[*lora.DECODER_LINEARS])
-    texts = Dataset.from_dict({"prompt": [" ".join(map(str, ids)) for ids in prompt_ids.tolist()]})
-    kit = dict(processing_class=tokenizer, callbacks=[Turns()], peft_config=adapters)
-    trainer = GRPOTrainer(model, reward, options, texts, **kit)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-
-
-def compare(cfg: Config, dtype: str) -> dict:
-    """Lets the two sides take steps in turn and prints the medians."""
-    torch.manual_seed(0)
-    prompt_ids = torch.randint(len(SPECIAL_IDS), MODEL.vocab_size, (P, S))
-    ours, theirs, num_steps = Stopwatch(), Stopwatch(), cfg.warmup + cfg.repeats
-    step = our_step(prompt_ids, dtype, ours)
-    if cfg.peer == "trl":
-        with tempfile.TemporaryDirectory() as folder:
-            run_trl(prompt_ids, dtype, theirs, num_steps, step, folder)
-    else:
-        for _ in range(num_steps):
-            step()
-    result = {"dtype": dtype, "ours": ours.medians(cfg.warmup), "trl": theirs.medians(cfg.warmup)}
-    print(f"\n{dtype}, medians of {cfg.repeats}")
-    for side in ("ours", "trl"):
-        for part, s in result[side].items():
-            print(f"  {side:4} {part:26} {s:9.4f} s {P * G * T / s:10.0f} tokens/s")
-    if cfg.peer == "trl":
-        result["ratio"] = round(result["ours"]["step"] / result["trl"]["step"], 4)
-        print(f"  ours / trl {result['ratio']:.3f}")
-    return result
 
 
 # ------------------------------------------------------------------------------------------ parts of a step
@@ -454,13 +322,18 @@ def describe(peer: str) -> dict:
 
 def main() -> int:
     cfg = parse_args(Config)
+    pick_device(cfg.device)
     result = describe(cfg.peer if cfg.what == "step" else cfg.what)
     print(", ".join(f"{key} {value}" for key, value in result.items()))
     result |= {"what": cfg.what, "size": cfg.size, "repeats": cfg.repeats}
     size = SIZES[cfg.what][cfg.size]
     result |= {"P": P, "G": G, "S": S, "T": T, "frames": FRAMES}
     result["model"] = asdict(size) if is_dataclass(size) else size
-    result["runs"] = [COMPARE[cfg.what](cfg, dtype) for dtype in DTYPES[cfg.dtype]]
+    if cfg.what == "gpu":
+        result["runs"] = gpu.measure(cfg)
+        print(gpu.table(result["runs"]))
+    else:
+        result["runs"] = [COMPARE[cfg.what](cfg, dtype) for dtype in DTYPES[cfg.dtype]]
     if cfg.json:
         write_json(cfg.json, result)
     print(json.dumps(result))

@@ -85,7 +85,9 @@ def test_any_end_id_ends_and_is_the_last_that_counts(model, prompts):
 
 def test_it_stops_when_all_have_ended(model, prompts, monkeypatch):
     calls, real = [], model.decoder.step
-    monkeypatch.setattr(model.decoder, "step", lambda *args, **cache: calls.append(args) or real(*args, **cache))
+    monkeypatch.setattr(
+        model.decoder, "step", lambda *args, **cache: calls.append(args) or real(*args, **cache)
+    )
     assert sample(model, prompts, end_ids=torch.arange(V)).completion_ids.shape == (P * G, 1)
     assert not calls
     rollout = sample(model, prompts, end_ids=torch.tensor([], dtype=torch.int64))

@@ -4,7 +4,8 @@ import pytest
 
 import grpo_rank
 from clip import ClipConfig
-from experiments import bench
+from experiments import bench, gpu
+from experiments import step as whole_step
 from model import ModelConfig
 from plumbing.options import BadInput
 
@@ -40,11 +41,15 @@ def test_growth_gives_an_exponent_for_each_size(monkeypatch):
     assert all(len(result[name]["exponents"]) == 2 and min(result[name]["peak"]) > 0 for name in "VSK")
 
 
+def small_steps(monkeypatch):
+    monkeypatch.setattr(whole_step, "MODEL", TINY)
+    for name, n in {"P": 2, "G": 3, "S": 4, "T": 5}.items():
+        monkeypatch.setattr(whole_step, name, n)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_of_train_py_is_timed_in_its_parts(dtype, monkeypatch):
-    monkeypatch.setattr(bench, "MODEL", TINY)
-    for name, n in {"P": 2, "G": 3, "S": 4, "T": 5}.items():
-        monkeypatch.setattr(bench, name, n)
+    small_steps(monkeypatch)
     result = bench.compare(bench.Config(dtype=dtype, repeats=1, warmup=1, peer="none"), dtype)
     ours = result["ours"]
     assert ours["step"] >= ours["sample"] > 0 and ours["update"] > ours["reference, part of update"] > 0
@@ -55,3 +60,20 @@ def test_a_size_that_the_part_does_not_have_lists_those_it_has():
         bench.Config(what="clip", size="1b")
     with pytest.raises(BadInput, match="--device cuda"):
         bench.Config(what="load", device="cuda")
+
+
+def test_the_rows_for_a_gpu_run_on_a_cpu_and_one_that_fails_leaves_the_others(monkeypatch, capsys):
+    pytest.importorskip("tokenizers")
+    small_steps(monkeypatch)
+
+    def broken(cfg, size, folder, second):
+        raise RuntimeError("no Triton here")
+
+    monkeypatch.setattr(gpu, "default_job", broken)
+    cfg = bench.Config(what="gpu", size="small", device="cpu", repeats=1, warmup=1, peer="none")
+    rows = gpu.measure(cfg)
+    printed = gpu.table(rows).splitlines()
+    assert printed[2:] == [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row["remarks"] for row in rows[:2]] == ["failed: no Triton here"] * 2
+    assert all(row["measured"] and "failed" not in row["remarks"] for row in rows[2:]), rows
+    assert float(rows[-1]["against"].split()[1]) >= 0 and "s a step" in rows[-1]["remarks"]
