@@ -8,6 +8,7 @@ run itself will run, forward and backward, and their difference is what each fur
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +22,7 @@ from clip import ClipConfig
 from data import clips_at_once, longest_text
 from grpo_rank import Objective, Tokens, nucleus, sampling_logprobs, walk
 from model import Decoder, KVCache, ModelConfig, Projector, VideoLM
-from plumbing.machine import joinable, joined, pick_dtype, say
+from plumbing.machine import joinable, joined, pick_dtype, say, show_progress
 from rollout import EVALUATED_AT_ONCE, answer, draw, reference_states
 
 
@@ -86,20 +87,22 @@ def plan(
         "adapters, gradients, optimiser states, reference": 4 * 5 * num_adapters,  # float32; two moments
         f"video tokens of {num_videos} videos": 4 * num_videos * N_video * cfg.dim,
     }
-    with FakeTensorMode():
-        decoder = Decoder(replace(cfg, num_layers=3))
-        freeze_base(decoder, run.base)
-        for parameter in lora.add_adapters(decoder, run.lora_r, run.lora_alpha):
-            parameter.grad = torch.zeros_like(parameter)
-        decoder.compute_dtype, decoder.checkpointing = dtype, run.checkpointing
-        joins = run.base != "nf4" and joinable(linears, dtype)
-        more = step_peaks(decoder, run, P, G, S, T, joins)
-        del decoder.layers[1]
-        few = step_peaks(decoder, run, P, G, S, T, joins)
+    joins = run.base != "nf4" and joinable(linears, dtype)
+
+    def of_layers(num_layers: int):
+        with FakeTensorMode():
+            decoder = Decoder(replace(cfg, num_layers=num_layers))
+            freeze_base(decoder, run.base)
+            for parameter in lora.add_adapters(decoder, run.lora_r, run.lora_alpha):
+                parameter.grad = torch.zeros_like(parameter)
+            decoder.compute_dtype, decoder.checkpointing = dtype, run.checkpointing
+            return step_peaks(decoder, run, P, G, S, T, joins)
+
+    parts = [partial(of_layers, 3), partial(of_layers, 2), partial(logits_peak, cfg, run)]
+    parts += [partial(embedding_peak, cfg, clip), partial(sampling_logits, cfg, run, P * G)]
+    more, few, logits, embedding, drawn = [part() for part in show_progress(parts, "memory plan")]
     each = (b + (cfg.num_layers - 3) * (b - a) for a, b in zip(few, more, strict=True))
-    cache, prefill, step, update = each
-    logits, embedding = logits_peak(cfg, run), embedding_peak(cfg, clip)
-    draw_peak, between = sampling_logits(cfg, run, P * G)
+    (cache, prefill, step, update), (draw_peak, between) = each, drawn
     sampling = max(prefill, cache + draw_peak, step + between)
     return stays | {
         "embedding videos": embedding,
