@@ -64,7 +64,7 @@ class SupervisedOptions(Options):
     data: str = ""  # JSONL of questions and answers; empty: the embedded world's
     videos: str = ""  # folder that the video paths in --data or --pairs are relative to
     taught_clips: Count = 2500  # clips of the embedded world, where --data is empty
-    loose_share: Share = 0.0  # of the embedded world's answers, replaced by ones that are always true
+    loose_share: Share = 0.0  # of the embedded world's last answers, replaced by ones that are always true
     bridge_from: str = ""  # folder whose bridge to start from, of any decoder; for instance weights
     with_bridge: bool = False  # sft: the bridge learns too, not only the LoRA
     steps: Count = 1000  # optimizer steps
@@ -188,7 +188,8 @@ class Lessons:
         short, rng = step < self.cfg.short_share * self.cfg.steps, random.Random(f"{self.cfg.seed} {step}")
         pool = [clip for clip in self.learned if self.short[clip]] if short else self.learned
         clips = rng.sample(pool, min(self.cfg.batch_clips, len(pool)))
-        video, ids, answer = self.batch(clips, short, rng, self.cfg.loose_share)
+        loose_share = self.cfg.loose_share * step / self.cfg.steps  # it rises: first what is right is learned
+        video, ids, answer = self.batch(clips, short, rng, loose_share)
         return answer_loss(self.model, self.opening, video, ids, answer)
 
     @torch.no_grad()
