@@ -126,6 +126,13 @@ def test_loose_answers_come_in_the_share_that_is_asked_for_and_never_into_the_he
 
     assert share() == 0 and share(loose_share=1.0) == 1
     assert 0.2 < share(loose_share=0.4) < 0.6
+    shares, real = [], lessons.batch
+    monkeypatch.setattr(lessons, "batch", lambda *given: shares.append(given[3]) or real(*given[:3]))
+    cfg.loose_share = 0.4
+    for step in (0, cfg.steps // 2, cfg.steps):
+        lessons.loss(step)
+    assert shares == pytest.approx([0, 0.2, 0.4])  # it rises along the training
+    monkeypatch.setattr(lessons, "batch", real)
     held = lessons.held_losses()
     cfg.loose_share = 1.0
     assert lessons.held_losses() == held
