@@ -39,6 +39,7 @@ from plumbing.options import (
     Positive,
     Share,
     check_record,
+    is_kind,
     one_line,
     parse_json,
     read_json,
@@ -259,7 +260,9 @@ def check_out(cfg) -> None:
         if os.path.exists(cfg.out) and os.listdir(cfg.out):
             raise BadInput(f"--out {cfg.out}: exists already; name a new folder, or add --resume")
         return
-    stored = read_json(path, "there is nothing to resume; leave --resume out").get("options", {})
+    stored = read_json(path, "there is nothing to resume; leave --resume out").get("options")
+    if not isinstance(stored, dict):
+        raise BadInput(f"{path}: options is missing or damaged; {WANTS}")
     for name, value in asdict(cfg).items():
         if name not in ("resume", "out", "device") and stored.get(name) != value:
             raise BadInput(f"--{name} {value}: {path} has {stored.get(name)!r}; repeat the options to resume")
@@ -328,9 +331,15 @@ def load_training(folder: str, parameters, optimizer) -> list[dict]:
     path = os.path.join(folder, "training.safetensors")
     tensors, metadata = read_tensors(path, WANTS)
     history = parse_json(metadata.get("history", ""), path, WANTS)
+    if not is_kind(history, list[dict]) or not all(is_kind(row.get("step"), int) for row in history):
+        raise BadInput(f"{path}: its history is damaged; {WANTS}")
     for i, p in enumerate(parameters):
-        p.data.copy_(tensors[f"parameter.{i}"])
         state = {k.rsplit(".", 1)[1]: x for k, x in tensors.items() if k.startswith(f"optimizer.{i}.")}
+        shapes = {key: x.shape for key, x in state.items()}
+        fits = shapes == {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        if not fits or getattr(tensors.get(f"parameter.{i}"), "shape", None) != p.shape:
+            raise BadInput(f"{path}: parameter {i} is missing or does not fit the policy; {WANTS}")
+        p.data.copy_(tensors[f"parameter.{i}"])
         optimizer.state[p] = {k: x if k == "step" else x.to(p.device) for k, x in state.items()}
     return history
 

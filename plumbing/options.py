@@ -87,6 +87,15 @@ def checked(name: str, kind, value):
     return value
 
 
+@contextlib.contextmanager
+def read_from(path: str):
+    """Within it, what is wrong with an option is said with the file that it stands in."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{error}; it stands in {path}") from error
+
+
 def check_record(record, where: str, wants: str) -> None:
     """Raises BadInput unless each field of a dataclass that was filled from a file is of its type, and a
     number above 0 wherever its default is."""
@@ -180,6 +189,13 @@ def one_line(text: str) -> str:
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in spaced)
 
 
+def message(error: Exception) -> str:
+    """As `one_line`, what is long cut in its middle: a damaged file may hold a value of any length, while
+    name and remedy stand at the ends."""
+    line = one_line(error)
+    return line if len(line) <= 1000 else f"{line[:600]} .. {line[-300:]}"
+
+
 def cell(text: str) -> str:
     """As `one_line`, for a table in Markdown."""
     return one_line(text).replace("|", "/")
@@ -190,7 +206,7 @@ def run_script(main) -> None:
     try:
         status = main()
     except BadInput as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         status = 2
     except EndedEarly as error:
         print(f"\n{one_line(error)}", file=sys.stderr)

@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import operator
 import os
 import platform
 import shlex
@@ -41,8 +40,10 @@ from plumbing.options import (
     CountOrNone,
     EndedEarly,
     Options,
+    checked,
     is_kind,
     parse_json,
+    read_from,
     read_json,
     read_tensors,
     remove_leftovers,
@@ -59,6 +60,10 @@ NO_SIGNAL = (
     "note: in every group so far all answers tie, so there is nothing to learn from: the policy never samples"
     " a better answer. Raise --temperature and --group_size, or fine-tune the policy first (pretrain.py)"
 )
+PROGRESS = {  # what a checkpoint has beside its tensors
+    "step": int, "bad_steps": int, "bad_in_a_row": int, "wall_s": int | float,
+    "before": dict, "before_values": dict,
+}  # fmt: skip
 COPY_AGAIN = "the run's own file is needed; start the run anew in another --out"
 
 
@@ -105,6 +110,9 @@ def stored_options(given: dict, config_class) -> dict:
     if stored.keys() != known:
         name = sorted(stored.keys() ^ known)[0]
         raise BadInput(f"{path}: option {name!r} is of another version of this code; start the run anew")
+    with read_from(path):
+        for field in fields(config_class):
+            checked(field.name, field.type, stored[field.name])
     for name, value in given.items():
         if name not in MAY_CHANGE and stored[name] != value:
             raise BadInput(f"--{name} {value}: the run in {out} has {stored[name]!r}; leave it out to resume")
@@ -453,11 +461,14 @@ class RunFolder:
     def load(self):
         path = checkpoint_path(self.out)
         tensors, metadata = read_tensors(path, COPY_AGAIN)
-        self.progress = parse_json(metadata.get("progress", ""), path, COPY_AGAIN)
+        progress = parse_json(metadata.get("progress", ""), path, COPY_AGAIN)
+        whole = isinstance(progress, dict) and all(is_kind(progress.get(k), x) for k, x in PROGRESS.items())
+        if not whole:
+            raise BadInput(f"{path}: its progress has no {', '.join(PROGRESS)}; {COPY_AGAIN}")
+        self.step, self.progress = progress.pop("step"), progress
         try:
-            self.step = operator.index(self.progress.pop("step"))
             self.learner.restore(tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except ValueError as error:
             raise BadInput(f"{path}: {error}; {COPY_AGAIN}") from error
         if self.writes:
             self.save_adapter(os.path.join(self.out, "adapter"))
