@@ -26,6 +26,8 @@ from plumbing.options import (
     read_json,
     read_tensors,
     refuse_pickles,
+    remove_leftovers_of,
+    temporary_name,
     write_json,
     write_whole,
 )
@@ -202,7 +204,8 @@ def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
     folder appears whole, or not at all."""
     if kind_of(source) == SUPERVISED:
         source = read_json(os.path.join(source, "config.json"), POLICIES)["decoder"]
-    beside = f"{folder.rstrip('/')}.{os.getpid()}.tmp"
+    folder = os.path.normpath(folder)
+    beside = temporary_name(folder)
     try:
         if kind_of(source):
             from checkpoints.pretrained import save_pretrained
@@ -211,6 +214,7 @@ def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
         else:
             save_model(policy, beside, torch.float32)
             shutil.copy(os.path.join(source, "tokenizer.json"), beside)
+        remove_leftovers_of(folder)
         os.rename(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

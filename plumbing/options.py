@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import unicodedata
 import uuid
@@ -333,11 +334,12 @@ def temporary_name(path: str) -> str:
 def write_whole(path: str, content: bytes) -> None:
     """Writes the file under a name of its own and renames it: whole or not at all, also when two processes
     write it, when the disk is full and when the machine stops. A file that holds this already is left as it
-    is."""
+    is; what killed processes left of it goes."""
     if os.path.exists(path) and os.path.getsize(path) == len(content):
         with open(path, "rb") as file:
             if file.read() == content:
                 return
+    remove_leftovers_of(path)
     temporary = temporary_name(path)
     try:
         with open(temporary, "xb") as file:
@@ -355,11 +357,23 @@ def is_alive(process: int) -> bool:
     """Whether a process of this number runs on this machine."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter for a number that no process can have
         return False
     except PermissionError:  # another user's
         return True
     return True
+
+
+def remove_leftovers_of(path: str) -> None:
+    """Removes what killed processes left beside a file or folder that they were about to name `path`."""
+    folder, name = os.path.split(path)
+    beside = [other for other in os.listdir(folder or ".") if other.startswith(f"{name}.")]
+    for other in beside:
+        found = re.fullmatch(r"\.(\d+)\.[0-9a-f]{8}\.tmp", other[len(name) :])
+        left = os.path.join(folder, other)
+        if found and not is_alive(int(found[1])):
+            with contextlib.suppress(FileNotFoundError):  # another process removed it just now
+                shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
 
 
 def remove_leftovers(folder: str) -> None:

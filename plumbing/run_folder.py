@@ -47,6 +47,7 @@ from plumbing.options import (
     read_json,
     read_tensors,
     remove_leftovers,
+    remove_leftovers_of,
     temporary_name,
     write_json,
     write_whole,
@@ -250,8 +251,9 @@ class RunFolder:
         later moment can be resumed."""
         config = asdict(self.options) | {"made": environment() | {"from": made_from}}
         if not os.path.exists(self.out):
-            beside = temporary_name(self.out)
+            beside = temporary_name(os.path.normpath(self.out))
             os.makedirs(beside)
+            remove_leftovers_of(os.path.normpath(self.out))
             write_json(os.path.join(beside, "config.json"), config)
             os.rename(beside, self.out)
         self.lock()
