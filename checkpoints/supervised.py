@@ -39,6 +39,7 @@ from plumbing.options import (
     Positive,
     Share,
     check_record,
+    finite,
     is_kind,
     one_line,
     parse_json,
@@ -310,7 +311,7 @@ def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict])
     for i, p in enumerate(parameters):
         tensors |= {f"optimizer.{i}.{name}": x for name, x in optimizer.state[p].items()}
     content = {name: x.cpu().contiguous() for name, x in tensors.items()}
-    training = save(content, {"history": json.dumps(history)})
+    training = save(content, {"history": json.dumps(finite(history))})
     write_whole(os.path.join(cfg.out, "training.safetensors"), training)
     if isinstance(model.bridge, Bridge):
         bridge = {name: x.detach().cpu().contiguous() for name, x in model.bridge.state_dict().items()}
@@ -318,7 +319,7 @@ def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict])
     if cfg.stage == "sft":
         path = "model.language_model." if kind_of(beneath["decoder"]) == "llava" else "model."
         peft_files.save_adapter(model.decoder, os.path.join(cfg.out, "adapter"), path)
-    rows = "".join(json.dumps(row) + "\n" for row in history)
+    rows = "".join(json.dumps(row) + "\n" for row in finite(history))
     write_whole(os.path.join(cfg.out, "metrics.jsonl"), rows.encode())
     config = {name: beneath[name] for name in KINDS}
     sizes = {name: getattr(model.cfg, name) for name in SIZES}

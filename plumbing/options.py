@@ -386,5 +386,14 @@ def remove_leftovers(folder: str) -> None:
                     os.remove(os.path.join(place, name))
 
 
+def finite(value):
+    """A JSON value with null for numbers that are none, NaN or infinite, which `parse_json` refuses."""
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: str, value) -> None:
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False).encode())
+    write_whole(path, json.dumps(finite(value), indent=1, ensure_ascii=False).encode())

@@ -41,6 +41,7 @@ from plumbing.options import (
     EndedEarly,
     Options,
     checked,
+    finite,
     is_kind,
     parse_json,
     read_from,
@@ -211,7 +212,7 @@ class Kept:
 
 def append_rows(path: str, rows: list[dict]):
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.write("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 class RunFolder:
@@ -456,7 +457,7 @@ class RunFolder:
             return
         progress = self.progress | {"step": self.step, "wall_s": self.wall_s()}
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.learner.tensors().items()}
-        content = save(tensors, metadata={"progress": json.dumps(progress)})
+        content = save(tensors, metadata={"progress": json.dumps(finite(progress))})
         write_whole(checkpoint_path(self.out), content)
         self.save_adapter(os.path.join(self.out, "adapter"))
 
