@@ -457,14 +457,21 @@ class RunFolder:
             return
         progress = self.progress | {"step": self.step, "wall_s": self.wall_s()}
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.learner.tensors().items()}
-        content = save(tensors, metadata={"progress": json.dumps(finite(progress))})
+        text = json.dumps(finite(progress))
+        content = save(
+            tensors, metadata={"progress": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        )
         write_whole(checkpoint_path(self.out), content)
         self.save_adapter(os.path.join(self.out, "adapter"))
 
     def load(self):
         path = checkpoint_path(self.out)
         tensors, metadata = read_tensors(path, COPY_AGAIN)
-        progress = parse_json(metadata.get("progress", ""), path, COPY_AGAIN)
+        text = metadata.get("progress", "")
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if metadata.get("sha256", digest) != digest:
+            raise BadInput(f"{path}: its progress is damaged; {COPY_AGAIN}")
+        progress = parse_json(text, path, COPY_AGAIN)
         whole = isinstance(progress, dict) and all(is_kind(progress.get(k), x) for k, x in PROGRESS.items())
         if not whole:
             raise BadInput(f"{path}: its progress has no {', '.join(PROGRESS)}; {COPY_AGAIN}")

@@ -227,6 +227,21 @@ def test_a_checkpoint_whose_progress_is_damaged_is_not_resumed(tmp_path, damage)
                 RunFolder.load(run)
 
 
+def test_progress_that_was_changed_behind_its_digest_is_not_resumed(tmp_path):
+    run = SimpleNamespace(
+        out=str(tmp_path), writes=True, progress=PROGRESS_OF_A_RUN, step=3, wall_s=lambda: 1.0,
+        learner=SimpleNamespace(tensors=lambda: {"x": torch.ones(1)}, restore=lambda tensors: None),
+        save_adapter=lambda folder: None,
+    )  # fmt: skip
+    RunFolder.save(run)
+    RunFolder.load(run)
+    assert run.step == 3
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"before", b"bifore"))
+    with pytest.raises(BadInput, match=r"checkpoint.safetensors: its progress is damaged; .*anew"):
+        RunFolder.load(run)
+
+
 @pytest.mark.parametrize("damage", [{"seconds": 1}, {"seconds": []}, {"commands": "a"}, {"commands": None}])
 def test_a_damaged_record_of_how_weights_were_made_is_refused(tmp_path, monkeypatch, damage):
     shutil.copytree(WEIGHTS, tmp_path, dirs_exist_ok=True)
