@@ -24,7 +24,7 @@ import lora
 from checkpoints.policies import load_run, save_policy
 from data import DataOptions, PromptSet, load_sets
 from plumbing.machine import pick_device, show_progress
-from plumbing.options import ArgumentParser, BadInput, cell, run_script, write_json
+from plumbing.options import ArgumentParser, BadInput, cell, read_from, run_script, write_json
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, by_video, grade, is_correct, summarize
 
@@ -47,7 +47,8 @@ def evaluate(
     uniforms = torch.rand(n, samples, sampling.max_new_tokens, generator=generator)
     uniforms = F.pad(uniforms, (0, 0, 1, 0), value=torch.nan)  # (n, 1 + samples, T)
     chosen = torch.randperm(n, generator=generator)[: subset or n].sort().values
-    done = {} if kept is None else dict(kept.of)
+    rows = {} if kept is None else kept.of  # a row with another number of draws is damaged: asked anew
+    done = {name: row for name, row in rows.items() if len(row["sampled"]) == samples}
     left = torch.tensor([i for i in chosen.tolist() if questions.questions[i].id not in done])
     for rows in show_progress(left.split(at_once) if len(left) else (), "evaluating"):
         texts = answer(policy, questions, rows, 1 + samples, sampling, uniforms[rows])[1]
@@ -126,7 +127,9 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
         names = [field.name for field in fields(DataOptions)]
         if not config.keys() >= set(names):
             raise BadInput(f"{folder}/config.json: not all options of the data; give --data and --videos")
-        questions = load_sets(DataOptions(**{name: config[name] for name in names}), config["seed"])[1]
+        with read_from(os.path.join(folder, "config.json")):
+            drawn = DataOptions(**{name: config[name] for name in names})
+        questions = load_sets(drawn, config["seed"])[1]
     prompts = PromptSet(policy, tokenizer, questions)
     sampling = Sampling.of(policy, tokenizer, max_new_tokens=config["max_new_tokens"])
     options = {"samples": config["eval_samples"], "seed": config["seed"]}

@@ -176,7 +176,10 @@ class Learner:
                     raise ValueError(f"{name}.{part} does not fit the policy")
                 wanted.copy_(stored)
         for name, wanted in self.critic.state_dict().items():
-            wanted.copy_(tensors[f"critic.{name}"])
+            stored = tensors.get(f"critic.{name}")
+            if stored is None or (stored.shape, stored.dtype) != (wanted.shape, wanted.dtype):
+                raise ValueError(f"critic.{name} does not fit the policy")
+            wanted.copy_(stored)
         state = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):

@@ -34,7 +34,7 @@ from clip import ClipConfig
 from data import load_clips
 from model import ModelConfig
 from oracles.pairs import RankerOptions, train_ranker
-from plumbing.options import BadInput, parse_args, read_json, run_script, write_json
+from plumbing.options import BadInput, is_kind, parse_args, read_json, run_script, write_json
 from videoqa import world
 
 STAGES = ("clip", "align", "sft")
@@ -80,7 +80,10 @@ def pretrain(cfg: Config):
     frames, times = load_clips(shown, ModelConfig.num_frames, ClipConfig.image_size)
     record, made = os.path.join(cfg.out, "made.json"), {"seconds": {}, "commands": []}
     if cfg.stage not in ("all", "clip") and os.path.exists(record):
-        made = read_json(record, "remove it, it only tells how the weights were made")
+        wants = "remove it, it only tells how the weights were made"
+        made |= read_json(record, wants)
+        if not (is_kind(made["commands"], list[str]) and is_kind(made["seconds"], dict)):
+            raise BadInput(f"{record}: 'seconds' or 'commands' is damaged; {wants}")
     made |= {"seed": cfg.seed, "faults": cfg.faults, "torch": torch.__version__, "cpus": os.cpu_count()}
     made["commands"].append(" ".join(["python", *sys.argv]))
     made["seconds"].setdefault("world", round(time.time() - began, 1))

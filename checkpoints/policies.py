@@ -21,9 +21,13 @@ from plumbing.options import (
     Seed,
     check_record,
     checked,
+    is_kind,
+    read_from,
     read_json,
     read_tensors,
     refuse_pickles,
+    remove_leftovers_of,
+    temporary_name,
     write_json,
     write_whole,
 )
@@ -185,8 +189,10 @@ def load_run(folder: str, device="cpu"):
             f"{path}: {missing[0]} is missing, so an earlier version made this run, or none; run train.py"
             f" again, or start it from this adapter: --adapter {os.path.join(folder, 'adapter')}"
         )
-    config |= {name: checked(name, kind, config[name]) for name, kind in RUN_KINDS.items()}
-    policy, tokenizer = load_policy(PolicyOptions(**{name: config[name] for name in names}), device)
+    with read_from(path):
+        config |= {name: checked(name, kind, config[name]) for name, kind in RUN_KINDS.items()}
+        options = PolicyOptions(**{name: config[name] for name in names})
+    policy, tokenizer = load_policy(options, device)
     lora.add_adapters(policy.decoder, config["lora_r"], config["lora_alpha"])
     load_adapter_of(policy, os.path.join(folder, "best" if config.get("keep") == "best" else "adapter"))
     return policy, tokenizer, config
@@ -198,7 +204,8 @@ def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
     folder appears whole, or not at all."""
     if kind_of(source) == SUPERVISED:
         source = read_json(os.path.join(source, "config.json"), POLICIES)["decoder"]
-    beside = f"{folder.rstrip('/')}.{os.getpid()}.tmp"
+    folder = os.path.normpath(folder)
+    beside = temporary_name(folder)
     try:
         if kind_of(source):
             from checkpoints.pretrained import save_pretrained
@@ -207,6 +214,7 @@ def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
         else:
             save_model(policy, beside, torch.float32)
             shutil.copy(os.path.join(source, "tokenizer.json"), beside)
+        remove_leftovers_of(folder)
         os.rename(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -233,14 +241,16 @@ def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipCon
         if not os.path.exists(file):
             raise BadInput(f"{file}: no such file; {POLICIES}")
     sizes = read_json(config, POLICIES)
-    if "adapter" in (sizes.get("model") or {}):
+    if not is_kind([sizes.get("model"), sizes.get("clip")], list[dict]):
+        raise BadInput(f"{config}: 'model' and 'clip' must be objects {{..}}; {POLICIES}")
+    if "adapter" in sizes["model"]:
         raise BadInput(
             f"{config}: written by an earlier version, which called the bridge adapter; make the policy anew"
             " with pretrain.py, or rename in it model.adapter to bridge and the tensors adapter.* to bridge.*"
         )
     try:
         cfg, clip_cfg = ModelConfig(**sizes["model"]), ClipConfig(**sizes["clip"])
-    except (TypeError, KeyError) as error:
+    except TypeError as error:
         raise BadInput(f"{config}: not what save_model wrote ({error}); {POLICIES}") from error
     check_record(cfg, config, POLICIES)
     check_record(clip_cfg, config, POLICIES)

@@ -39,6 +39,8 @@ from plumbing.options import (
     Positive,
     Share,
     check_record,
+    finite,
+    is_kind,
     one_line,
     parse_json,
     read_json,
@@ -260,7 +262,9 @@ def check_out(cfg) -> None:
         if os.path.exists(cfg.out) and os.listdir(cfg.out):
             raise BadInput(f"--out {cfg.out}: exists already; name a new folder, or add --resume")
         return
-    stored = read_json(path, "there is nothing to resume; leave --resume out").get("options", {})
+    stored = read_json(path, "there is nothing to resume; leave --resume out").get("options")
+    if not isinstance(stored, dict):
+        raise BadInput(f"{path}: options is missing or damaged; {WANTS}")
     for name, value in asdict(cfg).items():
         if name not in ("resume", "out", "device") and stored.get(name) != value:
             raise BadInput(f"--{name} {value}: {path} has {stored.get(name)!r}; repeat the options to resume")
@@ -308,7 +312,7 @@ def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict])
     for i, p in enumerate(parameters):
         tensors |= {f"optimizer.{i}.{name}": x for name, x in optimizer.state[p].items()}
     content = {name: x.cpu().contiguous() for name, x in tensors.items()}
-    training = save(content, {"history": json.dumps(history)})
+    training = save(content, {"history": json.dumps(finite(history))})
     write_whole(os.path.join(cfg.out, "training.safetensors"), training)
     if isinstance(model.bridge, Bridge):
         bridge = {name: x.detach().cpu().contiguous() for name, x in model.bridge.state_dict().items()}
@@ -316,7 +320,7 @@ def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict])
     if cfg.stage == "sft":
         path = "model.language_model." if kind_of(beneath["decoder"]) == "llava" else "model."
         peft_files.save_adapter(model.decoder, os.path.join(cfg.out, "adapter"), path)
-    rows = "".join(json.dumps(row) + "\n" for row in history)
+    rows = "".join(json.dumps(row) + "\n" for row in finite(history))
     write_whole(os.path.join(cfg.out, "metrics.jsonl"), rows.encode())
     config = {name: beneath[name] for name in KINDS}
     sizes = {name: getattr(model.cfg, name) for name in SIZES}
@@ -329,9 +333,15 @@ def load_training(folder: str, parameters, optimizer) -> list[dict]:
     path = os.path.join(folder, "training.safetensors")
     tensors, metadata = read_tensors(path, WANTS)
     history = parse_json(metadata.get("history", ""), path, WANTS)
+    if not is_kind(history, list[dict]) or not all(is_kind(row.get("step"), int) for row in history):
+        raise BadInput(f"{path}: its history is damaged; {WANTS}")
     for i, p in enumerate(parameters):
-        p.data.copy_(tensors[f"parameter.{i}"])
         state = {k.rsplit(".", 1)[1]: x for k, x in tensors.items() if k.startswith(f"optimizer.{i}.")}
+        shapes = {key: x.shape for key, x in state.items()}
+        fits = shapes == {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        if not fits or getattr(tensors.get(f"parameter.{i}"), "shape", None) != p.shape:
+            raise BadInput(f"{path}: parameter {i} is missing or does not fit the policy; {WANTS}")
+        p.data.copy_(tensors[f"parameter.{i}"])
         optimizer.state[p] = {k: x if k == "step" else x.to(p.device) for k, x in state.items()}
     return history
 

@@ -19,6 +19,7 @@ from plumbing.options import (
     ArgumentParser,
     BadInput,
     Count,
+    add_options,
     checked,
     parse_json,
     read_bytes,
@@ -117,6 +118,7 @@ def selection_study(folder: str, seeds: int, options: list[str], page: str, clip
     The supervised start disagrees with itself nearly everywhere; so all lines start after `warm_up` steps on
     the whole data, when about a third of it is left to disagree on. 0: from the supervised start.
     """
+    half = steps_of(options) // 2
     common, train, held = world_options(folder, clips)
     options = [*common, *options]
     data, lines = os.path.join(train, "questions.jsonl"), SELECTED
@@ -136,9 +138,19 @@ def selection_study(folder: str, seeds: int, options: list[str], page: str, clip
             count = len(chosen.readlines()) - 1  # less the report
             rows = random.Random(seed).sample(every.readlines(), count)
         write_whole(f"{blind}.jsonl", b"".join(rows))
-    steps = options[options.index("--num_steps") + 1] if "--num_steps" in options else train.Config.num_steps
     study = partial(answers_table, lines), folder, seeds, options, page
-    return train_lines("selection_study", lines, *study, train=train, held=held, half=int(steps) // 2)
+    return train_lines("selection_study", lines, *study, train=train, held=held, half=half)
+
+
+def steps_of(options: list[str]) -> int:
+    """How many steps train.py takes with these options."""
+    from train import PRESETS, Config
+
+    parser = ArgumentParser(prog="train.py")
+    add_options(parser, Config)
+    given = vars(parser.parse_args(options))
+    preset = PRESETS.get(given.get("preset"), {})
+    return {"num_steps": Config.num_steps, **preset, **given}["num_steps"]
 
 
 def answers_table(names, folder: str, seeds: int) -> str:

@@ -12,6 +12,11 @@ from oracle import Ranking, check_groups, competition_ranks, ranks_by_text
 from plumbing.options import BadInput, read_jsonl
 from videoqa.answers import Question
 
+# errors that room, rights or patience mend; all others are a damaged file's
+OF_THE_DISK = {
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
+}  # fmt: skip
 CACHE_VERSION = 1  # of the file's layout and of the wording of judge.py's prompts
 
 
@@ -64,8 +69,10 @@ class Cache:
                 return []
             try:
                 return self.db.execute(line, values).fetchall()
-            except sqlite3.Error as error:  # a full disk
-                raise OSError(f"{self.path}: {error}") from error
+            except sqlite3.Error as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF in OF_THE_DISK:
+                    raise OSError(f"{self.path}: {error}") from error
+                raise BadInput(f"{self.path}: damaged ({error}); name another file") from error
 
     def get(self, key: str) -> list[int] | dict | None:
         found = self._run("SELECT ranks FROM rankings WHERE key = ?", (key,))

@@ -440,8 +440,9 @@ class LLMOracle:
                 said[row] = future.result()
             except Failed as failed:
                 said[row] = failed
-            except OSError:  # a full disk
-                self.pool.shutdown(wait=False, cancel_futures=True)
+            except (BadInput, OSError):  # a damaged cache, a full disk: what was not asked yet is not asked
+                for call in asked.values():
+                    call.cancel()
                 raise
             bar.update()
         bar.close()

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import unicodedata
 import uuid
@@ -85,6 +86,15 @@ def checked(name: str, kind, value):
     if type(value) is not kind or (bounds and not bounds[0].hold(value)):
         raise BadInput(f"--{name} {value}: give {' '.join([words, *map(str, bounds)])}")
     return value
+
+
+@contextlib.contextmanager
+def read_from(path: str):
+    """Within it, what is wrong with an option is said with the file that it stands in."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{error}; it stands in {path}") from error
 
 
 def check_record(record, where: str, wants: str) -> None:
@@ -180,6 +190,13 @@ def one_line(text: str) -> str:
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in spaced)
 
 
+def message(error: Exception) -> str:
+    """As `one_line`, what is long cut in its middle: a damaged file may hold a value of any length, while
+    name and remedy stand at the ends."""
+    line = one_line(error)
+    return line if len(line) <= 1000 else f"{line[:600]} .. {line[-300:]}"
+
+
 def cell(text: str) -> str:
     """As `one_line`, for a table in Markdown."""
     return one_line(text).replace("|", "/")
@@ -190,7 +207,7 @@ def run_script(main) -> None:
     try:
         status = main()
     except BadInput as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {message(error)}", file=sys.stderr)
         status = 2
     except EndedEarly as error:
         print(f"\n{one_line(error)}", file=sys.stderr)
@@ -317,11 +334,12 @@ def temporary_name(path: str) -> str:
 def write_whole(path: str, content: bytes) -> None:
     """Writes the file under a name of its own and renames it: whole or not at all, also when two processes
     write it, when the disk is full and when the machine stops. A file that holds this already is left as it
-    is."""
+    is; what killed processes left of it goes."""
     if os.path.exists(path) and os.path.getsize(path) == len(content):
         with open(path, "rb") as file:
             if file.read() == content:
                 return
+    remove_leftovers_of(path)
     temporary = temporary_name(path)
     try:
         with open(temporary, "xb") as file:
@@ -339,11 +357,23 @@ def is_alive(process: int) -> bool:
     """Whether a process of this number runs on this machine."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # the latter for a number that no process can have
         return False
     except PermissionError:  # another user's
         return True
     return True
+
+
+def remove_leftovers_of(path: str) -> None:
+    """Removes what killed processes left beside a file or folder that they were about to name `path`."""
+    folder, name = os.path.split(path)
+    beside = [other for other in os.listdir(folder or ".") if other.startswith(f"{name}.")]
+    for other in beside:
+        found = re.fullmatch(r"\.(\d+)\.[0-9a-f]{8}\.tmp", other[len(name) :])
+        left = os.path.join(folder, other)
+        if found and not is_alive(int(found[1])):
+            with contextlib.suppress(FileNotFoundError):  # another process removed it just now
+                shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
 
 
 def remove_leftovers(folder: str) -> None:
@@ -356,5 +386,14 @@ def remove_leftovers(folder: str) -> None:
                     os.remove(os.path.join(place, name))
 
 
+def finite(value):
+    """A JSON value with null for numbers that are none, NaN or infinite, which `parse_json` refuses."""
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: str, value) -> None:
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False).encode())
+    write_whole(path, json.dumps(finite(value), indent=1, ensure_ascii=False).encode())

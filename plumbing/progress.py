@@ -160,17 +160,21 @@ COUNTED = ("groups", "dead_groups", "failed_groups")
 
 def oracle_summary(rows: list[dict]) -> dict:
     """What the oracle did over a whole run, from the rows of metrics.jsonl: sums, and means weighted by their
-    counts."""
+    counts. What is no number in a row is passed over."""
     causes = Counter()
     for row in rows:
-        causes.update(row.get("failed_by_cause", {}))
+        counts = row.get("failed_by_cause")
+        counts = counts.items() if isinstance(counts, dict) else ()
+        causes.update({cause: n for cause, n in counts if is_kind(n, int)})
+    rows = [{name: x for name, x in row.items() if is_kind(x, int | float)} for row in rows]
     found = {name: sum(row.get(name, 0) for row in rows) for name in COUNTED}
     found["failed_by_cause"] = dict(causes)
     for name in ("judge_calls", "judge_cache_hits", "judge_tokens", "judge_repairs"):
         found |= {name: sum(row.get(name, 0) for row in rows)} if rows and name in rows[0] else {}
     for name, count in (("position_bias", "position_pairs"), ("canary_error", "canaries")):
-        total = sum(row.get(count, 0) for row in rows)
-        found |= {name: sum(row[name] * row[count] for row in rows if count in row) / total} if total else {}
+        known = [row for row in rows if row.keys() >= {name, count}]
+        if total := sum(row[count] for row in known):
+            found[name] = sum(row[name] * row[count] for row in known) / total
     return found
 
 
@@ -201,6 +205,6 @@ def finish(run, device: str, after: dict, gain: dict, table: str) -> None:
         f" {oracle['failed_groups']} not ranked{causes and f' ({causes})'}"
     )
     if "judge_calls" in oracle:
-        print(f"judge: {oracle['judge_calls']} calls, {oracle['judge_tokens']} tokens")
+        print(f"judge: {oracle['judge_calls']} calls, {oracle.get('judge_tokens', 0)} tokens")
     print(fitted(f"{results['wall_s']} s on {device}; results and adapter in {run.out}"))
     print(f"report: {report.write([run.out])}")

@@ -200,7 +200,11 @@ def evaluation_points(run: Run) -> list[tuple]:
     if run.results:
         ends = {0: "before", run.results["steps"]: "after"}
         found |= {step: run.results[when]["greedy"] for step, when in ends.items()}
-    return [(step, of["accuracy"], *of["ci95"]) for step, of in sorted(found.items())]
+    sound = []
+    for step, of in sorted(found.items()):
+        if is_kind(of.get("ci95"), list[int | float]) and len(of["ci95"]) == 2:
+            sound.append((step, of.get("accuracy"), *of["ci95"]))
+    return [point for point in sound if is_kind(point[1], int | float)]
 
 
 def strip_path(folder: str, name: str) -> str:

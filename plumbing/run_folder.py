@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import operator
 import os
 import platform
 import shlex
@@ -41,11 +40,15 @@ from plumbing.options import (
     CountOrNone,
     EndedEarly,
     Options,
+    checked,
+    finite,
     is_kind,
     parse_json,
+    read_from,
     read_json,
     read_tensors,
     remove_leftovers,
+    remove_leftovers_of,
     temporary_name,
     write_json,
     write_whole,
@@ -59,6 +62,10 @@ NO_SIGNAL = (
     "note: in every group so far all answers tie, so there is nothing to learn from: the policy never samples"
     " a better answer. Raise --temperature and --group_size, or fine-tune the policy first (pretrain.py)"
 )
+PROGRESS = {  # what a checkpoint has beside its tensors
+    "step": int, "bad_steps": int, "bad_in_a_row": int, "wall_s": int | float,
+    "before": dict, "before_values": dict,
+}  # fmt: skip
 COPY_AGAIN = "the run's own file is needed; start the run anew in another --out"
 
 
@@ -105,6 +112,9 @@ def stored_options(given: dict, config_class) -> dict:
     if stored.keys() != known:
         name = sorted(stored.keys() ^ known)[0]
         raise BadInput(f"{path}: option {name!r} is of another version of this code; start the run anew")
+    with read_from(path):
+        for field in fields(config_class):
+            checked(field.name, field.type, stored[field.name])
     for name, value in given.items():
         if name not in MAY_CHANGE and stored[name] != value:
             raise BadInput(f"--{name} {value}: the run in {out} has {stored[name]!r}; leave it out to resume")
@@ -202,7 +212,7 @@ class Kept:
 
 def append_rows(path: str, rows: list[dict]):
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.write("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 class RunFolder:
@@ -242,8 +252,9 @@ class RunFolder:
         later moment can be resumed."""
         config = asdict(self.options) | {"made": environment() | {"from": made_from}}
         if not os.path.exists(self.out):
-            beside = temporary_name(self.out)
+            beside = temporary_name(os.path.normpath(self.out))
             os.makedirs(beside)
+            remove_leftovers_of(os.path.normpath(self.out))
             write_json(os.path.join(beside, "config.json"), config)
             os.rename(beside, self.out)
         self.lock()
@@ -446,18 +457,28 @@ class RunFolder:
             return
         progress = self.progress | {"step": self.step, "wall_s": self.wall_s()}
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.learner.tensors().items()}
-        content = save(tensors, metadata={"progress": json.dumps(progress)})
+        text = json.dumps(finite(progress))
+        content = save(
+            tensors, metadata={"progress": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        )
         write_whole(checkpoint_path(self.out), content)
         self.save_adapter(os.path.join(self.out, "adapter"))
 
     def load(self):
         path = checkpoint_path(self.out)
         tensors, metadata = read_tensors(path, COPY_AGAIN)
-        self.progress = parse_json(metadata.get("progress", ""), path, COPY_AGAIN)
+        text = metadata.get("progress", "")
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if metadata.get("sha256", digest) != digest:
+            raise BadInput(f"{path}: its progress is damaged; {COPY_AGAIN}")
+        progress = parse_json(text, path, COPY_AGAIN)
+        whole = isinstance(progress, dict) and all(is_kind(progress.get(k), x) for k, x in PROGRESS.items())
+        if not whole:
+            raise BadInput(f"{path}: its progress has no {', '.join(PROGRESS)}; {COPY_AGAIN}")
+        self.step, self.progress = progress.pop("step"), progress
         try:
-            self.step = operator.index(self.progress.pop("step"))
             self.learner.restore(tensors)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except ValueError as error:
             raise BadInput(f"{path}: {error}; {COPY_AGAIN}") from error
         if self.writes:
             self.save_adapter(os.path.join(self.out, "adapter"))

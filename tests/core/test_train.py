@@ -493,6 +493,14 @@ def test_a_killed_first_evaluation_goes_on_and_a_new_start_does_not(home, script
     assert done.returncode == 0, done.stderr
     n = json.loads((home / "first" / "results.json").read_text())["before"]["greedy"]["n"]
     assert sum(asked[3:]) == (n - 20) + n  # before, and after
+    path = home / "first" / "answers.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row | {"sampled": []} if i < 3 else row for i, row in enumerate(rows) if row["step"] == 0]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.remove(home / "first" / "checkpoint.safetensors")
+    asked[:] = [0] * 3
+    done = script(train.main, *start, "--resume")  # rows of too few draws are asked anew
+    assert done.returncode == 0 and sum(asked) == 3 + n, done.stderr
     os.remove(home / "first" / "checkpoint.safetensors")
     asked[:] = [0] * 3
     done = script(train.main, *start)

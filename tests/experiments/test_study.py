@@ -113,6 +113,21 @@ def test_the_reward_study_trains_with_the_dual_reward_and_with_a_part_of_it(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [([], 100), (["--num_steps", "8"], 8), (["--num_steps=6"], 6), (["--preset", "smoke"], 3)]
+    + [(["--preset", "smoke", "--num_steps", "4"], 4)],
+)
+def test_a_study_knows_how_many_steps_train_py_takes_also_where_its_options_do_not_say(options, steps):
+    assert study.steps_of(options) == steps
+
+
+def test_options_of_a_study_that_train_py_does_not_know_are_told_before_the_hours_of_training(tmp_path):
+    with pytest.raises(BadInput, match="--num_stepz: no such option; did you mean --num_steps"):
+        study.selection_study(str(tmp_path / "study"), 1, ["--num_stepz", "4"], "page.md")
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.parametrize("warm_up", [0, 1])
 def test_the_selection_study_learns_from_selected_questions_and_is_measured_on_the_held_out_ones(
     tmp_path, in_this_process, warm_up

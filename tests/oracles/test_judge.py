@@ -398,6 +398,43 @@ def test_a_damaged_row_of_the_cache_is_one_line(serve, tmp_path, value):
         oracle.rank([question(0)], [["1 a", "2 b"]])
 
 
+@pytest.mark.parametrize("place", [0.5, 0.6, 0.9])
+def test_a_file_of_the_cache_that_is_damaged_inside_is_told_to_be_replaced_not_to_be_given_room(
+    tmp_path, place
+):
+    path = tmp_path / "c.sqlite"
+    cache = Cache(str(path))
+    for i in range(400):
+        cache.put(f"key {i}", "me", "q", [0, 1], "reply")
+    cache.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    cache.db.close()
+    data = bytearray(path.read_bytes())
+    start = int(place * len(data)) // 4096 * 4096
+    data[start : start + 4096] = b"\xff" * 4096
+    path.write_bytes(data)
+    with pytest.raises(BadInput, match=r"c\.sqlite: .*; name another file"):
+        cache = Cache(str(path))
+        for i in range(400):
+            cache.get(f"key {i}")
+        cache.put("new", "me", "q", [0, 1], "reply")
+
+
+def test_a_text_of_the_cache_that_is_not_utf_8_is_damage(tmp_path):
+    cache = Cache(str(tmp_path / "c.sqlite"))
+    cache.put("key", "me", "q", [0, 1], "reply")
+    cache._run("UPDATE rankings SET ranks = CAST(x'5bff5d' AS TEXT)")
+    with pytest.raises(BadInput, match=r"c\.sqlite: damaged \(Could not decode .*; name another file"):
+        cache.get("key")
+
+
+def test_a_cache_without_room_is_told_as_the_disk(tmp_path):
+    cache = Cache(str(tmp_path / "c.sqlite"))
+    cache.put("key", "me", "q", [0, 1], "reply")
+    cache.db.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(OSError, match=r"c\.sqlite: database or disk is full"):
+        cache.put("more", "me", "q", [0, 1], "reply" * 10**5)
+
+
 def test_a_full_disk_ends_the_asking_at_once(serve, tmp_path, monkeypatch):
     def full(*row):
         raise OSError("no space left")
@@ -944,6 +981,25 @@ def test_a_judge_that_cannot_be_asked_is_one_line_and_none_is_asked_where_all_is
         with pytest.raises(BadInput, match=words) as error:
             score(said, *options)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), BadInput("damaged")])
+def test_verdicts_that_cannot_be_kept_end_the_asking_at_once_and_the_judge_can_be_asked_again(
+    serve, tmp_path, monkeypatch, error
+):
+    def fail(*row):
+        raise error
+
+    server = serve(lambda body: '{"correct": "yes", "score": 5}')
+    oracle = make(server, concurrency=1, cache=str(tmp_path / "c.sqlite"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Cache, "put", fail)
+        with pytest.raises(type(error), match=str(error)):
+            oracle.verdicts([(question(i), f"{i} b") for i in range(99)])
+    asked = len(server.requests)
+    time.sleep(0.2)
+    assert len(server.requests) <= asked + 1 < 99
+    assert oracle.verdicts([(question(0), "0 b")]) == [{"correct": True, "score": 5}]
 
 
 def test_verdicts_that_failed_are_counted_as_wrong_and_where_all_did_nothing_is_published(

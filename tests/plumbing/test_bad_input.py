@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -19,8 +20,8 @@ import pretrain
 import selection
 import train
 from checkpoints.peft_files import read_adapter
-from checkpoints.policies import PolicyOptions, load_policy
-from checkpoints.supervised import decoder_options, load_supervised, take_bridge
+from checkpoints.policies import PolicyOptions, load_policy, load_run
+from checkpoints.supervised import check_out, decoder_options, load_supervised, load_training, take_bridge
 from clip import ClipConfig
 from data import Prompts, Tokenizer
 from experiments import tour
@@ -28,9 +29,9 @@ from model import ModelConfig, VideoLM
 from oracle import load_function
 from oracles.pairs import load_pairs
 from oracles.ranker import TrainedOracle, load_ranker
-from plumbing.options import BadInput, Bounds, check_record, run_script
+from plumbing.options import BadInput, Bounds, Seed, check_record, checked, run_script
 from plumbing.progress import compare
-from plumbing.run_folder import Kept, cut_back
+from plumbing.run_folder import Kept, RunFolder, cut_back, stored_options
 from rollout import generate
 from videoqa import questions
 from videoqa.answers import Question
@@ -169,6 +170,125 @@ def test_a_size_of_a_wrong_kind_in_config_json_is_named(name, value):
     check_record(ModelConfig(rope_theta=10000), "config.json", "copy it again")
     with pytest.raises(BadInput, match=rf"config.json: {name} is "):
         check_record(ModelConfig(**{name: value}), "config.json", "copy it again")
+
+
+@pytest.mark.parametrize("part", ["model", "clip"])
+@pytest.mark.parametrize("value", [2, "adapter", ["adapter"], None, True])
+def test_a_part_of_config_json_that_is_no_object_is_named(tmp_path, part, value):
+    shutil.copytree(WEIGHTS, tmp_path, dirs_exist_ok=True)
+    config = json.loads((WEIGHTS / "config.json").read_text()) | {part: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=r"config.json: 'model' and 'clip' must be objects"):
+        load_policy(PolicyOptions(policy=str(tmp_path)))
+
+
+def made_run(folder, **changed):
+    """config.json of a run with these options changed behind their checks."""
+    config = dataclasses.asdict(train.Config()) | {"made": {}} | changed
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize("changed", [{"seed": -1}, {"num_frames": "8"}, {"dtype": 5}, {"think": 1}])
+def test_an_option_that_is_damaged_in_a_runs_config_json_is_told_with_the_file(tmp_path, changed):
+    folder = made_run(tmp_path, **{"dtype": "float32"} | changed)
+    name = f"^--{next(iter(changed))} .*config.json$"
+    with pytest.raises(BadInput, match=name):
+        stored_options({"out": folder, "resume": True}, train.Config)
+    with pytest.raises(BadInput, match=name):
+        load_run(folder)
+
+
+def test_a_message_with_a_value_without_end_keeps_its_name_and_its_remedy(capsys):
+    with pytest.raises(SystemExit):
+        run_script(lambda: checked("seed", Seed, "x" * 10**6))
+    told = capsys.readouterr().err
+    assert len(told) < 1100 and told.startswith("error: --seed xxx") and "give a whole number" in told
+
+
+PROGRESS_OF_A_RUN = {
+    "step": 1, "bad_steps": 0, "bad_in_a_row": 0, "wall_s": 0.5, "before": {}, "before_values": {}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage", [{name: "1"} for name in PROGRESS_OF_A_RUN] + [{"bad_in_a_row": None}, {"step": 1.5}, None]
+)
+def test_a_checkpoint_whose_progress_is_damaged_is_not_resumed(tmp_path, damage):
+    run = SimpleNamespace(out=str(tmp_path), writes=False, learner=SimpleNamespace(restore=lambda x: None))
+    for progress in (PROGRESS_OF_A_RUN, PROGRESS_OF_A_RUN | damage if damage else [PROGRESS_OF_A_RUN]):
+        metadata = {"progress": json.dumps(progress)}
+        save_file({"x": torch.ones(1)}, tmp_path / "checkpoint.safetensors", metadata)
+        if progress == PROGRESS_OF_A_RUN:
+            RunFolder.load(run)
+            assert run.step == 1
+        else:
+            with pytest.raises(BadInput, match=r"checkpoint.safetensors: its progress has no step, .*anew"):
+                RunFolder.load(run)
+
+
+def test_progress_that_was_changed_behind_its_digest_is_not_resumed(tmp_path):
+    run = SimpleNamespace(
+        out=str(tmp_path), writes=True, progress=PROGRESS_OF_A_RUN, step=3, wall_s=lambda: 1.0,
+        learner=SimpleNamespace(tensors=lambda: {"x": torch.ones(1)}, restore=lambda tensors: None),
+        save_adapter=lambda folder: None,
+    )  # fmt: skip
+    RunFolder.save(run)
+    RunFolder.load(run)
+    assert run.step == 3
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"before", b"bifore"))
+    with pytest.raises(BadInput, match=r"checkpoint.safetensors: its progress is damaged; .*anew"):
+        RunFolder.load(run)
+
+
+@pytest.mark.parametrize("damage", [{"seconds": 1}, {"seconds": []}, {"commands": "a"}, {"commands": None}])
+def test_a_damaged_record_of_how_weights_were_made_is_refused(tmp_path, monkeypatch, damage):
+    shutil.copytree(WEIGHTS, tmp_path, dirs_exist_ok=True)
+    made = json.loads((WEIGHTS / "made.json").read_text()) | damage
+    (tmp_path / "made.json").write_text(json.dumps(made))
+    monkeypatch.setattr(pretrain.world, "make_world", lambda *given, **options: None)
+    monkeypatch.setattr(pretrain, "load_clips", lambda *given: (None, None))
+    monkeypatch.setattr(pretrain, "run_stage", lambda *given: pytest.fail("it must not be trained"))
+    with pytest.raises(BadInput, match=r"made.json: 'seconds' or 'commands' is damaged; remove it"):
+        pretrain.pretrain(pretrain.Config(out=str(tmp_path), stage="align", num_clips=1))
+
+
+@pytest.mark.parametrize("options", [None, 1, [], "seed"])
+def test_a_supervised_training_with_damaged_options_is_not_resumed(tmp_path, options):
+    (tmp_path / "config.json").write_text(json.dumps({"options": options}))
+    cfg = pretrain.Config(out=str(tmp_path), policy=str(WEIGHTS), stage="sft", resume=True)
+    with pytest.raises(BadInput, match=r"config.json: options is missing or damaged"):
+        check_out(cfg)
+
+
+@pytest.mark.parametrize("damage", ["history", "parameter.0", "optimizer.0.step", "optimizer.0.exp_avg"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_supervised_training_with_a_damaged_state_is_not_resumed(tmp_path, damage, missing):
+    p = torch.nn.Parameter(torch.ones(4))
+    stored = {"parameter.0": torch.ones(4), "optimizer.0.step": torch.tensor(1.0)}
+    stored |= {f"optimizer.0.{name}": torch.ones(4) for name in ("exp_avg", "exp_avg_sq")}
+    path, metadata = tmp_path / "training.safetensors", {"history": '[{"step": 1}]'}
+    save_file(stored, path, metadata)
+    assert load_training(str(tmp_path), [p], torch.optim.AdamW([p])) == [{"step": 1}]
+    if damage == "history":
+        metadata = {} if missing else {"history": "[1]"}
+    stored = {k: torch.ones(3) if k == damage else x for k, x in stored.items() if k != damage or not missing}
+    save_file(stored, path, metadata)
+    with pytest.raises(BadInput, match="training.safetensors: "):
+        load_training(str(tmp_path), [p], torch.optim.AdamW([p]))
+
+
+def test_a_critic_that_does_not_fit_is_not_resumed():
+    learner = lora.Learner(
+        torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)}), 2, 4.0, 0, torch.nn.Linear(4, 1)
+    )
+    sound = learner.tensors()
+    learner.restore(sound)
+    for value in (None, torch.ones(1), sound["critic.weight"].int()):
+        tensors = {k: x for k, x in (sound | {"critic.weight": value}).items() if x is not None}
+        with pytest.raises(ValueError, match="critic.weight does not fit the policy"):
+            learner.restore(tensors)
 
 
 @pytest.mark.parametrize("damage", [{"sizes": None}, {"clip": 1}, {"fingerprints": []}, {"sizes": {"a": 1}}])

@@ -97,6 +97,7 @@ def test_every_command_of_a_page_runs(page, home, script, monkeypatch):
     for folder in Path("runs").glob("*"):
         if folder.name != "start":
             shutil.rmtree(folder)
+    shutil.rmtree("DIR", ignore_errors=True)  # of another page
     for block in blocks(page, "python"):
         if "more.jsonl" in block:
             exec(block.replace("train60", "train6").replace("eval24", "eval3"), {})

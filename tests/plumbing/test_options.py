@@ -1,3 +1,5 @@
+import math
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +10,8 @@ import pytest
 
 import train
 from plumbing import options
+from plumbing.options import read_json, remove_leftovers_of, write_json, write_whole
+from plumbing.run_folder import append_rows, cut_back
 
 ROOT = Path(__file__).parents[2]
 WAITING = """
@@ -67,6 +71,32 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         options.write_json(str(path), {"new": 2})
     assert path.read_text() == '{\n "old": 1\n}' and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_number_that_is_none_is_written_as_null_so_that_what_a_run_wrote_can_be_read_again(tmp_path):
+    row = {"step": 0, "rms": math.nan, "advantages": [1.0, -math.inf], "of": {"ci95": (math.inf, 2)}}
+    wanted = {"step": 0, "rms": None, "advantages": [1.0, None], "of": {"ci95": [None, 2]}}
+    append_rows(str(tmp_path / "metrics.jsonl"), [row])
+    assert cut_back(str(tmp_path / "metrics.jsonl"), {"step": int}) == [wanted]
+    write_json(str(tmp_path / "results.json"), row)
+    assert read_json(str(tmp_path / "results.json"), "") == wanted
+
+
+def test_what_killed_processes_left_of_a_file_or_folder_goes_as_it_is_written_anew(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, path = f"{ended.pid}.0123abcd.tmp", str(tmp_path / "out.json")
+    kept = [f"out.json.{os.getpid()}.0123abcd.tmp", f"other.json.{dead}", "out.json.bak", f"out_json.{dead}"]
+    for name in kept:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / f"out.json.{dead}").write_bytes(b"half")
+    (tmp_path / f"out.json.{10**30}.0123abcd.tmp").write_bytes(b"half")
+    write_whole(path, b"whole")
+    assert sorted(os.listdir(tmp_path)) == sorted(["out.json", *kept])
+    (tmp_path / f"run.{dead}").mkdir()
+    (tmp_path / f"run.{dead}" / "config.json").write_bytes(b"{}")
+    remove_leftovers_of(str(tmp_path / "run"))
+    assert sorted(os.listdir(tmp_path)) == sorted(["out.json", *kept])
 
 
 def test_help_tells_what_each_option_means_and_its_default(script, monkeypatch):

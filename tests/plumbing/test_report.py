@@ -85,6 +85,28 @@ def test_broken_rows_are_passed_over_and_counted_and_a_row_under_way_is_none(tmp
     )
 
 
+@pytest.mark.parametrize("value", ["1", None, [], {}, {"a": "b"}, True, [0.1, "0.2"]])
+def test_numbers_that_are_none_are_passed_over_in_sums_and_curves(tmp_path, value):
+    row = {"groups": 8, "dead_groups": 1, "failed_groups": 2, "failed_by_cause": {"cut": 2}, "judge_calls": 3}
+    row |= {"judge_tokens": 5, "position_bias": 0.5, "position_pairs": 4}
+    wanted = progress.oracle_summary([row])
+    assert wanted["position_bias"] == 0.5 and wanted["failed_by_cause"] == {"cut": 2}
+    for name in row:
+        found = progress.oracle_summary([row, row | {name: value}])
+        assert found["groups"] == (8 if name == "groups" else 16)
+        assert found["failed_by_cause"] == {"cut": 2 if name == "failed_by_cause" else 4}
+        assert found["position_bias"] == 0.5 and found["judge_calls"] == (3 if name == "judge_calls" else 6)
+    make_run(tmp_path / "run")
+    sound = {"accuracy": 0.5, "ci95": [0.4, 0.6]}
+    rows = [sound, sound | {"accuracy": value}, sound | {"ci95": value}, {}]
+    lines(
+        tmp_path / "run" / "evaluations.jsonl", [{"step": i + 1, "greedy": of} for i, of in enumerate(rows)]
+    )
+    points = report.evaluation_points(report.read_run(str(tmp_path / "run")))
+    assert [step for step, *_ in points] == [0, 1, 3]
+    assert report.html([str(tmp_path / "run")])
+
+
 def test_several_runs_stand_side_by_side_with_the_options_that_differ(tmp_path):
     runs = [make_run(tmp_path / name, lr=lr) for name, lr in (("a", 0.001), ("b", 0.002))]
     html = report.html(runs)
