@@ -15,6 +15,7 @@ import sys
 from functools import partial
 
 from data import DataOptions, draw_world, world_folders
+from plumbing import report
 from plumbing.options import (
     ArgumentParser,
     BadInput,
@@ -55,6 +56,8 @@ def started(what: str, out: str, command: list[str]):
 def train_run(out: str, options: list[str]):
     """Trains into `out`; goes on where it was broken off, and does nothing where it has ended."""
     if os.path.exists(os.path.join(out, "results.json")):
+        if not os.path.exists(os.path.join(out, "report.html")):  # killed between the two
+            report.write([out])
         return
     if os.path.exists(os.path.join(out, "checkpoint.safetensors")):
         options = ["--resume"]

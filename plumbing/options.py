@@ -11,6 +11,7 @@ record is a headed group of `--help`. A field's type says what the option may be
 import argparse
 import contextlib
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -364,26 +365,42 @@ def is_alive(process: int) -> bool:
     return True
 
 
+LEFT = re.compile(r"(.+)\.(\d+)\.[0-9a-f]{8}\.tmp")  # a temporary_name: what it was to become, whose it is
+
+
+def left_behind(folder: str, names: list[str]) -> dict[str, list[str]]:
+    """The temporary paths among a folder's names whose process was killed, by what they were to become."""
+    found = {}
+    for match in filter(None, map(LEFT.fullmatch, names)):
+        if not is_alive(int(match[2])):
+            found.setdefault(match[1], []).append(os.path.join(folder, match[0]))
+    return found
+
+
+@functools.cache
+def left_in(folder: str) -> dict[str, list[str]]:
+    """`left_behind` as this process first writes in the folder: one of thousands of clips is listed once."""
+    return left_behind(folder, os.listdir(folder))
+
+
+def remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):  # another process removed it just now
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
 def remove_leftovers_of(path: str) -> None:
     """Removes what killed processes left beside a file or folder that they were about to name `path`."""
-    folder, name = os.path.split(path)
-    beside = [other for other in os.listdir(folder or ".") if other.startswith(f"{name}.")]
-    for other in beside:
-        found = re.fullmatch(r"\.(\d+)\.[0-9a-f]{8}\.tmp", other[len(name) :])
-        left = os.path.join(folder, other)
-        if found and not is_alive(int(found[1])):
-            with contextlib.suppress(FileNotFoundError):  # another process removed it just now
-                shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
+    folder, name = os.path.split(os.path.abspath(path))
+    for left in left_in(folder).pop(name, ()):
+        remove(left)
 
 
 def remove_leftovers(folder: str) -> None:
     """Removes the temporary files of `write_whole` in and below the folder whose process was killed."""
     for place, _, names in os.walk(folder):
-        for name in names:
-            found = re.fullmatch(r".*\.(\d+)\.[0-9a-f]{8}\.tmp", name)
-            if found and not is_alive(int(found[1])):
-                with contextlib.suppress(FileNotFoundError):  # another process removed it just now
-                    os.remove(os.path.join(place, name))
+        for left in left_behind(place, names).values():
+            for path in left:
+                remove(path)
 
 
 def finite(value):

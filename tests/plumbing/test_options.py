@@ -82,7 +82,7 @@ def test_a_number_that_is_none_is_written_as_null_so_that_what_a_run_wrote_can_b
     assert read_json(str(tmp_path / "results.json"), "") == wanted
 
 
-def test_what_killed_processes_left_of_a_file_or_folder_goes_as_it_is_written_anew(tmp_path):
+def test_what_killed_processes_left_of_a_file_or_folder_goes_as_it_is_written_anew(tmp_path, monkeypatch):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     dead, path = f"{ended.pid}.0123abcd.tmp", str(tmp_path / "out.json")
@@ -93,10 +93,16 @@ def test_what_killed_processes_left_of_a_file_or_folder_goes_as_it_is_written_an
     (tmp_path / f"out.json.{10**30}.0123abcd.tmp").write_bytes(b"half")
     write_whole(path, b"whole")
     assert sorted(os.listdir(tmp_path)) == sorted(["out.json", *kept])
-    (tmp_path / f"run.{dead}").mkdir()
-    (tmp_path / f"run.{dead}" / "config.json").write_bytes(b"{}")
-    remove_leftovers_of(str(tmp_path / "run"))
-    assert sorted(os.listdir(tmp_path)) == sorted(["out.json", *kept])
+    runs = tmp_path / "runs"
+    (runs / f"run.{dead}").mkdir(parents=True)
+    (runs / f"run.{dead}" / "config.json").write_bytes(b"{}")
+    remove_leftovers_of(str(runs / "run"))
+    assert not os.listdir(runs)
+    looks, real = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda folder: looks.append(folder) or real(folder))
+    for i in range(9):
+        write_whole(str(runs / f"clip{i}.mp4"), b"whole")
+    assert not looks  # once a process is enough: a folder of thousands of clips is not listed for each
 
 
 def test_help_tells_what_each_option_means_and_its_default(script, monkeypatch):
