@@ -16,6 +16,7 @@ from torch import Tensor, nn
 # Mean and standard deviation of RGB in 0..1 that every public CLIP uses.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+MOST_LAYERS = 1000  # a file that says more is damaged; to build them would take for ever
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,20 @@ class ClipConfig:
     activation: Literal["gelu", "quick_gelu"] = "gelu"  # quick_gelu: x * sigmoid(1.702 x) (OpenAI's weights)
     mlp_width: int = 0  # of the image tower's layers; 0: 4 * width
     text_mlp_width: int = 0  # 0: 4 * text_width
+
+    def __post_init__(self):
+        towers = [(self.width, self.num_heads), (self.text_width, self.text_heads)]
+        for width, heads in towers[: 1 + bool(self.embed_dim)]:
+            if width % heads:
+                raise ValueError(f"a CLIP of width {width}, which is no multiple of its {heads} heads")
+        if max(self.num_layers, self.text_layers) > MOST_LAYERS:
+            raise ValueError(f"a CLIP of {self.num_layers} and {self.text_layers} layers")
+        if self.patch_size > self.image_size:
+            raise ValueError(f"CLIP's patch_size {self.patch_size} is above its image_size {self.image_size}")
+
+    def has_layer(self, layer: int) -> bool:
+        """Whether `ImageTower.hidden` knows this layer."""
+        return -self.num_layers - 1 <= layer <= self.num_layers
 
 
 def preprocess(frames: Tensor) -> Tensor:

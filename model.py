@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clip import Clip, ClipConfig, preprocess
+from clip import MOST_LAYERS, Clip, ClipConfig, preprocess
 
 # The score of what may not be seen. Finite, so that a row of padding, which sees nothing, has no NaN.
 HIDDEN = -1e30
@@ -57,6 +57,10 @@ class ModelConfig:
     qformer_layers: int = 2
     num_frames: int = 8  # K
     framing: Literal["ffmpeg", "crop", "pad"] = "ffmpeg"  # how a frame becomes a square (read_frames)
+
+    def __post_init__(self):
+        if max(self.num_layers, self.qformer_layers) > MOST_LAYERS:
+            raise ValueError(f"a decoder of {self.num_layers} and a Q-Former of {self.qformer_layers} layers")
 
 
 # ------------------------------------------------------------------------------------------------ the decoder

@@ -40,6 +40,7 @@ DECODERS = {  # model_type: defaults. Vicuna, TinyLlama and SmolLM2 are of type 
         "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128,
     },
 }  # fmt: skip
+LARGEST = 2**53  # what a config's number lies below: above it not every whole number is a float
 SUPPORTED = f"{', '.join(DECODERS)}, clip, llava"
 # ModelConfig's field: the key in config.json. Read in both directions.
 DECODER_KEYS = {
@@ -230,17 +231,19 @@ def drawn(name: str, shape: tuple, generator: torch.Generator, dtype: torch.dtyp
 def number(config: dict, key: str, where: str, kind=int):
     """The positive number under a key. BadInput: it is missing or something else."""
     value = config.get(key)
-    if type(value) not in (int, kind) or value <= 0:
+    if type(value) not in (int, kind) or not 0 < value < LARGEST:
         words = "a whole number" if kind is int else "a number"
-        raise BadInput(f"{where}: {key} is {value!r}; it must be {words} above 0")
+        raise BadInput(f"{where}: {key} is {value!r}; it must be {words} above 0 and below 2**53")
     return value
 
 
-def table(config: dict, key: str, where: str) -> dict:
-    """The object under a key, empty where there is none. BadInput: it is something else."""
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise BadInput(f"{where}: {key} is {value!r}; it must be an object {{..}}")
+def table(config: dict, key: str, where: str, kind=dict):
+    """The object (or with kind=list the list) under a key, empty where there is none. BadInput: it is
+    something else."""
+    value = config.get(key) or kind()
+    if not isinstance(value, kind):
+        words = "an object {..}" if kind is dict else "a list [..]"
+        raise BadInput(f"{where}: {key} is {value!r}; it must be {words}")
     return value
 
 
@@ -262,6 +265,8 @@ def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
         sizes["head_dim"] = number(config, "head_dim", where)
     elif sizes["dim"] % sizes["num_heads"]:
         raise BadInput(f"{where}: hidden_size {sizes['dim']} is no multiple of {sizes['num_heads']} heads")
+    if (head_dim := sizes.get("head_dim", sizes["dim"] // sizes["num_heads"])) % 2:
+        raise BadInput(f"{where}: head_dim {head_dim} is odd, and RoPE turns pairs of channels")
     if sizes["num_heads"] % sizes["num_kv_heads"]:
         heads = f"num_attention_heads {sizes['num_heads']}"
         words = f"{heads} is no multiple of num_key_value_heads {sizes['num_kv_heads']}"
@@ -273,15 +278,18 @@ def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
         sizes["max_positions"] = number(config, "max_position_embeddings", where)
     if kind == "mistral" and config["sliding_window"] is not None:
         sizes["sliding_window"] = number(config, "sliding_window", where)
-    return ModelConfig(
-        tied=bool(config["tie_word_embeddings"]), qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
-        rope_scaling=scaling, **sizes, **ours,
-    )  # fmt: skip
+    try:
+        return ModelConfig(
+            tied=bool(config["tie_word_embeddings"]), qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
+            rope_scaling=scaling, **sizes, **ours,
+        )  # fmt: skip
+    except ValueError as error:
+        raise BadInput(f"{where}: {error}; copy the model's own config.json") from error
 
 
 def refuse_unsupported(config: dict, where: str, kind: str, scaling: str):
     """BadInput for what would make our decoder compute something else than the checkpoint's own code."""
-    layer_types = config.get("layer_types") or []
+    layer_types = table(config, "layer_types", where, list)
     if config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
         layers, first = (number({"max_window_layers": 28} | config, key, where) for key in WINDOW_KEYS)
         layer_types = layer_types or ["sliding_attention"] * (layers > first)
@@ -312,7 +320,10 @@ def clip_config(vision: dict, where: str, text: dict | None = None, embed_dim: i
             raise BadInput(f"{where}: CLIP needs hidden_act gelu or quick_gelu and layer_norm_eps 1e-5")
     if len(set(activations)) > 1:
         raise BadInput(f"{where}: CLIP's towers need the same hidden_act, not {' and '.join(activations)}")
-    return ClipConfig(**sizes, embed_dim=embed_dim, activation=activations[0])
+    try:
+        return ClipConfig(**sizes, embed_dim=embed_dim, activation=activations[0])
+    except ValueError as error:
+        raise BadInput(f"{where}: {error}; copy the model's own config.json") from error
 
 
 def openai_clip_config(tensors: Tensors) -> ClipConfig:

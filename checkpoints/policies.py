@@ -71,11 +71,11 @@ def kind_of(folder: str) -> str:
 def policy_configs(options: PolicyOptions) -> tuple[ModelConfig, ClipConfig]:
     """The sizes of what `load_policy` would load, from the config files. BadInput: not supported."""
     if kind_of(options.policy) == SUPERVISED:
-        from checkpoints.supervised import decoder_options
+        from checkpoints.supervised import decoder_options, resized
 
         beneath, config = decoder_options(options)
         cfg, clip_cfg = policy_configs(beneath)
-        return replace(cfg, **config["sizes"]), clip_cfg
+        return resized(cfg, config["sizes"], options.policy), clip_cfg
     if kind_of(options.policy):
         from checkpoints.pretrained import pretrained_configs
 
@@ -250,10 +250,13 @@ def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipCon
         )
     try:
         cfg, clip_cfg = ModelConfig(**sizes["model"]), ClipConfig(**sizes["clip"])
-    except TypeError as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise BadInput(f"{config}: not what save_model wrote ({error}); {POLICIES}") from error
     check_record(cfg, config, POLICIES)
     check_record(clip_cfg, config, POLICIES)
+    if cfg.video_start != 1 or not clip_cfg.has_layer(cfg.clip_layer):
+        odd = f"video_start {cfg.video_start}, clip_layer {cfg.clip_layer} of {clip_cfg.num_layers}"
+        raise BadInput(f"{config}: not what save_model wrote ({odd}); {POLICIES}")
     return replace(cfg, num_frames=num_frames or cfg.num_frames), clip_cfg
 
 

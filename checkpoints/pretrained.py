@@ -91,7 +91,10 @@ def llava_configs(config: dict, where: str, num_frames: int, video_tokens: str):
     text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     bridge = {"qformer": "qformer", "patches": "llava"}.get(video_tokens, "llava_pooled")
     ours = dict(bridge=bridge, framing=framing(os.path.dirname(where)), clip_layer=layer)
-    return decoder_config(text, where, num_frames=num_frames, **ours), clip_config(vision, where)
+    clip = clip_config(vision, where)
+    if not clip.has_layer(layer):
+        raise BadInput(f"{where}: vision_feature_layer {layer}, and the image tower has {clip.num_layers}")
+    return decoder_config(text, where, num_frames=num_frames, **ours), clip
 
 
 def framing(folder: str) -> str:

@@ -29,7 +29,7 @@ import lora
 from checkpoints import peft_files
 from checkpoints.policies import SUPERVISED, PolicyOptions, kind_of, load_policy
 from data import VIDEO_ID, build_prompt, collate_completions, load_clips
-from model import Bridge, VideoLM
+from model import Bridge, ModelConfig, VideoLM
 from plumbing.fitting import MAX_NORM, adamw, learning_rate
 from plumbing.machine import optimizer_step, pick_device, pick_dtype, say
 from plumbing.options import (
@@ -283,8 +283,7 @@ def take_bridge(model: VideoLM, folder: str) -> None:
     if name == "model.safetensors":
         stored = {key.removeprefix("bridge."): x for key, x in stored.items() if key.startswith("bridge.")}
     sizes = {key: sizes[key] for key in SIZES if key in sizes and key != "num_frames"}
-    model.cfg = replace(model.cfg, **sizes)
-    check_record(model.cfg, folder, WANTS)
+    model.cfg = resized(model.cfg, sizes, folder)
     bridge, device = Bridge(model.cfg, model.clip_cfg), model.decoder.head.device
     new = bridge.state_dict()
     kept = {key: x.float() for key, x in stored.items() if key in new and x.shape == new[key].shape}
@@ -371,6 +370,16 @@ def decoder_options(options: PolicyOptions) -> tuple[PolicyOptions, dict]:
     return PolicyOptions(**own | fixed | {"policy": config["decoder"], "adapter": adapter}), config
 
 
+def resized(cfg: ModelConfig, sizes: dict, folder: str) -> ModelConfig:
+    """cfg with the sizes of a folder's bridge. BadInput: they are no sizes of one."""
+    try:
+        cfg = replace(cfg, **sizes)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{folder}/config.json: its sizes are damaged ({one_line(error)}); {WANTS}") from error
+    check_record(cfg, folder, WANTS)
+    return cfg
+
+
 def load_supervised(options: PolicyOptions, device):
     """(VideoLM, tokenizer) of a folder that `train_supervised` wrote; then options.adapter is merged too."""
     beneath, config = decoder_options(options)
@@ -378,9 +387,8 @@ def load_supervised(options: PolicyOptions, device):
     model, tokenizer = load_policy(beneath, device, own_bridge=os.path.exists(path))
     if os.path.exists(path):
         stored = read_tensors(path, WANTS)[0]
+        model.cfg = resized(model.cfg, config["sizes"], options.policy)
         try:
-            model.cfg = replace(model.cfg, **config["sizes"])
-            check_record(model.cfg, options.policy, WANTS)
             bridge = Bridge(model.cfg, model.clip_cfg)
             bridge.load_state_dict(stored)
         except (TypeError, RuntimeError, ArithmeticError) as error:

@@ -19,8 +19,10 @@ import lora
 import pretrain
 import selection
 import train
+from checkpoints.huggingface import decoder_config, hf_config
 from checkpoints.peft_files import read_adapter
 from checkpoints.policies import PolicyOptions, load_policy, load_run
+from checkpoints.pretrained import llava_configs
 from checkpoints.supervised import check_out, decoder_options, load_supervised, load_training, take_bridge
 from clip import ClipConfig
 from data import Prompts, Tokenizer
@@ -187,6 +189,53 @@ def made_run(folder, **changed):
     config = dataclasses.asdict(train.Config()) | {"made": {}} | changed
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("model", "num_layers", 2**53), ("model", "qformer_layers", 5000), ("model", "clip_layer", -100),
+        ("model", "video_start", 2), ("clip", "num_layers", 10**6), ("clip", "num_heads", 5),
+        ("clip", "text_heads", 7), ("clip", "patch_size", 100),
+    ],
+)  # fmt: skip
+def test_sizes_that_no_policy_can_have_are_refused_before_anything_is_built(tmp_path, part, name, value):
+    config = json.loads((WEIGHTS / "config.json").read_text())
+    config[part][name] = value
+    shutil.copy(WEIGHTS / "model.safetensors", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="config.json: not what save_model wrote") as caught:
+        load_policy(PolicyOptions(policy=str(tmp_path)))
+    assert str(value) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"layer_types": 5}, {"layer_types": "full_attention"}, {"head_dim": 7}, {"num_hidden_layers": 2**50},
+        {"rms_norm_eps": 10**400}, {"rope_parameters": {"rope_theta": 10**400}},
+    ],
+)  # fmt: skip
+def test_sizes_that_no_pretrained_decoder_can_have_are_refused_before_anything_is_built(changed):
+    config = hf_config(TINY)
+    decoder_config(config, "w/config.json")
+    with pytest.raises(BadInput, match="^w/config.json: "):
+        decoder_config(config | changed, "w/config.json")
+
+
+@pytest.mark.parametrize(
+    "of_vision, layer", [({"num_attention_heads": 3}, -2), ({"patch_size": 99}, -2), ({}, -100), ({}, 3)]
+)
+def test_an_image_tower_that_cannot_be_or_a_layer_that_it_lacks_is_refused(of_vision, layer):
+    vision = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    vision |= dict(image_size=28, patch_size=14)
+    for changed, wanted in ((vision, -2), (vision | of_vision, layer)):
+        config = dict(text_config=hf_config(TINY), vision_config=changed, vision_feature_layer=wanted)
+        if (changed, wanted) == (vision, -2):
+            llava_configs(config, "w/config.json", 2, "auto")
+        else:
+            with pytest.raises(BadInput, match="^w/config.json: "):
+                llava_configs(config, "w/config.json", 2, "auto")
 
 
 @pytest.mark.parametrize("changed", [{"seed": -1}, {"num_frames": "8"}, {"dtype": 5}, {"think": 1}])
