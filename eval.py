@@ -47,8 +47,8 @@ def evaluate(
     uniforms = torch.rand(n, samples, sampling.max_new_tokens, generator=generator)
     uniforms = F.pad(uniforms, (0, 0, 1, 0), value=torch.nan)  # (n, 1 + samples, T)
     chosen = torch.randperm(n, generator=generator)[: subset or n].sort().values
-    rows = {} if kept is None else kept.of  # a row with another number of draws is damaged: asked anew
-    done = {name: row for name, row in rows.items() if len(row["sampled"]) == samples}
+    stored = {} if kept is None else kept.of  # a row with another number of draws is damaged: asked anew
+    done = {name: row for name, row in stored.items() if len(row["sampled"]) == samples}
     left = torch.tensor([i for i in chosen.tolist() if questions.questions[i].id not in done])
     for rows in show_progress(left.split(at_once) if len(left) else (), "evaluating"):
         texts = answer(policy, questions, rows, 1 + samples, sampling, uniforms[rows])[1]

@@ -1,4 +1,4 @@
-"""What only a GPU can show, in one table: python -m experiments.bench --what gpu (about ten minutes).
+"""What only a GPU can show, in one table: python -m experiments.bench --what gpu
 
     default job   python train.py, as it is and with --compile
     step          experiments/step.py against TRL, float32 and bfloat16
@@ -65,8 +65,8 @@ def measure(cfg) -> list[dict]:
     """The rows, printed as they come. cfg: bench's Config."""
     size, rows = SIZES[cfg.size], []
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [default_job, default_job, a_step, a_step, decoding, decoding, seven_billion]
-        for job, second in zip(jobs, (False, True, False, True, False, True, False), strict=True):
+        twice = [(job, second) for job in (default_job, a_step, decoding) for second in (False, True)]
+        for job, second in [*twice, (seven_billion, False)]:
             row = dict.fromkeys(COLUMNS, "")
             try:
                 row |= job(cfg, size, folder, second)
@@ -170,9 +170,9 @@ def seven_billion(cfg, size: Size, folder: str, _) -> dict:
     measured = re.search(r"rehearsal of the longest step: (.*)", said)[1]
     seconds = sum(rows[-1][f"{part}_s"] for part in ("sampling", "reference", "update"))
     return {
-        "row": "7b preset, 4 bits, 8 prompts, 64 tokens", "measured": measured,
+        "row": "7b preset, 4 bits", "measured": measured,
         "against": f"planned {planned} GB",
-        "remarks": f"{seconds:.1f} s a step, {results['wall_s']:.0f} s in all",
+        "remarks": f"{seconds:.1f} s a step, {results['wall_s']:.0f} s in all; {' '.join(size.preset)}",
     }  # fmt: skip
 
 

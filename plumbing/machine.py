@@ -171,7 +171,7 @@ def compiled(fn, device_type: str):
 
 class Captured:
     """function(tokens, t) as a CUDA graph, for a sampling step whose shapes are the same at every t: captured
-    once, then a token costs one launch where it cost some hundred. tokens (P, G) int64 on the GPU."""
+    once, then a token costs one launch. tokens (P, G) int64 on the GPU."""
 
     def __init__(self, function, tokens: Tensor):
         self.tokens = tokens.clone()
