@@ -10,6 +10,7 @@ frames, N patches of a frame.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -165,6 +166,34 @@ def attend_long(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int) -> T
     return torch.cat(blocks, dim=2)[..., :h].unflatten(1, (kv, rep))
 
 
+def chosen(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows (m,) int64 of x; None: all of them."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+class Packing:
+    """Sequences (P, L, ...) with padding as rows (n, ...) of their n tokens alone, and back.
+
+    All that a layer does token by token, the large products among them, runs over rows; attention alone sees
+    sequences. Nothing is computed for padding, and the longest sequence costs the others nothing.
+    """
+
+    def __init__(self, kept: Tensor, packed: bool):
+        """kept (P, L) bool: where there is a token."""
+        self.shape = kept.shape
+        packed = packed and not kept.all()
+        self.where = kept.flatten().nonzero().squeeze(1) if packed else None  # (n,); None: all places
+
+    def rows(self, x: Tensor) -> Tensor:
+        return chosen(x.flatten(0, 1), self.where)
+
+    def sequences(self, rows: Tensor) -> Tensor:
+        """With 0 in the padding."""
+        if self.where is not None:
+            rows = rows.new_zeros(self.shape.numel(), *rows.shape[1:]).index_copy_(0, self.where, rows)
+        return rows.unflatten(0, self.shape)
+
+
 class KVCache:
     """Static cache of sampling: per layer the prompt's keys and values once, (P, kv, S, h), and room for T
     own tokens of each completion, (P, kv, G, T, h). A step writes its slot in place, reads all until it."""
@@ -172,6 +201,16 @@ class KVCache:
     def __init__(self, prompt_mask: Tensor, G: int, T: int):
         self.prompt_mask, self.G, self.T = prompt_mask, G, T
         self.prompt, self.own = [], []  # a layer's (k, v); both of them in one tensor, (2, P, kv, G, T, h)
+
+    def keep(self, prompts: Tensor):
+        """Goes on with these prompts (m,) int64 alone."""
+        self.prompt_mask = self.prompt_mask[prompts]
+        if self.own:  # Decoder.prepare was called
+            self.prefix_bias, self.rotary = self.prefix_bias[prompts], [x[prompts] for x in self.rotary]
+        for i, (k, v) in enumerate(self.prompt):  # layer by layer, so that no second cache is held
+            self.prompt[i] = k[prompts], v[prompts]
+        for i, own in enumerate(self.own):
+            self.own[i] = own[:, prompts]
 
 
 class SelfAttention(nn.Module):
@@ -188,18 +227,19 @@ class SelfAttention(nn.Module):
         self.o_proj = nn.Linear(cfg.num_heads * self.head_dim, cfg.dim, bias=False)
         self.joined = None  # machine.joined: q_proj, k_proj and v_proj in one product, and o_proj
 
-    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor, first: int):
-        """x (P, L, D), cos, sin (P, L, h) -> q (P, kv, rep, L - first, h), k and v (P, kv, L, h), rotated."""
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor, asking: Tensor | None):
+        """x (..., D), cos, sin (..., h) -> q (..., kv, rep, h), k and v (..., kv, h), rotated; q of the rows
+        `asking` alone."""
         if self.joined is None:
-            q, k, v = self.q_proj(x[:, first:].contiguous()), self.k_proj(x), self.v_proj(x)
+            q, k, v = self.q_proj(chosen(x, asking)), self.k_proj(x), self.v_proj(x)
         else:
             q, k, v = self.joined[0].parts(x)
-            q = q[:, first:]
-        q = self.q_norm(q.unflatten(-1, (self.num_kv_heads, self.rep, self.head_dim))).permute(0, 2, 3, 1, 4)
-        q = rotate(q, cos[:, None, None, first:], sin[:, None, None, first:])
-        k = self.k_norm(k.unflatten(-1, (self.num_kv_heads, self.head_dim))).transpose(1, 2)
-        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        return q, rotate(k, cos[:, None], sin[:, None]), v
+            q = chosen(q, asking)
+        q = self.q_norm(q.unflatten(-1, (self.num_kv_heads, self.rep, self.head_dim)))
+        q = rotate(q, chosen(cos, asking)[..., None, None, :], chosen(sin, asking)[..., None, None, :])
+        k = self.k_norm(k.unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        v = v.unflatten(-1, (self.num_kv_heads, self.head_dim))
+        return q, rotate(k, cos[..., None, :], sin[..., None, :]), v
 
     def out(self, y: Tensor) -> Tensor:
         return self.o_proj(y) if self.joined is None else self.joined[1](y)
@@ -229,12 +269,11 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention, first: int = 0) -> Tensor:
-        """x (P, L, D) -> (P, L - first, D): what stands before `first` only gives its keys and values.
-        `attention` maps q, k, v to (P, kv, rep, L - first, h)."""
-        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin, first)
-        y = attention(q, k, v).permute(0, 3, 1, 2, 4).flatten(2)  # (P, L - first, heads * h)
-        x = x[:, first:] + self.self_attn.out(y)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention, asking: Tensor | None = None) -> Tensor:
+        """x (..., D) -> (..., D), or (m, D) for the m rows `asking`: the others only give their keys and
+        values. `attention` maps the q, k, v of `SelfAttention.qkv` to (..., kv * rep * h)."""
+        q, k, v = self.self_attn.qkv(self.input_layernorm(x), cos, sin, asking)
+        x = chosen(x, asking) + self.self_attn.out(attention(q, k, v))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -249,6 +288,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.compute_dtype = torch.float32  # bfloat16: the matrix products of the layers run in it (autocast)
         self.checkpointing = False  # with gradient, keep a layer's input alone and compute the layer again
+        self.packed = True  # False: padding is computed as well (checkpoints/memory.py plans the worst)
         self.captured = False  # on a GPU sampling replays one captured step (machine.Captured)
         nn.init.normal_(self.embed_tokens.weight, std=cfg.dim**-0.5)
         if not cfg.tied:
@@ -270,20 +310,26 @@ class Decoder(nn.Module):
         """Positions (..., T) and (..., S) -> (..., T, S) bool: within the sliding window."""
         return asking[..., None] - asked[..., None, :] < (self.cfg.sliding_window or math.inf)
 
-    def forward(self, prompt: Tensor, prompt_mask: Tensor, completions: Tensor | None = None, cache=None):
+    def forward(
+        self, prompt: Tensor, prompt_mask: Tensor, completions: Tensor | None = None, cache=None,
+        completion_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """One pass over prompts and, behind them, G completions that share each prompt.
 
         prompt (P, S, D) embeddings, prompt_mask (P, S) left-padded; completions (P, G, T, D) embeddings,
-        padded on the right (what is behind a completion's end sees it, but is never seen).
-        Returns (P, G, T, D): the states that predict completion tokens 0 .. T-1, that is the prompt's last
-        state and the completion's states but its last; without completions (P, 1, 1, D). A `cache` keeps the
-        prompt's keys and values for `step`.
+        padded on the right; completion_mask (P, G, T), None: no padding. Returns (P, G, T, D): the states
+        that predict completion tokens 0 .. T-1, that is the prompt's last state and the completion's states
+        but its last; without completions (P, 1, 1, D). What the mask leaves out has no meaning. A `cache`
+        keeps the prompt's keys and values for `step`.
         """
         P, S, D = prompt.shape
-        G, T = completions.shape[1:3] if completions is not None else (0, 0)
+        if completions is None:
+            completions = prompt.new_zeros(P, 1, 1, D)
+        G, T = completions.shape[1], completions.shape[2] - 1  # a completion's last token predicts nothing
+        if completion_mask is None:
+            completion_mask = prompt_mask.new_ones(P, G, T + 1)
         positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)  # padding does not count
         own_positions = positions[:, -1:] + 1 + torch.arange(T, device=prompt.device).repeat(G)  # (P, G*T)
-        cos, sin = self.rotary(torch.cat([positions, own_positions], dim=1))
         asking = positions[:, -1:] if S > LONG else positions  # the prompt's last state needs one row
         seen = prompt_mask[:, None] & self.near(asking, positions) & (asking[..., None] >= positions[:, None])
         prompt_bias = bias_of(seen).view(P, 1, 1, 1, -1, S)
@@ -291,8 +337,14 @@ class Decoder(nn.Module):
         own_causal = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril()
         own_bias = bias_of(own_causal & self.near(own, own)).view(P, 1, 1, 1, T, T)
         prefix_bias = bias_of(prompt_mask[:, None] & self.near(own, positions)).view(P, 1, 1, 1, T, S)
+        # Prompt and completions travel as one sequence, so every matrix product of a layer is one product.
+        kept = torch.cat([prompt_mask, completion_mask[:, :, 1:].flatten(1)], dim=1)
+        every = Packing(kept, self.packed)
+        last = Packing(kept[:, S - 1 :], self.packed)  # of the prompt, the last layer needs its last state
 
-        def attention(q, k, v):
+        def attention(q, k, v, asked: Packing):
+            q = asked.sequences(q).permute(0, 2, 3, 1, 4)  # (P, kv, rep, L, h)
+            k, v = (every.sequences(x).transpose(1, 2) for x in (k, v))  # (P, kv, L, h)
             asking = q.shape[3] - G * T  # prompt positions whose state is needed: all, in the last layer one
             q0, k0, v0 = q[..., :asking, :], k[:, :, :S], v[:, :, :S]
             if S > LONG and asking > 1:
@@ -302,28 +354,29 @@ class Decoder(nn.Module):
                 y = attend(q0[:, :, None], k0[:, :, None], v0[:, :, None], bias)[:, :, 0]
             if cache is not None:
                 cache.prompt.append((k0.contiguous(), v0.contiguous()))  # read again in every step
-            if G == 0:
-                return y
-            q1 = q[..., asking:, :].unflatten(3, (G, T)).transpose(2, 3)  # (P, kv, G, rep, T, h)
-            k1, v1 = k[:, :, S:].unflatten(2, (G, T)), v[:, :, S:].unflatten(2, (G, T))
-            y1 = attend(q1, k1, v1, own_bias, prefix=(k0, v0, prefix_bias))
-            return torch.cat([y, y1.transpose(2, 3).flatten(3, 4)], dim=3)
+            if T > 0:
+                q1 = q[..., asking:, :].unflatten(3, (G, T)).transpose(2, 3)  # (P, kv, G, rep, T, h)
+                k1, v1 = k[:, :, S:].unflatten(2, (G, T)), v[:, :, S:].unflatten(2, (G, T))
+                y1 = attend(q1, k1, v1, own_bias, prefix=(k0, v0, prefix_bias))
+                y = torch.cat([y, y1.transpose(2, 3).flatten(3, 4)], dim=3)
+            return asked.rows(y.permute(0, 3, 1, 2, 4).flatten(2))
 
-        # Prompt and completions travel as one sequence, so every matrix product of a layer is one product.
-        x = prompt if G == 0 else torch.cat([prompt, completions.flatten(1, 2)], dim=1)
+        x = every.rows(torch.cat([prompt, completions[:, :, :-1].flatten(1, 2)], dim=1))
+        cos, sin = self.rotary(every.rows(torch.cat([positions, own_positions], dim=1)))
+        numbers = every.sequences(torch.arange(len(x), device=x.device))  # (P, L), of the rows
+        last_rows = last.rows(numbers[:, S - 1 :])
         with self.autocast():
             for layer in self.layers:
-                first = S - 1 if layer is self.layers[-1] else 0  # of the prompt, its last state alone
+                final = layer is self.layers[-1]
+                args = partial(attention, asked=last if final else every), last_rows if final else None
                 if self.checkpointing and torch.is_grad_enabled() and cache is None:
-                    args = (layer, x, cos, sin, attention, first)
+                    args = layer, x, cos, sin, *args
                     x = checkpoint(*args, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
                 else:
-                    x = layer(x, cos, sin, attention, first)
-        x = self.norm(x.float())
-        last = x[:, 0].view(P, 1, 1, D)
-        if G == 0:
-            return last
-        return torch.cat([last.expand(P, G, 1, D), x[:, 1:].view(P, G, T, D)[:, :, :-1]], dim=2)
+                    x = layer(x, cos, sin, *args)
+        x = last.sequences(self.norm(x.float()))
+        first, own = x[:, None, :1].expand(P, G, 1, D), x[:, 1:].view(P, G, T, D)
+        return torch.cat([first, own], dim=2)
 
     def prepare(self, cache: KVCache):
         """What the steps need beside their tokens, for all T of them at once."""
@@ -351,11 +404,12 @@ class Decoder(nn.Module):
                 cache.own.append(k0.new_zeros(2, P, k0.shape[1], G, cache.T, k0.shape[3]))
 
             def attention(q, k, v, own=cache.own[i], prompt=cache.prompt[i]):
-                own[0][:, :, :, at], own[1][:, :, :, at] = k.unsqueeze(3), v.unsqueeze(3)
+                k, v = (x.transpose(1, 2).unsqueeze(3) for x in (k, v))  # (P, kv, G, 1, h)
+                own[0][:, :, :, at], own[1][:, :, :, at] = k, v
                 own_k, own_v = own[..., :stop, :]
-                q = q.transpose(2, 3).unsqueeze(4)  # (P, kv, G, rep, 1, h)
+                q = q.transpose(1, 2).unsqueeze(4)  # (P, kv, G, rep, 1, h)
                 y = attend(q, own_k, own_v, own_bias, prefix=(*prompt, prefix_bias))
-                return y[..., 0, :].transpose(2, 3)
+                return y[..., 0, :].transpose(1, 2).flatten(2)
 
             with self.autocast():
                 x = layer(x, cos, sin, attention)

@@ -149,7 +149,8 @@ def generate(
         ids = torch.full((P * G, T), PAD_ID, device=device)
         logprobs = torch.zeros(P * G, T, device=device)
         mask = torch.zeros(P * G, T, dtype=torch.bool, device=device)
-        ended, supports = torch.zeros(P * G, dtype=torch.bool, device=device), []
+        all_ended, supports = torch.zeros(P * G, dtype=torch.bool, device=device), []
+        rows, ended = torch.arange(P * G, device=device), all_ended  # of prompts that are still answered
         head = decoder.head.to(state.dtype)  # float32; a copy where the base is of 16 bits
         logits, sound = state.new_empty(P * G, len(head)), torch.ones((), dtype=torch.bool, device=device)
         step, captured = partial(decoder.step, cache=cache), decoder.captured and device.type == "cuda"
@@ -159,27 +160,34 @@ def generate(
             sound &= scores[:, 0].isfinite().all()  # one logit that is not finite makes its row NaN
             if top_p < 1:
                 support = nucleus(scores, top_p)
-                supports.append(pack_support(support))
+                packed = pack_support(support & ~ended[:, None])
+                supports.append(packed.new_zeros(P * G, packed.shape[1]).index_copy_(0, rows, packed))
                 scores = sampling_logprobs(scores, 1.0, None, support)  # renormalised over the nucleus
-            token = pick(scores, None if uniforms is None else uniforms[:, :, t].flatten())
-            ids[:, t] = torch.where(ended, PAD_ID, token)
-            mask[:, t] = ~ended
-            logprobs[:, t] = scores.gather(1, token[:, None]).squeeze(1).masked_fill(ended, 0.0)
+            token = pick(scores, None if uniforms is None else uniforms[:, :, t].flatten()[rows])
+            token, mask[rows, t] = torch.where(ended, PAD_ID, token), ~ended
+            ids[rows, t] = token
+            logprobs[rows, t] = scores.gather(1, token[:, None]).squeeze(1).masked_fill(ended, 0.0)
             ended = ended | torch.isin(token, end_ids)
+            all_ended[rows] = ended
             if t == T - 1 or t % LOOK_EVERY[device.type] == 0:
                 if not sound:
                     raise BadInput(NOT_FINITE)
-                if t == T - 1 or ended.all():
+                going = (~ended.view(-1, G).all(dim=1)).nonzero().squeeze(1)  # prompts not yet answered
+                if t == T - 1 or not len(going):
                     break
+                if 2 * G * len(going) <= len(rows) and not captured:  # half are: they leave
+                    cache.keep(going)
+                    rows, ended, token = (x.view(-1, G)[going].flatten() for x in (rows, ended, token))
+                    logits = logits[: len(rows)]
             if captured and t == 0:
-                step = Captured(step, ids[:, 0].view(P, G))
-            state = step(ids[:, t].view(P, G), t).flatten(0, 1)
+                step = Captured(step, token.view(P, G))
+            state = step(token.view(-1, G), t).flatten(0, 1)
         used = mask.any(dim=0).sum().item()  # the longest completion: what lies behind it never existed
         support = torch.stack(supports[:used], dim=1) if supports else None
     return Completions(  # clones are ordinary tensors, for the loss
         completion_ids=ids[:, :used].clone(), completion_mask=mask[:, :used].clone(),
         logprobs=logprobs[:, :used].clone(), support=None if support is None else support.clone(),
-        ended=ended.clone(), temperature=temperature, banned=banned,
+        ended=all_ended.clone(), temperature=temperature, banned=banned,
     )  # fmt: skip
 
 
@@ -212,8 +220,9 @@ def completion_states(model: VideoLM, prompts: Prompts, completions: Completions
     """(B, T, D): the state that predicts each completion token, with gradient."""
     P = len(prompts.prompt_ids)
     prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
-    ids = completions.completion_ids.unflatten(0, (P, -1))  # (P, G, T)
-    return model.decoder(prompt, prompts.prompt_mask, model.decoder.embed_tokens(ids)).flatten(0, 1)
+    ids, mask = (x.unflatten(0, (P, -1)) for x in (completions.completion_ids, completions.completion_mask))
+    own = model.decoder.embed_tokens(ids)  # (P, G, T, D)
+    return model.decoder(prompt, prompts.prompt_mask, own, completion_mask=mask).flatten(0, 1)
 
 
 def micro_batches(P: int, size: int) -> list[slice]:

@@ -96,6 +96,7 @@ def plan(
             for parameter in lora.add_adapters(decoder, run.lora_r, run.lora_alpha):
                 parameter.grad = torch.zeros_like(parameter)
             decoder.compute_dtype, decoder.checkpointing = dtype, run.checkpointing
+            decoder.packed = False  # no sequence is shorter than another
             return step_peaks(decoder, run, P, G, S, T, joins)
 
     parts = [partial(of_layers, 3), partial(of_layers, 2), partial(logits_peak, cfg, run)]

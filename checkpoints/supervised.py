@@ -102,14 +102,14 @@ def answer_batch(rows: list[list], limit: int, rng: random.Random) -> tuple[Tens
     return ids.unflatten(0, (len(rows), G)), answer.unflatten(0, (len(rows), G))
 
 
-def states_behind(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor) -> Tensor:
-    """The states (P, G, T, D) that predict ids (P, G, T), which stand behind the opening and the video tokens
-    (P, N_video, D)."""
+def states_behind(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """The states (P, G, T, D) that predict ids (P, G, T), of which mask (P, G, T) bool leaves out the end;
+    they stand behind the opening and the video tokens (P, N_video, D)."""
     prompt_ids = torch.tensor([*opening] + [VIDEO_ID] * video.shape[1], device=video.device)
     prompt_ids = prompt_ids.expand(len(video), -1)
     prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
     prompt = model.embed_prompt(prompt_ids, prompt_mask, video)
-    return model.decoder(prompt, prompt_mask, model.decoder.embed_tokens(ids))
+    return model.decoder(prompt, prompt_mask, model.decoder.embed_tokens(ids), completion_mask=mask)
 
 
 def answer_loss(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor, answer: Tensor) -> Tensor:
@@ -118,7 +118,8 @@ def answer_loss(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor, 
     opening: the ids before the video. video (P, N_video, D), ids (P, G, T), answer (P, G, T) bool.
     """
     ids, answer = ids.to(video.device), answer.to(video.device)
-    states = states_behind(model, opening, video, ids)
+    asked = answer.flip(-1).cummax(-1).values.flip(-1)  # all up to an answer's last token
+    states = states_behind(model, opening, video, ids, asked)
     return F.cross_entropy(states[answer] @ model.decoder.head.float().T, ids[answer])
 
 

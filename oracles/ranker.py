@@ -40,7 +40,7 @@ class Ranker(nn.Module):
         # The second end token is never read: a decoder gives the states that predict the tokens it is given
         flat = [encode(question) + encode(answer) + 2 * [EOS_ID] for row in rows for question, answer in row]
         ids, mask = (x.unflatten(0, (P, -1)).to(device) for x in collate_completions(flat))
-        states = states_behind(self.model, [BOS_ID], video_embeds, ids)  # (P, R, T, D)
+        states = states_behind(self.model, [BOS_ID], video_embeds, ids, mask)  # (P, R, T, D)
         last = (mask.sum(dim=2) - 1)[..., None, None].expand(-1, -1, 1, states.shape[3])
         return self.head(states.gather(2, last)).flatten(1).float()
 

@@ -110,6 +110,36 @@ def test_padding_changes_nothing_and_has_no_gradient():
     assert all(p.grad is None or p.grad.isfinite().all() for p in decoder.parameters())
 
 
+@pytest.mark.parametrize("limit", [256, 4])  # prompt tokens from which a prompt is long
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_leaving_out_the_padding_changes_no_state_and_no_gradient(limit, checkpointing, monkeypatch):
+    monkeypatch.setattr(model, "LONG", limit)
+    decoder, (prompt, completions) = build(cfg=replace(CFG, sliding_window=5)), embeddings()
+    decoder.checkpointing, results = checkpointing, []
+    lengths = torch.tensor([[T, 1, 2], [0, 3, T]])[:, :G]  # 0: a completion that nobody asks for
+    mask = torch.arange(T) < lengths[..., None]
+    weights = torch.randn(P, G, T, CFG.dim, generator=torch.Generator().manual_seed(2)) * mask[..., None]
+    for decoder.packed in (True, False):
+        inputs = prompt.clone().requires_grad_(), completions.clone().requires_grad_()
+        states = decoder(inputs[0], MASK, inputs[1], completion_mask=mask)
+        learn = [p for name, p in decoder.named_parameters() if name != "embed_tokens.weight"]
+        gradients = torch.autograd.grad((states * weights).sum(), [*inputs, *learn])
+        results.append([states[mask], *gradients])
+    for packed, padded in zip(*results, strict=True):
+        assert padded.abs().max() > 1e-3
+        torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4)
+
+
+def test_products_run_over_tokens_alone_and_those_of_the_last_layer_over_states_that_are_asked_for():
+    decoder, (prompt, completions), rows = build(), embeddings(), []
+    for layer in decoder.layers:
+        layer.mlp.register_forward_hook(lambda mlp, args, out: rows.append(out.numel() // CFG.dim))
+    mask = torch.arange(T) < torch.arange(1, P * G + 1).clamp(max=T).view(P, G, 1)
+    decoder(prompt, MASK, completions, completion_mask=mask)
+    own = (mask.sum() - P * G).item()  # a completion's last token predicts nothing
+    assert rows == [MASK.sum() + own] * (CFG.num_layers - 1) + [P + own]
+
+
 def test_a_state_sees_only_earlier_tokens_of_its_own_completion():
     decoder, (prompt, completions) = build(), embeddings()
     before, t = decoder(prompt, MASK, completions), 1

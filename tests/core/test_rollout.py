@@ -120,6 +120,22 @@ def test_looking_seldom_whether_all_have_ended_changes_nothing(model, prompts, m
         assert getattr(often, name).equal(getattr(seldom, name)), name
 
 
+def test_prompts_that_are_answered_leave_and_change_nothing(model, prompts, monkeypatch):
+    """Where all answers of half the prompts have ended, the others go on without them, with the same draws."""
+    options, left = dict(end_ids=torch.arange(8, 28), top_p=0.9), []
+    real = KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda cache, going: left.append(len(going)) or real(cache, going))
+    for seed in range(20):
+        shrinking = sample(model, prompts, seed, **options)
+        with monkeypatch.context() as patch:  # never looking, all stay to the end
+            patch.setitem(rollout_module.LOOK_EVERY, "cpu", T)
+            whole = sample(model, prompts, seed, **options)
+        for name in ("completion_ids", "completion_mask", "support", "ended"):
+            assert getattr(shrinking, name).equal(getattr(whole, name)), name
+        torch.testing.assert_close(shrinking.logprobs, whole.logprobs, atol=1e-5, rtol=0)
+    assert set(left) == {1}  # of 3 prompts
+
+
 def test_a_row_depends_on_its_own_uniforms_alone(model, prompts):
     whole, again = sample(model, prompts, top_p=0.9), sample(model, prompts, top_p=0.9)
     assert torch.equal(whole.completion_ids, again.completion_ids)
