@@ -121,7 +121,7 @@ def test_looking_seldom_whether_all_have_ended_changes_nothing(model, prompts, m
 
 
 def test_prompts_that_are_answered_leave_and_change_nothing(model, prompts, monkeypatch):
-    """Where all answers of half the prompts have ended, the others go on without them, with the same draws."""
+    """Where the answers of half the prompts have ended, the others go on alone, with the same draws."""
     options, left = dict(end_ids=torch.arange(8, 28), top_p=0.9), []
     real = KVCache.keep
     monkeypatch.setattr(KVCache, "keep", lambda cache, going: left.append(len(going)) or real(cache, going))
