@@ -19,29 +19,47 @@ HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_s
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T, (..., in) -> (..., out), of a frozen weight that weight_of(dtype, stored) makes. The backward
-    pass keeps the stored tensors, 4 bits for instance; F.linear would keep the 16-bit weights of all layers
-    at once. W is frozen, so x is not kept at all."""
+    """x W^T + (x A^T) B^T, (n, in) -> (n, out), of a frozen weight W that weight_of(dtype, stored) makes and
+    an adapter A (r, in), B (out, r), both None where there is none.
+
+    The backward pass keeps the stored tensors, 4 bits for instance; F.linear would keep the 16-bit weights of
+    all layers at once. One function for both products adds their gradients in x where they are."""
 
     @staticmethod
-    def forward(ctx, x, weight_of, stored):
-        ctx.save_for_backward(*stored)
-        ctx.weight_of = weight_of
-        return F.linear(x, weight_of(x.dtype, stored))
+    def forward(ctx, x, weight_of, stored, A, B):
+        ctx.weight_of, ctx.adapted = weight_of, A is not None
+        y = F.linear(x, weight_of(x.dtype, stored))
+        if not ctx.adapted:
+            ctx.save_for_backward(*stored)
+            return y
+        low = x @ A.T
+        ctx.save_for_backward(x, low, A, B, *stored)
+        return y.addmm_(low, B.T)
 
     @staticmethod
     def backward(ctx, grad):
-        weight = ctx.weight_of(grad.dtype, ctx.saved_tensors)
-        if grad.is_cpu and grad.dtype == torch.bfloat16 and not HAS_BFLOAT16:
-            weight = weight.T.contiguous().T  # there grad W takes 3 to 6 times as long as grad (W^T)^T
-        return grad @ weight, None, None
+        stored, grad_x, grad_A, grad_B = ctx.saved_tensors, None, None, None
+        if ctx.adapted:
+            x, low, A, B, *stored = stored
+            grad_low = grad @ B
+            grad_A, grad_B = grad_low.T @ x, grad.T @ low
+        if ctx.needs_input_grad[0]:
+            weight = ctx.weight_of(grad.dtype, stored)
+            if grad.is_cpu and grad.dtype == torch.bfloat16 and not HAS_BFLOAT16:
+                weight = weight.T.contiguous().T  # there grad W takes 3 to 6 times as long as grad (W^T)^T
+            grad_x = grad @ weight
+            if ctx.adapted:
+                grad_x.addmm_(grad_low, A)
+        return grad_x, None, None, grad_A, grad_B
 
 
-def frozen_linear(x: Tensor, weight_of, stored, bias: Tensor | None) -> Tensor:
-    """x W^T + b in x's dtype (autocast's, where it is on); only x gets a gradient."""
+def frozen_linear(x: Tensor, weight_of, stored, bias: Tensor | None, A=None, B=None) -> Tensor:
+    """x W^T + (x A^T) B^T + b in x's dtype (autocast's, where it is on). Only x, A and B get a gradient."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    y = FrozenProduct.apply(x, weight_of, stored)
+    if A is not None:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    y = FrozenProduct.apply(x.reshape(-1, x.shape[-1]), weight_of, stored, A, B).view(*x.shape[:-1], -1)
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -78,12 +96,9 @@ class LoRALinear(nn.Module):
         A, B = self.pair()
         if A is None:
             return self.base(x)
-        rows = x.reshape(-1, x.shape[-1])
         plain = isinstance(self.base, nn.Linear)
-        y = frozen_linear(rows, in_dtype, (self.base.weight,), self.base.bias) if plain else self.base(rows)
-        # Added to in place: a sum of its own would read and write wide tensors again.
-        y.addmm_((rows @ A.T.to(x.dtype)).to(y.dtype), (B.T * self.scale).to(y.dtype))
-        return y.view(*x.shape[:-1], -1)
+        weight_of, stored = (in_dtype, (self.base.weight,)) if plain else self.base.frozen()
+        return frozen_linear(x, weight_of, stored, self.base.bias, A, B * self.scale)
 
 
 def layers(model: nn.Module) -> dict[str, LoRALinear]:

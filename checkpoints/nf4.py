@@ -103,8 +103,12 @@ class NF4Linear(nn.Module):
         """The weight, (out, in)."""
         return dequantise(self.shape, dtype, self.stored())
 
+    def frozen(self) -> tuple:
+        """What lora.frozen_linear makes the weight of."""
+        return partial(self.dequantise, self.shape), self.stored()
+
     def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, partial(self.dequantise, self.shape), self.stored(), self.bias)
+        return frozen_linear(x, *self.frozen(), self.bias)
 
 
 def quantise_linear(linear: nn.Linear) -> NF4Linear:
