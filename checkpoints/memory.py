@@ -22,7 +22,7 @@ from clip import ClipConfig
 from data import clips_at_once, longest_text
 from grpo_rank import Objective, Tokens, nucleus, sampling_logprobs, walk
 from model import Decoder, KVCache, ModelConfig, Projector, VideoLM
-from plumbing.machine import joinable, joined, pick_dtype, say, show_progress
+from plumbing.machine import hold, joinable, joined, pick_dtype, say, show_progress
 from rollout import EVALUATED_AT_ONCE, answer, draw, reference_states
 
 
@@ -81,18 +81,23 @@ def plan(
     G, T = max(run.group_size, run.eval_samples), run.max_new_tokens
     S = N_video + text_tokens
     codes = quantised // 2 + quantised // nf4.BLOCK + 4 * quantised // (nf4.BLOCK * nf4.GROUP)
+    # In products of 16 bits machine.hold keeps plain linear layers in 16 bits, whatever the base is
+    held = 0 if dtype == torch.float32 else sum(x.weight.numel() for x in linears) - quantised
+    wide = 4 if run.base == "float32" else 2
     stays = {
-        f"decoder's weights ({run.base})": codes + rest * (4 if run.base == "float32" else 2),
+        f"decoder's weights ({run.base})": codes + 2 * held + wide * (rest - held),
         "CLIP and bridge": num_bytes(whole.clip.parameters()) + num_bytes(whole.bridge.parameters()),
         "adapters, gradients, optimiser states, reference": 4 * 5 * num_adapters,  # float32; two moments
         f"video tokens of {num_videos} videos": 4 * num_videos * N_video * cfg.dim,
     }
-    joins = run.base != "nf4" and joinable(linears, dtype)
+    joins = run.base != "nf4" and (held > 0 or joinable(linears, dtype))
 
     def of_layers(num_layers: int):
         with FakeTensorMode():
             decoder = Decoder(replace(cfg, num_layers=num_layers))
             freeze_base(decoder, run.base)
+            if held:
+                hold(decoder, dtype)
             for parameter in lora.add_adapters(decoder, run.lora_r, run.lora_alpha):
                 parameter.grad = torch.zeros_like(parameter)
             decoder.compute_dtype, decoder.checkpointing = dtype, run.checkpointing

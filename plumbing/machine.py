@@ -81,6 +81,8 @@ def set_up(decoder: nn.Module, options: MachineOptions, device: torch.device) ->
     options.dtype = pick_dtype(options.dtype, device, decoder.cfg.dim)
     decoder.compute_dtype = getattr(torch, options.dtype)
     decoder.checkpointing, decoder.captured = options.checkpointing, options.compile
+    if decoder.compute_dtype != torch.float32:
+        hold(decoder, decoder.compute_dtype)
     for layer in decoder.modules():
         if options.compile and hasattr(layer, "dequantise"):
             layer.dequantise = compiled(layer.dequantise, device.type)
@@ -192,38 +194,62 @@ class Captured:
         return self.state
 
 
+def same_input(decoder: nn.Module):
+    """(owner, linear layers that read one input, the one behind them) of each half of a model.Decoder's
+    layers; a base where there is an adapter."""
+    for layer in decoder.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        yield attention, [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]
+        yield mlp, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]
+
+
+def base_of(linear: nn.Module) -> nn.Module:
+    return getattr(linear, "base", linear)
+
+
+def hold(decoder: nn.Module, dtype: torch.dtype) -> None:
+    """Holds the frozen linear layers of a decoder in the 16 bits of its products, each of which would cast
+    its weight anew. Those of one input lie side by side in memory, so that `joined` copies nothing."""
+    for _, *groups in same_input(decoder):
+        for bases in ([base_of(x) for x in group] for group in groups):
+            if all(isinstance(base, nn.Linear) for base in bases):
+                weight = torch.cat([base.weight.detach().to(dtype) for base in bases])
+                parts = weight.split([base.out_features for base in bases])
+                for base, part in zip(bases, parts, strict=True):
+                    base.weight.data, base.side_by_side = part, weight
+
+
 class Joined:
-    """Frozen linear layers (lora.LoRALinear, or plain) that read the same input, as one product whose weights
-    are cast and joined once.
+    """Frozen linear layers (lora.LoRALinear, or plain) that read the same input, as one product.
 
     float32: each W + (alpha / r) B A, stacked. Other dtypes: the products of the training pass with the same
-    roundings, W x and A x in one. A weight rounded after B A is added would sample from another policy.
+    roundings, W x and A x. A weight rounded after B A is added would sample from another policy.
     """
 
     def __init__(self, linears: list[nn.Module], dtype: torch.dtype):
-        bases = [getattr(layer, "base", layer) for layer in linears]
-        self.sizes, self.dtype, self.up = [base.out_features for base in bases], dtype, None
+        bases = [base_of(layer) for layer in linears]
+        self.sizes, self.dtype, self.down = [base.out_features for base in bases], dtype, None
         self.bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases]).to(dtype)
-        weights, downs, ups = [base.weight.detach() for base in bases], [], []
-        for layer, W in zip(linears, weights, strict=True):
-            A, B = layer.pair() if hasattr(layer, "pair") else (None, None)
-            downs.append(W.new_zeros(0, W.shape[1]) if A is None else A)
-            ups.append(W.new_zeros(len(W), 0) if B is None else B * layer.scale)
-        if dtype == torch.float32:
-            triples = zip(weights, ups, downs, strict=True)
-            weights, downs = [torch.addmm(W.float(), B.float(), A.float()) for W, B, A in triples], []
-        elif any(len(A) for A in downs):
+        pairs = [layer.pair() if hasattr(layer, "pair") else (None, None) for layer in linears]
+        weights, adapted = [base.weight.detach() for base in bases], pairs[0][0] is not None
+        if adapted and dtype == torch.float32:
+            parts = zip(weights, linears, pairs, strict=True)
+            weights = [torch.addmm(W.float(), B * x.scale, A) for W, x, (A, B) in parts]
+        elif adapted:
+            self.down = torch.cat([A for A, _ in pairs]).to(dtype)
+            ups = [B * x.scale for x, (_, B) in zip(linears, pairs, strict=True)]
             self.up = torch.block_diag(*ups).T.to(dtype).contiguous()
-        self.weight = torch.cat([x.to(dtype) for x in weights + downs])
+        held = getattr(bases[0], "side_by_side", None) if dtype != torch.float32 else None
+        self.weight = torch.cat([x.to(dtype) for x in weights]) if held is None else held
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., sum of out), in dtype."""
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
-        if self.up is None:
-            y = F.linear(rows, self.weight, self.bias)
-        else:
-            y, low = F.linear(rows, self.weight).split([sum(self.sizes), len(self.up)], dim=1)
-            y = torch.addmm(y if self.bias is None else y + self.bias, low, self.up)
+        y = F.linear(rows, self.weight)
+        if self.down is not None:
+            y.addmm_(rows @ self.down.T, self.up)
+        if self.bias is not None:
+            y += self.bias
         return y.view(*x.shape[:-1], -1)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -232,33 +258,32 @@ class Joined:
 
 
 def joinable(linears: list[nn.Module], dtype: torch.dtype) -> bool:
-    """Whether `joined` makes copies of a decoder's linear layers: of plain ones, of JOINED_BYTES at most."""
-    plain = all(isinstance(x, nn.Linear) for x in linears)
-    return plain and sum(x.weight.numel() for x in linears) * dtype.itemsize <= JOINED_BYTES
+    """Whether `joined` takes a decoder's linear layers: plain ones that lie side by side in this dtype
+    already (`hold`), or whose copies take JOINED_BYTES at most."""
+    if not all(isinstance(x, nn.Linear) for x in linears):
+        return False
+    held = all(hasattr(x, "side_by_side") and x.weight.dtype == dtype for x in linears)
+    return held or sum(x.weight.numel() for x in linears) * dtype.itemsize <= JOINED_BYTES
 
 
 @contextmanager
 def joined(decoder: nn.Module):
     """Within it, without gradient, each layer of a model.Decoder takes 4 large products where it has 7 linear
-    layers of three products each. A base of 4 bits, or of more than JOINED_BYTES, is left as it is: a joined
-    copy would undo what few bits save."""
-    dtype, owners = decoder.compute_dtype, []
-    for layer in decoder.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        owners += [(attention, [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj])]
-        owners += [(mlp, [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])]
-    linears = [getattr(x, "base", x) for _, first, last in owners for x in first + last]
+    layers of three products each. A base of 4 bits, or one whose copies would take more than JOINED_BYTES, is
+    left as it is."""
+    groups, dtype = list(same_input(decoder)), decoder.compute_dtype
+    linears = [base_of(x) for _, first, last in groups for x in first + last]
     if not joinable(linears, dtype):
         with torch.no_grad():
             yield
         return
     with torch.no_grad():
-        for owner, first, last in owners:
+        for owner, first, last in groups:
             owner.joined = Joined(first, dtype), Joined(last, dtype)
         try:
             yield
         finally:
-            for owner, _, _ in owners:
+            for owner, _, _ in groups:
                 owner.joined = None
 
 

@@ -18,6 +18,7 @@ from clip import ClipConfig
 from data import Batches, Prompts
 from grpo_rank import Objective, rollout_loss
 from model import Decoder, KVCache, ModelConfig, VideoLM
+from plumbing.machine import hold
 from rollout import Sampling, completion_states, generate, generate_in_parts
 from videoqa import world
 
@@ -132,6 +133,22 @@ def test_the_plan_knows_what_embedding_videos_takes_and_how_many_prompts_an_eval
     few = memory.plan(cfg, CLIP, run, torch.float32, num_videos=2, text_tokens=9)
     stays = sum(list(few.values())[:4])  # weights, CLIP, adapters, video tokens
     assert few["peak"] == stays + few["embedding videos"]  # where nothing later takes more
+
+
+def test_the_plan_holds_linear_layers_in_16_bits_where_products_are_taken_in_16():
+    sizes = []
+    for base, name in (("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")):
+        dtype = getattr(torch, name)
+        cfg = replace(CFG, num_layers=3)
+        policy = VideoLM(cfg, CLIP)
+        freeze_base(policy.decoder, base)
+        if dtype == torch.bfloat16:
+            hold(policy.decoder, dtype)
+        lines = memory.plan(cfg, CLIP, run_config(base=base), dtype, num_videos=1, text_tokens=9)
+        (planned,) = (size for name, size in lines.items() if name.startswith("decoder's weights"))
+        assert planned == memory.num_bytes(policy.decoder.parameters())
+        sizes.append(planned)
+    assert sizes[0] > sizes[1] > sizes[2]
 
 
 def test_the_plan_of_llama_2_7b_in_4_bits_counts_what_is_published_and_stays_under_24_gb():

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 import lora
 from checkpoints import peft_files
 from model import Decoder, ModelConfig
-from plumbing.machine import joined
+from plumbing.machine import hold, joined
 
 CFG = ModelConfig(vocab_size=40, dim=32, num_layers=2, ffn_dim=48)
 X = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
@@ -95,6 +95,23 @@ def test_joined_products_give_what_the_layers_give_and_leave_no_trace(which):
             assert (out(decoder) - plain).abs().max() <= 0.01
     with joined(decoder):
         assert names == [name for name, _ in decoder.named_parameters()]
+
+
+def test_weights_held_in_16_bits_give_the_same_bits_and_are_not_copied_when_joined():
+    """Products in bfloat16 round the frozen weights anyway; held so, they are rounded once."""
+    decoder, parameters = build()
+    learn(parameters)
+    decoder.compute_dtype, results = torch.bfloat16, []
+    for holding in (False, True):
+        if holding:
+            hold(decoder, torch.bfloat16)
+        states = decoder(X, MASK)
+        gradients = torch.autograd.grad(states.square().sum(), parameters)
+        with joined(decoder):
+            results.append([states, *gradients, out(decoder)])
+            joins = decoder.layers[0].mlp.joined[0].weight, decoder.layers[0].mlp.gate_proj.base.weight
+            assert (joins[0].data_ptr() == joins[1].data_ptr()) == holding
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_the_reference_is_the_policy_when_frozen_and_then_stays():
