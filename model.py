@@ -24,6 +24,7 @@ from clip import MOST_LAYERS, Clip, ClipConfig, preprocess
 HIDDEN = -1e30
 # The same as a key's extra channel, before the scale: far below any score, and exact in 16 bits.
 HIDDEN_KEY = -(2.0**14)
+OPENING = 8  # tokens of an opening from which it pays to compute it once
 LONG = 256  # prompt tokens from which the fused kernels are faster, in both dtypes, forward and backward
 
 
@@ -175,7 +176,8 @@ class Packing:
     """Sequences (P, L, ...) with padding as rows (n, ...) of their n tokens alone, and back.
 
     All that a layer does token by token, the large products among them, runs over rows; attention alone sees
-    sequences. Nothing is computed for padding, and the longest sequence costs the others nothing.
+    sequences. Nothing is computed for padding, the longest sequence costs the others nothing, and an opening
+    that all sequences share is computed once.
     """
 
     def __init__(self, kept: Tensor, packed: bool):
@@ -183,13 +185,16 @@ class Packing:
         self.shape = kept.shape
         packed = packed and not kept.all()
         self.where = kept.flatten().nonzero().squeeze(1) if packed else None  # (n,); None: all places
+        self.numbers = None  # (P * L,): the row that each place shows; None: those of `where` in their order
 
     def rows(self, x: Tensor) -> Tensor:
         return chosen(x.flatten(0, 1), self.where)
 
     def sequences(self, rows: Tensor) -> Tensor:
-        """With 0 in the padding."""
-        if self.where is not None:
+        """With 0, or with any row, in the padding."""
+        if self.numbers is not None:
+            rows = rows.index_select(0, self.numbers)
+        elif self.where is not None:
             rows = rows.new_zeros(self.shape.numel(), *rows.shape[1:]).index_copy_(0, self.where, rows)
         return rows.unflatten(0, self.shape)
 
@@ -312,12 +317,13 @@ class Decoder(nn.Module):
 
     def forward(
         self, prompt: Tensor, prompt_mask: Tensor, completions: Tensor | None = None, cache=None,
-        completion_mask: Tensor | None = None,
+        completion_mask: Tensor | None = None, opening: int = 0,
     ) -> Tensor:  # fmt: skip
         """One pass over prompts and, behind them, G completions that share each prompt.
 
         prompt (P, S, D) embeddings, prompt_mask (P, S) left-padded; completions (P, G, T, D) embeddings,
-        padded on the right; completion_mask (P, G, T), None: no padding. Returns (P, G, T, D): the states
+        padded on the right; completion_mask (P, G, T), None: no padding; opening: so many tokens are the same
+        at the start of every prompt, and are computed once. Returns (P, G, T, D): the states
         that predict completion tokens 0 .. T-1, that is the prompt's last state and the completion's states
         but its last; without completions (P, 1, 1, D). What the mask leaves out has no meaning. A `cache`
         keeps the prompt's keys and values for `step`.
@@ -339,6 +345,9 @@ class Decoder(nn.Module):
         prefix_bias = bias_of(prompt_mask[:, None] & self.near(own, positions)).view(P, 1, 1, 1, T, S)
         # Prompt and completions travel as one sequence, so every matrix product of a layer is one product.
         kept = torch.cat([prompt_mask, completion_mask[:, :, 1:].flatten(1)], dim=1)
+        shared = positions < (opening if opening >= OPENING else 0)  # (P, S)
+        shared[0] = False  # the first prompt's opening stands for all
+        kept[:, :S] &= ~shared
         every = Packing(kept, self.packed)
         last = Packing(kept[:, S - 1 :], self.packed)  # of the prompt, the last layer needs its last state
 
@@ -365,6 +374,10 @@ class Decoder(nn.Module):
         cos, sin = self.rotary(every.rows(torch.cat([positions, own_positions], dim=1)))
         numbers = every.sequences(torch.arange(len(x), device=x.device))  # (P, L), of the rows
         last_rows = last.rows(numbers[:, S - 1 :])
+        if opening >= OPENING:
+            first = numbers[0, S - 1 - positions[0, -1] + positions.clamp(max=opening - 1)]  # (P, S)
+            numbers[:, :S] = torch.where(shared, first, numbers[:, :S])
+            every.numbers = numbers.flatten()
         with self.autocast():
             for layer in self.layers:
                 final = layer is self.layers[-1]
