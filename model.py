@@ -343,13 +343,7 @@ class Decoder(nn.Module):
         own_causal = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril()
         own_bias = bias_of(own_causal & self.near(own, own)).view(P, 1, 1, 1, T, T)
         prefix_bias = bias_of(prompt_mask[:, None] & self.near(own, positions)).view(P, 1, 1, 1, T, S)
-        # Prompt and completions travel as one sequence, so every matrix product of a layer is one product.
-        kept = torch.cat([prompt_mask, completion_mask[:, :, 1:].flatten(1)], dim=1)
-        shared = positions < (opening if opening >= OPENING else 0)  # (P, S)
-        shared[0] = False  # the first prompt's opening stands for all
-        kept[:, :S] &= ~shared
-        every = Packing(kept, self.packed)
-        last = Packing(kept[:, S - 1 :], self.packed)  # of the prompt, the last layer needs its last state
+        every, last, last_rows = self.packings(prompt_mask, completion_mask, positions, opening)
 
         def attention(q, k, v, asked: Packing):
             q = asked.sequences(q).permute(0, 2, 3, 1, 4)  # (P, kv, rep, L, h)
@@ -370,14 +364,9 @@ class Decoder(nn.Module):
                 y = torch.cat([y, y1.transpose(2, 3).flatten(3, 4)], dim=3)
             return asked.rows(y.permute(0, 3, 1, 2, 4).flatten(2))
 
+        # Prompt and completions travel as one sequence, so every matrix product of a layer is one product.
         x = every.rows(torch.cat([prompt, completions[:, :, :-1].flatten(1, 2)], dim=1))
         cos, sin = self.rotary(every.rows(torch.cat([positions, own_positions], dim=1)))
-        numbers = every.sequences(torch.arange(len(x), device=x.device))  # (P, L), of the rows
-        last_rows = last.rows(numbers[:, S - 1 :])
-        if opening >= OPENING:
-            first = numbers[0, S - 1 - positions[0, -1] + positions.clamp(max=opening - 1)]  # (P, S)
-            numbers[:, :S] = torch.where(shared, first, numbers[:, :S])
-            every.numbers = numbers.flatten()
         with self.autocast():
             for layer in self.layers:
                 final = layer is self.layers[-1]
@@ -390,6 +379,24 @@ class Decoder(nn.Module):
         x = last.sequences(self.norm(x.float()))
         first, own = x[:, None, :1].expand(P, G, 1, D), x[:, 1:].view(P, G, T, D)
         return torch.cat([first, own], dim=2)
+
+    def packings(self, prompt_mask: Tensor, completion_mask: Tensor, positions: Tensor, opening: int):
+        """The packing of prompts and completions; that of the last layer, which needs of a prompt its last
+        state; and the numbers of its rows among those of the first. positions (P, S), the rest: `forward`."""
+        S = prompt_mask.shape[1]
+        kept = torch.cat([prompt_mask, completion_mask[:, :, 1:].flatten(1)], dim=1)  # (P, L)
+        shared = positions < (opening if opening >= OPENING else 0)  # (P, S)
+        shared[0] = False  # the first prompt's opening stands for all
+        kept[:, :S] &= ~shared
+        every, last = Packing(kept, self.packed), Packing(kept[:, S - 1 :], self.packed)
+        count = kept.numel() if every.where is None else len(every.where)
+        numbers = every.sequences(torch.arange(count, device=kept.device))  # (P, L)
+        if opening >= OPENING:
+            first = numbers[0, S - 1 - positions[0, -1] + positions.clamp(max=opening - 1)]  # (P, S)
+            every.numbers = torch.cat(
+                [torch.where(shared, first, numbers[:, :S]), numbers[:, S:]], 1
+            ).flatten()
+        return every, last, last.rows(numbers[:, S - 1 :])
 
     def prepare(self, cache: KVCache):
         """What the steps need beside their tokens, for all T of them at once."""
