@@ -170,7 +170,7 @@ class Learner:
         trainable = add_adapters(model, r, alpha, generator=generator)
         self.model, self.critic = model, critic or nn.Module()
         trainable += self.critic.parameters()
-        self.optimizer = torch.optim.AdamW(trainable, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(trainable, weight_decay=0.0, fused=True)
         freeze_reference(model)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -24,7 +24,6 @@ from clip import MOST_LAYERS, Clip, ClipConfig, preprocess
 HIDDEN = -1e30
 # The same as a key's extra channel, before the scale: far below any score, and exact in 16 bits.
 HIDDEN_KEY = -(2.0**14)
-OPENING = 8  # tokens of an opening from which it pays to compute it once
 LONG = 256  # prompt tokens from which the fused kernels are faster, in both dtypes, forward and backward
 
 
@@ -176,8 +175,7 @@ class Packing:
     """Sequences (P, L, ...) with padding as rows (n, ...) of their n tokens alone, and back.
 
     All that a layer does token by token, the large products among them, runs over rows; attention alone sees
-    sequences. Nothing is computed for padding, the longest sequence costs the others nothing, and an opening
-    that all sequences share is computed once.
+    sequences. Nothing is computed for padding, and the longest sequence costs the others nothing.
     """
 
     def __init__(self, kept: Tensor, packed: bool):
@@ -185,16 +183,13 @@ class Packing:
         self.shape = kept.shape
         packed = packed and not kept.all()
         self.where = kept.flatten().nonzero().squeeze(1) if packed else None  # (n,); None: all places
-        self.numbers = None  # (P * L,): the row that each place shows; None: those of `where` in their order
 
     def rows(self, x: Tensor) -> Tensor:
         return chosen(x.flatten(0, 1), self.where)
 
     def sequences(self, rows: Tensor) -> Tensor:
-        """With 0, or with any row, in the padding."""
-        if self.numbers is not None:
-            rows = rows.index_select(0, self.numbers)
-        elif self.where is not None:
+        """With 0 in the padding."""
+        if self.where is not None:
             rows = rows.new_zeros(self.shape.numel(), *rows.shape[1:]).index_copy_(0, self.where, rows)
         return rows.unflatten(0, self.shape)
 
@@ -317,13 +312,12 @@ class Decoder(nn.Module):
 
     def forward(
         self, prompt: Tensor, prompt_mask: Tensor, completions: Tensor | None = None, cache=None,
-        completion_mask: Tensor | None = None, opening: int = 0,
+        completion_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """One pass over prompts and, behind them, G completions that share each prompt.
 
         prompt (P, S, D) embeddings, prompt_mask (P, S) left-padded; completions (P, G, T, D) embeddings,
-        padded on the right; completion_mask (P, G, T), None: no padding; opening: so many tokens are the same
-        at the start of every prompt, and are computed once. Returns (P, G, T, D): the states
+        padded on the right; completion_mask (P, G, T), None: no padding. Returns (P, G, T, D): the states
         that predict completion tokens 0 .. T-1, that is the prompt's last state and the completion's states
         but its last; without completions (P, 1, 1, D). What the mask leaves out has no meaning. A `cache`
         keeps the prompt's keys and values for `step`.
@@ -343,7 +337,7 @@ class Decoder(nn.Module):
         own_causal = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril()
         own_bias = bias_of(own_causal & self.near(own, own)).view(P, 1, 1, 1, T, T)
         prefix_bias = bias_of(prompt_mask[:, None] & self.near(own, positions)).view(P, 1, 1, 1, T, S)
-        every, last, last_rows = self.packings(prompt_mask, completion_mask, positions, opening)
+        every, last, last_rows = self.packings(prompt_mask, completion_mask)
 
         def attention(q, k, v, asked: Packing):
             q = asked.sequences(q).permute(0, 2, 3, 1, 4)  # (P, kv, rep, L, h)
@@ -380,22 +374,14 @@ class Decoder(nn.Module):
         first, own = x[:, None, :1].expand(P, G, 1, D), x[:, 1:].view(P, G, T, D)
         return torch.cat([first, own], dim=2)
 
-    def packings(self, prompt_mask: Tensor, completion_mask: Tensor, positions: Tensor, opening: int):
-        """The packing of prompts and completions; that of the last layer, which needs of a prompt its last
-        state; and the numbers of its rows among those of the first. positions (P, S), the rest: `forward`."""
+    def packings(self, prompt_mask: Tensor, completion_mask: Tensor) -> tuple[Packing, Packing, Tensor]:
+        """For the layers; for the last one, which needs of a prompt its last state alone; and the numbers of
+        its rows among those of the others. prompt_mask (P, S), completion_mask (P, G, T)."""
         S = prompt_mask.shape[1]
         kept = torch.cat([prompt_mask, completion_mask[:, :, 1:].flatten(1)], dim=1)  # (P, L)
-        shared = positions < (opening if opening >= OPENING else 0)  # (P, S)
-        shared[0] = False  # the first prompt's opening stands for all
-        kept[:, :S] &= ~shared
         every, last = Packing(kept, self.packed), Packing(kept[:, S - 1 :], self.packed)
         count = kept.numel() if every.where is None else len(every.where)
         numbers = every.sequences(torch.arange(count, device=kept.device))  # (P, L)
-        if opening >= OPENING:
-            first = numbers[0, S - 1 - positions[0, -1] + positions.clamp(max=opening - 1)]  # (P, S)
-            every.numbers = torch.cat(
-                [torch.where(shared, first, numbers[:, :S]), numbers[:, S:]], 1
-            ).flatten()
         return every, last, last.rows(numbers[:, S - 1 :])
 
     def prepare(self, cache: KVCache):

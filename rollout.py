@@ -144,8 +144,7 @@ def generate(
     with torch.inference_mode(), joined(decoder):
         cache = KVCache(prompts.prompt_mask, G, T)
         prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
-        state = decoder(prompt, prompts.prompt_mask, cache=cache, opening=model.cfg.video_start)
-        state = state.flatten(0, 2)  # (P, D)
+        state = decoder(prompt, prompts.prompt_mask, cache=cache).flatten(0, 2)  # (P, D)
         state = state.repeat_interleave(G, dim=0)  # (B, D)
         ids = torch.full((P * G, T), PAD_ID, device=device)
         logprobs = torch.zeros(P * G, T, device=device)
@@ -223,8 +222,7 @@ def completion_states(model: VideoLM, prompts: Prompts, completions: Completions
     prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
     ids, mask = (x.unflatten(0, (P, -1)) for x in (completions.completion_ids, completions.completion_mask))
     own = model.decoder.embed_tokens(ids)  # (P, G, T, D)
-    options = dict(completion_mask=mask, opening=model.cfg.video_start)
-    return model.decoder(prompt, prompts.prompt_mask, own, **options).flatten(0, 1)
+    return model.decoder(prompt, prompts.prompt_mask, own, completion_mask=mask).flatten(0, 1)
 
 
 def micro_batches(P: int, size: int) -> list[slice]:

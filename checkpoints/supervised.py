@@ -109,8 +109,7 @@ def states_behind(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor
     prompt_ids = prompt_ids.expand(len(video), -1)
     prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
     prompt = model.embed_prompt(prompt_ids, prompt_mask, video)
-    own, options = model.decoder.embed_tokens(ids), dict(completion_mask=mask, opening=len(opening))
-    return model.decoder(prompt, prompt_mask, own, **options)
+    return model.decoder(prompt, prompt_mask, model.decoder.embed_tokens(ids), completion_mask=mask)
 
 
 def answer_loss(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor, answer: Tensor) -> Tensor:

@@ -140,33 +140,6 @@ def test_products_run_over_tokens_alone_and_those_of_the_last_layer_over_states_
     assert rows == [MASK.sum() + own] * (CFG.num_layers - 1) + [P + own]
 
 
-@pytest.mark.parametrize("limit", [256, 4])  # prompt tokens from which a prompt is long
-def test_an_opening_that_all_prompts_share_is_computed_once_with_the_same_values_and_gradients(
-    limit, monkeypatch
-):
-    monkeypatch.setattr(model, "LONG", limit)
-    monkeypatch.setattr(model, "OPENING", 2)
-    decoder, (prompt, completions), rows, results = build(), embeddings(), [], []
-    for layer in decoder.layers:
-        layer.mlp.register_forward_hook(lambda mlp, args, out: rows.append(out.numel() // CFG.dim))
-    starts = (~MASK).sum(dim=1)
-    for p in range(1, P):
-        prompt[p, starts[p] : starts[p] + 2] = prompt[0, starts[0] : starts[0] + 2]
-    weights = torch.randn(P, G, T, CFG.dim, generator=torch.Generator().manual_seed(2))
-    for opening in (2, 0):
-        inputs = prompt.clone().requires_grad_(), completions.clone().requires_grad_()
-        states = decoder(inputs[0], MASK, inputs[1], opening=opening)
-        learn = [p for name, p in decoder.named_parameters() if name != "embed_tokens.weight"]
-        of_prompt, *gradients = torch.autograd.grad((states * weights).sum(), [*inputs, *learn])
-        for p in range(1, P):  # the shared rows are those of the first prompt: they get all of the gradient
-            of_prompt[0, starts[0] : starts[0] + 2] += of_prompt[p, starts[p] : starts[p] + 2]
-            of_prompt[p, starts[p] : starts[p] + 2] = 0
-        results.append([states, of_prompt, *gradients])
-    for shared, alone in zip(*results, strict=True):
-        torch.testing.assert_close(shared, alone, atol=1e-4, rtol=1e-4)
-    assert rows[0] == rows[CFG.num_layers] - 2 * (P - 1)
-
-
 def test_a_state_sees_only_earlier_tokens_of_its_own_completion():
     decoder, (prompt, completions) = build(), embeddings()
     before, t = decoder(prompt, MASK, completions), 1

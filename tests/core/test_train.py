@@ -269,6 +269,8 @@ def test_no_step_on_another_device_mixes_it_with_the_cpu(home, monkeypatch, opti
     read_back = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read_back(made_up(x) if x.is_meta else x))
     monkeypatch.setattr(train, "start_processes", lambda wanted: torch.device("meta"))
+    adamw = torch.optim.AdamW  # fused there is none for meta
+    monkeypatch.setattr(torch.optim, "AdamW", lambda given, **more: adamw(given, **more | {"fused": False}))
     monkeypatch.setattr(train, "describe", str)
     monkeypatch.setattr(run_folder.RunFolder, "save", lambda self: None)
     for room in (train, feedback, run_folder):
