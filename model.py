@@ -591,9 +591,11 @@ class VideoLM(nn.Module):
 
     @torch.no_grad()
     def patch_tokens(self, frames: Tensor) -> Tensor:
-        """uint8 frames (P, K, 3, H, W) -> (P, K, N, clip width): frozen, so computed once a clip."""
-        tokens = self.clip.patch_tokens(preprocess(frames.flatten(0, 1)), self.cfg.clip_layer)
-        return tokens.unflatten(0, frames.shape[:2])
+        """uint8 frames (P, K, 3, H, W) -> (P, K, N, clip width) float32: frozen, so computed once a clip; the
+        products in the dtype of the decoder's."""
+        with self.decoder.autocast():
+            tokens = self.clip.patch_tokens(preprocess(frames.flatten(0, 1)), self.cfg.clip_layer)
+        return tokens.float().unflatten(0, frames.shape[:2])
 
     @torch.no_grad()
     def embed_video(self, frames: Tensor, frame_times: Tensor) -> Tensor:

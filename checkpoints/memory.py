@@ -105,7 +105,7 @@ def plan(
             return step_peaks(decoder, run, P, G, S, T, joins)
 
     parts = [partial(of_layers, 3), partial(of_layers, 2), partial(logits_peak, cfg, run)]
-    parts += [partial(embedding_peak, cfg, clip), partial(sampling_logits, cfg, run, P * G)]
+    parts += [partial(embedding_peak, cfg, clip, dtype), partial(sampling_logits, cfg, run, P * G)]
     more, few, logits, embedding, drawn = [part() for part in show_progress(parts, "memory plan")]
     each = (b + (cfg.num_layers - 3) * (b - a) for a, b in zip(few, more, strict=True))
     (cache, prefill, step, update), (draw_peak, between) = each, drawn
@@ -138,10 +138,11 @@ def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int, joins: boo
     return kept, prefill, live.peak, update.peak
 
 
-def embedding_peak(cfg: ModelConfig, clip: ClipConfig) -> int:
+def embedding_peak(cfg: ModelConfig, clip: ClipConfig, dtype: torch.dtype) -> int:
     """Peak bytes of videos on their way through CLIP and the bridge."""
     with FakeTensorMode():
         model = VideoLM(replace(cfg, num_layers=1), clip)
+        model.decoder.compute_dtype = dtype
         clips = clips_at_once(cfg.num_frames, model.clip.vision_model.num_patches)
         with Live() as live:
             size = (clips, cfg.num_frames, 3, clip.image_size, clip.image_size)

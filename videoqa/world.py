@@ -169,13 +169,16 @@ def _coverage(kind, dx, dy, r):
 def draw_frame(scene, t):
     """uint8 (SIZE, SIZE, 3) picture of the scene at time t seconds."""
     noise = np.random.default_rng((scene.seed, round(t * 1000))).integers(-2, 3, (SIZE, SIZE, 1))
-    frame = np.broadcast_to(scene.background + noise, (SIZE, SIZE, 3)).astype(np.float32)
-    rows, columns = np.ogrid[0:SIZE, 0:SIZE]
+    frame = np.broadcast_to(scene.background + noise, (SIZE, SIZE, 3)).astype(np.float64)
     for thing in scene.things:
         if thing.start <= t < thing.end:
             x, y, r = thing.at(t)
+            left, top = (max(math.floor(z - r) - 1, 0) for z in (x, y))  # nothing is drawn outside
+            right, bottom = (math.ceil(z + r) + 2 for z in (x, y))
+            part = frame[top:bottom, left:right]
+            rows, columns = np.ogrid[top : top + len(part), left : left + part.shape[1]]
             alpha = _coverage(thing.kind, columns - x, rows - y, r)[..., None]
-            frame = frame * (1 - alpha) + np.float32(COLORS[thing.color]) * alpha
+            part[:] = part * (1 - alpha) + np.float32(COLORS[thing.color]) * alpha
     return frame.clip(0, 255).astype(np.uint8)
 
 

@@ -51,7 +51,7 @@ def test_stages_one_by_one_make_the_weights_of_one_command_and_train_their_own_p
         moved = {name.split(".")[0] for name, x in after.items() if before and not x.equal(before[name])}
         changed, before = [*changed, moved], after
     assert changed == [set(), {"bridge", "decoder"}, {"decoder"}]
-    whole = load_file(home / "whole" / "model.safetensors")
+    whole = load_file(run(monkeypatch, home, "at_once") / "model.safetensors")
     assert all(torch.equal(x, before[name]) for name, x in whole.items())
 
 
