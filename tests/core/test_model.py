@@ -214,6 +214,17 @@ def test_adapters_give_the_stated_number_of_tokens_for_any_number_of_frames(kind
         assert (bridge(patches.flip(1), times) - tokens).abs().max() > 1e-3  # ... and so does their order
 
 
+def test_clip_computes_in_the_dtype_of_the_decoders_products_and_gives_float32():
+    model = build(VideoLM, CFG, CLIP)
+    frames, tokens = torch.randint(0, 256, (2, 3, 3, CLIP.image_size, CLIP.image_size)).byte(), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model.decoder.compute_dtype = dtype
+        tokens[dtype] = model.patch_tokens(frames)
+    exact, rounded = tokens.values()
+    assert exact.dtype == rounded.dtype == torch.float32 and not exact.equal(rounded)
+    assert (exact - rounded).abs().mean() < 0.02 * exact.abs().mean()
+
+
 def test_video_tokens_stand_by_position_whatever_the_ids():
     model = build(VideoLM, CFG, CLIP)
     ids = torch.randint(4, 40, (P, 8), generator=torch.Generator().manual_seed(6))
