@@ -18,6 +18,7 @@ import train
 from data import Prompts
 from grpo_rank import rank_advantages, ranks_from_scores
 from model import Decoder, ModelConfig, VideoLM
+from plumbing.machine import MachineOptions, set_up
 from rollout import generate, reference_states
 
 MODEL = ModelConfig(dim=256, num_layers=6, num_heads=8, num_kv_heads=8, ffn_dim=688, vocab_size=512)
@@ -81,10 +82,10 @@ def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
 
 
 def text_policy(cfg: ModelConfig, dtype: str, device="cpu") -> SimpleNamespace:
-    """A VideoLM without eyes, of random weights: text alone."""
+    """A VideoLM without eyes, of random weights: text alone. It computes as train.py's does (set_up)."""
     policy = SimpleNamespace(cfg=cfg, decoder=Decoder(cfg).to(device))
     policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
-    policy.decoder.compute_dtype = getattr(torch, dtype)
+    set_up(policy.decoder, MachineOptions(dtype=dtype), torch.device(device))
     return policy
 
 
