@@ -59,12 +59,12 @@ def test_the_loss_is_the_mean_surprise_of_the_answers_tokens():
     model = VideoLM(
         ModelConfig(vocab_size=16, dim=16, num_layers=1, ffn_dim=16, bridge_width=16), ClipConfig()
     )
-    video, ids = torch.randn(1, 3, 16), torch.tensor([[[5, 6, 7]]])
-    answer = torch.tensor([[[False, True, True]]])
+    video, ids = torch.randn(1, 3, 16), torch.tensor([[[5, 8, 9, 6, 7, 0]]])  # question, answer, padding
+    answer = torch.tensor([[[False, False, False, True, True, False]]])
     loss = answer_loss(model, [1], video, ids, answer)
-    embedded = model.decoder.embed_tokens(torch.tensor([[1, 3, 3, 3, 5, 6]])).clone()
+    embedded = model.decoder.embed_tokens(torch.tensor([[1, 3, 3, 3, 5, 8, 9, 6]])).clone()
     embedded[:, 1:4] = video
-    states = [model.decoder(embedded[:, :n], torch.ones(1, n).bool())[0, 0, 0] for n in (5, 6)]
+    states = [model.decoder(embedded[:, :n], torch.ones(1, n).bool())[0, 0, 0] for n in (7, 8)]
     by_hand = [-(s @ model.decoder.head.T).log_softmax(dim=0)[i] for s, i in zip(states, (6, 7), strict=True)]
     torch.testing.assert_close(loss, sum(by_hand) / 2, atol=1e-5, rtol=0)
 

@@ -97,6 +97,22 @@ def test_joined_products_give_what_the_layers_give_and_leave_no_trace(which):
         assert names == [name for name, _ in decoder.named_parameters()]
 
 
+def test_the_gradients_of_an_adapted_layer_are_those_of_its_formula():
+    torch.manual_seed(0)
+    layer = lora.LoRALinear(torch.nn.Linear(6, 5), r=2, alpha=3.0).double()
+    layer.lora_B.data.normal_()
+    x, weights = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 4, 5).double()
+    W, A, B = layer.base.weight, layer.lora_A, layer.lora_B
+    plain = x @ W.T + layer.base.bias + 3.0 / 2 * (x @ A.T) @ B.T
+    for y, learn in ((layer(x), [A, B, x]), (layer(x.detach()), [A, B])):  # a first layer's x learns nothing
+        torch.testing.assert_close(y, plain, atol=1e-12, rtol=0)
+        ours, wanted = (
+            torch.autograd.grad((z * weights).sum(), learn, retain_graph=True) for z in (y, plain)
+        )
+        for pair in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(*pair, atol=1e-12, rtol=0)
+
+
 def test_weights_held_in_16_bits_give_the_same_bits_and_are_not_copied_when_joined():
     """Products in bfloat16 round the frozen weights anyway; held so, they are rounded once."""
     decoder, parameters = build()
