@@ -152,10 +152,10 @@ def test_anything_else_is_a_typed_failure(reply, cause):
      '{"ranking": [' + '"G",' * 20_000 + '"H"]}', "G > " * 20_000 + "H", '{"ranking": ' + "1" * 5000 + "}"],
 )  # fmt: skip
 def test_reading_takes_time_in_proportion_to_the_reply(reply):
-    began = time.process_time()
+    began = time.thread_time()
     with pytest.raises(chat.Failed) as failed:
         read_ranking(reply, "GHJ")
-    assert time.process_time() - began < 0.5 and len(str(failed.value)) <= 300
+    assert time.thread_time() - began < 0.5 and len(str(failed.value)) <= 300
 
 
 def test_one_repair_quotes_the_fault_then_the_group_fails_and_its_raw_text_is_kept(serve, tmp_path):
