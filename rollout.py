@@ -164,8 +164,8 @@ def generate(
                 supports.append(packed.new_zeros(P * G, packed.shape[1]).index_copy_(0, rows, packed))
                 scores = sampling_logprobs(scores, 1.0, None, support)  # renormalised over the nucleus
             token = pick(scores, None if uniforms is None else uniforms[:, :, t].flatten()[rows])
-            token, mask[rows, t] = torch.where(ended, PAD_ID, token), ~ended
-            ids[rows, t] = token
+            token = torch.where(ended, PAD_ID, token)
+            ids[rows, t], mask[rows, t] = token, ~ended
             logprobs[rows, t] = scores.gather(1, token[:, None]).squeeze(1).masked_fill(ended, 0.0)
             ended = ended | torch.isin(token, end_ids)
             all_ended[rows] = ended

@@ -196,7 +196,7 @@ class Captured:
 
 def same_input(decoder: nn.Module):
     """(owner, linear layers that read one input, the one behind them) of each half of a model.Decoder's
-    layers; a base where there is an adapter."""
+    layers."""
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp
         yield attention, [attention.q_proj, attention.k_proj, attention.v_proj], [attention.o_proj]
