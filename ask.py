@@ -5,7 +5,8 @@
     python ask.py runs/default --data FILE.jsonl --videos DIR --out pred.jsonl    # for eval.py score
     python ask.py runs/default DIR "what happens" --out pred.jsonl                # one question, all videos
 
-With --gold or --oracle, sampled answers are ranked as in training. Predictions go on where they stopped.
+With --gold or --oracle, sampled answers are ranked; the advantages are those of the default form and gain. A
+--gold of "1.5 to 4.0 seconds" is a time span, ranked by overlap. Predictions go on where they stopped.
 """
 
 import os
@@ -23,7 +24,7 @@ from plumbing.options import ArgumentParser, BadInput, Count, Positive, add_opti
 from plumbing.progress import show_table
 from plumbing.run_folder import Kept
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
-from videoqa.answers import Question
+from videoqa.answers import Question, parse_span
 from videoqa.datasets import VIDEO_SUFFIXES
 from videoqa.questions import load_questions
 
@@ -78,7 +79,9 @@ def questions_of(cfg: AskOptions, words: list[str]) -> tuple[str, list[Question]
         raise BadInput("the question is empty; ask something")
     names = sorted(os.listdir(rest[0])) if os.path.isdir(rest[0]) else []
     videos = [os.path.join(rest[0], name) for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
-    return run, [Question(os.path.basename(v), v, rest[1], cfg.gold) for v in videos or rest[:1]]
+    span = parse_span(cfg.gold) if "second" in cfg.gold else None
+    gold = dict(answer=cfg.gold, spans=(span,) if span else ())
+    return run, [Question(os.path.basename(v), v, rest[1], **gold) for v in videos or rest[:1]]
 
 
 def main() -> None:

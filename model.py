@@ -117,7 +117,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prefix=None) -> Tensor
     """Attention of grouped completions to themselves and to one shared copy of their prompt.
 
     q (P, kv, G, rep, T, h): rep queries share a key (GQA). k, v (P, kv, G, L, h): the completions' own keys.
-    bias (P, 1, G, 1, T, L) of bias_of. prefix: (k, v, bias) of the prompt, (P, kv, S, h) twice and
+    bias (P or 1, 1, 1, 1, T, L) of bias_of. prefix: (k, v, bias) of the prompt, (P, kv, S, h) twice and
     (P, 1, 1, 1, 1 or T, S). Returns (P, kv, G, rep, T, h). One softmax over S + L scores, so the result is
     that of the unshared pass; the products with the prefix read its keys once for all G completions.
     """
@@ -472,8 +472,8 @@ class Bridge(nn.Module):
              of the picture at each. They read all patches of all frames, with a learned preference for what
              is near (locality is what resamplers lose: Honeybee, arXiv:2312.06742); then two linear layers.
              A patch also carries how it changes from frame to frame: places alone teach motion late.
-    patches  all K * N tokens through two linear layers (LLaVA-1.5).
-    pooled   K temporal tokens (mean over patches), then N spatial tokens (mean over time), two linear layers
+    patches  all K * N tokens, then two linear layers (LLaVA-1.5 has these two alone: `Projector`).
+    pooled   K temporal tokens (mean over patches), N spatial tokens (mean over time), then two linear layers
              (VLM-RLAIF: K = 50, N = 576 -> 626).
     Frame-time embeddings are added in all three. All layers but the last two have the width bridge_width, so
     that what was aligned with one decoder serves another (`fc1` and `fc2` start anew).

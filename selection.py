@@ -5,8 +5,8 @@
 The policy answers each question k times at temperature 1; only the raw reward of the task counts. The paper
 published neither rule nor thresholds, so these are ours: a question is kept if 0 < right < k; a question that
 asks for a span, if its IoUs differ; a question that asks for both, if either holds. `--share X` keeps fewer:
-of the n questions of each task at most X * n, those whose answers disagree most. Line 1 of SELECTED.jsonl is
-the report: settings, counts, histograms; all readers of questions skip it.
+of the n questions of each task at most round(X * n), those whose answers disagree most. Line 1 of
+SELECTED.jsonl is the report: settings, counts, histograms; all readers of questions skip it.
 
 The answers are kept in SELECTED.jsonl.samples: a killed selection continues from them, and another --share
 needs no new ones. The same settings give the same file, byte for byte, killed or not.
@@ -43,7 +43,7 @@ class Config(PolicyOptions):
     videos: str = ""  # the folder that the questions' video paths are relative to
     out: str = ""  # the JSONL file to write
     k: Annotated[int, Bounds(2)] = 8  # answers to each question
-    share: PositiveShare = 1.0  # of all questions of a task, the most that are kept
+    share: PositiveShare = 1.0  # of n questions of a task at most round(share * n) are kept
     max_new_tokens: Count = 10  # tokens of an answer at most
     batch: Count = 64  # questions answered together
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -60,7 +60,7 @@ class Config(
     """The algorithm: Oracle-RLAIF and GRPO_rank"""
 
     preset: Literal["tiny", "smoke", "lm", "7b"] = (
-        "tiny"  # README: smoke, seconds; lm, up to 1B; 7b, the paper's
+        "tiny"  # smoke: seconds; lm: up to 1B; 7b: the paper's (docs/checkpoints.md)
     )
     num_steps: CountOrNone = 100  # optimiser rounds: sample, order, update; 0: as many as num_epochs make
     num_epochs: CountOrNone = 0  # passes over the questions, where num_steps is 0

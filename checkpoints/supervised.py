@@ -31,7 +31,7 @@ from checkpoints.policies import SUPERVISED, PolicyOptions, kind_of, load_policy
 from data import VIDEO_ID, build_prompt, collate_completions, load_clips
 from model import Bridge, ModelConfig, VideoLM
 from plumbing.fitting import MAX_NORM, adamw, learning_rate
-from plumbing.machine import optimizer_step, pick_device, pick_dtype, say
+from plumbing.machine import hold, optimizer_step, pick_device, pick_dtype, say
 from plumbing.options import (
     BadInput,
     Count,
@@ -232,6 +232,7 @@ def train_supervised(cfg) -> None:
         parameters += [p.requires_grad_(True) for p in model.bridge.parameters()]
     model.decoder.compute_dtype = getattr(torch, pick_dtype("auto", device, model.cfg.dim))
     model.decoder.checkpointing = cfg.checkpointing
+    hold(model.decoder, model.decoder.compute_dtype)
     lessons, optimizer = Lessons(cfg, model, tokenizer), adamw(parameters, cfg.lr)
     history = load_training(cfg.out, parameters, optimizer) if cfg.resume else []
     first, warmup = history[-1]["step"] if history else 0, max(1, round(cfg.warmup_share * cfg.steps))

@@ -44,7 +44,7 @@ class OracleOptions(Options):
     oracle_max_tokens: CountOrNone = 0  # llm: the same in tokens
     oracle_cache: str = ""  # llm: sqlite file, empty: judge.sqlite in --out; replay: the file, or a JSONL
     ranker: str = "weights/ranker"  # trained: folder of the ranker (pretrain.py --stage ranker)
-    ranker_margin: NotNegative = 0.5  # trained: answers closer than this in log-odds tie
+    ranker_margin: NotNegative = 0.5  # trained: log-odds below the best of a level that still tie with it
     discrete_coef: NotNegative = 1.0  # dual reward (sum, objectives by scores): of the right answer
     continuous_coef: NotNegative = 1.0  # dual reward: weight of the spans' overlap
     format_coef: NotNegative = 0.1  # dual reward: weight of the form

@@ -1,7 +1,7 @@
 """A language model as the oracle: any server with `POST /v1/chat/completions`, asked to order the answers.
 
-A reply is a ranking or a typed failure, never a guess; a failed group carries no gradient. What is asked once
-is kept in an sqlite file, from which a second run, or `--oracle replay`, takes it without any call.
+A reply is a ranking or a typed failure, never a guess; a failed group carries no gradient. A ranking that was
+given once is kept in an sqlite file: a second run, or `--oracle replay`, takes it from there without a call.
 `eval.py score --judge_url` asks the same way whether an open answer is right, and for a score from 0 to 5
 (`LLMOracle.verdicts`).
 """

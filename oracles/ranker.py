@@ -81,7 +81,7 @@ def load_ranker(folder: str, device="cpu") -> Ranker:
 class TrainedOracle:
     """Ranks by the trained ranker's scores (log-odds), all candidates of all groups in one batch.
 
-    margin: log-odds. Answers that score less than this below the best of their level tie with it: what the
+    margin: log-odds. Answers that score at most this below the best of their level tie with it: what the
     ranker hardly tells apart is no signal (oracle.py). A video is decoded when it is first asked about.
     """
 

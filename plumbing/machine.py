@@ -29,7 +29,7 @@ class MachineOptions(Options):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products (autocast)
-    compile: bool = False  # torch.compile for the update's loss and a 4-bit base; a GPU samples by graph
+    compile: bool = False  # torch.compile: loss (on a GPU always), 4-bit base; a GPU samples by graph
     checkpointing: bool = False  # keep only a layer's input for the backward pass: less memory, slower
     sample_prompts: CountOrNone = 0  # prompts sampled at once; 0: all of a step; fewer need less KV cache
     micro_batch_prompts: CountOrNone = 0  # prompts of one forward and backward; 0: all; fewer: less memory

@@ -12,6 +12,7 @@ import eval as evaluation
 import lora
 from checkpoints.policies import load_policy, save_adapter_of
 from data import PromptSet
+from oracle import RuleOracle
 from plumbing.run_folder import Kept
 from rollout import Sampling
 from train import Config
@@ -57,6 +58,16 @@ def test_it_shows_both_answers_probabilities_ranks_and_advantages(home, script):
     rows = [line.strip("| ").split(" | ") for line in lines[4:]]
     assert len(rows) == 3 and [float(row[1]) for row in rows] == sorted(float(row[1]) for row in rows)[::-1]
     assert abs(sum(float(row[4]) for row in rows)) < 2e-3  # the advantages of a group sum to zero
+
+
+def test_a_gold_time_span_ranks_by_overlap_and_not_by_words():
+    """Of the words "0.0 to 4.0 seconds" shares as many with the gold answer as "2.0 to 4.0 seconds" does."""
+    options = dict(gold="1.5 to 4.0 seconds", group_size=3)
+    _, questions = ask.questions_of(ask.AskOptions(**options), ["clip.mp4", "when does it move"])
+    texts = ["0.0 to 4.0 seconds", "2.0 to 4.0 seconds", "blue"]
+    assert RuleOracle().rank(questions, [texts]).ranks.tolist() == [[1, 0, 2]]
+    words = ask.questions_of(ask.AskOptions(gold="blue"), ["clip.mp4", "what is seen"])[1]
+    assert words[0].spans == ()
 
 
 def test_without_a_run_folder_it_asks_the_shipped_policy(home, script):
