@@ -232,7 +232,8 @@ def train_supervised(cfg) -> None:
         parameters += [p.requires_grad_(True) for p in model.bridge.parameters()]
     model.decoder.compute_dtype = getattr(torch, pick_dtype("auto", device, model.cfg.dim))
     model.decoder.checkpointing = cfg.checkpointing
-    hold(model.decoder, model.decoder.compute_dtype)
+    if model.decoder.compute_dtype != torch.float32:
+        hold(model.decoder, model.decoder.compute_dtype)
     lessons, optimizer = Lessons(cfg, model, tokenizer), adamw(parameters, cfg.lr)
     history = load_training(cfg.out, parameters, optimizer) if cfg.resume else []
     first, warmup = history[-1]["step"] if history else 0, max(1, round(cfg.warmup_share * cfg.steps))
