@@ -166,7 +166,8 @@ def generate(
             token = pick(scores, None if uniforms is None else uniforms[:, :, t].flatten()[rows])
             token = torch.where(ended, PAD_ID, token)
             ids[rows, t], mask[rows, t] = token, ~ended
-            logprobs[rows, t] = scores.gather(1, token[:, None]).squeeze(1).masked_fill(ended, 0.0)
+            taken = token.clamp(max=len(head) - 1)[:, None]  # a row of NaN, which `sound` knows, draws V
+            logprobs[rows, t] = scores.gather(1, taken).squeeze(1).masked_fill(ended, 0.0)
             ended = ended | torch.isin(token, end_ids)
             all_ended[rows] = ended
             if t == T - 1 or t % LOOK_EVERY[device.type] == 0:

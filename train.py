@@ -246,8 +246,10 @@ def load_everything(cfg: Config, device: torch.device) -> tuple[VideoLM, PromptS
 
 def made_from(cfg: Config, *sets: PromptSet) -> dict[str, str]:
     """Fingerprints of all that a run depends on: a resume on anything else is refused."""
-    questions = hashlib.sha256(repr([prompts.questions for prompts in sets]).encode()).hexdigest()
-    return {"the data": questions, "--policy": fingerprint(cfg.policy, cfg.clip, cfg.adapter)}
+    data = hashlib.sha256(repr([prompts.questions for prompts in sets]).encode()).hexdigest()
+    videos = sorted({question.video for prompts in sets for question in prompts.questions})
+    made = choose.made_from(cfg) | {"--policy": fingerprint(cfg.policy, cfg.clip, cfg.adapter)}
+    return made | {"the data": data, "a video": fingerprint(*videos, ends=2**16)}
 
 
 def main() -> int:

@@ -47,9 +47,8 @@ from grpo_rank import (
     token_stats,
 )
 from model import Bridge, Decoder, ModelConfig
-from plumbing.machine import pick_device
+from plumbing.machine import pick_device, processor
 from plumbing.options import BadInput, Count, Options, parse_args, run_script, write_json
-from plumbing.run_folder import processor
 from rollout import Completions, draw, generate, reference_states
 
 DTYPES = {"float32": ("float32",), "bfloat16": ("bfloat16",), "both": ("float32", "bfloat16")}

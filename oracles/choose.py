@@ -21,6 +21,7 @@ from plumbing.options import (
     Share,
     one_line,
 )  # fmt: skip
+from plumbing.run_folder import fingerprint
 
 ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
 
@@ -141,6 +142,14 @@ def choose_judge(cfg):
     )  # fmt: skip
     judge.check()
     return judge
+
+
+def made_from(cfg) -> dict[str, str]:
+    """The fingerprint of the files that the oracle is made of: a resume on others is refused."""
+    paths = {"trained": [cfg.ranker], "replay": [cfg.oracle_cache]}.get(cfg.oracle, [])
+    if ":" in cfg.oracle:
+        paths = [getattr(sys.modules[cfg.oracle.partition(":")[0]], "__file__", None) or ""]
+    return {"--oracle": fingerprint(*paths)}
 
 
 def check_replayed(cfg, batches):

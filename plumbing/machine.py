@@ -2,12 +2,15 @@
 
 import functools
 import os
+import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Literal
 
 import torch
@@ -45,10 +48,14 @@ def pick_device(wanted: str = "auto") -> str:
 
 def start_processes(wanted_device: str) -> torch.device:
     """The device of this process. Under torchrun it also joins the group (NCCL on GPUs, gloo on CPUs)."""
-    cuda = pick_device(wanted_device) == "cuda"
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+    cuda, given = pick_device(wanted_device) == "cuda", os.environ
+    several = given.get("WORLD_SIZE", "1") not in ("", "1")
+    if several:
+        numbers = [given.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")]
+        if not all(x.isdecimal() for x in numbers) or not given.get("MASTER_ADDR"):
+            raise BadInput(f"WORLD_SIZE={numbers[0]}: not set by torchrun; unset it, or start with torchrun")
         dist.init_process_group("nccl" if cuda else "gloo")
-    index = int(os.environ.get("LOCAL_RANK", 0))
+    index = int(given["LOCAL_RANK"]) if several else 0
     if cuda:
         torch.cuda.set_device(index)
     return torch.device("cuda", index) if cuda else torch.device("cpu")
@@ -285,6 +292,33 @@ def joined(decoder: nn.Module):
         finally:
             for owner, _, _ in groups:
                 owner.joined = None
+
+
+def processor() -> str:
+    """The CPU's name where the system tells it, and the GPU's where there is one."""
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+        name = names[0] if names else name
+    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
+
+
+def environment() -> dict:
+    """What numbers depend on beside the options: versions, commit, processor, threads, processes."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+    def git(*words):
+        found = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+        return found.stdout.strip() if found.returncode == 0 else ""
+
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
+        "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno")),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
+        "processes": process_info()[1], "processor": processor(),
+        "packages": {name: version(name) for name in ("numpy", "pillow", "av", "safetensors", "tqdm")},
+    }  # fmt: skip
 
 
 def describe(device: torch.device) -> str:

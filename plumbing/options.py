@@ -12,13 +12,16 @@ import argparse
 import contextlib
 import difflib
 import functools
+import hashlib
 import inspect
 import json
 import math
 import os
 import re
 import shutil
+import socket
 import sys
+import time
 import unicodedata
 import uuid
 from collections.abc import Iterator
@@ -52,14 +55,15 @@ class Bounds:
 
     def __str__(self):
         low = f"{'more than' if self.above else 'at least'} {self.low}"
-        return low if self.high >= sys.float_info.max else f"{low} and at most {self.high}"
+        return low if self.high >= LARGEST else f"{low} and at most {self.high}"
 
 
 Count = Annotated[int, Bounds(1, 10**9)]
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]
 CountOrNone = Annotated[int, Bounds(0, 10**9)]  # 0 means none, or all, as the option's help says
-Positive = Annotated[float, Bounds(0, sys.float_info.max, above=True)]
-NotNegative = Annotated[float, Bounds(0, sys.float_info.max)]
+LARGEST = 1e30  # of a number; float32 ends at 3e38
+Positive = Annotated[float, Bounds(0, LARGEST, above=True)]
+NotNegative = Annotated[float, Bounds(0, LARGEST)]
 Share = Annotated[float, Bounds(0, 1)]
 PositiveShare = Annotated[float, Bounds(0, 1, above=True)]
 
@@ -84,7 +88,7 @@ def checked(name: str, kind, value):
     if kind is float and type(value) is int:
         value = float(value)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
-    if type(value) is not kind or (bounds and not bounds[0].hold(value)):
+    if type(value) is not kind or (bounds and not bounds[0].hold(value)) or "\0" in str(value):
         raise BadInput(f"--{name} {value}: give {' '.join([words, *map(str, bounds)])}")
     return value
 
@@ -161,10 +165,12 @@ def value_reader(kind):
     if kind is not bool:
         return kind
 
-    def boolean(text):
-        return {"true": True, "false": False}[text.lower()]
+    def true_or_false(text):
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
 
-    return boolean
+    return true_or_false
 
 
 def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lambda given: {}):
@@ -182,6 +188,10 @@ def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lamb
 
 
 # ---- the script
+
+# What PyTorch says where memory ends, on a GPU, on a CPU, and where a size is beyond any memory
+NO_MEMORY = "out of memory|can't allocate memory|calculation overflowed"
+LESS_MEMORY = "take smaller sizes: --micro_batch_prompts and --sample_prompts, --max_new_tokens, --group_size"
 
 
 def one_line(text: str) -> str:
@@ -203,10 +213,33 @@ def cell(text: str) -> str:
     return one_line(text).replace("|", "/")
 
 
+class Stdout:
+    """Standard output that a reader may close (`| head`): then the script goes on and prints to nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str):
+        self.kept_open(self.stream.write, text)
+
+    def flush(self):
+        self.kept_open(self.stream.flush)
+
+    def kept_open(self, do, *given):
+        try:
+            do(*given)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_script(main) -> None:
     """Runs a script: status 0 done, 2 bad input, 130 Ctrl-C (one line on stderr), 1 anything else."""
     try:
-        status = main()
+        with contextlib.redirect_stdout(Stdout(sys.stdout)):
+            status = main()
     except BadInput as error:
         print(f"error: {message(error)}", file=sys.stderr)
         status = 2
@@ -217,6 +250,11 @@ def run_script(main) -> None:
         print(
             f"error: {one_line(error)}; make room or choose another folder, then run again", file=sys.stderr
         )
+        status = 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+            raise
+        print(f"error: not enough memory ({message(error)[:200]}); {LESS_MEMORY}", file=sys.stderr)
         status = 2
     except UnicodeEncodeError as error:  # a file's name, or a word of the command line
         near = error.object[max(error.start - 40, 0) : error.end + 40]
@@ -234,7 +272,14 @@ def run_script(main) -> None:
 def parse_json(text: str | bytes, where: str, wants: str):
     """The JSON value of bytes or text from outside. Raises BadInput, `where` first and `wants` last, for all
     that is not plain JSON in UTF-8: another encoding, NaN, Infinity, numbers beyond a float, nesting without
-    end, half of a surrogate pair (which no file could be written with again)."""
+    end, a name twice in one object, half of a surrogate pair (which no file could be written with again)."""
+
+    def distinct(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{max(names, key=names.count)!r} stands there twice")
+        return found
 
     def number(digits):
         value = float(digits)
@@ -249,7 +294,8 @@ def parse_json(text: str | bytes, where: str, wants: str):
 
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value = json.loads(text, parse_float=number, parse_int=integer, parse_constant=number)
+        numbers = dict(parse_float=number, parse_int=integer, parse_constant=number)
+        value = json.loads(text, object_pairs_hook=distinct, **numbers)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -327,15 +373,37 @@ def refuse_pickles(path: str, wanted: str = "model.safetensors") -> None:
         )
 
 
+@functools.cache
+def place() -> str:
+    """8 hex digits of this machine, or container: where a process number means one process."""
+    inside = os.stat("/proc/self/ns/pid").st_ino if os.path.exists("/proc/self/ns/pid") else 0
+    return hashlib.sha256(f"{socket.gethostname()} {inside}".encode()).hexdigest()[:8]
+
+
 def temporary_name(path: str) -> str:
     """A name beside path that no other process takes, and that tells whose it is."""
-    return f"{path}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    return f"{path}.{os.getpid()}.{place()}{uuid.uuid4().hex[:8]}.tmp"
+
+
+@contextlib.contextmanager
+def naming(path: str):
+    """Within it, an error of the disk that names no file, as a full disk's does not, names this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
 
 
 def write_whole(path: str, content: bytes) -> None:
     """Writes the file under a name of its own and renames it: whole or not at all, also when two processes
     write it, when the disk is full and when the machine stops. A file that holds this already is left as it
-    is; what killed processes left of it goes."""
+    is; what killed processes left of it goes. A link leads to its file; a device is written to."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        with naming(path), open(path, "wb") as file:
+            file.write(content)
+        return
+    path = os.path.realpath(path)
     if os.path.exists(path) and os.path.getsize(path) == len(content):
         with open(path, "rb") as file:
             if file.read() == content:
@@ -343,7 +411,7 @@ def write_whole(path: str, content: bytes) -> None:
     remove_leftovers_of(path)
     temporary = temporary_name(path)
     try:
-        with open(temporary, "xb") as file:
+        with naming(path), open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -365,15 +433,20 @@ def is_alive(process: int) -> bool:
     return True
 
 
-LEFT = re.compile(r"(.+)\.(\d+)\.[0-9a-f]{8}\.tmp")  # a temporary_name: what it was to become, whose it is
+# A temporary_name: what it was to become, whose it is, and where that process runs
+LEFT = re.compile(r"(.+)\.(\d+)\.([0-9a-f]{8})[0-9a-f]{8}\.tmp")
+FOREIGN_SECONDS = 3600  # of another machine or container: after this long without a change it is left behind
 
 
 def left_behind(folder: str, names: list[str]) -> dict[str, list[str]]:
     """The temporary paths among a folder's names whose process was killed, by what they were to become."""
     found = {}
     for match in filter(None, map(LEFT.fullmatch, names)):
-        if not is_alive(int(match[2])):
-            found.setdefault(match[1], []).append(os.path.join(folder, match[0]))
+        path = os.path.join(folder, match[0])
+        with contextlib.suppress(FileNotFoundError):  # it has been renamed just now
+            old = time.time() - os.path.getmtime(path) > FOREIGN_SECONDS
+            if not is_alive(int(match[2])) if match[3] == place() else old:
+                found.setdefault(match[1], []).append(path)
     return found
 
 

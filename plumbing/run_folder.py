@@ -19,21 +19,19 @@ import hashlib
 import importlib.util
 import json
 import os
-import platform
 import shlex
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
 from typing import Literal
 
 import torch
 from safetensors.torch import save
 
-from plumbing.machine import process_info, reduce_sum, say
+from plumbing.machine import environment, process_info, reduce_sum, say
 from plumbing.options import (
     BadInput,
     Count,
@@ -43,6 +41,7 @@ from plumbing.options import (
     checked,
     finite,
     is_kind,
+    naming,
     parse_json,
     read_from,
     read_json,
@@ -62,6 +61,7 @@ NO_SIGNAL = (
     "note: in every group so far all answers tie, so there is nothing to learn from: the policy never samples"
     " a better answer. Raise --temperature and --group_size, or fine-tune the policy first (pretrain.py)"
 )
+LOGS = {"metrics": -1, "rollouts": -1, "answers": 0, "evaluations": 0}  # their last row is of step + this
 PROGRESS = {  # what a checkpoint has beside its tensors
     "step": int, "bad_steps": int, "bad_in_a_row": int, "wall_s": int | float,
     "before": dict, "before_values": dict,
@@ -128,16 +128,20 @@ def stored_options(given: dict, config_class) -> dict:
 
 def check_folder(options: RunOptions) -> None:
     """Raises BadInput if --out cannot be begun: it holds a run that has a checkpoint, or other things."""
-    if options.resume or not os.path.exists(options.out):
+    out = options.out
+    if not out.strip() or os.path.lexists(out) and not os.path.isdir(out):
+        raise BadInput(f"--out {out!r}: no folder; name one that holds a run, or that does not exist yet")
+    if options.resume or not os.path.exists(out):
         return
-    if os.path.exists(checkpoint_path(options.out)):
-        raise BadInput(f"--out {options.out}: exists already; add --resume to continue it, or name another")
-    if os.listdir(options.out) and not os.path.exists(os.path.join(options.out, "config.json")):
-        raise BadInput(f"--out {options.out}: exists already and holds no run; name another folder")
+    if os.path.exists(checkpoint_path(out)):
+        raise BadInput(f"--out {out}: exists already; add --resume to continue it, or name another")
+    config = os.path.join(out, "config.json")  # models have one too, but were not made with options
+    if os.listdir(out) and not (os.path.exists(config) and "made" in read_json(config, COPY_AGAIN)):
+        raise BadInput(f"--out {out}: exists already and holds no run; name another folder")
 
 
-def fingerprint(*paths: str) -> str:
-    """SHA-256 over names, sizes and both ends (1 MB each) of files, of a folder's files in their order."""
+def fingerprint(*paths: str, ends: int = 2**20) -> str:
+    """SHA-256 over names, sizes and both ends (bytes) of files, of a folder's files in their order."""
     digest = hashlib.sha256()
     for path in filter(None, paths):
         inside = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
@@ -146,37 +150,10 @@ def fingerprint(*paths: str) -> str:
             size = os.path.getsize(name)
             digest.update(f"{os.path.basename(name)} {size}".encode())
             with open(name, "rb") as file:
-                digest.update(file.read(2**20))
-                file.seek(max(size - 2**20, 0))
-                digest.update(file.read(2**20))
+                digest.update(file.read(ends))
+                file.seek(max(size - ends, 0))
+                digest.update(file.read(ends))
     return digest.hexdigest()
-
-
-def processor() -> str:
-    """The CPU's name where the system tells it, and the GPU's where there is one."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
-        name = names[0] if names else name
-    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
-
-
-def environment() -> dict:
-    """What numbers depend on beside the options: versions, commit, processor, threads, processes."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-    def git(*words):
-        found = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
-        return found.stdout.strip() if found.returncode == 0 else ""
-
-    return {
-        "python": platform.python_version(), "torch": torch.__version__, "platform": platform.platform(),
-        "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno")),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(),
-        "processes": process_info()[1], "processor": processor(),
-        "packages": {name: version(name) for name in ("numpy", "pillow", "av", "safetensors", "tqdm")},
-    }  # fmt: skip
 
 
 def cut_back(path: str, kinds: dict[str, type], kept=lambda row: True) -> list[dict]:
@@ -211,7 +188,7 @@ class Kept:
 
 
 def append_rows(path: str, rows: list[dict]):
-    with open(path, "a", encoding="utf-8") as file:
+    with naming(path), open(path, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -230,7 +207,8 @@ class RunFolder:
         self.step, self.progress, self.seconds = 0, {"bad_steps": 0, "bad_in_a_row": 0}, {}
         self.began, self.signals = time.monotonic(), []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self.catch)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores one
+                signal.signal(number, self.catch)
         if self.writes:
             self.open(made_from)
         if options.resume:
@@ -238,10 +216,7 @@ class RunFolder:
         if options.resume and os.path.exists(checkpoint_path(self.out)):
             self.load()
         if self.writes:
-            for name, last in (("metrics", -1), ("rollouts", -1), ("answers", 0), ("evaluations", 0)):
-                last = self.step + last if options.resume else -1
-                path = os.path.join(self.out, f"{name}.jsonl")
-                cut_back(path, {"step": int}, lambda row, last=last: row["step"] <= last)
+            self.cut_logs()
         if self.writes and options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -253,11 +228,16 @@ class RunFolder:
         config = asdict(self.options) | {"made": environment() | {"from": made_from}}
         if not os.path.exists(self.out):
             beside = temporary_name(os.path.normpath(self.out))
-            os.makedirs(beside)
-            remove_leftovers_of(os.path.normpath(self.out))
-            write_json(os.path.join(beside, "config.json"), config)
-            os.rename(beside, self.out)
+            try:
+                os.makedirs(beside)
+                remove_leftovers_of(os.path.normpath(self.out))
+                write_json(os.path.join(beside, "config.json"), config)
+                os.rename(beside, self.out)
+            except BaseException:
+                shutil.rmtree(beside, ignore_errors=True)
+                raise
         self.lock()
+        check_folder(self.options)  # again: another run may have begun and ended there while this one loaded
         remove_leftovers(self.out)
         if not self.options.resume:
             write_json(os.path.join(self.out, "config.json"), config)
@@ -273,13 +253,15 @@ class RunFolder:
             raise BadInput(f"--out {self.out}: another process is running it; wait for it to end") from error
 
     def compare(self, made_from: dict[str, str]):
-        """Refuses a resume on other data or weights; says what only shifts rounding."""
+        """Refuses a resume on other data or weights; says what shifts rounding; stores what MAY_CHANGE."""
         path = os.path.join(self.out, "config.json")
         made = read_json(path, COPY_AGAIN)["made"]
         if not isinstance(made, dict) or not isinstance(made.get("from"), dict):
             raise BadInput(f"{path}: 'made' is damaged; {COPY_AGAIN}")
+        if made["from"].keys() != made_from.keys():
+            raise BadInput(f"{path}: a run of an earlier version; start it anew")
         for name, value in made_from.items():
-            if made["from"].get(name) != value:
+            if made["from"][name] != value:
                 raise BadInput(f"--out {self.out}: {name} changed since the run began; put it back to resume")
         now = environment()
         changed = [
@@ -289,6 +271,19 @@ class RunFolder:
         ]
         if changed:
             say(f"note: {', '.join(changed)} since the run began; its numbers round differently from here on")
+        if self.writes:
+            write_json(path, asdict(self.options) | {"resume": False, "made": made})
+
+    def cut_logs(self):
+        """Takes out of the logs what the checkpoint does not know of; metrics.jsonl must have every step."""
+        for name, last in LOGS.items():
+            last = self.step + last if self.options.resume else -1
+            if name == "evaluations" and "first_look" not in self.progress:
+                last = -1
+            path = os.path.join(self.out, f"{name}.jsonl")
+            rows = cut_back(path, {"step": int}, lambda row, last=last: row["step"] <= last)
+            if name == "metrics" and [row["step"] for row in rows] != list(range(self.step)):
+                raise BadInput(f"{path}: not a row for each of the {self.step} steps before; {COPY_AGAIN}")
 
     # ---- evaluations
 
@@ -333,13 +328,12 @@ class RunFolder:
         results, _ = self.evaluate(self.options.eval_subset)
         first = self.progress.setdefault("first_look", results["greedy"])
         best = self.progress.get("best", {"accuracy": -1.0})
-        if results["greedy"]["accuracy"] > best["accuracy"]:
-            self.progress["best"] = {"step": self.step, "accuracy": results["greedy"]["accuracy"]}
-            if self.writes:
-                self.save_adapter(os.path.join(self.out, "best"))
         self.bar.say(evaluation_line(self.step, results["greedy"], first))
         if self.writes:
             self.append("evaluations.jsonl", [results])
+        if results["greedy"]["accuracy"] > best["accuracy"]:
+            self.progress["best"] = {"step": self.step, "accuracy": results["greedy"]["accuracy"]}
+            self.save()
 
     def stalled(self) -> bool:
         """Whether the last --stop_after evaluations brought no better one, in all processes alike."""
@@ -355,7 +349,7 @@ class RunFolder:
         from plumbing.progress import Bar
 
         self.bar, every = Bar(total, self.step, shown=self.writes), self.options.eval_every
-        if every and self.step == 0:
+        if every and "first_look" not in self.progress:
             self.look()
         while self.step < total and not self.stalled():
             yield self.step
@@ -379,7 +373,8 @@ class RunFolder:
         self.bar.close()
 
     def go_on(self) -> str:
-        return f"saved at step {self.step}; go on with: python train.py --out {self.out} --resume"
+        command = shlex.join(["python", "train.py", "--out", self.out, "--resume"])
+        return f"saved at step {self.step}; go on with: {command}"
 
     def stop_if(self, dead: str):
         """Saves and ends early if the judge is dead in any process: dead says why, "" if it is not. The step
@@ -452,9 +447,14 @@ class RunFolder:
         return self.progress.get("wall_s", 0.0) + time.monotonic() - self.began
 
     def save(self):
-        """One rename replaces the checkpoint; adapter/ follows, and a resume writes it again."""
+        """One rename replaces the checkpoint, once the logs lie on the disk; the adapter follows, which a
+        resume writes again."""
         if not self.writes:
             return
+        for path in (os.path.join(self.out, f"{name}.jsonl") for name in LOGS):
+            if os.path.exists(path):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
         progress = self.progress | {"step": self.step, "wall_s": self.wall_s()}
         tensors = {k: v.detach().cpu().contiguous() for k, v in self.learner.tensors().items()}
         text = json.dumps(finite(progress))
@@ -462,7 +462,13 @@ class RunFolder:
             tensors, metadata={"progress": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         )
         write_whole(checkpoint_path(self.out), content)
-        self.save_adapter(os.path.join(self.out, "adapter"))
+        self.write_adapter()
+
+    def write_adapter(self):
+        """adapter/, and at the best evaluated step best/ too, of the checkpoint."""
+        best = self.progress.get("best", {}).get("step") == self.step
+        for name in ["adapter"] + ["best"] * best:
+            self.save_adapter(os.path.join(self.out, name))
 
     def load(self):
         path = checkpoint_path(self.out)
@@ -481,7 +487,7 @@ class RunFolder:
         except ValueError as error:
             raise BadInput(f"{path}: {error}; {COPY_AGAIN}") from error
         if self.writes:
-            self.save_adapter(os.path.join(self.out, "adapter"))
+            self.write_adapter()
 
     def finish(self, device: str, after: dict, gain: dict, table: str):
         """Writes results.json and report.html; prints the tables, the gains and where all lies."""

@@ -77,15 +77,17 @@ def test_no_reader_of_weights_takes_a_number_that_is_not_finite(tmp_path, value)
             read()
 
 
+@pytest.mark.parametrize("vocab_size", [16, 18])  # of 18 a draw from NaN lies behind the last id
 @pytest.mark.parametrize("greedy", [True, False])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_sampling_from_logits_that_are_not_finite_says_so(value, greedy):
+def test_sampling_from_logits_that_are_not_finite_says_so(value, greedy, vocab_size):
     torch.manual_seed(0)
+    policy = VideoLM(dataclasses.replace(TINY, vocab_size=vocab_size), CLIP)
     prompts = Prompts(torch.full((2, 8), 3), torch.ones(2, 8, dtype=torch.bool), torch.randn(2, 4, TINY.dim))
     uniforms = None if greedy else torch.rand(2, 3, 4)
     prompts.video_embeds[1, 0, 0] = value
     with pytest.raises(BadInput, match="logits are not finite"):
-        generate(VideoLM(TINY, CLIP), prompts, 3, 4, end_ids=torch.tensor([2]), uniforms=uniforms)
+        generate(policy, prompts, 3, 4, end_ids=torch.tensor([2]), uniforms=uniforms)
 
 
 def test_scores_of_a_ranker_that_are_not_finite_are_no_ranks(monkeypatch):
@@ -280,7 +282,7 @@ def test_progress_that_was_changed_behind_its_digest_is_not_resumed(tmp_path):
     run = SimpleNamespace(
         out=str(tmp_path), writes=True, progress=PROGRESS_OF_A_RUN, step=3, wall_s=lambda: 1.0,
         learner=SimpleNamespace(tensors=lambda: {"x": torch.ones(1)}, restore=lambda tensors: None),
-        save_adapter=lambda folder: None,
+        write_adapter=lambda: None,
     )  # fmt: skip
     RunFolder.save(run)
     RunFolder.load(run)

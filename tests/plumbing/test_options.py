@@ -10,7 +10,17 @@ import pytest
 
 import train
 from plumbing import options
-from plumbing.options import read_json, remove_leftovers_of, write_json, write_whole
+from plumbing.machine import start_processes
+from plumbing.options import (
+    BadInput,
+    checked,
+    parse_json,
+    place,
+    read_json,
+    remove_leftovers_of,
+    write_json,
+    write_whole,
+)
 from plumbing.run_folder import append_rows, cut_back
 
 ROOT = Path(__file__).parents[2]
@@ -85,14 +95,25 @@ def test_a_number_that_is_none_is_written_as_null_so_that_what_a_run_wrote_can_b
 def test_what_killed_processes_left_of_a_file_or_folder_goes_as_it_is_written_anew(tmp_path, monkeypatch):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    dead, path = f"{ended.pid}.0123abcd.tmp", str(tmp_path / "out.json")
-    kept = [f"out.json.{os.getpid()}.0123abcd.tmp", f"other.json.{dead}", "out.json.bak", f"out_json.{dead}"]
+    dead, path = f"{ended.pid}.{place()}0123abcd.tmp", str(tmp_path / "out.json")
+    foreign = f"out.json.{ended.pid}.{'0' * 16}.tmp"  # of another machine or container: not known to be dead
+    kept = [
+        f"out.json.{os.getpid()}.{place()}0123abcd.tmp",
+        f"other.json.{dead}",
+        "out.json.bak",
+        f"out_json.{dead}",
+        foreign,
+    ]
     for name in kept:
         (tmp_path / name).write_bytes(b"")
     (tmp_path / f"out.json.{dead}").write_bytes(b"half")
-    (tmp_path / f"out.json.{10**30}.0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / f"out.json.{10**30}.{place()}0123abcd.tmp").write_bytes(b"half")
     write_whole(path, b"whole")
     assert sorted(os.listdir(tmp_path)) == sorted(["out.json", *kept])
+    os.utime(tmp_path / foreign, (0, 0))
+    options.left_in.cache_clear()
+    write_whole(path, b"anew")
+    assert not (tmp_path / foreign).exists()
     runs = tmp_path / "runs"
     (runs / f"run.{dead}").mkdir(parents=True)
     (runs / f"run.{dead}" / "config.json").write_bytes(b"{}")
@@ -111,3 +132,85 @@ def test_help_tells_what_each_option_means_and_its_default(script, monkeypatch):
     told = " ".join(done.stdout.split())
     assert done.returncode == 0 and "fine-tune a video-language policy" in told
     assert "--clip_eps X (0.2)" in told and "G: completions a prompt, ordered by the oracle (5)" in told
+
+
+def test_an_option_that_is_true_or_false_refuses_other_words(script):
+    for words in ("--resume", "maybe"), ("--resume=",), ("--oracle_gold", "yes"):
+        done = script(train.main, "train.py", *words)
+        assert done.returncode == 2 and f"argument {words[0].rstrip('=')}: invalid" in done.stderr
+
+
+def test_a_text_with_a_zero_byte_is_no_text():
+    with pytest.raises(BadInput, match="--out"):
+        checked("out", str, "runs/\0")
+
+
+def test_a_name_twice_in_one_object_is_refused():
+    """The last one would win, silently."""
+    assert parse_json('{"a": {"b": 1}, "b": [{"a": 1}, {"a": 2}]}', "x", "mend it")["a"] == {"b": 1}
+    with pytest.raises(BadInput, match="x: not JSON .'b' stands there twice.; mend it"):
+        parse_json('{"a": [{"b": 1, "c": 2, "b": 1}]}', "x", "mend it")
+
+
+def test_an_error_of_the_disk_names_the_file():
+    for write in (lambda: append_rows("/dev/full", [{}]), lambda: write_whole("/dev/full", b"x")):
+        with pytest.raises(OSError, match="/dev/full"):
+            write()
+
+
+def test_a_link_leads_to_its_file_and_a_device_stays_one(tmp_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("before")
+    link.symlink_to(file)
+    write_whole(str(link), b"after")
+    assert link.is_symlink() and file.read_text() == "after"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(str(pipe), b"to a reader")
+    assert os.read(reader, 99) == b"to a reader" and pipe.is_fifo()
+    os.close(reader)
+
+
+def test_where_memory_ends_there_is_one_line(script):
+    import torch
+
+    for size in (10**15, 2**62):
+        done = script(lambda size=size: torch.empty(size), "x.py")
+        assert done.returncode == 2 and done.stderr.startswith("error: not enough memory (")
+        assert done.stderr.count("\n") == 1 and "--micro_batch_prompts" in done.stderr
+    with pytest.raises(RuntimeError):
+        script(lambda: torch.ones(2) @ torch.ones(3), "x.py")
+
+
+def test_a_reader_that_closes_standard_output_does_not_end_the_script(tmp_path):
+    """As in `python train.py | head`: it goes on, and ends with status 0."""
+    code = f"""
+import time
+from plumbing.options import run_script
+
+def main():
+    for i in range(2000):
+        print("line", i, flush=True)
+    open({str(tmp_path / "ended")!r}, "w").close()
+
+run_script(main)
+"""
+    words = [sys.executable, "-c", code]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0 and (tmp_path / "ended").exists()
+    assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    "given", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x"}, {"WORLD_SIZE": "4", "RANK": "0"}]
+)
+def test_a_world_size_that_torchrun_did_not_set_is_named(monkeypatch, given):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match="WORLD_SIZE=.*; unset it, or start with torchrun"):
+        start_processes("cpu")

@@ -14,6 +14,7 @@ import pytest
 
 from data import FIRST_BYTE, Tokenizer
 from oracles.pairs import pairs_to_learn
+from plumbing.options import place
 from videoqa import world
 from videoqa.answers import is_correct, prompt_text, reward, task
 from videoqa.questions import load_questions
@@ -172,11 +173,11 @@ def test_a_drawn_world_is_not_written_to_and_leftovers_of_killed_drawings_go(tmp
     ended = multiprocessing.get_context("fork").Process(target=int)
     ended.start()
     ended.join()
-    (tmp_path / f"clip0000009.mp4.{ended.pid}.0123abcd.tmp").write_bytes(b"half")
-    (tmp_path / f"clip0000008.mp4.{os.getpid()}.0123abcd.tmp").write_bytes(b"being written")
+    (tmp_path / f"clip0000009.mp4.{ended.pid}.{place()}0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / f"clip0000008.mp4.{os.getpid()}.{place()}0123abcd.tmp").write_bytes(b"being written")
     world.make_world(tmp_path, range(3), workers=1)
     left = states()
-    assert left.pop(f"clip0000008.mp4.{os.getpid()}.0123abcd.tmp") and left == drawn
+    assert left.pop(f"clip0000008.mp4.{os.getpid()}.{place()}0123abcd.tmp") and left == drawn
 
 
 def test_corpus_faults_are_the_stated_ones():
