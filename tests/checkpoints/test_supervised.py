@@ -198,9 +198,8 @@ def test_a_training_killed_at_any_write_ends_as_one_that_was_not(
         patch.setattr(supervised, "write_whole", dying(supervised.write_whole))
         patch.setattr(supervised, "write_json", dying(supervised.write_json))
         train(monkeypatch, *options, "--out", killed)
-    train(
-        monkeypatch, *options, "--out", killed, "--resume", number > 1
-    )  # before the first save it starts over
+    # killed before its first config.json it starts over
+    train(monkeypatch, *options, "--out", killed, "--resume", number > 1)
     for path in (tmp_path / "whole").rglob("*.*"):
         if path.name != "config.json":  # it names --out, and whether it was resumed
             assert path.read_bytes() == (killed / path.relative_to(tmp_path / "whole")).read_bytes(), path
