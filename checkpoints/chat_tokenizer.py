@@ -10,7 +10,7 @@ from datetime import datetime
 
 import torch
 
-from plumbing.options import read_json, read_text
+from plumbing.options import is_kind, read_json, read_text
 from videoqa.video import DataError
 
 # What stands before the video, what stands after the question, and the token that closes an answer ("": the
@@ -70,7 +70,7 @@ class ChatTokenizer:
     def __init__(self, folder: str, template: str, placeholder_id: int | None, V: int, think: bool = False):
         self.path, self.think = os.path.join(folder, "tokenizer.json"), think
         self.tokenizer = read_tokenizer(self.path)
-        self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         highest = max(self.vocab_size - 1, placeholder_id or 0)
         if highest >= V:
             raise DataError(f"{self.path}: id {highest} exceeds the model's {V} rows; use files of one model")
@@ -95,9 +95,11 @@ class ChatTokenizer:
     def added_in_front(self) -> list[int]:
         """What the tokenizer puts in front of a text by itself. What it puts behind would come between the
         prompt and its answer, and is left out."""
-        alone, whole = self.encode("a"), self.tokenizer.encode("a").ids
-        place = next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
-        return whole[:place]
+        alone, whole = self.encode("a"), self.encode("a", whole=True)
+        places = [i for i in range(len(whole)) if alone and whole[i : i + len(alone)] == alone]
+        if not places:
+            raise DataError(f"{self.path}: its vocabulary cannot spell the letter a; {COPY_AGAIN}")
+        return whole[: places[0]]
 
     def check_vocabulary(self, what: str) -> None:
         """DataError if the conversation has a special token that the vocabulary lacks."""
@@ -122,9 +124,13 @@ class ChatTokenizer:
             config = read_json(path, COPY_AGAIN) if os.path.exists(path) else {}
             for part in (config, config.get("text_config")):
                 found = part.get("eos_token_id") if isinstance(part, dict) else None
-                ends += found if isinstance(found, list) else [found]
+                found = [] if found is None else found if isinstance(found, list) else [found]
+                if not is_kind(found, list[int]):
+                    words = f"eos_token_id is {found}; give one id or a list of ids, whole numbers"
+                    raise DataError(f"{path}: {words}")
+                ends += found
         ends.append(known(self.names.get("eos_token", "")))
-        ends = [i for i in dict.fromkeys(ends) if type(i) is int and 0 <= i < self.vocab_size]
+        ends = [i for i in dict.fromkeys(ends) if i is not None and 0 <= i < self.vocab_size]
         ends = ends or [i for i in map(known, END_TOKENS) if i is not None]
         if not ends:
             remedy = "give eos_token_id in a generation_config.json beside it"
@@ -165,8 +171,12 @@ class ChatTokenizer:
             words = f"its chat template cannot be rendered ({error}); name a --template"
             raise DataError(f"{self.path}: {words}") from error
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, whole: bool = False) -> list[int]:
+        """whole: with what the tokenizer puts around a text by itself."""
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=whole).ids
+        except Exception as error:  # the package raises no class of its own
+            raise DataError(f"{self.path}: cannot spell {text[:40]!r} ({error}); {COPY_AGAIN}") from error
 
     def decode(self, ids: list[int]) -> str:
         words = [i for i in ids if i not in self.end_ids]
@@ -237,12 +247,15 @@ def own_template(folder: str) -> str:
     for name in ("chat_template.json", "tokenizer_config.json"):  # a processor's file, the tokenizer's
         path = os.path.join(folder, name)
         found = (read_json(path, COPY_AGAIN) if os.path.exists(path) else {}).get("chat_template")
-        if isinstance(found, list):  # several, each with a name
-            found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        if found is None:
+            continue
         if isinstance(found, dict):
             found = found.get("default")
-        if isinstance(found, str):
-            return found
+        elif is_kind(found, list[dict]):  # several, each with a name
+            found = next((one.get("template") for one in found if one.get("name") == "default"), None)
+        if not isinstance(found, str):
+            raise DataError(f"{path}: chat_template is no text, nor is one named default; name a --template")
+        return found
     return ""
 
 
@@ -270,5 +283,5 @@ def compiled(template: str, folder: str):
         template = re.sub(rf"(\{{%[-+]?\s*){tag}(\s*[-+]?%\}})", rf"\1{known}\2", template)
     try:
         return environment.from_string(template)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is foreign code, nested or computing without end
         raise DataError(f"{folder}: its chat template is broken ({error}); name a --template") from error

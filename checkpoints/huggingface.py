@@ -71,6 +71,7 @@ TEXT_KEYS = {
 CONSTANTS = (
     "position_ids", "rotary_emb.inv_freq", "input_resolution", "context_length", "vocab_size",
 )  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes of weights, as safetensors names them
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,11 @@ class Tensors:
         found = [name.removesuffix(ending) for name in self.file_of if name.endswith(ending)]
         return found[0] if len(found) == 1 else usual
 
+    def header(self, name: str):
+        return self.handles[self.file_of[name]].get_slice(name)
+
     def shape(self, name: str) -> tuple:
-        return tuple(self.handles[self.file_of[name]].get_slice(name).get_shape())
+        return tuple(self.header(name).get_shape())
 
     def __getitem__(self, name: str) -> Tensor:
         return self.handles[self.file_of[name]].get_tensor(name)
@@ -162,9 +166,9 @@ def fill(model, tensors, sources: dict[str, Source], device, dtype, spare=(), ba
     dtype: of all parameters but a VideoLM's decoder, which is held in `base` (float32 | bfloat16 | nf4) if
     given. A layer is quantised as soon as it is there. A projector is held in 16 bits beside the last two.
 
-    Raises BadInput, before reading any tensor, if one is missing, has the wrong shape, or is not expected.
-    Extra tensors are allowed if named in CONSTANTS or starting with a prefix in `spare`. Raises it too for a
-    weight that is NaN or infinite.
+    Raises BadInput, before reading any tensor, if one is missing, has the wrong shape, is not stored as
+    floating-point numbers, or is not expected. Extra tensors are allowed if named in CONSTANTS or starting
+    with a prefix in `spare`. Raises it too for a weight that is NaN or infinite.
     """
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name in sources}
     if tensors is not None:
@@ -211,6 +215,9 @@ def check_tensors(shapes: dict[str, tuple], tensors: Tensors, sources: dict[str,
         if source.shape(stored) != wanted:
             words = f"tensor {source.name} has shape {stored}, config.json's sizes make it {wanted}"
             raise BadInput(f"{tensors.file_of[source.name]}: {words}; {TOGETHER}")
+        if (dtype := tensors.header(source.name).get_dtype()) not in FLOATS:
+            words = f"tensor {source.name} is stored as {dtype}, not as floating-point numbers"
+            raise BadInput(f"{tensors.file_of[source.name]}: {words}; use a checkpoint in float32 or 16 bits")
     used = {source.name for source in sources.values()}
     for name, file in tensors.file_of.items():
         if name not in used and not name.startswith(spare) and not name.endswith(CONSTANTS):
@@ -237,12 +244,12 @@ def number(config: dict, key: str, where: str, kind=int):
     return value
 
 
-def table(config: dict, key: str, where: str, kind=dict):
-    """The object (or with kind=list the list) under a key, empty where there is none. BadInput: it is
-    something else."""
+def entry(config: dict, key: str, where: str, kind=dict):
+    """The object (or the list or bool, as `kind` says) under a key, empty or false where there is none.
+    BadInput: it is something else."""
     value = config.get(key) or kind()
     if not isinstance(value, kind):
-        words = "an object {..}" if kind is dict else "a list [..]"
+        words = {dict: "an object {..}", list: "a list [..]", bool: "true or false"}[kind]
         raise BadInput(f"{where}: {key} is {value!r}; it must be {words}")
     return value
 
@@ -254,7 +261,7 @@ def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
     if kind not in DECODERS:
         raise BadInput(f"{where}: model_type {kind} is not supported; those that are: {SUPPORTED}")
     config = DECODERS[kind] | config
-    rope = table(config, "rope_parameters", where) or table(config, "rope_scaling", where)
+    rope = entry(config, "rope_parameters", where) or entry(config, "rope_scaling", where)
     scaling = str(rope.get("rope_type", rope.get("type", "default")))
     refuse_unsupported(config, where, kind, scaling)
     if config.get("num_key_value_heads") is None:
@@ -280,8 +287,8 @@ def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
         sizes["sliding_window"] = number(config, "sliding_window", where)
     try:
         return ModelConfig(
-            tied=bool(config["tie_word_embeddings"]), qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3",
-            rope_scaling=scaling, **sizes, **ours,
+            tied=entry(config, "tie_word_embeddings", where, bool), qkv_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3", rope_scaling=scaling, **sizes, **ours,
         )  # fmt: skip
     except ValueError as error:
         raise BadInput(f"{where}: {error}; copy the model's own config.json") from error
@@ -289,14 +296,14 @@ def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
 
 def refuse_unsupported(config: dict, where: str, kind: str, scaling: str):
     """BadInput for what would make our decoder compute something else than the checkpoint's own code."""
-    layer_types = table(config, "layer_types", where, list)
-    if config.get("use_sliding_window") and config.get("sliding_window", 4096) is not None:
+    layer_types = entry(config, "layer_types", where, list)
+    if entry(config, "use_sliding_window", where, bool) and config.get("sliding_window", 4096) is not None:
         layers, first = (number({"max_window_layers": 28} | config, key, where) for key in WINDOW_KEYS)
         layer_types = layer_types or ["sliding_attention"] * (layers > first)
     packed = config.get("quantization_config")
     causes = {
-        "attention_bias true": config.get("attention_bias"),
-        "mlp_bias true": config.get("mlp_bias"),
+        "attention_bias true": entry(config, "attention_bias", where, bool),
+        "mlp_bias true": entry(config, "mlp_bias", where, bool),
         f"hidden_act {config['hidden_act']}": config["hidden_act"] != "silu",
         "a sliding window in some layers": kind != "mistral" and "sliding_attention" in layer_types,
         f"rope type {scaling}": scaling not in ROPE_KEYS,
@@ -352,6 +359,8 @@ def openai_clip_config(tensors: Tensors) -> ClipConfig:
         )
     except KeyError as error:
         raise BadInput(f"{tensors.path}: tensor {error} is missing; this is no OpenAI CLIP ViT") from error
+    except (ValueError, IndexError, ArithmeticError) as error:
+        raise BadInput(f"{tensors.path}: its shapes ({error}) are not those of an OpenAI CLIP ViT") from error
 
 
 def hf_config(cfg: ModelConfig, dtype=torch.float32) -> dict:
@@ -491,7 +500,7 @@ def read_clip_config(path: str) -> ClipConfig:
         raise BadInput(f"{where}: model_type {config.get('model_type')} is no clip: name CLIP's folder")
     embed_dim = number({"projection_dim": 512} | config, "projection_dim", where)
     return clip_config(
-        table(config, "vision_config", where), where, table(config, "text_config", where), embed_dim
+        entry(config, "vision_config", where), where, entry(config, "text_config", where), embed_dim
     )
 
 

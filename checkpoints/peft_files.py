@@ -17,7 +17,8 @@ PREFIX = "base_model.model."  # PEFT's prefix; without it PEFT loads nothing and
 PATHS = ("model.", "model.language_model.", "language_model.model.", "")
 # PEFT's settings that we support only at these values; with others the update is not (alpha / r) B A.
 PLAIN = {
-    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal"),
+    "peft_type": ("LORA",), "use_rslora": (True, False, None), "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
 } | dict.fromkeys(
     ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern",
      "alpha_pattern", "layer_replication", "target_parameters", "trainable_token_indices",
@@ -62,8 +63,9 @@ def read_adapter(folder: str) -> tuple[dict, dict[str, Tensor]]:
     path = os.path.join(folder, "adapter_model.safetensors")
     config = {"r": 8, "lora_alpha": 8} | read_json(config_path, SAVED)
     r, alpha = config["r"], config["lora_alpha"]
-    if type(r) is not int or r < 1 or type(alpha) not in (int, float):
-        raise BadInput(f"{config_path}: r is {r!r}, lora_alpha is {alpha!r}; both must be numbers above 0")
+    if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not 0 < alpha < 1e6:
+        words = "both must be numbers above 0, lora_alpha below a million"
+        raise BadInput(f"{config_path}: r is {r!r}, lora_alpha is {alpha!r}; {words}")
     for name, plain in PLAIN.items():
         if name in config and config[name] not in plain:
             words = f"{name} {config[name]} is not supported; only plain LoRA and rsLoRA are"
@@ -103,6 +105,9 @@ def load_adapter(model: nn.Module, folder: str) -> list[nn.Parameter]:
         if stored[key].shape != shape:
             found = tuple(stored[key].shape)
             raise BadInput(f"{path}: {key} has shape {found}, not {shape}: use its own --policy")
+        # so that alpha B A, a sum of r products, is finite in float32
+        if not stored[key].is_floating_point() or not stored[key].float().abs().max() < 1e12:
+            raise BadInput(f"{path}: {key} is not stored as floats below 1e12; use a sound copy of this file")
     for layer in adapted.values():
         if (layer.r, layer.alpha, layer.rslora) != (r, alpha, rslora):
             raise BadInput(

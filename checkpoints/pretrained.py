@@ -23,9 +23,9 @@ from checkpoints.huggingface import (
     clip_source,
     decoder_config,
     decoder_sources,
+    entry,
     fill,
     read_clip_config,
-    table,
     weight_files,
     with_own_head,
 )
@@ -57,7 +57,7 @@ def pretrained_configs(options) -> tuple[ModelConfig, ClipConfig]:
     folder, num_frames = options.policy, options.num_frames or FRAMES
     where = os.path.join(folder, "config.json")
     config = read_json(where, FOLDER)
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind == "llava":
         if options.clip:
             words = f"{folder} is no text decoder and has its own; leave --clip out"
@@ -84,11 +84,11 @@ def llava_configs(config: dict, where: str, num_frames: int, video_tokens: str):
     layer = config.get("vision_feature_layer", -2)
     if type(layer) is not int:
         raise BadInput(f"{where}: vision_feature_layer {layer} is not supported; one layer, a whole number")
-    text, vision = table(config, "text_config", where), table(config, "vision_config", where) or LLAVA_VISION
+    text, vision = entry(config, "text_config", where), entry(config, "vision_config", where) or LLAVA_VISION
     if vision.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise BadInput(f"{where}: an image tower {vision['model_type']} is not supported; CLIP's is")
     text = {"model_type": "llama"} | text
-    text["tie_word_embeddings"] = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    text["tie_word_embeddings"] = any(entry(c, "tie_word_embeddings", where, bool) for c in (config, text))
     bridge = {"qformer": "qformer", "patches": "llava"}.get(video_tokens, "llava_pooled")
     ours = dict(bridge=bridge, framing=framing(os.path.dirname(where)), clip_layer=layer)
     clip = clip_config(vision, where)
@@ -100,7 +100,8 @@ def llava_configs(config: dict, where: str, num_frames: int, video_tokens: str):
 def framing(folder: str) -> str:
     """How CLIP was shown its pictures in training. do_pad is LlavaImageProcessor's name for it."""
     path = os.path.join(folder, "preprocessor_config.json")
-    return "pad" if os.path.exists(path) and read_json(path, FOLDER).get("do_pad") else "crop"
+    config = read_json(path, FOLDER) if os.path.exists(path) else {}
+    return "pad" if entry(config, "do_pad", path, bool) else "crop"
 
 
 # --------------------------------------------------------------------------------------------------- reading

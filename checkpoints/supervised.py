@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,6 +33,7 @@ from model import Bridge, ModelConfig, VideoLM
 from plumbing.fitting import MAX_NORM, adamw, learning_rate
 from plumbing.machine import hold, optimizer_step, pick_device, pick_dtype, say
 from plumbing.options import (
+    LEFT,
     BadInput,
     Count,
     Options,
@@ -45,6 +46,7 @@ from plumbing.options import (
     parse_json,
     read_json,
     read_tensors,
+    remove,
     write_json,
     write_whole,
 )  # fmt: skip
@@ -56,6 +58,7 @@ WANTS = "name a folder that pretrain.py --stage bridge or sft wrote"
 FIRST_SCENE = 4_000_000  # seed of the first scene of the embedded world's clips for pretrained policies
 KINDS = dict.fromkeys(("decoder", "clip", "template", "video_tokens"), str) | {"fingerprints": dict}
 SIZES = ("bridge", "bridge_width", "bridge_heads", "num_queries", "qformer_layers", "num_frames")
+SAVED_FIRST = ("training.safetensors", "bridge.safetensors", "adapter", "metrics.jsonl")  # before config.json
 HELD_CLIPS = 32  # held-out clips that the loss is measured on
 
 
@@ -168,7 +171,7 @@ class Lessons:
             patches = self.model.patch_tokens(frames.to(device))
             for clip, tokens, seconds in zip(missing, patches, times, strict=True):
                 write_whole(paths[clip], save({"patches": tokens.half().cpu(), "times": seconds}))
-        stored = [load_file(paths[clip]) for clip in clips]
+        stored = [read_tensors(paths[clip], "delete it, and it is computed again")[0] for clip in clips]
         patches, times = (torch.stack([one[name] for one in stored]) for name in ("patches", "times"))
         return patches.float().to(device), times.to(device)
 
@@ -216,6 +219,9 @@ class Lessons:
 def train_supervised(cfg) -> None:
     """--stage bridge | sft of a pretrained policy; cfg: pretrain.py's options. Writes --out."""
     check_out(cfg)
+    if not cfg.resume:
+        for name in SAVED_FIRST:  # of a first save that was cut short; other options might leave it there
+            remove(os.path.join(cfg.out, name))
     torch.manual_seed(cfg.seed)
     device = torch.device(pick_device(cfg.device))
     taught = cfg.stage == "bridge" or cfg.with_bridge
@@ -237,6 +243,8 @@ def train_supervised(cfg) -> None:
     lessons, optimizer = Lessons(cfg, model, tokenizer), adamw(parameters, cfg.lr)
     history = load_training(cfg.out, parameters, optimizer) if cfg.resume else []
     first, warmup = history[-1]["step"] if history else 0, max(1, round(cfg.warmup_share * cfg.steps))
+    if history:  # of a save that was cut short only the first file may be there
+        save_result(cfg, model, parameters, optimizer, history)
     bar, losses = tqdm(range(first, cfg.steps), cfg.stage, initial=first, total=cfg.steps), []
     for step in bar:
         loss = lessons.loss(step)
@@ -262,7 +270,9 @@ def check_out(cfg) -> None:
     if os.path.isdir(os.path.join(cfg.policy, "adapter")) and kind_of(cfg.policy) == SUPERVISED:
         raise BadInput(f"--policy {cfg.policy}: has an adapter already; start from the folder before it")
     if not cfg.resume:
-        if os.path.exists(cfg.out) and os.listdir(cfg.out):
+        names = os.listdir(cfg.out) if os.path.exists(cfg.out) else []
+        begun = {"features", *(SAVED_FIRST if SAVED_FIRST[0] in names else ())}  # and killed: it starts over
+        if any(name not in begun and not LEFT.fullmatch(name) for name in names):
             raise BadInput(f"--out {cfg.out}: exists already; name a new folder, or add --resume")
         return
     stored = read_json(path, "there is nothing to resume; leave --resume out").get("options")

@@ -354,8 +354,8 @@ def _seconds(number: str, unit: str | None, other_unit: str | None = None) -> fl
 
 
 def _compound(found: re.Match) -> str:
-    hours, minutes, seconds = found.groups()
-    return f"{int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds):.12g} s"
+    hours, minutes, seconds = (float(part or 0) for part in found.groups())  # infinite if of 400 digits
+    return f"{hours * 3600 + minutes * 60 + seconds:.12g} s"
 
 
 def _in_seconds(found: re.Match) -> bool:

@@ -124,7 +124,7 @@ def _choice(where: str, options: list[str], index: int | str) -> dict:
 
 
 def _index(where: str, value: str, num_options: int) -> int:
-    digits = re.fullmatch(r"\s*(\d+)(?:\.0)?\s*", value, re.ASCII)  # 2.0: pandas' column with a gap in it
+    digits = re.fullmatch(r"\s*(\d{1,9})(?:\.0)?\s*", value, re.ASCII)  # 2.0: pandas' column with a gap in it
     if not digits or int(digits[1]) >= num_options:
         words = f"column 'answer' is {value!r}, no index of an option"
         raise BadInput(f"{where}: {words}; give the named version")

@@ -5,7 +5,7 @@ import math
 import os
 
 from plumbing.options import one_line, read_jsonl
-from videoqa.answers import Question
+from videoqa.answers import Question, equal_option, read
 from videoqa.video import DataError, check_video
 
 NEEDED = ("id", "video", "question", "answer")
@@ -44,6 +44,8 @@ def _read_question(row: dict, videos_dir: str, where: str) -> Question:
     if options is not None or index is not None:
         good = isinstance(options, list) and len(options) >= 2 and all(map(is_text, options))
         need(good, "options", "give a list of at least two texts beside 'answer_index'")
+        good = len(options) <= 26 or row.get("marks") is not None
+        need(good, "options", f"there are {len(options)}, and letters for 26; give fewer, or 'marks'")
         good = type(index) is int and 0 <= index < len(options)
         need(good, "answer_index", f"give the right option as a whole number from 0 to {len(options) - 1}")
     field = "span" if row.get("span") is not None else "spans"
@@ -66,14 +68,20 @@ def _read_question(row: dict, videos_dir: str, where: str) -> Question:
         need(good, field, f"it is not within 'clip' {clip}, all that is shown; correct one of them")
     marks = row.get("marks")
     good = marks is None or isinstance(marks, list) and len(marks) == len(options or ())
-    good = good and all(map(is_text, marks or ()))
-    need(good, "marks", "give a text for each of 'options' or leave it out")
+    good = good and all(map(is_text, marks or ())) and len(set(marks or ())) == len(marks or ())
+    need(good, "marks", "give a text of its own for each of 'options' or leave it out")
     texts = {name: row[name] for name in (*NEEDED, *OPTIONAL) if name in row}
-    return Question(
+    question = Question(
         **texts | {"video": os.path.join(videos_dir, row["video"])},
         options=tuple(options or ()), answer_index=index, marks=tuple(marks or ()),
         spans=tuple(map(tuple, spans or ())), duration=duration, clip=tuple(clip) if clip else None,
     )  # fmt: skip
+    answer, named = row["answer"], None  # an answer in other words than its option's names none
+    if options and answer != options[index]:
+        one_word = len(answer.split()) == 1  # perhaps a letter
+        named = read(answer, question).option if one_word else equal_option(answer, question.options)
+    need(named in (index, None), "answer", f"that is option {named}, 'answer_index' is {index}; correct one")
+    return question
 
 
 def load_questions(jsonl_path: str, videos_dir: str) -> list[Question]:
@@ -84,7 +92,7 @@ def load_questions(jsonl_path: str, videos_dir: str) -> list[Question]:
     """
     questions, first_line = [], {}
     for where, row in read_jsonl(jsonl_path, "give a JSONL file of questions, one object {...} a line"):
-        if not questions and "selection" in row:  # selection.py's report
+        if not questions and row.keys() == {"selection"}:  # selection.py's report
             continue
         question = _read_question(row, videos_dir, where)
         number = where.rpartition(" ")[2]

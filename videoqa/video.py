@@ -135,7 +135,7 @@ class _Source:
         self.seen_end, self.file_end, self.holes = -math.inf, -math.inf, 0
         self.first, self.last = math.inf, -math.inf
         self.restart()
-        tag = re.fullmatch(r"(\d+):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))
+        tag = re.fullmatch(r"(\d{1,9}):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))
         self.stated_end = None
         if tag:  # Matroska's
             seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])

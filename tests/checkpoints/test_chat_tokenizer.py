@@ -195,8 +195,43 @@ def test_a_template_whose_special_tokens_the_vocabulary_lacks_is_refused_with_th
         ChatTokenizer(str(tmp_path / "all"), "vicuna", None, V)
 
 
-@pytest.mark.parametrize("template", ["{% for %}", "{{ raise_exception('never') }}", "fixed text"])
+BROKEN = [
+    "{% for %}", "{{ raise_exception('never') }}", "fixed text", "{{ 10**5000 }}",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{% if 1 %}" * 2000 + "{% endif %}" * 2000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_template_is_one_line_that_names_the_way_out(template, tmp_path):
     tokenizer_folder(tmp_path, template)
     with pytest.raises(BadInput, match="chat template.*name a --template$"):
         ChatTokenizer(str(tmp_path), "auto", None, V)
+
+
+@pytest.mark.parametrize(
+    "found", [5, {"default": 5}, {"tools": "x"}, [{"name": ["x"], "template": "y"}], ["default"], []]
+)
+def test_a_chat_template_that_is_no_text_is_never_passed_over(found, tmp_path):
+    tokenizer_folder(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": found}))
+    with pytest.raises(BadInput, match="chat_template.json: .*name a --template$"):
+        ChatTokenizer(str(tmp_path), "auto", None, V)
+    ChatTokenizer(str(tmp_path), "vicuna_v1", None, V)
+
+
+@pytest.mark.parametrize("found", [[[2]], {"a": 1}, "2", 2.0, True, [2, None]])
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_an_end_that_is_no_id_is_refused_with_its_file(file, found, tmp_path):
+    tokenizer_folder(tmp_path)
+    (tmp_path / file).write_text(json.dumps({"eos_token_id": found}))
+    with pytest.raises(BadInput, match=f"/{file}: eos_token_id is "):
+        ChatTokenizer(str(tmp_path), "vicuna_v1", None, V)
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "BPE"])
+@pytest.mark.parametrize("vocab", [{}, {"zzz": 0}])
+def test_a_vocabulary_that_cannot_spell_a_prompt_is_refused(kind, vocab, tmp_path):
+    model = {"type": kind, "vocab": vocab} | ({"merges": []} if kind == "BPE" else {"unk_token": "<unk>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    with pytest.raises(BadInput, match="tokenizer.json: .*cannot spell .*copy the checkpoint's own file"):
+        ChatTokenizer(str(tmp_path), "plain", None, V)

@@ -808,11 +808,28 @@ def test_a_clip_whose_mlp_is_not_four_times_its_width_gives_transformers_feature
         ({"rope_parameters": "linear"}, ("rope_parameters is 'linear'",)),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config", "gptq")),
         ({"layer_types": ["sliding_attention"] * 2}, ("a sliding window in some layers",)),
+        ({"tie_word_embeddings": "false"}, ("tie_word_embeddings is 'false'", "true or false")),
+        ({"attention_bias": "no"}, ("attention_bias is 'no'", "true or false")),
     ],
 )
 def test_an_odd_config_is_one_line_that_names_the_true_cause(changes, words, llama):
     change(llama, **changes)
     refused(llama, "config.json: ", *words)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e8m0fnu])
+def test_weights_that_are_not_stored_as_floating_point_numbers_are_refused(dtype, llama):
+    file, name = llama / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    state = load_file(file)
+    save_file(state | {name: state[name].to(dtype)}, file)
+    refused(llama, str(file), name, "not as floating-point numbers")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (1, 3, 4, 4)])
+def test_an_openai_file_whose_shapes_are_no_vits_is_refused(shape, tmp_path):
+    odd = openai_names(their_clip("gelu").state_dict()) | {"visual.conv1.weight": torch.zeros(shape)}
+    save_file(odd, tmp_path / "ViT.safetensors")
+    refused(tmp_path / "ViT.safetensors", "ViT.safetensors: its shapes", load=load_clip)
 
 
 def test_odd_weights_are_one_line_that_names_the_true_cause(tmp_path):

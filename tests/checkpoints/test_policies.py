@@ -299,6 +299,10 @@ def test_parts_that_do_not_make_a_policy_are_refused_by_name(folders, tmp_path):
     shutil.copytree(llama, tmp_path / "odd")
     shutil.copy(f"{clip}/model.safetensors", tmp_path / "odd" / "bridge.safetensors")
     refused("bridge.safetensors", "is missing", policy=str(tmp_path / "odd"), clip=clip)
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": ["llama"]}')
+    refused("model_type ['llama'] is no policy", policy=str(tmp_path / "odd"), clip=clip)
+    (tmp_path / "odd" / "preprocessor_config.json").write_text('{"do_pad": "false"}')
+    refused("do_pad is 'false'", policy=llama, clip=str(tmp_path / "odd"))
 
 
 # -------------------------------------------------------------------------------------------- random weights

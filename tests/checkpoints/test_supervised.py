@@ -169,6 +169,64 @@ def test_a_killed_training_resumes_to_the_same_bytes_and_starts_only_in_an_empty
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
+@pytest.mark.parametrize(
+    "number, file", [(1, "features"), (1, "bridge"), (1, "config"), (2, "bridge"), (2, "config")]
+)
+def test_a_training_killed_at_any_write_ends_as_one_that_was_not(
+    number,
+    file,
+    folders,  # noqa: F811
+    data,
+    tmp_path,
+    monkeypatch,
+):
+    options = ["--stage", "sft", "--with_bridge", "--policy", folders[0], "--clip", folders[1], *data]
+    options += ["--steps", 2, "--save_every", 1, "--batch_clips", 2, "--lora_r", 4]
+    train(monkeypatch, *options, "--out", tmp_path / "whole")
+    killed, writes = tmp_path / "killed", []
+
+    def dying(write):
+        def write_or_die(path, content):
+            writes.append(file in path.removeprefix(str(killed)))
+            if writes[-1] and sum(writes) == number:
+                raise KeyboardInterrupt
+            write(path, content)
+
+        return write_or_die
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(supervised, "write_whole", dying(supervised.write_whole))
+        patch.setattr(supervised, "write_json", dying(supervised.write_json))
+        train(monkeypatch, *options, "--out", killed)
+    # killed before its first config.json it starts over
+    train(monkeypatch, *options, "--out", killed, "--resume", number > 1)
+    for path in (tmp_path / "whole").rglob("*.*"):
+        if path.name != "config.json":  # it names --out, and whether it was resumed
+            assert path.read_bytes() == (killed / path.relative_to(tmp_path / "whole")).read_bytes(), path
+
+
+def test_what_is_not_a_trainings_own_is_never_written_over(tmp_path):
+    for name in ("adapter", "bridge.safetensors"):  # which a training has only behind training.safetensors
+        (tmp_path / name).mkdir()
+        with pytest.raises(BadInput, match="exists already"):
+            supervised.check_out(pretrain.Config(stage="sft", out=str(tmp_path)))
+
+
+def test_a_damaged_file_of_features_is_named_with_what_to_do(
+    folders,  # noqa: F811
+    data,
+    tmp_path,
+    monkeypatch,
+):
+    options = ["--stage", "sft", "--policy", folders[0], "--clip", folders[1], *data, "--steps", 1]
+    train(monkeypatch, *options, "--out", tmp_path / "a")
+    for path in (tmp_path / "a" / "features").iterdir():
+        (tmp_path / "b" / "features").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "b" / "features" / path.name).write_bytes(path.read_bytes()[:100])
+    with pytest.raises(BadInput, match=r"features/\w+.safetensors: .*; delete it, and it is computed again"):
+        train(monkeypatch, *options, "--out", tmp_path / "b")
+
+
 def test_a_bridge_aligned_with_one_decoder_serves_another_and_only_behind_its_own_clip(tmp_path):
     clip = ClipConfig(vocab_size=16)
     wide, narrow = (

@@ -139,6 +139,12 @@ def test_prompts_are_padded_left_and_completions_right():
     assert completion_mask.tolist() == [[True, True, False], [True, True, True], [False, False, False]]
 
 
+@pytest.mark.parametrize("num_prompts, num_questions", [(1, 8), (8, 1)])
+def test_a_process_without_a_prompt_is_refused_before_the_first_step(num_prompts, num_questions):
+    with pytest.raises(BadInput, match="^--batch_prompts: .* for 2 processes; .* start fewer"):
+        data.Batches([None] * num_questions, num_prompts, 0, torch.Generator(), (1, 2))
+
+
 # ---- real clips ----
 
 

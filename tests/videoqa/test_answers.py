@@ -1,6 +1,7 @@
 import math
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -128,6 +129,17 @@ def test_iou_on_whole_seconds_is_a_count_of_seconds(a, b):
 )
 def test_a_span_is_read_in_seconds_or_not_at_all(text, expected):
     assert parse_span(text) == expected
+
+
+@pytest.mark.parametrize("digits", ["9" * 400, "9" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    ["{0} m 1 s to 2 m 1 s", "{0} h 1 m 1 s", "1 m {0} s", "from {0} to {0} ms", "{0}:00:00,{0} - 1,{0}"],
+)
+def test_a_number_without_end_is_read_as_no_moment_and_never_raises(text, digits):
+    text = text.format(digits)
+    assert grade(text, EVENT) == 0 and task(replace(EVENT, answer=text)) in ("grounding", "grounded")
+    assert not any(map(math.isfinite, parse_span(text) or ()))
 
 
 @unhurried

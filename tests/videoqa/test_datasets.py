@@ -208,6 +208,12 @@ def test_the_data_sets_own_answer_key_stays_where_two_options_share_a_text(tmp_p
         ),
         ("msvd_qa", "val_qa.json", {"answer": 2}, "row 0: column 'answer' is 2, not a text"),
         ("msvd_qa", "val_qa.json", {"answer": " "}, "row 0: column 'answer' is \" \", not a text"),
+        (
+            "next_qa",
+            "val.json",
+            dict.fromkeys("video qid type a0 a1 a2 a3 a4".split(), "x") | {"answer": "9" * 5000},
+            "row 0: column 'answer' is '9+', no index of an option",
+        ),
     ],
 )
 def test_a_column_of_another_type_is_refused_by_row_and_column(tmp_path, name, file, row, cause):

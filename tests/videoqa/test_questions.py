@@ -60,6 +60,12 @@ def test_questions_are_read_with_every_field(tmp_path):
         (GOOD | {"clip": [1, 9], "duration": 8}, "field 'clip' .* within the video"),
         (GOOD | {"clip": [1, 2], "span": [1, 3]}, "field 'span' .* is not within 'clip'"),
         (GOOD | {"id": "first"}, "field 'id' repeats that of line 1"),
+        (GOOD | {"options": ["blue", "red"], "answer_index": 0}, "field 'answer' .* option 1, .* 0; correct"),
+        (GOOD | {"options": ["blue", "Red."], "answer_index": 0}, "field 'answer'"),
+        (GOOD | {"options": ["red", "blue"], "answer_index": 0, "answer": "B"}, "field 'answer' is .B"),
+        (GOOD | {"options": [f"o{i}" for i in range(27)], "answer_index": 0}, "field 'options' .* 27, .* 26"),
+        (GOOD | {"options": ["a", "b"], "answer_index": 0, "marks": ["X", "X"]}, "field 'marks'"),
+        ({"selection": "train"}, "field 'id' is missing"),
     ],
 )
 def test_malformed_line_is_told_with_file_line_and_field(tmp_path, row, told):
@@ -67,6 +73,27 @@ def test_malformed_line_is_told_with_file_line_and_field(tmp_path, row, told):
     with pytest.raises(BadInput, match=told) as caught:
         load_questions(path, "videos")
     assert str(caught.value).startswith(f"{path}, line 3: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"options": ["red", "blue", "blue"], "answer_index": 0},  # Video-MME and NExT-QA repeat options
+        {"options": ["blue", "red", "red"], "answer_index": 2},
+        {"options": ["a red one", "blue"], "answer_index": 0},
+        {"options": ["an orange", "pears", "plums"], "answer_index": 0, "answer": "Vitamin C is in it"},
+        {"options": ["B", "red"], "answer_index": 1},
+        {
+            "options": [str(i) for i in range(30)],
+            "answer_index": 3,
+            "marks": [f"Clip {i}" for i in range(30)],
+        },
+        {"selection": "train"},
+    ],
+)
+def test_a_row_is_a_question_whatever_else_it_holds(tmp_path, more):
+    path = write_lines(tmp_path / "q.jsonl", {"selection": {"k": 8}}, GOOD | more, GOOD | {"id": "b"})
+    assert [question.id for question in load_questions(path, "videos")] == ["a", "b"]
 
 
 def test_file_without_questions_or_in_another_encoding_is_told(tmp_path):

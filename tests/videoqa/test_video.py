@@ -416,6 +416,12 @@ def test_a_live_recording_cut_short_is_refused(bulky, tmp_path):
         video.read_frames(path, 4, 32)
 
 
+def test_a_stated_duration_of_thousands_of_digits_is_passed_over(tmp_path):
+    with av.open(write_video(tmp_path / "a.mkv", range(4))) as container:
+        container.streams.video[0].metadata["DURATION"] = "9" * 5000 + ":00:00.0"
+        assert video._Source("a.mkv", container, container.streams.video[0]).stated_end is None
+
+
 @pytest.mark.parametrize(
     "kind, codec", [("ts", "libx264"), ("mkv", "libx264"), ("flv", "libx264"), ("mpg", "mpeg2video")]
 )
