@@ -349,9 +349,9 @@ def read_tensors(path: str, wants: str) -> tuple[dict, dict[str, str]]:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+        unsound = next((name for name, x in tensors.items() if not x.float().isfinite().all()), None)
+    except (OSError, SafetensorError, NotImplementedError) as error:  # the last for numbers of 4 bits
         raise BadInput(f"{path}: {one_line(error)}; {wants}") from error
-    unsound = next((name for name, x in tensors.items() if not x.float().isfinite().all()), None)
     if unsound:
         raise BadInput(f"{path}: {unsound} holds NaN or infinity; use a sound copy of this file")
     return tensors, metadata

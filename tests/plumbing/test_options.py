@@ -1,6 +1,8 @@
+import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from plumbing.options import (
     parse_json,
     place,
     read_json,
+    read_tensors,
     remove_leftovers_of,
     write_json,
     write_whole,
@@ -26,6 +29,7 @@ from plumbing.run_folder import append_rows, cut_back
 ROOT = Path(__file__).parents[2]
 WAITING = """
 import signal
+import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
 from plumbing.options import run_script
@@ -214,3 +218,10 @@ def test_a_world_size_that_torchrun_did_not_set_is_named(monkeypatch, given):
         monkeypatch.setenv(name, value)
     with pytest.raises(BadInput, match="WORLD_SIZE=.*; unset it, or start with torchrun"):
         start_processes("cpu")
+
+
+def test_tensors_that_this_torch_cannot_read_as_numbers_are_refused_by_name_of_the_file(tmp_path):
+    header = json.dumps({"x": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0")
+    with pytest.raises(BadInput, match="x.safetensors: .*; use a sound copy"):
+        read_tensors(str(tmp_path / "x.safetensors"), "use a sound copy")
