@@ -124,11 +124,11 @@ class ChatTokenizer:
             config = read_json(path, COPY_AGAIN) if os.path.exists(path) else {}
             for part in (config, config.get("text_config")):
                 found = part.get("eos_token_id") if isinstance(part, dict) else None
-                found = [] if found is None else found if isinstance(found, list) else [found]
-                if not is_kind(found, list[int]):
-                    words = f"eos_token_id is {found}; give one id or a list of ids, whole numbers"
+                ids = [] if found is None else found if isinstance(found, list) else [found]
+                if not is_kind(ids, list[int]):
+                    words = f"eos_token_id is {found!r}; give one id or a list of ids, whole numbers"
                     raise DataError(f"{path}: {words}")
-                ends += found
+                ends += ids
         ends.append(known(self.names.get("eos_token", "")))
         ends = [i for i in dict.fromkeys(ends) if i is not None and 0 <= i < self.vocab_size]
         ends = ends or [i for i in map(known, END_TOKENS) if i is not None]

@@ -285,11 +285,11 @@ def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
         sizes["max_positions"] = number(config, "max_position_embeddings", where)
     if kind == "mistral" and config["sliding_window"] is not None:
         sizes["sliding_window"] = number(config, "sliding_window", where)
+    sizes["tied"] = entry(config, "tie_word_embeddings", where, bool)
     try:
         return ModelConfig(
-            tied=entry(config, "tie_word_embeddings", where, bool), qkv_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3", rope_scaling=scaling, **sizes, **ours,
-        )  # fmt: skip
+            qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", rope_scaling=scaling, **sizes, **ours
+        )
     except ValueError as error:
         raise BadInput(f"{where}: {error}; copy the model's own config.json") from error
 

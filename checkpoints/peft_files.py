@@ -68,7 +68,7 @@ def read_adapter(folder: str) -> tuple[dict, dict[str, Tensor]]:
         raise BadInput(f"{config_path}: r is {r!r}, lora_alpha is {alpha!r}; {words}")
     for name, plain in PLAIN.items():
         if name in config and config[name] not in plain:
-            words = f"{name} {config[name]} is not supported; only plain LoRA and rsLoRA are"
+            words = f"{name} {config[name]!r} is not supported; only plain LoRA and rsLoRA are"
             raise BadInput(f"{config_path}: {words}")
     return config, read_tensors(path, SAVED)[0]
 

@@ -814,7 +814,7 @@ def test_a_clip_whose_mlp_is_not_four_times_its_width_gives_transformers_feature
 )
 def test_an_odd_config_is_one_line_that_names_the_true_cause(changes, words, llama):
     change(llama, **changes)
-    refused(llama, "config.json: ", *words)
+    refused(llama, f"{llama}/config.json: {words[0]}", *words[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e8m0fnu])
