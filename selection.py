@@ -175,7 +175,9 @@ def main() -> int:
     reasons = select(spreads, [task(q) for q in questions], cfg.k, cfg.share, cfg.seed)
     counts = dict(sorted(Counter(reasons).items()))
     report = settings | {"share": cfg.share, "counts": counts, "histograms": histogram(spreads, cfg.k)}
-    rows = [row for _, row in read_jsonl(data, "give a JSONL file of questions") if "selection" not in row]
+    rows = [
+        row for _, row in read_jsonl(data, "give a JSONL file of questions") if row.keys() != {"selection"}
+    ]
     rows = [row for row, why in zip(rows, reasons, strict=True) if why.startswith("kept")]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in [{"selection": report}, *rows]]
     write_whole(cfg.out, "".join(lines).encode())

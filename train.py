@@ -15,12 +15,11 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-import lora
 from checkpoints.policies import PolicyOptions, load_adapter_of, load_policy, save_adapter_of
 from data import Batches, DataOptions, Prompts, PromptSet, draw_world, load_sets
 from eval import evaluate, gains, table
 from grpo_rank import Objective, rank_advantages, ranks_from_scores, rollout_loss
-from lora import Learner
+from lora import Learner, freeze_reference
 from model import VideoLM
 from oracle import Ranking, weighed
 from oracles import choose
@@ -38,6 +37,7 @@ from plumbing.machine import (
     start_processes,
 )  # fmt: skip
 from plumbing.options import (
+    Alpha,
     BadInput,
     Bounds,
     Count,
@@ -82,7 +82,7 @@ class Config(
     beta: Positive = 0.5  # dpo, plackett_luce: what a nat of difference from the reference is worth
     entropy_coef: NotNegative = 0.0  # weight of the entropy bonus
     lora_r: Count = 16
-    lora_alpha: Positive = 32.0
+    lora_alpha: Alpha = 32.0
     lr: Positive = 1e-3  # of the first step; it falls in equal steps towards 0 at num_steps
     max_grad_norm: Positive = 1.0  # a longer gradient is scaled down to this
     eval_samples: Count = 4  # drawn answers a question in the sampled accuracy
@@ -125,7 +125,7 @@ def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batch
     for step in run.steps(cfg.num_steps):
         # 0) as an epoch begins, the policy as it is now becomes the frozen reference
         if step % batches.steps_an_epoch == 0:
-            lora.freeze_reference(policy.decoder)
+            freeze_reference(policy.decoder)
 
         groups = None
         for attempt in range(batches.fill):  # --fill: further questions until P groups carry a signal

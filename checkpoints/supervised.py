@@ -34,6 +34,7 @@ from plumbing.fitting import MAX_NORM, adamw, learning_rate
 from plumbing.machine import hold, optimizer_step, pick_device, pick_dtype, say
 from plumbing.options import (
     LEFT,
+    Alpha,
     BadInput,
     Count,
     Options,
@@ -79,7 +80,7 @@ class SupervisedOptions(Options):
     warmup_share: Share = 0.05  # share of the steps in which the rate rises
     short_share: Share = 0.3  # share of the steps, the first, that learn only the shorter half of the answers
     lora_r: Count = 16
-    lora_alpha: Positive = 32.0
+    lora_alpha: Alpha = 32.0
     checkpointing: bool = False  # keep only a layer's input for the backward pass: less memory, slower
     save_every: Count = 100  # steps between saves, and between losses on held-out clips
     resume: bool = False  # continue in --out from the last save

@@ -64,6 +64,7 @@ CountOrNone = Annotated[int, Bounds(0, 10**9)]  # 0 means none, or all, as the o
 LARGEST = 1e30  # of a number; float32 ends at 3e38
 Positive = Annotated[float, Bounds(0, LARGEST, above=True)]
 NotNegative = Annotated[float, Bounds(0, LARGEST)]
+Alpha = Annotated[float, Bounds(0, 10**5, above=True)]  # of LoRA
 Share = Annotated[float, Bounds(0, 1)]
 PositiveShare = Annotated[float, Bounds(0, 1, above=True)]
 

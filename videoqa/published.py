@@ -6,6 +6,7 @@ benchmark publishes no rule for sentences, the last statement counts ("So the fi
 """
 
 import re
+from string import ascii_uppercase
 
 from videoqa.answers import (
     Question,
@@ -112,7 +113,8 @@ def _leading_letter(text: str, question: Question) -> int | None:
 def _whole_option(text: str, question: Question) -> int | None:
     behind = text.split(") ")[1] if ") " in text else None
     found = None
-    for i, (mark, option) in enumerate(zip(question.marks, question.options, strict=True)):
+    marks = question.marks or ascii_uppercase[: len(question.options)]
+    for i, (mark, option) in enumerate(zip(marks, question.options, strict=True)):
         named = text.replace(".", "") in (mark, mark[-1])  # "Caption A", or the letter alone
         if named or option in (text, behind) or text == f"{mark}: {option}":
             found = i

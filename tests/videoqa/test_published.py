@@ -117,3 +117,12 @@ def test_video_mme_and_mvbench_read_by_their_own_rules():
     assert read_published("The cup. A or B", mme) == 0  # the first capital, whatever comes later
     bench = Question(**CUP.__dict__ | {"benchmark": "mvbench"})
     assert [read_published(t, bench) for t in ("(b) a cup", "B. x", "the answer is B")] == [1, 1, None]
+
+
+def test_a_published_rule_that_names_whole_options_takes_letters_where_a_question_has_no_marks():
+    captions = Question(
+        "q", "v.mp4", "Which one?", "a dog runs", options=("a cat sits", "a dog runs"), answer_index=1,
+        benchmark="tempcompass caption_matching",
+    )  # fmt: skip
+    right = [is_right_published(text, captions) for text in ("B", "a dog runs", "A")]
+    assert right == [True, True, False]
