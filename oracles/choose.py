@@ -23,6 +23,7 @@ from plumbing.options import (
 )  # fmt: skip
 
 ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
+Limited = Annotated[float, Bounds(0, 10**6)]  # no sum or product of such numbers leaves a float's range
 
 
 @dataclass
@@ -39,15 +40,15 @@ class OracleOptions(Options):
     oracle_frames: CountOrNone = 0  # llm: pictures of the video that the judge is shown
     oracle_concurrency: Count = 64  # llm: calls in flight
     oracle_timeout: Annotated[float, Bounds(0, 10**6, above=True)] = 120.0  # llm: seconds for a whole reply
-    oracle_patience: NotNegative = 600.0  # seconds to wait for a judge that died, before the run stops
+    oracle_patience: Limited = 600.0  # seconds to wait for a judge that died, before the run stops
     oracle_max_calls: CountOrNone = 0  # llm: budget until the run is started or resumed again; 0: no limit
     oracle_max_tokens: CountOrNone = 0  # llm: the same in tokens
     oracle_cache: str = ""  # llm: sqlite file, empty: judge.sqlite in --out; replay: the file, or a JSONL
     ranker: str = "weights/ranker"  # trained: folder of the ranker (pretrain.py --stage ranker)
     ranker_margin: NotNegative = 0.5  # trained: log-odds below the best of a level that still tie with it
-    discrete_coef: NotNegative = 1.0  # dual reward (sum, objectives by scores): of the right answer
-    continuous_coef: NotNegative = 1.0  # dual reward: weight of the spans' overlap
-    format_coef: NotNegative = 0.1  # dual reward: weight of the form
+    discrete_coef: Limited = 1.0  # dual reward (sum, objectives by scores): of the right answer
+    continuous_coef: Limited = 1.0  # dual reward: weight of the spans' overlap
+    format_coef: Limited = 0.1  # dual reward: weight of the form
     overlap: Literal["iou", "iop"] = "iou"  # dual reward: how the overlap is measured
 
     def __post_init__(self):
@@ -60,6 +61,12 @@ class OracleOptions(Options):
             raise BadInput("--oracle_asks scores: only a judge is asked for scores; choose --oracle llm")
         if self.oracle == "replay" and not os.path.isfile(self.oracle_cache):
             raise BadInput(f"--oracle_cache {self.oracle_cache}: no such file to replay; name one")
+        if self.oracle == "llm" and self.oracle_cache:
+            from oracles.cache import check_cache
+
+            check_cache(self.oracle_cache, "oracle")
+        if not (self.discrete_coef or self.continuous_coef or self.format_coef):
+            raise BadInput("--discrete_coef, --continuous_coef, --format_coef: all are 0; raise one of them")
 
 
 @dataclass
@@ -69,7 +76,7 @@ class OracleExperiments(Options):
     swap_prob: Share = 0.0  # chance that two neighbours in the oracle's order swap
     position_bias: Share = 0.0  # chance that the first candidate is put on top
     score_bend: Share = 0.0  # sum, and objectives by scores: how far apart the scales of two questions are
-    score_noise: NotNegative = 0.0  # the same: noise of a score, as a share of the scale
+    score_noise: Limited = 0.0  # the same: noise of a score, as a share of the scale
     oracle_agreement: Literal["off", "scale", "tie"] = "off"  # scale advantages by Kendall's W | tie disputes
     anchor: bool = False  # the gold answer is ranked too: no positive advantage below it
     canary: bool = False  # a known-bad answer is ranked too, which measures the judge's errors

@@ -303,11 +303,13 @@ class LLMOracle:
         self.rankings = Cache(self.cache, self.option)
         self.pool = ThreadPoolExecutor(self.concurrency, "judge")
         self.judge = json.dumps([self.model, extra], sort_keys=True)
-        if self.replay and not self.model:
+        if self.replay:
             known = self.rankings.judges()
-            if len(known) != 1:
-                raise BadInput(f"{self.cache}: holds {len(known)} judges; name one with --oracle_model")
-            self.judge = known[0]
+            if not self.model and len(known) == 1:
+                self.judge = known[0]
+            if self.judge not in known:
+                words = f"holds rankings of {len(known)} judges, {known}; name one of them"
+                raise BadInput(f"{self.cache}: {words} with --oracle_model and --oracle_body")
         self.hits = self.repairs = 0
 
     def check(self) -> None:
