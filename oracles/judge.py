@@ -185,7 +185,7 @@ def read_scores(reply: str, letters: str) -> list[int]:
     value = value.get("scores", value) if isinstance(value, dict) else value
     if not isinstance(value, dict):
         raise Failed("not_json", f"no JSON object of scores: {text}")
-    unknown, missing = [x for x in value if x not in letters], [x for x in letters if x not in value]
+    unknown, missing = [x for x in value if x not in set(letters)], [x for x in letters if x not in value]
     for cause, found in (("unknown", unknown), ("missing", missing)):
         if found:
             raise Failed(cause, f"{cause} letters: {', '.join(found)}")

@@ -586,6 +586,7 @@ def test_scores_are_asked_for_in_one_call_and_the_ranks_follow(serve, tmp_path):
     [
         ('{"scores": {"G": 0, "H": 10}}', [0, 10]), ('{"H": 1, "G": 2}', [2, 1]),
         ('{"scores": {"G": 1}}', "missing"), ('{"scores": {"G": 1, "H": 2, "J": 3}}', "unknown"),
+        ('{"scores": {"G": 1, "H": 2, "GH": 3}}', "unknown"), ('{"G": 1, "H": 2, "": 3}', "unknown"),
         ('{"scores": {"G": 1, "H": 11}}', "unknown"), ('{"scores": {"G": 1, "H": 2.5}}', "unknown"),
         ('{"scores": {"G": true, "H": 1}}', "unknown"), ("[1, 2]", "not_json"), ("G: 1", "not_json"),
         ('{"scores": {"G": 1, "H": 2, "G": 3}}', "duplicate"), ('{"scores": []}', "not_json"),
