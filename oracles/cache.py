@@ -9,7 +9,7 @@ import time
 import torch
 
 from oracle import Ranking, check_groups, competition_ranks, ranks_by_text
-from plumbing.options import BadInput, read_jsonl
+from plumbing.options import BadInput, is_kind, read_jsonl
 from videoqa.answers import Question
 
 # errors that room, rights or patience mend; all others are a damaged file's
@@ -105,6 +105,12 @@ def lacks(path: str, question: Question, texts: list[str]) -> str:
     return f"{path}: lacks the group of question {question.id} with answers {group}; replay the run it is of"
 
 
+def check_cache(path: str, option: str) -> None:
+    """Raises BadInput, before anything is asked, for the name of a cache that could keep nothing."""
+    if path == ":memory:" or not os.path.isdir(os.path.dirname(path) or "."):
+        raise BadInput(f"--{option}_cache {path}: no folder to keep it in; make one or name another file")
+
+
 def is_cache(path: str) -> bool:
     """Whether a file is an sqlite one; else it is read as JSONL."""
     with open(path, "rb") as file:
@@ -114,21 +120,26 @@ def is_cache(path: str) -> bool:
 class ReplayOracle:
     """Ranks from a JSONL file, lines {"id", "candidates", "oracle_ranks"} as in a run's rollouts.jsonl."""
 
+    KINDS = {"id": str, "candidates": list[str], "oracle_ranks": list[int], "oracle_ok": bool}
+
     def __init__(self, path: str):
         self.path, self.groups = path, {}
         wants = 'write {"id", "candidates", "oracle_ranks"}'
         for where, row in read_jsonl(path, wants):
-            try:
-                texts, ranks = [text.strip() for text in row["candidates"]], row["oracle_ranks"]
-                rank_of = dict(zip(texts, ranks, strict=True))
-                if {*map(type, ranks)} != {int} or competition_ranks(ranks) != ranks:
-                    raise ValueError("no competition ranks")
-                if [rank_of[text] for text in texts] != ranks:
-                    raise ValueError("identical texts do not tie")
-                if row.get("oracle_ok", True):
-                    self.groups[str(row["id"]), tuple(sorted(rank_of))] = rank_of
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise BadInput(f"{where}: {type(error).__name__} {error}; {wants}") from error
+            row = {"oracle_ok": True} | row
+            for name, kind in self.KINDS.items():
+                if not is_kind(row.get(name), kind):
+                    raise BadInput(f"{where}: {name} is missing or of another kind; {wants}")
+            texts, ranks = [text.strip() for text in row["candidates"]], row["oracle_ranks"]
+            rank_of = dict(zip(texts, ranks, strict=False))
+            if not ranks or len(ranks) != len(texts) or competition_ranks(ranks) != ranks:
+                raise BadInput(f"{where}: oracle_ranks are no competition ranks of the candidates; {wants}")
+            if [rank_of[text] for text in texts] != ranks:
+                raise BadInput(f"{where}: identical candidates do not tie; give them one rank")
+            distinct = tuple(sorted(rank_of))
+            order = dict(zip(distinct, ranks_by_text(distinct, rank_of), strict=True))
+            if row["oracle_ok"] and self.groups.setdefault((row["id"], distinct), order) != order:
+                raise BadInput(f"{where}: contradicts an earlier line of this group; leave one of them out")
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G). Raises BadInput, with the group, if the file lacks one."""
@@ -151,9 +162,10 @@ def check_replay(path: str, batches, num_steps: int) -> None:
     Which answers will be given is known only in training, and an sqlite file holds no group whose answers are
     all one; so neither is checked here.
     """
-    known = set() if is_cache(path) else {id for id, _ in ReplayOracle(path).groups}
-    rows = {row for step in range(num_steps if known else 0) for row in batches.rows(step).tolist()}
-    for row in sorted(rows):
+    if is_cache(path):
+        return
+    known = {id for id, _ in ReplayOracle(path).groups}
+    for row in sorted({row for step in range(num_steps) for row in batches.rows(step).tolist()}):
         if batches.asked.questions[row].id not in known:
             id = batches.asked.questions[row].id
             raise BadInput(f"{path}: lacks any group of question {id}; replay the run it is of")

@@ -5,7 +5,10 @@ to its server and nowhere else, and it is taken out of all that people are shown
 """
 
 import functools
+import gzip
+import html
 import http.client
+import io
 import json
 import random
 import re
@@ -24,7 +27,8 @@ FIRST_WAIT = 0.5  # seconds before the second try, doubled before each further o
 MAX_WAIT = 60.0  # seconds between two tries, whatever Retry-After says
 MAX_BYTES = 2**22  # of a reply
 MAX_TOKENS = 2**31  # of one reply, more is no count
-ENDPOINT = re.compile(r"/+(chat/completions|completions|responses|models)?$")  # what people paste behind /v1
+# What people paste behind /v1
+ENDPOINT = re.compile(r"/+(chat/completions|completions|responses|models)?/*$")
 
 
 class Failed(Exception):
@@ -48,19 +52,21 @@ class Chat:
         option: str = "oracle",
     ):  # fmt: skip
         name, wants = f"--{option}_url", "write http://HOST:PORT/v1"
+        shown = name if "@" in url else f"{name} {url}"  # before an @ there may be a password
         try:
             parts = urlsplit(url.strip())
             port = parts.port or (443 if parts.scheme == "https" else 80)
-        except ValueError as error:
-            raise BadInput(f"{name} {url}: {error}; {wants}") from error
+            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+            self.connect = functools.partial(kind, parts.hostname or "", port, timeout=CONNECT_SECONDS)
+            self.connect()  # which connects nothing yet, but checks the host
+        except (ValueError, http.client.InvalidURL) as error:
+            raise BadInput(f"{shown}: {'not an address' if '@' in url else error}; {wants}") from error
         if parts.username or parts.password:
             raise BadInput(f"{name}: holds a user name or a password; the place for a key is ORACLE_API_KEY")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(f"{name} {url}: not an address; {wants}")
+            raise BadInput(f"{shown}: not an address; {wants}")
         if not key.isascii() or not key.isprintable():
             raise BadInput("ORACLE_API_KEY: holds characters that no key has; set it again")
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.connect = functools.partial(kind, parts.hostname, port, timeout=CONNECT_SECONDS)
         path = quote(ENDPOINT.sub("", parts.path) or "/v1", safe="/%:@") + "/chat/completions"
         self.path = path + (f"?{quote(parts.query, safe='=&%')}" if parts.query else "")
         self.headers = {"Content-Type": "application/json"}
@@ -86,17 +92,15 @@ class Chat:
                     self.last = str(failed)
                 if failed.cause == "refused" or i == tries - 1:
                     raise failed from None
-                wait = FIRST_WAIT * 2**i if failed.retry_after is None else failed.retry_after
+                wait = failed.retry_after or FIRST_WAIT * 2**i  # no wait at all would be a busy loop
                 time.sleep(min(wait * self.jitter.uniform(1, 1.5), MAX_WAIT))
         with self.lock:
             self.in_a_row, self.tokens = 0, self.tokens + tokens
         return text, reason
 
     def hide(self, text: str) -> str:
-        """The text without the key, which some servers quote back, also as JSON writes it."""
-        for key in filter(None, {self.key, self.key.replace("/", "\\/")}):
-            text = text.replace(key, "***")
-        return text
+        """The text without the key, which some servers quote back in the spelling of JSON, URLs or HTML."""
+        return re.sub("".join(map(_spellings, self.key)), "***", text) if self.key else text
 
     def hidden(self, failed: Failed) -> Failed:
         """The failure in words without the key; what was added to the server's words stays."""
@@ -124,6 +128,9 @@ class Chat:
             connection.sock.settimeout(self.timeout)
             connection.request("POST", self.path, payload, self.headers)
             response = connection.getresponse()
+            while 100 < response.status < 200:  # early hints; the reply comes behind them
+                response.headers = None
+                response.begin()
             data = response.read(MAX_BYTES + 1)
             if response.length and len(data) <= MAX_BYTES:
                 raise http.client.IncompleteRead(data, response.length)
@@ -157,6 +164,15 @@ def _hang_up(sock: socket.socket, overdue: threading.Event):
         pass  # the other side was faster
 
 
+def _spellings(c: str) -> str:
+    """A pattern for one character of the key as it stands, escaped, or as its code. No two alternatives match
+    the same text, or the time would double with each character."""
+    code = f"{ord(c):02x}"
+    codes = rf"(?i:\\{{1,4}}u00{code}|%{code}|&#x{code};|&#{ord(c)};)"
+    named = f"|{html.escape(c)}" if c in '<>&"' else ""
+    return rf"(?:\\{{0,4}}{re.escape(c)}|{codes}{named})"
+
+
 def _cause(status: int, words: str) -> str:
     """Whether to try again (busy, server) or not (refused). Spent credit is HTTP 429 at some servers."""
     if status in (408, 409, 425, 429) and "insufficient_quota" not in words:
@@ -181,57 +197,83 @@ def _retry_after(headers) -> float | None:
 
 
 def _text_of(data: bytes) -> str:
-    """The text of a body: UTF-8, with or without a byte order mark, or compressed by a proxy unasked."""
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = zlib.decompressobj(31).decompress(data, MAX_BYTES)
-        except zlib.error:
-            pass  # then it is read, and shown, as it is
-    return data.decode("utf-8-sig", errors="replace")
+    """The text of a body, in any encoding of Unicode, or compressed by a proxy unasked."""
+    try:
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read(MAX_BYTES)
+        elif data[:2] in (b"x\x01", b"x^", b"x\x9c", b"x\xda"):  # how zlib begins, HTTP's deflate
+            data = zlib.decompressobj().decompress(data, MAX_BYTES)
+    except (OSError, EOFError, zlib.error):
+        pass  # then it is read, and shown, as it is
+    return data.decode(json.detect_encoding(data), errors="replace")
+
+
+STREAM = re.compile(r"\s*(?:data|event|id|retry)?:")  # how a line of server-sent events begins
 
 
 def read_completion(text: str) -> tuple[str, str, object]:
     """(what the model says, finish_reason, usage.total_tokens as it stands there) of a chat completion.
 
     Some servers send the content as a list of parts, of which only the texts count, or stream it although
-    nobody asked for that, or answer HTTP 200 with an error inside. Raises Failed for all else.
+    nobody asked for that, or answer HTTP 200 with an error inside. Where there is no text, the reason names
+    what came in its place. Raises Failed for all else.
     """
     try:
-        answer = _joined(text) if text.lstrip().startswith(("data:", ":")) else json.loads(text)
+        answer = _joined(text) if STREAM.match(text) else json.loads(text)
         choices = answer.get("choices")
         choice = choices[0] if choices else {}
-        error = answer.get("error") or choice.get("error")
-        if error and not (choice.get("message") or {}).get("content"):
-            code = error.get("code") if isinstance(error, dict) else None
+        error, reason = answer.get("error") or choice.get("error"), str(choice.get("finish_reason")).lower()
+        if error and (reason == "error" or not (choice.get("message") or {}).get("content")):
             words = _server_words(json.dumps({"error": error}, ensure_ascii=False))
-            cause = _cause(code if type(code) is int else 400, words)
-            raise Failed(cause, f"HTTP 200 with an error: {words}")
-        message = choice.get("message") or {"content": choice["text"]}  # of a server of plain completions
-        said = message.get("content") or ""
-        if isinstance(said, list):
-            said = "".join(part["text"] for part in said if part.get("type") in ("text", "output_text"))
-        said = said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half an emoji is none
-        reason = str(choice.get("finish_reason")).lower()
+            raise Failed(_cause(_status_in(error), words), f"HTTP 200 with an error: {words}")
+        message = _parts(choice.get("message") or {"content": choice["text"]})  # text: of plain completions
+        # Half an emoji is none
+        said = message["content"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         usage = answer.get("usage")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise Failed("bad_reply", f"no chat completion: {text}") from error
     tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-    return said, "length" if reason == "max_tokens" else reason, tokens
+    reason = "length" if reason == "max_tokens" else reason
+    if reason in ("stop", "none") and not said.strip():
+        thought = "only reasoning_content" if message["reasoning"] else reason
+        reason = f"refusal: {message['refusal']}" if message["refusal"] else thought
+    return said, reason, tokens
+
+
+def _parts(message: dict) -> dict[str, str]:
+    """What a message, or a delta of a stream, says, what it refuses with, and what it thinks."""
+    content, refusal = message.get("content") or "", message.get("refusal") or ""
+    if isinstance(content, list):
+        refusal += "".join(part["refusal"] for part in content if part.get("type") == "refusal")
+        said = (part["text"] for part in content if part.get("type", "text") in ("text", "output_text"))
+        content = "".join(said)
+    thought = str(message.get("reasoning_content") or message.get("reasoning") or "")
+    return {"content": content, "refusal": refusal, "reasoning": thought}
+
+
+def _status_in(error) -> int:
+    """The HTTP status that an error inside a reply stands for, by a number, a text or a type; else 400."""
+    told = str([error.get(name) for name in ("code", "status", "type")]) if isinstance(error, dict) else ""
+    if found := re.search(r"\b[45]\d\d\b", told):
+        return int(found[0])
+    return 429 if "rate_limit" in told else 503 if re.search("overloaded|server_error", told) else 400
 
 
 def _joined(text: str) -> dict:
-    """One completion out of the events of a stream."""
-    said, last, usage, error = [], None, None, None
-    for line in text.splitlines():
-        event = line.removeprefix("data:").strip()
-        if line.startswith("data:") and event and event != "[DONE]":
-            event = json.loads(event)
-            usage, error = event.get("usage") or usage, event.get("error") or error
-            for choice in event.get("choices") or []:
-                said.append((choice.get("delta") or choice.get("message") or {}).get("content") or "")
-                last = choice.get("finish_reason") or last
-    choice = {"message": {"content": "".join(said)}, "finish_reason": last}
-    return {"choices": [choice], "usage": usage, "error": error}
+    """One completion out of the events of a stream, or the JSON that stands behind comments."""
+    lines = [line.strip() for line in text.split("\n")]  # all other line ends may stand inside JSON
+    events = [line[5:].strip() for line in lines if line.startswith("data:")]
+    if not events:
+        return json.loads("\n".join(line for line in lines if not STREAM.match(line)))
+    deltas, last, usage, error = [], None, None, None
+    for event in (json.loads(event) for event in events if event not in ("", "[DONE]")):
+        usage, error = event.get("usage") or usage, event.get("error") or error
+        for choice in event.get("choices") or []:
+            delta = choice.get("delta") or choice.get("message") or {"content": choice.get("text")}
+            deltas.append(_parts(delta))
+            last = choice.get("finish_reason") or last
+    message = {name: "".join(delta[name] for delta in deltas) for name in _parts({})}
+    return {"choices": [{"message": message, "finish_reason": last}], "usage": usage, "error": error}
 
 
 ERROR_NAMES = ("error", "errors", "message", "detail", "msg", "error_message")
@@ -242,8 +284,8 @@ def _server_words(text: str) -> str:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        title = re.search(r"<title>([^<]{1,300})", text, re.IGNORECASE)
-        return title[1] if title else text[:1000].strip() or "without a word"
+        title = re.search(r"<title>([^<]+)", text, re.IGNORECASE)
+        return title[1] if title else text.strip() or "without a word"  # uncut, so that no key is halved
     more = ""
     for _ in range(5):  # {"error": {"message": ..}}, a list of that, {"detail": [{"msg": ..}]}, "error" alone
         found = found[0] if isinstance(found, list) and found else found

@@ -1,6 +1,7 @@
 """The oracle that the options name. What an oracle needs is imported only where it is chosen."""
 
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from plumbing.options import (
 from plumbing.run_folder import fingerprint
 
 ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
+Limited = Annotated[float, Bounds(0, 10**6)]  # no sum or product of such numbers leaves a float's range
 
 
 @dataclass
@@ -40,15 +42,15 @@ class OracleOptions(Options):
     oracle_frames: CountOrNone = 0  # llm: pictures of the video that the judge is shown
     oracle_concurrency: Count = 64  # llm: calls in flight
     oracle_timeout: Annotated[float, Bounds(0, 10**6, above=True)] = 120.0  # llm: seconds for a whole reply
-    oracle_patience: NotNegative = 600.0  # seconds to wait for a judge that died, before the run stops
+    oracle_patience: Limited = 600.0  # seconds to wait for a judge that died, before the run stops
     oracle_max_calls: CountOrNone = 0  # llm: budget until the run is started or resumed again; 0: no limit
     oracle_max_tokens: CountOrNone = 0  # llm: the same in tokens
     oracle_cache: str = ""  # llm: sqlite file, empty: judge.sqlite in --out; replay: the file, or a JSONL
     ranker: str = "weights/ranker"  # trained: folder of the ranker (pretrain.py --stage ranker)
     ranker_margin: NotNegative = 0.5  # trained: log-odds below the best of a level that still tie with it
-    discrete_coef: NotNegative = 1.0  # dual reward (sum, objectives by scores): of the right answer
-    continuous_coef: NotNegative = 1.0  # dual reward: weight of the spans' overlap
-    format_coef: NotNegative = 0.1  # dual reward: weight of the form
+    discrete_coef: Limited = 1.0  # dual reward (sum, objectives by scores): of the right answer
+    continuous_coef: Limited = 1.0  # dual reward: weight of the spans' overlap
+    format_coef: Limited = 0.1  # dual reward: weight of the form
     overlap: Literal["iou", "iop"] = "iou"  # dual reward: how the overlap is measured
 
     def __post_init__(self):
@@ -61,6 +63,12 @@ class OracleOptions(Options):
             raise BadInput("--oracle_asks scores: only a judge is asked for scores; choose --oracle llm")
         if self.oracle == "replay" and not os.path.isfile(self.oracle_cache):
             raise BadInput(f"--oracle_cache {self.oracle_cache}: no such file to replay; name one")
+        if self.oracle == "llm" and self.oracle_cache:
+            from oracles.cache import check_cache
+
+            check_cache(self.oracle_cache, "oracle")
+        if not (self.discrete_coef or self.continuous_coef or self.format_coef):
+            raise BadInput("--discrete_coef, --continuous_coef, --format_coef: all are 0; raise one of them")
 
 
 @dataclass
@@ -70,7 +78,7 @@ class OracleExperiments(Options):
     swap_prob: Share = 0.0  # chance that two neighbours in the oracle's order swap
     position_bias: Share = 0.0  # chance that the first candidate is put on top
     score_bend: Share = 0.0  # sum, and objectives by scores: how far apart the scales of two questions are
-    score_noise: NotNegative = 0.0  # the same: noise of a score, as a share of the scale
+    score_noise: Limited = 0.0  # the same: noise of a score, as a share of the scale
     oracle_agreement: Literal["off", "scale", "tie"] = "off"  # scale advantages by Kendall's W | tie disputes
     anchor: bool = False  # the gold answer is ranked too: no positive advantage below it
     canary: bool = False  # a known-bad answer is ranked too, which measures the judge's errors
@@ -161,21 +169,42 @@ def check_replayed(cfg, batches):
         check_replay(cfg.oracle_cache, batches, cfg.num_steps)
 
 
-# What helps where a ranking failed; else the judge's server is to be looked at
+# What helps where a judge's server refuses: pattern of its words, option, remedy. The first that fits counts
+REFUSALS = (
+    (r"insufficient_quota|HTTP 402", "url", "the account there has no credit left; name another server"),
+    (r"content.(filter|management)|inappropriate|flagged", "model", "the judge declines; name another"),
+    (r"(context|prompt)\b.*(length|size|window|long)", "model", "serve it with a longer context"),
+    (r"\brole|alternate", "model", "name a model whose chat template takes a system message"),
+    (r"model.*(not|n't) (be )?(exist|found|available|served|a valid)|model.*(does|did) not|"
+     r"(invalid|unknown|no such|not a valid) model", "model", "name a model that it serves"),
+    (r"moved to", "url", "write that address"),
+    (r"HTTPS port|WRONG_VERSION_NUMBER", "url", "write http:// or https://, as the server speaks it"),
+    (r"CERTIFICATE_VERIFY", "url", "let the environment variable SSL_CERT_FILE name its certificate"),
+    (r"HTTP 40[13]", "url", "set the environment variable ORACLE_API_KEY to a key that it accepts"),
+    (r"HTTP (304|407|451)", "url", "a proxy stands before the server; name another address or server"),
+    (r"HTTP 413", "frames", "show fewer pictures, or let the server take larger requests"),
+    (r"HTTP 40[45]|endpoint|not found", "url", "write the address with its path, mostly http://HOST:PORT/v1"),
+)  # fmt: skip
+# What helps where a ranking failed, by the beginning of its note, "cause: words"
 REMEDIES = {
     "function": "mend the function",
     "cut": "give the judge more room, as with --oracle_body '{\"max_tokens\": 4096}'",
     "refused": "--oracle_body adds fields to the request, or takes them out (null)",
-} | dict.fromkeys(
-    ("empty", "not_json", "missing", "duplicate", "unknown"),
-    'take a larger judge, or force JSON: --oracle_body \'{"response_format": {"type": "json_object"}}\'',
-)
+    r"empty: no answer \((refusal|content_filter)": "the judge declines; name another",
+    r"empty: no answer \(tool_calls": "turn the server's tool calls off",
+    r"empty: no answer \(only": "turn the server's reasoning parser off, or raise max_tokens (--oracle_body)",
+    "empty|not_json|missing|duplicate|unknown": "take a larger judge, or force JSON:"
+    ' --oracle_body \'{"response_format": {"type": "json_object"}}\'',
+}
 
 
 def remedy_of(note: str, option: str = "oracle") -> str:
-    """The remedy for the cause that a failed ranking's note begins with. option: prefix of the judge's."""
-    remedy = REMEDIES.get(note.partition(":")[0], "look at the judge's server")
-    return remedy.replace("--oracle_", f"--{option}_")
+    """The remedy for a failed ranking's note; else its judge's server is to be looked at. option: prefix of
+    the judge's options."""
+    refused = note.startswith("refused")
+    found = [words for pattern, _, words in REFUSALS if refused and re.search(pattern, note, re.IGNORECASE)]
+    found += [words for pattern, words in REMEDIES.items() if re.match(pattern, note)]
+    return [*found, "look at the judge's server"][0].replace("--oracle_", f"--{option}_")
 
 
 class PatientOracle:
@@ -235,10 +264,10 @@ class PatientOracle:
     def _tell(self, ranking: Ranking, texts):
         failures = [note for note in ranking.notes if note]
         for note in failures:
-            cause = note.partition(":")[0]
-            if cause not in self.told:
-                tqdm.write(f"a ranking failed ({one_line(note)}); {remedy_of(note)}", file=sys.stderr)
-                self.told.add(cause)
+            kind = note.partition(":")[0], remedy_of(note)
+            if kind not in self.told:
+                tqdm.write(f"a ranking failed ({one_line(note)}); {kind[1]}", file=sys.stderr)
+                self.told.add(kind)
         if not self.first:
             return
         self.first = False

@@ -27,8 +27,9 @@ from grpo_rank import ranks_from_scores
 from oracle import Ranking, check_groups, competition_ranks
 from oracles.cache import CACHE_VERSION, Cache, lacks
 from oracles.chat import TRIES, Chat, Failed
+from oracles.choose import REFUSALS, remedy_of
 from plumbing.machine import say
-from plumbing.options import BadInput, parse_json
+from plumbing.options import BadInput, is_kind, parse_json
 from videoqa.answers import Question, prompt_text
 from videoqa.video import read_frames
 
@@ -168,7 +169,7 @@ def read_ranking(reply: str, letters: str) -> list[int]:
     if not isinstance(value, list):
         raise Failed("not_json", f"neither a JSON ranking nor an order like G > H: {text}")
     levels = [level if isinstance(level, list) else [level] for level in value]
-    said = [x.strip() if isinstance(x, str) else json.dumps(x)[:20] for level in levels for x in level]
+    said = [x.strip() if isinstance(x, str) else json.dumps(x) for level in levels for x in level]
     unknown = [x for x in said if len(x) != 1 or x not in letters]
     repeated = [x for x, times in Counter(said).items() if times > 1]
     missing = [x for x in letters if x not in said]
@@ -185,7 +186,7 @@ def read_scores(reply: str, letters: str) -> list[int]:
     value = value.get("scores", value) if isinstance(value, dict) else value
     if not isinstance(value, dict):
         raise Failed("not_json", f"no JSON object of scores: {text}")
-    unknown, missing = [x for x in value if x not in letters], [x for x in letters if x not in value]
+    unknown, missing = [x for x in value if x not in set(letters)], [x for x in letters if x not in value]
     for cause, found in (("unknown", unknown), ("missing", missing)):
         if found:
             raise Failed(cause, f"{cause} letters: {', '.join(found)}")
@@ -251,18 +252,6 @@ def _distinct_keys(pairs: list) -> dict:
 
 LOADING_WAIT = 2.0  # seconds between two tries of a server that is still loading
 NEWER = "max_completion_tokens"  # what some servers want in place of max_tokens
-# What the words of a first call that failed mean: pattern, option, remedy. The first that fits counts
-REMEDIES = (
-    (r"insufficient_quota|HTTP 402", "url", "the account there has no credit left; name another server"),
-    (r"(context|prompt)\b.*(length|size|window|long)", "model", "serve it with a longer context"),
-    (r"\brole|alternate", "model", "name a model whose chat template takes a system message"),
-    (r"model.*(not|n't) (be )?(exist|found|available|served|a valid)|model.*(does|did) not|"
-     r"(invalid|unknown|no such|not a valid) model", "model", "name a model that it serves"),
-    (r"moved to", "url", "write that address"),
-    (r"HTTPS port|WRONG_VERSION_NUMBER", "url", "write http:// or https://, as the server speaks it"),
-    (r"CERTIFICATE_VERIFY", "url", "let the environment variable SSL_CERT_FILE name its certificate"),
-    (r"HTTP 40[45]|endpoint|not found", "url", "write the address with its path, mostly http://HOST:PORT/v1"),
-)  # fmt: skip
 
 
 @dataclass
@@ -303,11 +292,13 @@ class LLMOracle:
         self.rankings = Cache(self.cache, self.option)
         self.pool = ThreadPoolExecutor(self.concurrency, "judge")
         self.judge = json.dumps([self.model, extra], sort_keys=True)
-        if self.replay and not self.model:
+        if self.replay:
             known = self.rankings.judges()
-            if len(known) != 1:
-                raise BadInput(f"{self.cache}: holds {len(known)} judges; name one with --oracle_model")
-            self.judge = known[0]
+            if not self.model and len(known) == 1:
+                self.judge = known[0]
+            if self.judge not in known:
+                words = f"holds rankings of {len(known)} judges, {known}; name one of them"
+                raise BadInput(f"{self.cache}: {words} with --oracle_model and --oracle_body")
         self.hits = self.repairs = 0
 
     def check(self) -> None:
@@ -334,7 +325,7 @@ class LLMOracle:
                 busy = failed.cause == "busy" or failed.words.startswith("HTTP 503")
                 if not (busy or dropped and drops < TRIES) or time.monotonic() >= until:
                     raise BadInput(self._what_is_wrong(failed, pictures)) from failed
-                wait = LOADING_WAIT if failed.retry_after is None else failed.retry_after
+                wait = max(LOADING_WAIT, failed.retry_after or 0)
                 if not told and busy:
                     say(f"{self.url} is not ready ({failed}); waiting {self.patience:.0f} s at most")
             told, self.chat.in_a_row, self.chat.calls = True, 0, self.chat.calls - 1
@@ -356,11 +347,11 @@ class LLMOracle:
             if fields:
                 out = {fields[0]: None} | ({NEWER: 1024} if NEWER in words else {})
                 return f"{name}_body: {says}; give {name}_body '{json.dumps(out)}'"
-        for pattern, option, remedy in REMEDIES:
+        for pattern, option, remedy in REFUSALS:
             if re.search(pattern, words, re.IGNORECASE):
                 return f"{name}_{option} {getattr(self, option)}: {says}; {remedy}"
         if failed.cause == "refused":
-            return f"{name}_body: {says}; {name}_body adds fields to the request, or takes them out (null)"
+            return f"{name}_body: {says}; {remedy_of('refused', self.option)}"
         return f"{name}_url {self.url}: {failed.cause}, {words}; start the server or correct the address"
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
@@ -472,6 +463,8 @@ class LLMOracle:
                 try:
                     if reason == "length":
                         raise Failed("cut", "the reply was cut at max_tokens")
+                    if not reply.strip() or reason == "content_filter":
+                        raise Failed("empty", f"no answer ({reason})")
                     value = read(reply)
                     break
                 except Failed as fault:
@@ -489,13 +482,11 @@ class LLMOracle:
 
 def _is_ranking(value, n: int) -> bool:
     """Whether a value that was read back from the cache is a ranking of n texts."""
-    whole = isinstance(value, list) and len(value) == n and all(type(x) is int for x in value)
-    return whole and competition_ranks(value) == value
+    return is_kind(value, list[int]) and len(value) == n and competition_ranks(value) == value
 
 
 def _are_scores(value, n: int) -> bool:
-    whole = isinstance(value, list) and len(value) == n and all(type(x) is int for x in value)
-    return whole and all(0 <= x <= MAX_SCORE for x in value)
+    return is_kind(value, list[int]) and len(value) == n and all(0 <= x <= MAX_SCORE for x in value)
 
 
 def _is_verdict(value) -> bool:

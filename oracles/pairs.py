@@ -21,7 +21,7 @@ from plumbing.machine import pick_device
 from plumbing.options import BadInput, Count, Options, Positive, Share, read_jsonl, write_json
 from videoqa import world
 from videoqa.answers import Question, grade, prompt_text
-from videoqa.questions import is_below, load_questions
+from videoqa.questions import is_below, is_text, load_questions
 
 FIELDS = ("video", "question", "chosen", "rejected")
 FIRST_SCENE = 3_000_000  # seed of the first scene of the ranker's clips: nothing else has seen them
@@ -55,11 +55,11 @@ class Pair:
 
 def load_pairs(path: str, videos_dir: str) -> list[Pair]:
     """From lines {"video", "question", "chosen", "rejected"}. BadInput names file and line."""
-    wants, pairs = f"each line is {{{', '.join(FIELDS)}}}, all of them texts", []
+    wants, pairs = f"each line is {{{', '.join(FIELDS)}}}, texts of which only rejected may be empty", []
     for where, row in read_jsonl(path, wants):
         texts = [row.get(name) for name in FIELDS]
-        if not all(isinstance(text, str) for text in texts):
-            raise BadInput(f"{where}: a field is missing or no text; {wants}")
+        if not (all(map(is_text, texts[:3])) and isinstance(texts[3], str)):
+            raise BadInput(f"{where}: a field is missing, empty or no text; {wants}")
         video, question, chosen, rejected = (text.strip() for text in texts)
         if chosen == rejected:
             raise BadInput(f"{where}: chosen and rejected are the same; leave it out")

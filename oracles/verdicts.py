@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 
+from oracles.cache import check_cache
 from oracles.chat import Failed
 from oracles.choose import remedy_of
 from oracles.judge import TOP_SCORE, VERDICT_SHA256, LLMOracle
@@ -62,4 +63,5 @@ def judge_of(args):
         raise BadInput("--judge_url and --judge_model: one without the other; give both")
     options = {k: getattr(args, f"judge_{k}") for k in ("url", "model", "body")}
     options["cache"] = args.judge_cache or f"{args.predictions}.judge.sqlite"
+    check_cache(options["cache"], "judge")
     return LLMOracle(**options, key=os.environ.get("ORACLE_API_KEY", ""), option="judge")

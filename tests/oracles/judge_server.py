@@ -25,6 +25,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if reply == "LENGTH":
                 choice["finish_reason"] = "length"
             content = json.dumps({"choices": [choice], "usage": {"total_tokens": 10}})
+        for early in self.server.early:
+            self.send_response_only(early)
+            self.end_headers()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -43,6 +46,7 @@ class JudgeServer(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     def __init__(self, brain):
         super().__init__(("127.0.0.1", 0), Handler)
+        self.early = ()  # statuses before that of the reply
         self.brain, self.lock, self.requests, self.held = brain, threading.Lock(), [], 0.0
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()

@@ -18,6 +18,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ import eval as eval_room
 import train
 from oracle import Ranking, competition_ranks
 from oracles import chat, judge, verdicts
-from oracles.cache import Cache, ReplayOracle
+from oracles.cache import Cache, ReplayOracle, check_replay
 from oracles.choose import PatientOracle
 from oracles.combine import DuelOracle, PermutedOracle, shown_orders
 from oracles.judge import (
@@ -459,10 +460,31 @@ def test_replay_from_jsonl_needs_no_judge_and_names_what_it_lacks(tmp_path):
         oracle.rank([question(0)], [["a", "c", "c"]])
     rows = ([1, 2], [0.0, 1.0], [False, True], [0], "01", [-1, 0])
     rows = [json.dumps({"id": "0", "candidates": ["a", "b"], "oracle_ranks": ranks}) for ranks in rows]
-    for bad in ("[1", '{"id": "0"}', *rows):
+    good = {"id": "1", "candidates": ["a", "b"], "oracle_ranks": [0, 1]}
+    odd = {"candidates": "ab"}, {"id": None}, {"oracle_ok": "false"}, {"candidates": ["a", 2]}, {"id": "0"}
+    twins = {"candidates": ["a", "a "]}, {"candidates": [], "oracle_ranks": []}
+    for bad in ("[1", '{"id": "0"}', *rows, *(json.dumps(good | more) for more in (*odd, *twins))):
         path.write_text('{"id": "0", "candidates": ["a", "b"], "oracle_ranks": [1, 0]}\n' + bad + "\n")
         with pytest.raises(BadInput, match=r"r\.jsonl, line 2: "):
             ReplayOracle(str(path))
+    # The same order of the same texts is no contradiction, whichever of them stands there twice
+    groups = [good, good | {"candidates": ["a", "b", "a"], "oracle_ranks": [0, 2, 0]}]
+    groups.append(good | {"oracle_ranks": [0, 0], "oracle_ok": False})
+    path.write_text("\n".join(map(json.dumps, groups)))
+    assert ReplayOracle(str(path)).rank([question(1)], [["b", "a"]]).ranks.tolist() == [[1, 0]]
+
+
+def test_a_file_that_can_answer_nothing_is_refused_before_the_first_step(serve, tmp_path):
+    batches = SimpleNamespace(rows=lambda step: torch.tensor([step]), asked=SimpleNamespace())
+    batches.asked.questions = [question(0), question(1)]
+    (tmp_path / "e.jsonl").touch()
+    with pytest.raises(BadInput, match=r"e\.jsonl: lacks any group of question 0; replay the run it is of"):
+        check_replay(str(tmp_path / "e.jsonl"), batches, 2)
+    path = str(tmp_path / "c.sqlite")
+    make(serve(perfect), cache=path).rank([question(0)], [["1 a", "2 b"]])
+    check_replay(path, batches, 2)
+    with pytest.raises(BadInput, match=r"c\.sqlite: holds rankings of 1 judges, .*--oracle_model"):
+        LLMOracle(model="another", cache=path, replay=True)
 
 
 # ---- fairness
@@ -564,6 +586,7 @@ def test_scores_are_asked_for_in_one_call_and_the_ranks_follow(serve, tmp_path):
     [
         ('{"scores": {"G": 0, "H": 10}}', [0, 10]), ('{"H": 1, "G": 2}', [2, 1]),
         ('{"scores": {"G": 1}}', "missing"), ('{"scores": {"G": 1, "H": 2, "J": 3}}', "unknown"),
+        ('{"scores": {"G": 1, "H": 2, "GH": 3}}', "unknown"), ('{"G": 1, "H": 2, "": 3}', "unknown"),
         ('{"scores": {"G": 1, "H": 11}}', "unknown"), ('{"scores": {"G": 1, "H": 2.5}}', "unknown"),
         ('{"scores": {"G": true, "H": 1}}', "unknown"), ("[1, 2]", "not_json"), ("G: 1", "not_json"),
         ('{"scores": {"G": 1, "H": 2, "G": 3}}', "duplicate"), ('{"scores": []}', "not_json"),
@@ -793,6 +816,21 @@ def test_a_resume_sends_the_key_to_no_address_that_is_not_given_again(tmp_path, 
             "--oracle llm --oracle_url http://127.0.0.1:9 --oracle_model m",
             ["--oracle_url", "start the server"],
         ),
+        (
+            "--oracle llm --oracle_url x --oracle_model m --oracle_cache none/c.sqlite",
+            ["none/c.sqlite: no fold"],
+        ),
+        (
+            "--oracle llm --oracle_url x --oracle_model m --oracle_cache :memory:",
+            ["_cache :memory:: no folder"],
+        ),
+        ("--oracle sum --score_noise 1e308", ["--score_noise 1e+308", "at most"]),
+        ("--oracle sum --discrete_coef 1e308", ["--discrete_coef 1e+308", "at most"]),
+        ("--oracle sum --discrete_coef 0 --continuous_coef 0 --format_coef 0", ["--format_coef: all are 0"]),
+        (
+            "--oracle llm --oracle_url x --oracle_model m --oracle_patience 1e308",
+            ["--oracle_patience", "at most"],
+        ),
         ("--oracle replay --oracle_cache none.jsonl", ["none.jsonl: no such file"]),
         ("--oracle best", ["--oracle best", "module:function"]),
         ("--oracle trained --ranker none", ["none/ranker.safetensors: no such file", "--stage ranker"]),
@@ -976,6 +1014,8 @@ def test_a_judge_that_cannot_be_asked_is_one_line_and_none_is_asked_where_all_is
         (["a dog"], here[:2], "--judge_url and --judge_model: one without the other"),
         (["a dog"], ("--judge_url", "ftp://x", "--judge_model", "m"), "--judge_url ftp://x: not an address"),
         (["a dog"], (*here, "--judge_body", "["), r"--judge_body \[: not JSON"),
+        (["a dog"], (*here, "--judge_cache", "none/c.sqlite"), "--judge_cache none/c.sqlite: no folder"),
+        (["a dog"], (*here, "--judge_cache", ":memory:"), "--judge_cache :memory:: no folder"),
         ([], here, "d.jsonl has no open-ended question"),
     ):
         with pytest.raises(BadInput, match=words) as error:

@@ -90,7 +90,8 @@ def test_pairs_from_a_file_and_what_is_wrong_with_one(tmp_path):
     pairs = load_pairs(str(path), "videos")
     assert pairs[0] == Pair("videos/a.mp4", "what?", "red", "blue") and len(pairs) == 2
     for bad in ("[1", "7", '{"video": "a.mp4"}', json.dumps(good | {"chosen": 3}),
-                json.dumps(good | {"chosen": "blue"})):  # fmt: skip
+                json.dumps(good | {"chosen": "blue"}), json.dumps(good | {"chosen": ""}),
+                json.dumps(good | {"question": " "}), json.dumps(good | {"video": ""})):  # fmt: skip
         path.write_text(json.dumps(good) + "\n" + bad + "\n")
         with pytest.raises(BadInput, match=r"pairs\.jsonl, line 2: [^\n]*$"):
             load_pairs(str(path), "videos")
