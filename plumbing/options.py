@@ -191,7 +191,7 @@ def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lamb
 # ---- the script
 
 # What PyTorch says where memory ends, on a GPU, on a CPU, and where a size is beyond any memory
-NO_MEMORY = "out of memory|can't allocate memory|calculation overflowed"
+NO_MEMORY = "out of memory|not enough memory|can't allocate memory|calculation overflowed"
 LESS_MEMORY = "take smaller sizes: --micro_batch_prompts and --sample_prompts, --max_new_tokens, --group_size"
 
 
@@ -241,6 +241,7 @@ def run_script(main) -> None:
     try:
         with contextlib.redirect_stdout(Stdout(sys.stdout)):
             status = main()
+            sys.stdout.flush()
     except BadInput as error:
         print(f"error: {message(error)}", file=sys.stderr)
         status = 2
@@ -388,11 +389,11 @@ def temporary_name(path: str) -> str:
 
 @contextlib.contextmanager
 def naming(path: str):
-    """Within it, an error of the disk that names no file, as a full disk's does not, names this one."""
+    """Within it, an error of the disk names this file; that of a full disk by itself names none."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or path
+        error.filename = path
         raise
 
 

@@ -136,7 +136,8 @@ def check_folder(options: RunOptions) -> None:
     if os.path.exists(checkpoint_path(out)):
         raise BadInput(f"--out {out}: exists already; add --resume to continue it, or name another")
     config = os.path.join(out, "config.json")  # models have one too, but were not made with options
-    if os.listdir(out) and not (os.path.exists(config) and "made" in read_json(config, COPY_AGAIN)):
+    holds_run = os.path.exists(config) and "made" in read_json(config, COPY_AGAIN)
+    if set(os.listdir(out)) - {"lock"} and not holds_run:
         raise BadInput(f"--out {out}: exists already and holds no run; name another folder")
 
 

@@ -71,6 +71,7 @@ def test_a_run_never_begins_in_a_folder_of_something_else(tmp_path):
     (tmp_path / "empty").mkdir()
     for out in ("empty", "new"):
         check_folder(Small(str(tmp_path / out)))
+        folder_of(tmp_path / out)
 
 
 def test_a_run_that_ended_there_while_this_one_loaded_is_not_overwritten(tmp_path):
