@@ -132,8 +132,9 @@ def test_a_question_about_a_part_sees_no_more_and_each_part_is_embedded_once(tmp
 
 def test_prompts_are_padded_left_and_completions_right():
     prompt_ids, prompt_mask = data.collate_prompts([[1, 7], [1, 8, 9]])
-    assert prompt_ids.tolist() == [[0, 1, 7], [1, 8, 9]] and prompt_ids.dtype == torch.int64
-    assert prompt_mask.tolist() == [[False, True, True], [True, True, True]]
+    before = [0] * (data.PROMPT_BLOCK - 3)
+    assert prompt_ids.tolist() == [[*before, 0, 1, 7], [*before, 1, 8, 9]] and prompt_ids.dtype == torch.int64
+    assert prompt_mask.int().tolist() == [[*before, 0, 1, 1], [*before, 1, 1, 1]]
     completion_ids, completion_mask = data.collate_completions([[7, data.EOS_ID], [7, 8, 9], []])
     assert completion_ids.tolist() == [[7, data.EOS_ID, 0], [7, 8, 9], [0, 0, 0]]
     assert completion_mask.tolist() == [[True, True, False], [True, True, True], [False, False, False]]
