@@ -238,7 +238,8 @@ def nucleus(logprobs: Tensor, top_p: float) -> Tensor:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
     probs, ids = logprobs.exp().sort(dim=-1, descending=True, stable=True)
     before = probs.cumsum(dim=-1) - probs  # probability of all that is likelier
-    return torch.zeros_like(ids, dtype=torch.bool).scatter(-1, ids, (before < top_p) & (probs > 0))
+    inside = (before < max(top_p, torch.finfo(probs.dtype).tiny)) & (probs > 0)
+    return torch.zeros_like(ids, dtype=torch.bool).scatter(-1, ids, inside)
 
 
 def pack_support(support: Tensor) -> Tensor:

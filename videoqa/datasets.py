@@ -117,6 +117,8 @@ def _choice(where: str, options: list[str], index: int | str) -> dict:
         if index not in options:
             raise BadInput(f"{where}: answer {index!r} is none of the options {options}; correct the row")
         index = options.index(index)
+    if len(options) < 2:
+        raise BadInput(f"{where}: its options are {options}, and a choice needs two; correct the row")
     empty = [i for i, option in enumerate(options) if not option.strip()]
     if empty:
         raise BadInput(f"{where}: option {empty[0]} is empty; correct the row")
@@ -142,8 +144,9 @@ def msvd_qa(path):
     clip_of = {name: clip for clip, name in pairs}
     for where, row in _rows(path):
         if path.endswith(".csv"):  # a re-export: question_id is <video>_<id>
-            question, answer, key, clip = _need(row, where, "question answer question_id video_name")
-            names, key = (clip, f"vid{row['video_id']}"), key.rpartition("_")[2]
+            columns = "question answer question_id video_name video_id:key"
+            question, answer, key, clip, video = _need(row, where, columns)
+            names, key = (clip, f"vid{video}"), key.rpartition("_")[2]
         else:
             question, answer, key, video = _need(row, where, "question answer id:key video_id:key")
             names = (clip_of.get(f"vid{video}", f"vid{video}"), f"vid{video}")
@@ -154,7 +157,9 @@ def msvd_qa(path):
 def msrvtt_qa(path):
     for i, (where, row) in enumerate(_rows(path)):
         key = "question_id:key" if path.endswith(".csv") else "id:key"
-        if "answer_type" in row and "id" not in row:  # a re-export without ids: they are the row's number
+        if (
+            isinstance(row, dict) and "answer_type" in row and "id" not in row
+        ):  # a re-export without ids: they are the row's number
             key, row = "id:key", row | {"id": i}
         question, answer, key, video = _need(row, where, f"question answer {key} video_id:key")
         video, kind = f"video{video.removeprefix('video')}", question.split()[0].lower()
@@ -166,7 +171,12 @@ def activitynet_qa(path):
         rows, answers = _rows(path), {}
     else:
         rows, beside = _rows(path), re.sub(r"_q(?=\.json$)", "_a", path)
-        answers = {_need(row, where, "question_id:key")[0]: (where, row) for where, row in _rows(beside)}
+        answers = {}
+        for where, row in _rows(beside):
+            (key,) = _need(row, where, "question_id:key")
+            if answers.setdefault(key, (where, row))[1] != row:
+                words = f"question_id {key!r} has another answer at {answers[key][0]}"
+                raise BadInput(f"{where}: {words}; give both files of one split")
     for where, row in rows:
         question, key, video = _need(row, where, "question question_id:key video_name")
         if answers and key not in answers:
@@ -211,8 +221,8 @@ def charades_sta(path):
         where = f"{path}, line {i + 1}"
         head, mark, sentence = line.partition("##")
         parts = head.split()
-        if not mark or len(parts) != 3:
-            column = "start, end" if mark else "sentence"
+        if not sentence.strip() or len(parts) != 3:
+            column = "start, end" if sentence.strip() else "sentence"
             words = f"column '{column}' is missing; a line is <video> <start> <end>##<sentence>"
             raise BadInput(f"{where}: {words}")
         try:
@@ -437,7 +447,8 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
         fault = _span_fault(row)
         if bad_spans == "clip" and OUTSIDE in fault:
             row = _cut(row, most=math.inf)
-            fault, num_clipped = _span_fault(row), num_clipped + 1
+            fault = _span_fault(row)
+            num_clipped += not fault
         if fault:
             faults.append(f"{where}: {fault}")
         elif row["id"] not in rows:

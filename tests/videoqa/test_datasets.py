@@ -251,3 +251,31 @@ def test_a_re_export_of_msrvtt_without_ids_and_tempcompass_own_marks_are_read(tm
     questions, _ = converted(tmp_path, "tempcompass", "tempcompass/caption_matching.json")
     first = next(iter(questions.values()))
     assert first.marks == ("Option 1", "Option 2") and "\nOption 1: " in prompt_text(first)
+
+
+def written(tmp_path, name, value):
+    path = tmp_path / name
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return str(path)
+
+
+def test_a_row_that_would_be_lost_or_asks_nothing_is_refused_with_its_place(tmp_path):
+    row = {"question_id": "1", "answer": "red", "type": 0}
+    question = {"question_id": "1", "question": "what?", "video_name": "a"}
+    written(tmp_path, "x_q.json", [question])
+    written(tmp_path, "x_a.json", [row, row | {"answer": "blue"}])
+    choice = {"question_id": "1", "videoID": "a", "duration": "short", "task_type": "t", "question": "what?"}
+    csv = "question,answer,question_id,video_name\nwhat?,red,1,a\n"
+    cases = {
+        "activitynet_qa": (str(tmp_path / "x_q.json"), "has another answer at"),
+        "video_mme": (
+            written(tmp_path, "v.json", [choice | {"options": ["A. red"], "answer": "A"}]),
+            "needs two",
+        ),
+        "charades_sta": (written(tmp_path, "c.txt", "AO8RW 0.0 6.9##  \n"), "column 'sentence' is missing"),
+        "msrvtt_qa": (written(tmp_path, "m.json", [5]), "column 'question' is missing"),
+        "msvd_qa": (written(tmp_path, "d.csv", csv), "column 'video_id' is missing"),
+    }
+    for name, (path, words) in cases.items():
+        with pytest.raises(BadInput, match=words):
+            list(NAMES[name][0](path))
