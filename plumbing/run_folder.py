@@ -208,7 +208,7 @@ class RunFolder:
         self.step, self.progress, self.seconds = 0, {"bad_steps": 0, "bad_in_a_row": 0}, {}
         self.began, self.signals = time.monotonic(), []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores one
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self.catch)
         if self.writes:
             self.open(made_from)

@@ -156,7 +156,7 @@ def test_reading_takes_time_in_proportion_to_the_reply(reply):
     began = time.thread_time()
     with pytest.raises(chat.Failed) as failed:
         read_ranking(reply, "GHJ")
-    assert time.thread_time() - began < 0.5 and len(str(failed.value)) <= 300
+    assert time.thread_time() - began < 1.2 and len(str(failed.value)) <= 300  # 0.01 to 0.1 on a free machine
 
 
 def test_one_repair_quotes_the_fault_then_the_group_fails_and_its_raw_text_is_kept(serve, tmp_path):
