@@ -14,7 +14,7 @@ import os
 from functools import partial
 from statistics import fmean, stdev
 
-from experiments.study import RUN_WANTS, study_run, train_lines, train_run
+from experiments.study import RUN_WANTS, begin, study_run, train_lines, train_run
 from plumbing import page
 from plumbing.options import BadInput, read_json, read_jsonl, write_json, write_whole
 
@@ -59,7 +59,7 @@ FILL = {
 
 def rivals_study(folder: str, seeds: int, options: list[str], page_path: str, rates=RATES) -> str:
     """Trains every line of RIVALS with every seed at its own best rate; writes figures/rivals.svg too."""
-    lines = at_best_rate("rivals_study", RIVALS, folder, options, rates)
+    lines = at_best_rate("rivals_study", RIVALS, folder, options, page_path, rates)
     table = train_lines(
         "rivals_study", lines, partial(rivals_table, lines), folder, seeds, options, page_path
     )
@@ -71,7 +71,7 @@ def rivals_study(folder: str, seeds: int, options: list[str], page_path: str, ra
 
 def feedback_study(folder: str, seeds: int, options: list[str], page_path: str, rates=RATES) -> str:
     """Trains every line of FEEDBACK with every seed at its own best rate."""
-    lines = at_best_rate("feedback_study", FEEDBACK, folder, options, rates)
+    lines = at_best_rate("feedback_study", FEEDBACK, folder, options, page_path, rates)
     return train_lines(
         "feedback_study", lines, partial(rivals_table, lines), folder, seeds, options, page_path
     )
@@ -84,16 +84,17 @@ def fill_study(folder: str, seeds: int, options: list[str], page_path: str) -> s
     if not {"--num_steps", "--batch_prompts"} <= sizes.keys():
         raise BadInput("fill: name --num_steps and --batch_prompts behind --")
     blanks = {"part": int(sizes["--num_steps"]) // 3, "quarter": int(sizes["--batch_prompts"]) // 4}
+    begin("fill_study", folder, options, page_path)
     table = partial(rivals_table, FILL)
     return train_lines("fill_study", FILL, table, folder, seeds, options, page_path, **blanks)
 
 
-def at_best_rate(name: str, lines: dict[str, str], folder: str, options: list[str], rates) -> dict[str, str]:
+def at_best_rate(name: str, lines: dict, folder: str, options: list[str], page: str, rates) -> dict[str, str]:
     """The lines with the learning rate of `rates` that gives each the largest mean `area` on RATE_SEEDS;
     where there is one rate only, nothing is tried. What was found is kept in DIR/rates.json."""
     if "--eval_every" not in options:
         raise BadInput(f"{name}: the area under a curve needs --eval_every N; give it behind --")
-    os.makedirs(folder, exist_ok=True)
+    begin(name, folder, options, page, "--rates", *(f"{rate:g}" for rate in rates))
     if len(rates) == 1:
         return {line: f"{special} --lr {rates[0]:g}" for line, special in lines.items()}
     best, found = {}, {}

@@ -12,6 +12,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from functools import partial
 
 from data import DataOptions, draw_world, world_folders
@@ -44,7 +45,22 @@ for fault in ("swap 0.3", "bias 0.6"):
 
 def oracle_study(folder: str, seeds: int, options: list[str], page: str) -> str:
     """Trains with every faulty oracle of STUDY and every seed; see `train_lines`."""
+    begin("oracle_study", folder, options, page)
     return train_lines("oracle_study", STUDY, study_table, folder, seeds, options, page)
+
+
+def begin(name: str, folder: str, options: list[str], page: str, *more) -> None:
+    """Before hours of training: `page` has the place, train.py has the options, and all runs that `folder`
+    holds were made with these. more: what else decides them."""
+    between(page, name)
+    settings(options)
+    os.makedirs(folder, exist_ok=True)
+    stored, options = os.path.join(folder, "options.json"), [*options, *more]
+    if not os.path.exists(stored):
+        write_json(stored, options)
+    old = parse_json(read_bytes(stored, "name another --out"), stored, "name another --out")
+    if old != options:
+        raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
 
 
 def started(what: str, out: str, command: list[str]):
@@ -55,11 +71,17 @@ def started(what: str, out: str, command: list[str]):
 
 def train_run(out: str, options: list[str]):
     """Trains into `out`; goes on where it was broken off, and does nothing where it has ended."""
-    if os.path.exists(os.path.join(out, "results.json")):
+    ended, begun = (os.path.exists(os.path.join(out, x)) for x in ("results.json", "checkpoint.safetensors"))
+    if ended or begun:
+        config = read_json(os.path.join(out, "config.json"), RUN_WANTS)
+        for name, value in settings(options).items():  # but for what train.py itself decides
+            if value not in ("auto", config.get(name, value)) and (name, value) != ("num_steps", 0):
+                raise BadInput(f"{out}: has --{name} {config[name]}, not {value}; {RUN_WANTS}")
+    if ended:
         if not os.path.exists(os.path.join(out, "report.html")):  # killed between the two
             report.write([out])
         return
-    if os.path.exists(os.path.join(out, "checkpoint.safetensors")):
+    if begun:
         options = ["--resume"]
     else:
         shutil.rmtree(out, ignore_errors=True)  # it was broken off before it had learned anything
@@ -69,14 +91,6 @@ def train_run(out: str, options: list[str]):
 def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list[str], page: str, **blanks):
     """Trains each of `lines` (options of train.py) with each seed. After each run the `table` so far goes
     into `page`, between its lines <!-- name -->. blanks: what `lines` leave open. Returns the table."""
-    between(page, name)  # before hours of training
-    os.makedirs(folder, exist_ok=True)
-    stored = os.path.join(folder, "options.json")
-    if not os.path.exists(stored):
-        write_json(stored, options)
-    old = parse_json(read_bytes(stored, "name another --out"), stored, "name another --out")
-    if old != options:
-        raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
     for seed in range(seeds):
         for line, special in lines.items():
             special = special.format(folder=folder, seed=seed, **blanks).split()
@@ -111,6 +125,7 @@ def world_options(folder: str, clips: tuple[int, int]) -> tuple[list[str], str, 
 def reward_study(folder: str, seeds: int, options: list[str], page: str, clips=(500, 250)) -> str:
     """Temporal-R1's dual reward on the embedded world: trains every line of REWARDS with every seed."""
     options = [*world_options(folder, clips)[0], *options]
+    begin("reward_study", folder, options, page)
     table = partial(answers_table, REWARDS)
     return train_lines("reward_study", REWARDS, table, folder, seeds, options, page)
 
@@ -121,9 +136,10 @@ def selection_study(folder: str, seeds: int, options: list[str], page: str, clip
     The supervised start disagrees with itself nearly everywhere; so all lines start after `warm_up` steps on
     the whole data, when about a third of it is left to disagree on. 0: from the supervised start.
     """
-    half = steps_of(options) // 2
+    half = settings(options)["num_steps"] // 2
     common, train, held = world_options(folder, clips)
     options = [*common, *options]
+    begin("selection_study", folder, options, page, "--warm_up", str(warm_up))
     data, lines = os.path.join(train, "questions.jsonl"), SELECTED
     if warm_up:
         lines = {name: f"{line} --adapter {{folder}}/start_{{seed}}/adapter" for name, line in lines.items()}
@@ -145,15 +161,15 @@ def selection_study(folder: str, seeds: int, options: list[str], page: str, clip
     return train_lines("selection_study", lines, *study, train=train, held=held, half=half)
 
 
-def steps_of(options: list[str]) -> int:
-    """How many steps train.py takes with these options."""
+def settings(options: list[str]) -> dict:
+    """train.py's options by name, those that are not among these as it completes them."""
     from train import PRESETS, Config
 
     parser = ArgumentParser(prog="train.py")
     add_options(parser, Config)
     given = vars(parser.parse_args(options))
-    preset = PRESETS.get(given.get("preset"), {})
-    return {"num_steps": Config.num_steps, **preset, **given}["num_steps"]
+    defaults = {field.name: field.default for field in fields(Config) if field.name not in ("out", "resume")}
+    return {**defaults, **PRESETS.get(given.get("preset"), {}), **given}
 
 
 def answers_table(names, folder: str, seeds: int) -> str:

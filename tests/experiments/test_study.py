@@ -9,7 +9,7 @@ import torch
 
 import selection
 import train
-from experiments import study
+from experiments import rivals, study
 from oracle import RuleOracle
 from oracles.choose import choose_oracle
 from plumbing.options import BadInput, parse_args
@@ -121,7 +121,7 @@ def test_the_reward_study_trains_with_the_dual_reward_and_with_a_part_of_it(
     + [(["--preset", "smoke", "--num_steps", "4"], 4)],
 )
 def test_a_study_knows_how_many_steps_train_py_takes_also_where_its_options_do_not_say(options, steps):
-    assert study.steps_of(options) == steps
+    assert study.settings(options)["num_steps"] == steps
 
 
 def test_options_of_a_study_that_train_py_does_not_know_are_told_before_the_hours_of_training(tmp_path):
@@ -153,3 +153,26 @@ def test_the_selection_study_learns_from_selected_questions_and_is_measured_on_t
         path = next(folder.glob(f"{name}_third*_0/rollouts.jsonl"))
         asked = {json.loads(line)["id"] for line in path.read_text().splitlines()}
         assert asked <= {row["id"] for row in rows}
+
+
+def test_runs_of_other_options_are_never_taken_for_those_asked_for(tmp_path, monkeypatch):
+    """Neither by the whole study, whatever decides its runs, nor by one run that was begun by hand."""
+    page, out = tmp_path / "page.md", tmp_path / "run"
+    page.write_text("".join(f"<!-- {x}_study -->\n<!-- /{x}_study -->\n" for x in ("rivals", "selection")))
+    looked = ["--eval_every", "1"]
+    monkeypatch.setattr(rivals, "train_lines", lambda *_: "")
+    monkeypatch.setattr(rivals, "curves", lambda *_: "")
+    rivals.rivals_study(str(tmp_path / "r"), 1, looked, str(page), [1e-3])
+    with pytest.raises(BadInput, match=r"options\.json.*0\.003.*another --out"):
+        rivals.rivals_study(str(tmp_path / "r"), 1, looked, str(page), [3e-3])
+    monkeypatch.setattr(study, "world_options", lambda *_: ([], "train", "held"))
+    study.selection_study(str(tmp_path / "s"), 0, looked, str(page), warm_up=1)
+    with pytest.raises(BadInput, match=r"options\.json.*--warm_up.*another --out"):
+        study.selection_study(str(tmp_path / "s"), 0, looked, str(page), warm_up=3)
+    out.mkdir()
+    for name in ("results.json", "report.html"):
+        (out / name).touch()
+    (out / "config.json").write_text('{"lr": 0.001, "dtype": "float32", "num_steps": 100}')
+    study.train_run(str(out), ["--lr", "1e-3"])
+    with pytest.raises(BadInput, match=r"run: has --lr 0\.001, not 0\.003; remove its folder"):
+        study.train_run(str(out), ["--lr", "3e-3"])
