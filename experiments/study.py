@@ -9,7 +9,6 @@ was broken off goes on.
 
 import os
 import random
-import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -83,8 +82,6 @@ def train_run(out: str, options: list[str]):
         return
     if begun:
         options = ["--resume"]
-    else:
-        shutil.rmtree(out, ignore_errors=True)  # it was broken off before it had learned anything
     started("training", out, ["train.py", "--out", out, *options])
 
 

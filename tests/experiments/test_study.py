@@ -176,3 +176,13 @@ def test_runs_of_other_options_are_never_taken_for_those_asked_for(tmp_path, mon
     study.train_run(str(out), ["--lr", "1e-3"])
     with pytest.raises(BadInput, match=r"run: has --lr 0\.001, not 0\.003; remove its folder"):
         study.train_run(str(out), ["--lr", "3e-3"])
+
+
+def test_a_run_that_may_still_be_under_way_is_left_to_train_py_which_holds_its_lock(tmp_path, monkeypatch):
+    """As behind a study that was killed alone: train.py refuses the folder, or begins anew in it."""
+    commands = []
+    monkeypatch.setattr(study, "started", lambda *given: commands.append(given))
+    (tmp_path / "config.json").write_text('{"made": {}}')
+    study.train_run(str(tmp_path), ["--seed", "0"])
+    assert commands == [("training", str(tmp_path), ["train.py", "--out", str(tmp_path), "--seed", "0"])]
+    assert (tmp_path / "config.json").exists()
