@@ -10,13 +10,15 @@ README.md     between its lines <!-- figures -->: these pictures, and the three 
 
 import io
 import os
+import re
 from collections import defaultdict
+from html import escape
 
 from PIL import Image
 
 from experiments.study import between
 from plumbing import page
-from plumbing.options import ArgumentParser, BadInput, run_script, write_whole
+from plumbing.options import ArgumentParser, BadInput, cell, run_script, write_whole
 from plumbing.report import Run, before_and_after, read_run
 from videoqa.video import frame_strip
 
@@ -67,6 +69,11 @@ def contact_sheet(videos: list[str]) -> bytes:
     return content.getvalue()
 
 
+def plain(text: str) -> str:
+    """For a cell of a Markdown table, where it reads as it is: no HTML, no picture, no emphasis."""
+    return re.sub(r"[]\\`*_![]", lambda mark: f"&#{ord(mark[0])};", escape(cell(text), quote=False))
+
+
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN")
@@ -80,7 +87,8 @@ def main() -> int:
     shown, words = learned(runs[0])
     if not shown:
         raise BadInput(f"{runs[0].folder}: no answer became right, so there is nothing to show; {WANTS}")
-    rows = [f"| {old['question']} | {old['greedy']} | **{new['greedy']}** |" for old, new in shown]
+    cells = ((plain(x) for x in (old["question"], old["greedy"], new["greedy"])) for old, new in shown)
+    rows = ["| {} | {} | **{}** |".format(*texts) for texts in cells]
     folder = os.path.relpath(args.out, os.path.dirname(args.page) or ".")
     lines = [f"![three clips, six frames of each]({folder}/clips.jpg)", ""]
     lines += ["| asked about these clips | before | after |", "|---|---|---|", *rows, ""]
