@@ -9,6 +9,7 @@ was broken off goes on.
 
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -26,6 +27,7 @@ from plumbing.options import (
     read_bytes,
     read_json,
     read_jsonl,
+    read_text,
     run_script,
     write_json,
     write_whole,
@@ -225,13 +227,14 @@ def study_table(folder: str, seeds: int) -> str:
 
 
 def between(path: str, name: str, text: str = "") -> str:
-    """The file's text with `text` put between the lines <!-- name --> and <!-- /name -->."""
-    with open(path, encoding="utf-8") as file:
-        page = file.read()
-    first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    if first not in page or last not in page:
-        raise BadInput(f"{path}: has no lines {first.strip()} and {last}; put them where the table belongs")
-    return page[: page.index(first) + len(first)] + text + "\n" + page[page.index(last) :]
+    """The file's text with `text` put between the lines <!-- name --> and <!-- /name -->. Line ends stay."""
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    wants = f"name a page with the lines {first} and {last} once each, where the table belongs"
+    head, *parts = re.split(rf"({re.escape(first)}(?=\r?\n)|{re.escape(last)})", read_text(path, wants))
+    if parts[::2] != [first, last]:
+        raise BadInput(f"{path}: not such a page; {wants}")
+    end = "\r\n" if parts[1].startswith("\r") else "\n"
+    return head + first + end + (text + "\n").replace("\n", end) + last + parts[3]
 
 
 def main() -> int:

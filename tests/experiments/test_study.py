@@ -74,7 +74,7 @@ def test_the_study_trains_each_line_once_goes_on_where_it_was_and_writes_its_tab
     with pytest.raises(BadInput, match=r"options\.json: the runs there have options"):
         study.oracle_study(where[0], 1, [], str(page))
     page.write_text("no place for it")
-    with pytest.raises(BadInput, match="page.md: has no lines"):
+    with pytest.raises(BadInput, match="page.md: not such a page"):
         study.oracle_study(*where)
 
 
@@ -186,3 +186,21 @@ def test_a_run_that_may_still_be_under_way_is_left_to_train_py_which_holds_its_l
     study.train_run(str(tmp_path), ["--seed", "0"])
     assert commands == [("training", str(tmp_path), ["train.py", "--out", str(tmp_path), "--seed", "0"])]
     assert (tmp_path / "config.json").exists()
+
+
+def test_a_page_keeps_its_line_ends_and_without_each_mark_once_and_in_order_it_is_one_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_bytes(b"a\r\n<!-- x -->\r\nold\r\n<!-- /x -->\r\nb\n")
+    assert study.between(str(page), "x", "1\n2") == "a\r\n<!-- x -->\r\n1\r\n2\r\n<!-- /x -->\r\nb\n"
+    first, last = b"<!-- x -->\n", b"<!-- /x -->\n"
+    for content in (
+        last + first,
+        first + first + last,
+        first + last + last,
+        first,
+        b"caf\xe9" + first + last,
+        None,
+    ):
+        page.unlink() if content is None else page.write_bytes(content)
+        with pytest.raises(BadInput, match="page.md: .*name a page with the lines"):
+            study.between(str(page), "x", "new")
