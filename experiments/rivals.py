@@ -14,7 +14,7 @@ import os
 from functools import partial
 from statistics import fmean, stdev
 
-from experiments.study import RUN_WANTS, begin, study_run, train_lines, train_run
+from experiments.study import RUN_WANTS, begin, settings, study_run, train_lines, train_run
 from plumbing import page
 from plumbing.options import BadInput, read_json, read_jsonl, write_json, write_whole
 
@@ -78,22 +78,28 @@ def feedback_study(folder: str, seeds: int, options: list[str], page_path: str, 
 
 
 def fill_study(folder: str, seeds: int, options: list[str], page_path: str) -> str:
-    """Trains every line of FILL with every seed at the same rate; --num_steps and --batch_prompts must be
-    among the options."""
-    sizes = dict(zip(options, options[1:], strict=False))
-    if not {"--num_steps", "--batch_prompts"} <= sizes.keys():
-        raise BadInput("fill: name --num_steps and --batch_prompts behind --")
-    blanks = {"part": int(sizes["--num_steps"]) // 3, "quarter": int(sizes["--batch_prompts"]) // 4}
+    """Trains every line of FILL with every seed at the same rate."""
+    asked = settings(options)
+    blanks = {"part": asked["num_steps"] // 3, "quarter": asked["batch_prompts"] // 4}
+    if blanks["quarter"] < 1:
+        raise BadInput("fill: a quarter of --batch_prompts is a line of its own; give at least 4 behind --")
+    check_looks("fill", asked["eval_every"], blanks["part"], "a third of --num_steps")
     begin("fill_study", folder, options, page_path)
     table = partial(rivals_table, FILL)
     return train_lines("fill_study", FILL, table, folder, seeds, options, page_path, **blanks)
 
 
+def check_looks(name: str, every: int, steps: int, words: str) -> None:
+    """The area under a curve needs two evaluations, the first of which is made at the start."""
+    if not 1 <= every <= steps:
+        raise BadInput(f"{name}: needs --eval_every N, from 1 to {words} ({steps}); give both behind --")
+
+
 def at_best_rate(name: str, lines: dict, folder: str, options: list[str], page: str, rates) -> dict[str, str]:
     """The lines with the learning rate of `rates` that gives each the largest mean `area` on RATE_SEEDS;
     where there is one rate only, nothing is tried. What was found is kept in DIR/rates.json."""
-    if "--eval_every" not in options:
-        raise BadInput(f"{name}: the area under a curve needs --eval_every N; give it behind --")
+    asked = settings(options)
+    check_looks(name, asked["eval_every"], asked["num_steps"], "--num_steps")
     begin(name, folder, options, page, "--rates", *(f"{rate:g}" for rate in rates))
     if len(rates) == 1:
         return {line: f"{special} --lr {rates[0]:g}" for line, special in lines.items()}

@@ -92,7 +92,7 @@ def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list
     into `page`, between its lines <!-- name -->. blanks: what `lines` leave open. Returns the table."""
     for seed in range(seeds):
         for line, special in lines.items():
-            special = special.format(folder=folder, seed=seed, **blanks).split()
+            special = [word.format(folder=folder, seed=seed, **blanks) for word in special.split()]
             train_run(study_run(folder, line, seed), ["--seed", str(seed), *options, *special])
             write_whole(page, between(page, name, table(folder, seeds)).encode())
     return table(folder, seeds)
@@ -136,6 +136,8 @@ def selection_study(folder: str, seeds: int, options: list[str], page: str, clip
     the whole data, when about a third of it is left to disagree on. 0: from the supervised start.
     """
     half = settings(options)["num_steps"] // 2
+    if half < 1:
+        raise BadInput("selection: half of --num_steps is trained too; give at least 2 behind --")
     common, train, held = world_options(folder, clips)
     options = [*common, *options]
     begin("selection_study", folder, options, page, "--warm_up", str(warm_up))

@@ -125,8 +125,22 @@ def test_a_study_knows_how_many_steps_train_py_takes_also_where_its_options_do_n
 
 
 def test_options_of_a_study_that_train_py_does_not_know_are_told_before_the_hours_of_training(tmp_path):
-    with pytest.raises(BadInput, match="--num_stepz: no such option; did you mean --num_steps"):
-        study.selection_study(str(tmp_path / "study"), 1, ["--num_stepz", "4"], "page.md")
+    for job, options, words in (
+        (
+            study.selection_study,
+            ["--num_stepz", "4"],
+            "--num_stepz: no such option; did you mean --num_steps",
+        ),
+        (study.selection_study, ["--num_steps", "1"], "selection: .*--num_steps.* at least 2"),
+        (rivals.fill_study, ["--num_steps", "abc"], "--num_steps.*abc"),
+        (rivals.fill_study, ["--num_steps=6", "--eval_every=3"], "fill: .*--eval_every.*third"),
+        (rivals.fill_study, ["--eval_every", "3", "--batch_prompts", "3"], "fill: .*--batch_prompts.* 4"),
+        (rivals.rivals_study, ["--num_steps", "2", "--eval_every", "5"], "--eval_every.* to --num_steps .2"),
+        (rivals.rivals_study, ["--eval_every", "0"], "--eval_every.* from 1"),
+        (rivals.rivals_study, ["--eval_every=1"], "page.md"),  # is given: the page is what is missing
+    ):
+        with pytest.raises(BadInput, match=words):
+            job(str(tmp_path / "study"), 1, options, "page.md")
     assert not (tmp_path / "study").exists()
 
 
@@ -134,7 +148,7 @@ def test_options_of_a_study_that_train_py_does_not_know_are_told_before_the_hour
 def test_the_selection_study_learns_from_selected_questions_and_is_measured_on_the_held_out_ones(
     tmp_path, in_this_process, warm_up
 ):
-    page, folder = tmp_path / "page.md", tmp_path / "study"
+    page, folder = tmp_path / "page.md", tmp_path / "a study"
     page.write_text("<!-- selection_study -->\n<!-- /selection_study -->\n")
     found = study.selection_study(str(folder), 1, TINY, str(page), clips=(6, 3), warm_up=warm_up)
     assert first_cells(found) == ["nothing yet: the start", *study.SELECTED] and found in page.read_text()
