@@ -16,6 +16,7 @@ from html import escape
 
 from PIL import Image
 
+from experiments.rivals import looks
 from experiments.study import between
 from plumbing import page
 from plumbing.options import ArgumentParser, BadInput, cell, run_script, write_whole
@@ -31,8 +32,8 @@ def learning_curve(runs: list[Run]) -> str:
     for mode in ("greedy", "sampled"):
         of_step = defaultdict(list)
         for run in runs:
-            for row in run.evaluations:
-                of_step[row["step"]].append(row[mode]["accuracy"])
+            for step, accuracy in looks(run.folder, mode, WANTS):
+                of_step[step].append(accuracy)
         points = [(step, sum(x) / len(x), min(x), max(x)) for step, x in sorted(of_step.items())]
         curves.append((f"{mode} answers", points))
     return page.figure(f"held-out accuracy by step, mean and range of {len(runs)} seeds", curves)
@@ -95,10 +96,11 @@ def main() -> int:
     lines.append(f"{words} Below: held-out accuracy by step, mean and range of {len(runs)} seeds.")
     lines.append(f"![held-out accuracy by step]({folder}/learning.svg)")
     text = between(args.page, "figures", "\n".join(lines))
+    drawing = learning_curve(runs).encode()
     sheet = contact_sheet([new["video"] for _, new in shown])
     os.makedirs(args.out, exist_ok=True)
     write_whole(os.path.join(args.out, "clips.jpg"), sheet)
-    write_whole(os.path.join(args.out, "learning.svg"), learning_curve(runs).encode())
+    write_whole(os.path.join(args.out, "learning.svg"), drawing)
     write_whole(args.page, text.encode())
     print(f"{args.out}: clips.jpg and learning.svg; {args.page}: three answers")
     return 0

@@ -14,9 +14,10 @@ import os
 from functools import partial
 from statistics import fmean, stdev
 
-from experiments.study import RUN_WANTS, begin, settings, study_run, train_lines, train_run
+from experiments.study import RUN_WANTS, begin, ended_runs, settings, study_run, train_lines, train_run
 from plumbing import page
-from plumbing.options import BadInput, read_json, read_jsonl, write_json, write_whole
+from plumbing.options import BadInput, is_kind, read_jsonl, write_json, write_whole
+from plumbing.progress import read_results
 
 RATES = (3e-4, 1e-3, 3e-3)
 RATE_SEEDS = (100, 101)  # the rates are found on them, and no table shows them
@@ -117,10 +118,17 @@ def at_best_rate(name: str, lines: dict, folder: str, options: list[str], page: 
     return best
 
 
-def looks(run: str) -> list[tuple[int, float]]:
-    """(step, sampled accuracy) of a run's evaluations on held-out questions, the same in all runs."""
-    rows = read_jsonl(os.path.join(run, "evaluations.jsonl"), RUN_WANTS)
-    return [(row["step"], row["sampled"]["accuracy"]) for _, row in rows]
+def looks(run: str, mode="sampled", wants=RUN_WANTS) -> list[tuple[int, float]]:
+    """(step, accuracy) of a run's evaluations on held-out questions, the same in all runs."""
+    path, points = os.path.join(run, "evaluations.jsonl"), []
+    for where, row in read_jsonl(path, wants):
+        accuracy = row[mode].get("accuracy") if isinstance(row.get(mode), dict) else None
+        if not is_kind([row.get("step"), accuracy], list[int | float]):
+            raise BadInput(f"{where}: no evaluation of {mode} answers; {wants}")
+        points.append((row["step"], accuracy))
+    if len({step for step, _ in points}) < 2:
+        raise BadInput(f"{path}: not two evaluations; {wants}")
+    return points
 
 
 def area(points: list[tuple[int, float]]) -> float:
@@ -131,15 +139,18 @@ def area(points: list[tuple[int, float]]) -> float:
 
 def numbers_of(run: str) -> dict[str, float]:
     """What the tables show of a run that has ended."""
-    results = read_json(os.path.join(run, "results.json"), RUN_WANTS)
-    rows = [row for _, row in read_jsonl(os.path.join(run, "metrics.jsonl"), RUN_WANTS)]
+    results, path = read_results(run, RUN_WANTS)[0], os.path.join(run, "metrics.jsonl")
+    rows = [row for _, row in read_jsonl(path, RUN_WANTS)]
+    rows = [{name: x for name, x in row.items() if is_kind(x, int | float)} for row in rows]
+    if not rows or any(not row.keys() >= {"advantage_rms", "asked_groups"} for row in rows):
+        raise BadInput(f"{path}: not a row of train.py for each step; {RUN_WANTS}")
     return {
         "before": 100 * results["before"]["sampled"]["accuracy"],
         "sampled": 100 * results["after"]["sampled"]["accuracy"],
         "greedy": 100 * results["after"]["greedy"]["accuracy"],
         "area": 100 * area(looks(run)),
         "rms": fmean(row["advantage_rms"] for row in rows),
-        "kl": rows[-1]["kl"] or 0.0,
+        "kl": rows[-1].get("kl", 0.0),
         "asked": sum(row["asked_groups"] for row in rows),
         "seconds": sum(
             row[name] for row in rows for name in row if name.endswith("_s") and "per" not in name
@@ -162,8 +173,7 @@ def rivals_table(lines: dict[str, str], folder: str, seeds: int) -> str:
     heads += ["RMS of A", "KL", "groups asked", "seconds"]
     rows, first = [], None
     for name, options in lines.items():
-        runs = [study_run(folder, name, seed) for seed in range(seeds)]
-        found = [numbers_of(run) for run in runs if os.path.exists(os.path.join(run, "results.json"))]
+        found = [numbers_of(run) for run in ended_runs(folder, name, seeds)]
         if not found:
             continue
         columns = {key: [one[key] for one in found] for key in found[0]}

@@ -23,6 +23,7 @@ from plumbing.options import (
     Count,
     add_options,
     checked,
+    is_kind,
     parse_json,
     read_bytes,
     read_json,
@@ -32,6 +33,7 @@ from plumbing.options import (
     write_json,
     write_whole,
 )
+from plumbing.progress import read_results
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUN_WANTS = "remove its folder, then the study trains that run anew"
@@ -177,28 +179,41 @@ def answers_table(names, folder: str, seeds: int) -> str:
     """A row a line of a study: held-out greedy numbers in percent, mean and range over the seeds."""
     lines = ["| learned from | seeds | answers right | mean IoU of spans | R@1, IoU 0.7 |", "|---" * 5 + "|"]
 
-    def row(name, results):
-        greedy, columns = [r["greedy"] for r in results], []
-        spans = [r["by_category"]["Temporal Grounding"] for r in greedy]
-        right = [(r["accuracy"] * r["n"] - s["accuracy"] * s["n"]) / (r["n"] - s["n"])
-                 for r, s in zip(greedy, spans, strict=True)]  # fmt: skip
-        for values in (right, [r["mean_iou"] for r in greedy], [s["accuracy"] for s in spans]):
-            values = [100 * x for x in values]
-            columns.append(f"{sum(values) / len(values):.1f} [{min(values):.1f}, {max(values):.1f}]")
-        lines.append("| " + " | ".join([name, str(len(results)), *columns]) + " |")
+    def row(name, runs):
+        columns = [[100 * x for x in values] for values in zip(*runs, strict=True)]
+        cells = [f"{sum(x) / len(x):.1f} [{min(x):.1f}, {max(x):.1f}]" for x in columns]
+        lines.append("| " + " | ".join([name, str(len(runs)), *cells]) + " |")
 
     for name in names:
-        paths = [os.path.join(study_run(folder, name, seed), "results.json") for seed in range(seeds)]
-        found = [read_json(path, RUN_WANTS) for path in filter(os.path.exists, paths)]
+        found = [answers_of(run) for run in ended_runs(folder, name, seeds)]
         if found and len(lines) == 2:
-            row("nothing yet: the start", [r["before"] for r in found])
+            row("nothing yet: the start", [before for before, _ in found])
         if found:
-            row(name, [r["after"] for r in found])
+            row(name, [after for _, after in found])
     return "\n".join(lines)
+
+
+def answers_of(run: str) -> list[tuple[float, float, float]]:
+    """`answers_table`'s numbers of a run that has ended, before and after."""
+    results, found = read_results(run, RUN_WANTS)[0], []
+    for part in (results[when]["greedy"] for when in ("before", "after")):
+        spans = part["by_category"].get("Temporal Grounding", {})
+        numbers = [part.get("n"), part.get("mean_iou"), spans.get("n"), spans.get("accuracy")]
+        if not is_kind(numbers, list[int | float]) or not part["n"] > spans["n"]:
+            wants = "hold out questions of Temporal Grounding and others"
+            raise BadInput(f"{run}/results.json: not right answers and spans; {wants}, then {RUN_WANTS}")
+        right = part["accuracy"] * part["n"] - spans["accuracy"] * spans["n"]
+        found.append((right / (part["n"] - spans["n"]), part["mean_iou"], spans["accuracy"]))
+    return found
 
 
 def study_run(folder: str, name: str, seed: int) -> str:
     return os.path.join(folder, f"{name.replace(',', '').replace(' ', '_')}_{seed}")
+
+
+def ended_runs(folder: str, name: str, seeds: int) -> list[str]:
+    runs = [study_run(folder, name, seed) for seed in range(seeds)]
+    return [run for run in runs if os.path.exists(os.path.join(run, "results.json"))]
 
 
 def study_table(folder: str, seeds: int) -> str:
@@ -207,17 +222,16 @@ def study_table(folder: str, seeds: int) -> str:
     lines.append("|---" * 6 + "|")
     clean = None
     for name in STUDY:
-        runs = [study_run(folder, name, seed) for seed in range(seeds)]
-        runs = [run for run in runs if os.path.exists(os.path.join(run, "results.json"))]
+        runs = ended_runs(folder, name, seeds)
         if not runs:
             continue
         gained, agreed = {"greedy": [], "sampled": []}, []
         for run in runs:
-            gain = read_json(os.path.join(run, "results.json"), RUN_WANTS)["gain"]
+            gain = read_results(run, RUN_WANTS)[0]["gain"]
             for mode, found in gained.items():
                 found.append(100 * gain[mode]["accuracy"])
             rows = read_jsonl(os.path.join(run, "metrics.jsonl"), RUN_WANTS)
-            agreed += [row["kendall_w"] for _, row in rows if "kendall_w" in row]
+            agreed += [row["kendall_w"] for _, row in rows if is_kind(row.get("kendall_w"), int | float)]
         cells = [name, str(len(runs))]
         cells += [f"{sum(g) / len(g):+.1f} [{min(g):+.1f}, {max(g):+.1f}]" for g in gained.values()]
         mean = sum(gained["sampled"]) / len(runs)

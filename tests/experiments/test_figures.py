@@ -83,3 +83,17 @@ def test_answers_stand_in_the_page_as_they_are_and_are_no_html_no_markdown_and_n
             "\n", " "
         )
         assert not set("<[!`") & set(cells[3]) and told.count("<!-- /figures -->") == 1
+
+
+@pytest.mark.parametrize("row", [{"step": 9, "greedy": {}}, {"step": 9, "greedy": {"accuracy": "0.5"}}])
+def test_a_damaged_evaluation_is_one_line_and_no_picture_is_written(runs, script, tmp_path, row):
+    page, out, run = tmp_path / "README.md", tmp_path / "figures", tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    page.write_text("<!-- figures -->\n<!-- /figures -->\n")
+    with open(run / "evaluations.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    done = script(figures.main, "figures", run, "--out", out, "--page", page)
+    assert (
+        done.returncode == 2 and "evaluations.jsonl, line 3" in done.stderr and done.stderr.count("\n") == 1
+    )
+    assert not out.exists()
