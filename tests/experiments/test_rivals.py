@@ -28,6 +28,9 @@ def test_paired_intervals_are_students():
     # gaps 1, 2, 3: mean 2, standard deviation 1, half width 4.30 / sqrt(3) = 2.48
     assert rivals.paired([3.0, 5.0, 7.0], [2.0, 3.0, 4.0]) == "+2.0 [-0.5, +4.5]"
     assert rivals.paired([3.0], [2.0]) == "+1.0"
+    # 9 and 100 seeds of gaps 1 and 3 in turn: 2.31 * 1.054 / 3 and 2.12 * 1.005 / 10
+    assert rivals.paired([1.0, 3.0] * 4 + [2.0], [0.0] * 9) == "+2.0 [+1.2, +2.8]"
+    assert rivals.paired([1.0, 3.0] * 50, [0.0] * 100) == "+2.0 [+1.8, +2.2]"
 
 
 def test_every_line_is_a_configuration_of_train_py(monkeypatch):
