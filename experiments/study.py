@@ -57,6 +57,9 @@ def begin(name: str, folder: str, options: list[str], page: str, *more) -> None:
     holds were made with these. more: what else decides them."""
     between(page, name)
     settings(options)
+    own = {"--out", "--seed", "--resume"} | ({"--lr"} if "--rates" in more else set())
+    if given := own & {word.partition("=")[0] for word in options}:
+        raise BadInput(f"{min(given)}: the study gives each run its own; leave it out behind --")
     os.makedirs(folder, exist_ok=True)
     stored, options = os.path.join(folder, "options.json"), [*options, *more]
     if not os.path.exists(stored):

@@ -137,10 +137,13 @@ def test_options_of_a_study_that_train_py_does_not_know_are_told_before_the_hour
         (rivals.fill_study, ["--eval_every", "3", "--batch_prompts", "3"], "fill: .*--batch_prompts.* 4"),
         (rivals.rivals_study, ["--num_steps", "2", "--eval_every", "5"], "--eval_every.* to --num_steps .2"),
         (rivals.rivals_study, ["--eval_every", "0"], "--eval_every.* from 1"),
-        (rivals.rivals_study, ["--eval_every=1"], "page.md"),  # is given: the page is what is missing
+        (study.oracle_study, ["--seed=1"], "--seed: the study gives each run its own"),
+        (rivals.rivals_study, ["--eval_every", "1", "--lr", "1"], "--lr: the study gives each run its own"),
+        (rivals.rivals_study, ["--eval_every=1"], "none.md"),  # is given: the page is what is missing
     ):
+        page = "none.md" if words == "none.md" else str(ROOT / "RESULTS.md")
         with pytest.raises(BadInput, match=words):
-            job(str(tmp_path / "study"), 1, options, "page.md")
+            job(str(tmp_path / "study"), 1, options, page)
     assert not (tmp_path / "study").exists()
 
 
