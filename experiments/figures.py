@@ -10,13 +10,16 @@ README.md     between its lines <!-- figures -->: these pictures, and the three 
 
 import io
 import os
+import re
 from collections import defaultdict
+from html import escape
 
 from PIL import Image
 
+from experiments.rivals import looks
 from experiments.study import between
 from plumbing import page
-from plumbing.options import ArgumentParser, BadInput, run_script, write_whole
+from plumbing.options import ArgumentParser, BadInput, cell, run_script, write_whole
 from plumbing.report import Run, before_and_after, read_run
 from videoqa.video import frame_strip
 
@@ -29,8 +32,8 @@ def learning_curve(runs: list[Run]) -> str:
     for mode in ("greedy", "sampled"):
         of_step = defaultdict(list)
         for run in runs:
-            for row in run.evaluations:
-                of_step[row["step"]].append(row[mode]["accuracy"])
+            for step, accuracy in looks(run.folder, mode, WANTS):
+                of_step[step].append(accuracy)
         points = [(step, sum(x) / len(x), min(x), max(x)) for step, x in sorted(of_step.items())]
         curves.append((f"{mode} answers", points))
     return page.figure(f"held-out accuracy by step, mean and range of {len(runs)} seeds", curves)
@@ -67,6 +70,11 @@ def contact_sheet(videos: list[str]) -> bytes:
     return content.getvalue()
 
 
+def plain(text: str) -> str:
+    """For a cell of a Markdown table, where it reads as it is: no HTML, no picture, no emphasis."""
+    return re.sub(r"[]\\`*_![]", lambda mark: f"&#{ord(mark[0])};", escape(cell(text), quote=False))
+
+
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN")
@@ -80,17 +88,19 @@ def main() -> int:
     shown, words = learned(runs[0])
     if not shown:
         raise BadInput(f"{runs[0].folder}: no answer became right, so there is nothing to show; {WANTS}")
-    rows = [f"| {old['question']} | {old['greedy']} | **{new['greedy']}** |" for old, new in shown]
+    cells = ((plain(x) for x in (old["question"], old["greedy"], new["greedy"])) for old, new in shown)
+    rows = ["| {} | {} | **{}** |".format(*texts) for texts in cells]
     folder = os.path.relpath(args.out, os.path.dirname(args.page) or ".")
     lines = [f"![three clips, six frames of each]({folder}/clips.jpg)", ""]
     lines += ["| asked about these clips | before | after |", "|---|---|---|", *rows, ""]
     lines.append(f"{words} Below: held-out accuracy by step, mean and range of {len(runs)} seeds.")
     lines.append(f"![held-out accuracy by step]({folder}/learning.svg)")
     text = between(args.page, "figures", "\n".join(lines))
+    drawing = learning_curve(runs).encode()
     sheet = contact_sheet([new["video"] for _, new in shown])
     os.makedirs(args.out, exist_ok=True)
     write_whole(os.path.join(args.out, "clips.jpg"), sheet)
-    write_whole(os.path.join(args.out, "learning.svg"), learning_curve(runs).encode())
+    write_whole(os.path.join(args.out, "learning.svg"), drawing)
     write_whole(args.page, text.encode())
     print(f"{args.out}: clips.jpg and learning.svg; {args.page}: three answers")
     return 0

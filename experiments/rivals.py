@@ -14,13 +14,15 @@ import os
 from functools import partial
 from statistics import fmean, stdev
 
-from experiments.study import RUN_WANTS, study_run, train_lines, train_run
+from experiments.study import RUN_WANTS, begin, ended_runs, settings, study_run, train_lines, train_run
 from plumbing import page
-from plumbing.options import BadInput, read_json, read_jsonl, write_json, write_whole
+from plumbing.options import BadInput, is_kind, read_jsonl, write_json, write_whole
+from plumbing.progress import read_results
 
 RATES = (3e-4, 1e-3, 3e-3)
 RATE_SEEDS = (100, 101)  # the rates are found on them, and no table shows them
-T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # of Student's t, by number of seeds
+# Of Student's t for 2, 3, .. seeds; beyond the last its limit is near, and intervals are a little too wide
+T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12)
 
 BY_SCORE = "--oracle sum --objective"  # the exact score, and for the others the order of that score
 RIVALS = {
@@ -59,7 +61,7 @@ FILL = {
 
 def rivals_study(folder: str, seeds: int, options: list[str], page_path: str, rates=RATES) -> str:
     """Trains every line of RIVALS with every seed at its own best rate; writes figures/rivals.svg too."""
-    lines = at_best_rate("rivals_study", RIVALS, folder, options, rates)
+    lines = at_best_rate("rivals_study", RIVALS, folder, options, page_path, rates)
     table = train_lines(
         "rivals_study", lines, partial(rivals_table, lines), folder, seeds, options, page_path
     )
@@ -71,29 +73,36 @@ def rivals_study(folder: str, seeds: int, options: list[str], page_path: str, ra
 
 def feedback_study(folder: str, seeds: int, options: list[str], page_path: str, rates=RATES) -> str:
     """Trains every line of FEEDBACK with every seed at its own best rate."""
-    lines = at_best_rate("feedback_study", FEEDBACK, folder, options, rates)
+    lines = at_best_rate("feedback_study", FEEDBACK, folder, options, page_path, rates)
     return train_lines(
         "feedback_study", lines, partial(rivals_table, lines), folder, seeds, options, page_path
     )
 
 
 def fill_study(folder: str, seeds: int, options: list[str], page_path: str) -> str:
-    """Trains every line of FILL with every seed at the same rate; --num_steps and --batch_prompts must be
-    among the options."""
-    sizes = dict(zip(options, options[1:], strict=False))
-    if not {"--num_steps", "--batch_prompts"} <= sizes.keys():
-        raise BadInput("fill: name --num_steps and --batch_prompts behind --")
-    blanks = {"part": int(sizes["--num_steps"]) // 3, "quarter": int(sizes["--batch_prompts"]) // 4}
+    """Trains every line of FILL with every seed at the same rate."""
+    asked = settings(options)
+    blanks = {"part": asked["num_steps"] // 3, "quarter": asked["batch_prompts"] // 4}
+    if blanks["quarter"] < 1:
+        raise BadInput("fill: a quarter of --batch_prompts is a line of its own; give at least 4 behind --")
+    check_looks("fill", asked["eval_every"], blanks["part"], "a third of --num_steps")
+    begin("fill_study", folder, options, page_path)
     table = partial(rivals_table, FILL)
     return train_lines("fill_study", FILL, table, folder, seeds, options, page_path, **blanks)
 
 
-def at_best_rate(name: str, lines: dict[str, str], folder: str, options: list[str], rates) -> dict[str, str]:
+def check_looks(name: str, every: int, steps: int, words: str) -> None:
+    """The area under a curve needs two evaluations, the first of which is made at the start."""
+    if not 1 <= every <= steps:
+        raise BadInput(f"{name}: needs --eval_every N, from 1 to {words} ({steps}); give both behind --")
+
+
+def at_best_rate(name: str, lines: dict, folder: str, options: list[str], page: str, rates) -> dict[str, str]:
     """The lines with the learning rate of `rates` that gives each the largest mean `area` on RATE_SEEDS;
     where there is one rate only, nothing is tried. What was found is kept in DIR/rates.json."""
-    if "--eval_every" not in options:
-        raise BadInput(f"{name}: the area under a curve needs --eval_every N; give it behind --")
-    os.makedirs(folder, exist_ok=True)
+    asked = settings(options)
+    check_looks(name, asked["eval_every"], asked["num_steps"], "--num_steps")
+    begin(name, folder, options, page, "--rates", *(f"{rate:g}" for rate in rates))
     if len(rates) == 1:
         return {line: f"{special} --lr {rates[0]:g}" for line, special in lines.items()}
     best, found = {}, {}
@@ -110,10 +119,17 @@ def at_best_rate(name: str, lines: dict[str, str], folder: str, options: list[st
     return best
 
 
-def looks(run: str) -> list[tuple[int, float]]:
-    """(step, sampled accuracy) of a run's evaluations on held-out questions, the same in all runs."""
-    rows = read_jsonl(os.path.join(run, "evaluations.jsonl"), RUN_WANTS)
-    return [(row["step"], row["sampled"]["accuracy"]) for _, row in rows]
+def looks(run: str, mode="sampled", wants=RUN_WANTS) -> list[tuple[int, float]]:
+    """(step, accuracy) of a run's evaluations on held-out questions, the same in all runs."""
+    path, points = os.path.join(run, "evaluations.jsonl"), []
+    for where, row in read_jsonl(path, wants):
+        accuracy = row[mode].get("accuracy") if isinstance(row.get(mode), dict) else None
+        if not is_kind([row.get("step"), accuracy], list[int | float]):
+            raise BadInput(f"{where}: no evaluation of {mode} answers; {wants}")
+        points.append((row["step"], accuracy))
+    if len({step for step, _ in points}) < 2:
+        raise BadInput(f"{path}: not two evaluations; {wants}")
+    return points
 
 
 def area(points: list[tuple[int, float]]) -> float:
@@ -124,15 +140,18 @@ def area(points: list[tuple[int, float]]) -> float:
 
 def numbers_of(run: str) -> dict[str, float]:
     """What the tables show of a run that has ended."""
-    results = read_json(os.path.join(run, "results.json"), RUN_WANTS)
-    rows = [row for _, row in read_jsonl(os.path.join(run, "metrics.jsonl"), RUN_WANTS)]
+    results, path = read_results(run, RUN_WANTS)[0], os.path.join(run, "metrics.jsonl")
+    rows = [row for _, row in read_jsonl(path, RUN_WANTS)]
+    rows = [{name: x for name, x in row.items() if is_kind(x, int | float)} for row in rows]
+    if not rows or any(not row.keys() >= {"advantage_rms", "asked_groups"} for row in rows):
+        raise BadInput(f"{path}: not a row of train.py for each step; {RUN_WANTS}")
     return {
         "before": 100 * results["before"]["sampled"]["accuracy"],
         "sampled": 100 * results["after"]["sampled"]["accuracy"],
         "greedy": 100 * results["after"]["greedy"]["accuracy"],
         "area": 100 * area(looks(run)),
         "rms": fmean(row["advantage_rms"] for row in rows),
-        "kl": rows[-1]["kl"] or 0.0,
+        "kl": rows[-1].get("kl", 0.0),
         "asked": sum(row["asked_groups"] for row in rows),
         "seconds": sum(
             row[name] for row in rows for name in row if name.endswith("_s") and "per" not in name
@@ -143,9 +162,9 @@ def numbers_of(run: str) -> dict[str, float]:
 def paired(values: list[float], others: list[float]) -> str:
     """Mean of the differences, seed by seed, with its 95 % interval by Student's t."""
     gaps = [a - b for a, b in zip(values, others, strict=True)]
-    if len(gaps) < 2 or len(gaps) not in T_975:
+    if len(gaps) < 2:
         return f"{fmean(gaps):+.1f}"
-    half = T_975[len(gaps)] * stdev(gaps) / len(gaps) ** 0.5
+    half = T_975[min(len(gaps) - 2, len(T_975) - 1)] * stdev(gaps) / len(gaps) ** 0.5
     return f"{fmean(gaps):+.1f} [{fmean(gaps) - half:+.1f}, {fmean(gaps) + half:+.1f}]"
 
 
@@ -155,8 +174,7 @@ def rivals_table(lines: dict[str, str], folder: str, seeds: int) -> str:
     heads += ["RMS of A", "KL", "groups asked", "seconds"]
     rows, first = [], None
     for name, options in lines.items():
-        runs = [study_run(folder, name, seed) for seed in range(seeds)]
-        found = [numbers_of(run) for run in runs if os.path.exists(os.path.join(run, "results.json"))]
+        found = [numbers_of(run) for run in ended_runs(folder, name, seeds)]
         if not found:
             continue
         columns = {key: [one[key] for one in found] for key in found[0]}

@@ -9,9 +9,10 @@ was broken off goes on.
 
 import os
 import random
-import shutil
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from functools import partial
 
 from data import DataOptions, draw_world, world_folders
@@ -22,14 +23,17 @@ from plumbing.options import (
     Count,
     add_options,
     checked,
+    is_kind,
     parse_json,
     read_bytes,
     read_json,
     read_jsonl,
+    read_text,
     run_script,
     write_json,
     write_whole,
 )
+from plumbing.progress import read_results
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUN_WANTS = "remove its folder, then the study trains that run anew"
@@ -44,7 +48,25 @@ for fault in ("swap 0.3", "bias 0.6"):
 
 def oracle_study(folder: str, seeds: int, options: list[str], page: str) -> str:
     """Trains with every faulty oracle of STUDY and every seed; see `train_lines`."""
+    begin("oracle_study", folder, options, page)
     return train_lines("oracle_study", STUDY, study_table, folder, seeds, options, page)
+
+
+def begin(name: str, folder: str, options: list[str], page: str, *more) -> None:
+    """Before hours of training: `page` has the place, train.py has the options, and all runs that `folder`
+    holds were made with these. more: what else decides them."""
+    between(page, name)
+    settings(options)
+    own = {"--out", "--seed", "--resume"} | ({"--lr"} if "--rates" in more else set())
+    if given := own & {word.partition("=")[0] for word in options}:
+        raise BadInput(f"{min(given)}: the study gives each run its own; leave it out behind --")
+    os.makedirs(folder, exist_ok=True)
+    stored, options = os.path.join(folder, "options.json"), [*options, *more]
+    if not os.path.exists(stored):
+        write_json(stored, options)
+    old = parse_json(read_bytes(stored, "name another --out"), stored, "name another --out")
+    if old != options:
+        raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
 
 
 def started(what: str, out: str, command: list[str]):
@@ -55,31 +77,27 @@ def started(what: str, out: str, command: list[str]):
 
 def train_run(out: str, options: list[str]):
     """Trains into `out`; goes on where it was broken off, and does nothing where it has ended."""
-    if os.path.exists(os.path.join(out, "results.json")):
+    ended, begun = (os.path.exists(os.path.join(out, x)) for x in ("results.json", "checkpoint.safetensors"))
+    if ended or begun:
+        config = read_json(os.path.join(out, "config.json"), RUN_WANTS)
+        for name, value in settings(options).items():  # but for what train.py itself decides
+            if value not in ("auto", config.get(name, value)) and (name, value) != ("num_steps", 0):
+                raise BadInput(f"{out}: has --{name} {config[name]}, not {value}; {RUN_WANTS}")
+    if ended:
         if not os.path.exists(os.path.join(out, "report.html")):  # killed between the two
             report.write([out])
         return
-    if os.path.exists(os.path.join(out, "checkpoint.safetensors")):
+    if begun:
         options = ["--resume"]
-    else:
-        shutil.rmtree(out, ignore_errors=True)  # it was broken off before it had learned anything
     started("training", out, ["train.py", "--out", out, *options])
 
 
 def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list[str], page: str, **blanks):
     """Trains each of `lines` (options of train.py) with each seed. After each run the `table` so far goes
     into `page`, between its lines <!-- name -->. blanks: what `lines` leave open. Returns the table."""
-    between(page, name)  # before hours of training
-    os.makedirs(folder, exist_ok=True)
-    stored = os.path.join(folder, "options.json")
-    if not os.path.exists(stored):
-        write_json(stored, options)
-    old = parse_json(read_bytes(stored, "name another --out"), stored, "name another --out")
-    if old != options:
-        raise BadInput(f"{stored}: the runs there have options {old}, not {options}; name another --out")
     for seed in range(seeds):
         for line, special in lines.items():
-            special = special.format(folder=folder, seed=seed, **blanks).split()
+            special = [word.format(folder=folder, seed=seed, **blanks) for word in special.split()]
             train_run(study_run(folder, line, seed), ["--seed", str(seed), *options, *special])
             write_whole(page, between(page, name, table(folder, seeds)).encode())
     return table(folder, seeds)
@@ -111,6 +129,7 @@ def world_options(folder: str, clips: tuple[int, int]) -> tuple[list[str], str, 
 def reward_study(folder: str, seeds: int, options: list[str], page: str, clips=(500, 250)) -> str:
     """Temporal-R1's dual reward on the embedded world: trains every line of REWARDS with every seed."""
     options = [*world_options(folder, clips)[0], *options]
+    begin("reward_study", folder, options, page)
     table = partial(answers_table, REWARDS)
     return train_lines("reward_study", REWARDS, table, folder, seeds, options, page)
 
@@ -121,9 +140,12 @@ def selection_study(folder: str, seeds: int, options: list[str], page: str, clip
     The supervised start disagrees with itself nearly everywhere; so all lines start after `warm_up` steps on
     the whole data, when about a third of it is left to disagree on. 0: from the supervised start.
     """
-    half = steps_of(options) // 2
+    half = settings(options)["num_steps"] // 2
+    if half < 1:
+        raise BadInput("selection: half of --num_steps is trained too; give at least 2 behind --")
     common, train, held = world_options(folder, clips)
     options = [*common, *options]
+    begin("selection_study", folder, options, page, "--warm_up", str(warm_up))
     data, lines = os.path.join(train, "questions.jsonl"), SELECTED
     if warm_up:
         lines = {name: f"{line} --adapter {{folder}}/start_{{seed}}/adapter" for name, line in lines.items()}
@@ -145,43 +167,56 @@ def selection_study(folder: str, seeds: int, options: list[str], page: str, clip
     return train_lines("selection_study", lines, *study, train=train, held=held, half=half)
 
 
-def steps_of(options: list[str]) -> int:
-    """How many steps train.py takes with these options."""
+def settings(options: list[str]) -> dict:
+    """train.py's options by name, those that are not among these as it completes them."""
     from train import PRESETS, Config
 
     parser = ArgumentParser(prog="train.py")
     add_options(parser, Config)
     given = vars(parser.parse_args(options))
-    preset = PRESETS.get(given.get("preset"), {})
-    return {"num_steps": Config.num_steps, **preset, **given}["num_steps"]
+    defaults = {field.name: field.default for field in fields(Config) if field.name not in ("out", "resume")}
+    return {**defaults, **PRESETS.get(given.get("preset"), {}), **given}
 
 
 def answers_table(names, folder: str, seeds: int) -> str:
     """A row a line of a study: held-out greedy numbers in percent, mean and range over the seeds."""
     lines = ["| learned from | seeds | answers right | mean IoU of spans | R@1, IoU 0.7 |", "|---" * 5 + "|"]
 
-    def row(name, results):
-        greedy, columns = [r["greedy"] for r in results], []
-        spans = [r["by_category"]["Temporal Grounding"] for r in greedy]
-        right = [(r["accuracy"] * r["n"] - s["accuracy"] * s["n"]) / (r["n"] - s["n"])
-                 for r, s in zip(greedy, spans, strict=True)]  # fmt: skip
-        for values in (right, [r["mean_iou"] for r in greedy], [s["accuracy"] for s in spans]):
-            values = [100 * x for x in values]
-            columns.append(f"{sum(values) / len(values):.1f} [{min(values):.1f}, {max(values):.1f}]")
-        lines.append("| " + " | ".join([name, str(len(results)), *columns]) + " |")
+    def row(name, runs):
+        columns = [[100 * x for x in values] for values in zip(*runs, strict=True)]
+        cells = [f"{sum(x) / len(x):.1f} [{min(x):.1f}, {max(x):.1f}]" for x in columns]
+        lines.append("| " + " | ".join([name, str(len(runs)), *cells]) + " |")
 
     for name in names:
-        paths = [os.path.join(study_run(folder, name, seed), "results.json") for seed in range(seeds)]
-        found = [read_json(path, RUN_WANTS) for path in filter(os.path.exists, paths)]
+        found = [answers_of(run) for run in ended_runs(folder, name, seeds)]
         if found and len(lines) == 2:
-            row("nothing yet: the start", [r["before"] for r in found])
+            row("nothing yet: the start", [before for before, _ in found])
         if found:
-            row(name, [r["after"] for r in found])
+            row(name, [after for _, after in found])
     return "\n".join(lines)
+
+
+def answers_of(run: str) -> list[tuple[float, float, float]]:
+    """`answers_table`'s numbers of a run that has ended, before and after."""
+    results, found = read_results(run, RUN_WANTS)[0], []
+    for part in (results[when]["greedy"] for when in ("before", "after")):
+        spans = part["by_category"].get("Temporal Grounding", {})
+        numbers = [part.get("n"), part.get("mean_iou"), spans.get("n"), spans.get("accuracy")]
+        if not is_kind(numbers, list[int | float]) or not part["n"] > spans["n"]:
+            wants = "hold out questions of Temporal Grounding and others"
+            raise BadInput(f"{run}/results.json: not right answers and spans; {wants}, then {RUN_WANTS}")
+        right = part["accuracy"] * part["n"] - spans["accuracy"] * spans["n"]
+        found.append((right / (part["n"] - spans["n"]), part["mean_iou"], spans["accuracy"]))
+    return found
 
 
 def study_run(folder: str, name: str, seed: int) -> str:
     return os.path.join(folder, f"{name.replace(',', '').replace(' ', '_')}_{seed}")
+
+
+def ended_runs(folder: str, name: str, seeds: int) -> list[str]:
+    runs = [study_run(folder, name, seed) for seed in range(seeds)]
+    return [run for run in runs if os.path.exists(os.path.join(run, "results.json"))]
 
 
 def study_table(folder: str, seeds: int) -> str:
@@ -190,17 +225,16 @@ def study_table(folder: str, seeds: int) -> str:
     lines.append("|---" * 6 + "|")
     clean = None
     for name in STUDY:
-        runs = [study_run(folder, name, seed) for seed in range(seeds)]
-        runs = [run for run in runs if os.path.exists(os.path.join(run, "results.json"))]
+        runs = ended_runs(folder, name, seeds)
         if not runs:
             continue
         gained, agreed = {"greedy": [], "sampled": []}, []
         for run in runs:
-            gain = read_json(os.path.join(run, "results.json"), RUN_WANTS)["gain"]
+            gain = read_results(run, RUN_WANTS)[0]["gain"]
             for mode, found in gained.items():
                 found.append(100 * gain[mode]["accuracy"])
             rows = read_jsonl(os.path.join(run, "metrics.jsonl"), RUN_WANTS)
-            agreed += [row["kendall_w"] for _, row in rows if "kendall_w" in row]
+            agreed += [row["kendall_w"] for _, row in rows if is_kind(row.get("kendall_w"), int | float)]
         cells = [name, str(len(runs))]
         cells += [f"{sum(g) / len(g):+.1f} [{min(g):+.1f}, {max(g):+.1f}]" for g in gained.values()]
         mean = sum(gained["sampled"]) / len(runs)
@@ -212,13 +246,14 @@ def study_table(folder: str, seeds: int) -> str:
 
 
 def between(path: str, name: str, text: str = "") -> str:
-    """The file's text with `text` put between the lines <!-- name --> and <!-- /name -->."""
-    with open(path, encoding="utf-8") as file:
-        page = file.read()
-    first, last = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    if first not in page or last not in page:
-        raise BadInput(f"{path}: has no lines {first.strip()} and {last}; put them where the table belongs")
-    return page[: page.index(first) + len(first)] + text + "\n" + page[page.index(last) :]
+    """The file's text with `text` put between the lines <!-- name --> and <!-- /name -->. Line ends stay."""
+    first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+    wants = f"name a page with the lines {first} and {last} once each, where the table belongs"
+    head, *parts = re.split(rf"({re.escape(first)}(?=\r?\n)|{re.escape(last)})", read_text(path, wants))
+    if parts[::2] != [first, last]:
+        raise BadInput(f"{path}: not such a page; {wants}")
+    end = "\r\n" if parts[1].startswith("\r") else "\n"
+    return head + first + end + (text + "\n").replace("\n", end) + last + parts[3]
 
 
 def main() -> int:

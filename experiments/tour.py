@@ -15,7 +15,7 @@ from checkpoints.policies import load_policy
 from data import PromptSet
 from grpo_rank import dcg, rank_advantages, ranks_from_scores
 from oracle import RuleOracle
-from plumbing.options import Count, Options, Seed, parse_args, run_script
+from plumbing.options import BadInput, Count, Options, Seed, parse_args, run_script
 from rollout import Sampling, answer, completion_states, reference_states
 from videoqa import world
 from videoqa.questions import load_questions
@@ -28,7 +28,7 @@ class TourOptions(Options):
 
     policy: str = "weights"  # folder that pretrain.py wrote
     clip: Count = 2000006  # seed of the scene that is drawn and asked about
-    question: str = "what color appears last"  # one of the scene's own
+    question: str = ""  # one of the scene's own; "": what color appears last, or its last question
     group_size: Count = 5  # G
     seed: Seed = 0  # of the sampled answers
 
@@ -54,7 +54,10 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         asked = load_questions(world.make_world(folder, [options.clip], workers=1), folder)
-        question = next((q for q in asked if q.question == options.question), asked[-1])
+        own = {q.question: q for q in asked}
+        if options.question and options.question not in own:
+            raise BadInput(f"--question {options.question}: the scene of --clip has others: {', '.join(own)}")
+        question = own.get(options.question or "what color appears last", asked[-1])
         print(f"\n1. The prompt: {question.question!r} about {os.path.basename(question.video)}")
         frames, times = read_frames(question.video, policy.cfg.num_frames, policy.clip_cfg.image_size)
         prompts = PromptSet(policy, tokenizer, [question])

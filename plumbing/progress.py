@@ -120,9 +120,9 @@ def compare(folders: list[str]) -> str:
     return "\n".join(lines)
 
 
-def read_results(folder: str) -> tuple[dict, str]:
+def read_results(folder: str, wants="name run folders whose training has ended") -> tuple[dict, str]:
     """(results.json of a run that has ended, its row of `compare`). BadInput: it is missing or damaged."""
-    path, wants = os.path.join(folder, "results.json"), "name run folders whose training has ended"
+    path = os.path.join(folder, "results.json")
     results = read_json(path, wants)
     try:
         row = results_row(os.path.basename(folder.rstrip("/")), results)

@@ -153,7 +153,8 @@ def headline(run: Run) -> str:
         words = f"{verdicts[1]['n']} open greedy answers by the judge's verdict"
         lines.append(page.note(f"{words}: {old:.1f} % right before, {new:.1f} % after", ""))
     if run.results:
-        spent = f"{run.results['steps']} steps, {run.results['wall_s']:.0f} s on {run.results['device']}"
+        device = run.results.get("device", "a device it does not name")
+        spent = f"{run.results['steps']} steps, {run.results['wall_s']:.0f} s on {device}"
         lines.append(page.note(f"{spent}, seed {config.get('seed')}"))
         if kept := run.results.get("kept"):
             lines.append(page.note(f"kept: the adapter of step {kept['step']} (--keep best)"))

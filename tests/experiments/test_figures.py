@@ -1,7 +1,9 @@
 """README's pictures from hand-made runs."""
 
+import html
 import io
 import json
+import shutil
 from xml.etree import ElementTree
 
 import pytest
@@ -60,3 +62,38 @@ def test_runs_and_pages_that_do_not_fit_are_one_line_and_nothing_is_written(runs
         done = script(figures.main, "figures", folder, "--out", out, "--page", page)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr, done.stderr
     assert not out.exists() and page.read_text() == "no marks\n"
+
+
+def test_answers_stand_in_the_page_as_they_are_and_are_no_html_no_markdown_and_no_mark(
+    runs, script, tmp_path
+):
+    page, run = tmp_path / "README.md", tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    page.write_text("<!-- figures -->\n<!-- /figures -->\n")
+    answers = [json.loads(line) for line in open(run / "answers.jsonl")]
+    said = "<img src=x> | ![a](b) *it's*\n<!-- /figures -->"
+    lines(run / "answers.jsonl", [row | {"greedy": said} if row["step"] else row for row in answers])
+    for _ in range(2):
+        done = script(figures.main, "figures", run, "--out", tmp_path / "figures", "--page", page)
+        assert done.returncode == 0, done.stderr
+        told = page.read_text()
+        (row,) = (line for line in told.splitlines() if line.startswith("| color 0?"))
+        cells = row.split("|")
+        assert len(cells) == 5 and html.unescape(cells[3]).strip() == f"**{said}**".replace("|", "/").replace(
+            "\n", " "
+        )
+        assert not set("<[!`") & set(cells[3]) and told.count("<!-- /figures -->") == 1
+
+
+@pytest.mark.parametrize("row", [{"step": 9, "greedy": {}}, {"step": 9, "greedy": {"accuracy": "0.5"}}])
+def test_a_damaged_evaluation_is_one_line_and_no_picture_is_written(runs, script, tmp_path, row):
+    page, out, run = tmp_path / "README.md", tmp_path / "figures", tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    page.write_text("<!-- figures -->\n<!-- /figures -->\n")
+    with open(run / "evaluations.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    done = script(figures.main, "figures", run, "--out", out, "--page", page)
+    assert (
+        done.returncode == 2 and "evaluations.jsonl, line 3" in done.stderr and done.stderr.count("\n") == 1
+    )
+    assert not out.exists()

@@ -3,14 +3,17 @@
 import json
 import math
 import sys
+from functools import partial
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from test_report import lines, make_run
 from test_study import TINY, in_this_process  # noqa: F401
 
 import train
-from experiments import rivals
+from experiments import rivals, study
 from oracles.choose import choose_oracle
 from oracles.combine import BentOracle
 from plumbing import page
@@ -25,6 +28,9 @@ def test_paired_intervals_are_students():
     # gaps 1, 2, 3: mean 2, standard deviation 1, half width 4.30 / sqrt(3) = 2.48
     assert rivals.paired([3.0, 5.0, 7.0], [2.0, 3.0, 4.0]) == "+2.0 [-0.5, +4.5]"
     assert rivals.paired([3.0], [2.0]) == "+1.0"
+    # 9 and 100 seeds of gaps 1 and 3 in turn: 2.31 * 1.054 / 3 and 2.12 * 1.005 / 10
+    assert rivals.paired([1.0, 3.0] * 4 + [2.0], [0.0] * 9) == "+2.0 [+1.2, +2.8]"
+    assert rivals.paired([1.0, 3.0] * 50, [0.0] * 100) == "+2.0 [+1.8, +2.2]"
 
 
 def test_every_line_is_a_configuration_of_train_py(monkeypatch):
@@ -115,9 +121,32 @@ def test_the_figure_draws_and_names_every_rival_however_many_there_are():
 
 
 @pytest.mark.parametrize("name", ["results.json", "metrics.jsonl", "evaluations.jsonl"])
-def test_a_damaged_file_of_a_run_is_named_with_the_remedy(tmp_path, name):
-    rows = {"results.json": "{}", "metrics.jsonl": "", "evaluations.jsonl": ""} | {name: '{"step": '}
-    for file, content in rows.items():
-        (tmp_path / file).write_text(content)
+@pytest.mark.parametrize("content", ["", "{}", '{"step": ', '{"step": 9, "kl": "a", "sampled": {}}'])
+def test_a_damaged_file_of_a_run_is_named_with_the_remedy(tmp_path, name, content):
+    run = tmp_path / study.study_run("", "no noise", 0)
+    make_run(run)
+    lines(run / "metrics.jsonl", [{"step": 0, "advantage_rms": 0.5, "asked_groups": 8, "kl": None}])
+    lines(run / "evaluations.jsonl", [{"step": i, "sampled": {"accuracy": 0.5}} for i in (0, 3)])
+    assert rivals.numbers_of(str(run))["area"] == 50 and study.study_table(str(tmp_path), 1)
+    (run / name).write_text(content)
     with pytest.raises(BadInput, match=f"{name}.*; remove its folder"):
-        rivals.looks(str(tmp_path)) if name == "evaluations.jsonl" else rivals.numbers_of(str(tmp_path))
+        rivals.numbers_of(str(run))
+    if name == "results.json":
+        for table in (study.study_table, partial(study.answers_table, ["no noise"])):
+            with pytest.raises(BadInput, match=f"{name}.*; remove its folder"):
+                table(str(tmp_path), 1)
+
+
+def test_runs_without_spans_or_with_nothing_else_have_no_row_in_the_table_of_answers(tmp_path):
+    run = make_run(tmp_path / study.study_run("", "a", 0))
+    with pytest.raises(BadInput, match=r"results\.json.*Temporal Grounding and others"):
+        study.answers_table(["a"], str(tmp_path), 1)
+    results = json.loads(Path(run, "results.json").read_text())
+    part = {"accuracy": 0.5, "ci95": [0.4, 0.6], "n": 4, "mean_iou": 0.25}
+    part |= {
+        "by_category": {"Temporal Grounding": {"accuracy": 0.0, "n": 1}, "Color": {"accuracy": 0.5, "n": 3}}
+    }
+    both = {"greedy": part, "sampled": part}
+    Path(run, "results.json").write_text(json.dumps(results | {"before": both, "after": both}))
+    row = "| a | 1 | 66.7 [66.7, 66.7] | 25.0 [25.0, 25.0] | 0.0 [0.0, 0.0] |"
+    assert study.answers_table(["a"], str(tmp_path), 1).splitlines()[-1] == row

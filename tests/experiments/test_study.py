@@ -9,7 +9,7 @@ import torch
 
 import selection
 import train
-from experiments import study
+from experiments import rivals, study
 from oracle import RuleOracle
 from oracles.choose import choose_oracle
 from plumbing.options import BadInput, parse_args
@@ -74,7 +74,7 @@ def test_the_study_trains_each_line_once_goes_on_where_it_was_and_writes_its_tab
     with pytest.raises(BadInput, match=r"options\.json: the runs there have options"):
         study.oracle_study(where[0], 1, [], str(page))
     page.write_text("no place for it")
-    with pytest.raises(BadInput, match="page.md: has no lines"):
+    with pytest.raises(BadInput, match="page.md: not such a page"):
         study.oracle_study(*where)
 
 
@@ -121,12 +121,29 @@ def test_the_reward_study_trains_with_the_dual_reward_and_with_a_part_of_it(
     + [(["--preset", "smoke", "--num_steps", "4"], 4)],
 )
 def test_a_study_knows_how_many_steps_train_py_takes_also_where_its_options_do_not_say(options, steps):
-    assert study.steps_of(options) == steps
+    assert study.settings(options)["num_steps"] == steps
 
 
 def test_options_of_a_study_that_train_py_does_not_know_are_told_before_the_hours_of_training(tmp_path):
-    with pytest.raises(BadInput, match="--num_stepz: no such option; did you mean --num_steps"):
-        study.selection_study(str(tmp_path / "study"), 1, ["--num_stepz", "4"], "page.md")
+    for job, options, words in (
+        (
+            study.selection_study,
+            ["--num_stepz", "4"],
+            "--num_stepz: no such option; did you mean --num_steps",
+        ),
+        (study.selection_study, ["--num_steps", "1"], "selection: .*--num_steps.* at least 2"),
+        (rivals.fill_study, ["--num_steps", "abc"], "--num_steps.*abc"),
+        (rivals.fill_study, ["--num_steps=6", "--eval_every=3"], "fill: .*--eval_every.*third"),
+        (rivals.fill_study, ["--eval_every", "3", "--batch_prompts", "3"], "fill: .*--batch_prompts.* 4"),
+        (rivals.rivals_study, ["--num_steps", "2", "--eval_every", "5"], "--eval_every.* to --num_steps .2"),
+        (rivals.rivals_study, ["--eval_every", "0"], "--eval_every.* from 1"),
+        (study.oracle_study, ["--seed=1"], "--seed: the study gives each run its own"),
+        (rivals.rivals_study, ["--eval_every", "1", "--lr", "1"], "--lr: the study gives each run its own"),
+        (rivals.rivals_study, ["--eval_every=1"], "none.md"),  # is given: the page is what is missing
+    ):
+        page = "none.md" if words == "none.md" else str(ROOT / "RESULTS.md")
+        with pytest.raises(BadInput, match=words):
+            job(str(tmp_path / "study"), 1, options, page)
     assert not (tmp_path / "study").exists()
 
 
@@ -134,7 +151,7 @@ def test_options_of_a_study_that_train_py_does_not_know_are_told_before_the_hour
 def test_the_selection_study_learns_from_selected_questions_and_is_measured_on_the_held_out_ones(
     tmp_path, in_this_process, warm_up
 ):
-    page, folder = tmp_path / "page.md", tmp_path / "study"
+    page, folder = tmp_path / "page.md", tmp_path / "a study"
     page.write_text("<!-- selection_study -->\n<!-- /selection_study -->\n")
     found = study.selection_study(str(folder), 1, TINY, str(page), clips=(6, 3), warm_up=warm_up)
     assert first_cells(found) == ["nothing yet: the start", *study.SELECTED] and found in page.read_text()
@@ -153,3 +170,54 @@ def test_the_selection_study_learns_from_selected_questions_and_is_measured_on_t
         path = next(folder.glob(f"{name}_third*_0/rollouts.jsonl"))
         asked = {json.loads(line)["id"] for line in path.read_text().splitlines()}
         assert asked <= {row["id"] for row in rows}
+
+
+def test_runs_of_other_options_are_never_taken_for_those_asked_for(tmp_path, monkeypatch):
+    """Neither by the whole study, whatever decides its runs, nor by one run that was begun by hand."""
+    page, out = tmp_path / "page.md", tmp_path / "run"
+    page.write_text("".join(f"<!-- {x}_study -->\n<!-- /{x}_study -->\n" for x in ("rivals", "selection")))
+    looked = ["--eval_every", "1"]
+    monkeypatch.setattr(rivals, "train_lines", lambda *_: "")
+    monkeypatch.setattr(rivals, "curves", lambda *_: "")
+    rivals.rivals_study(str(tmp_path / "r"), 1, looked, str(page), [1e-3])
+    with pytest.raises(BadInput, match=r"options\.json.*0\.003.*another --out"):
+        rivals.rivals_study(str(tmp_path / "r"), 1, looked, str(page), [3e-3])
+    monkeypatch.setattr(study, "world_options", lambda *_: ([], "train", "held"))
+    study.selection_study(str(tmp_path / "s"), 0, looked, str(page), warm_up=1)
+    with pytest.raises(BadInput, match=r"options\.json.*--warm_up.*another --out"):
+        study.selection_study(str(tmp_path / "s"), 0, looked, str(page), warm_up=3)
+    out.mkdir()
+    for name in ("results.json", "report.html"):
+        (out / name).touch()
+    (out / "config.json").write_text('{"lr": 0.001, "dtype": "float32", "num_steps": 100}')
+    study.train_run(str(out), ["--lr", "1e-3"])
+    with pytest.raises(BadInput, match=r"run: has --lr 0\.001, not 0\.003; remove its folder"):
+        study.train_run(str(out), ["--lr", "3e-3"])
+
+
+def test_a_run_that_may_still_be_under_way_is_left_to_train_py_which_holds_its_lock(tmp_path, monkeypatch):
+    """As behind a study that was killed alone: train.py refuses the folder, or begins anew in it."""
+    commands = []
+    monkeypatch.setattr(study, "started", lambda *given: commands.append(given))
+    (tmp_path / "config.json").write_text('{"made": {}}')
+    study.train_run(str(tmp_path), ["--seed", "0"])
+    assert commands == [("training", str(tmp_path), ["train.py", "--out", str(tmp_path), "--seed", "0"])]
+    assert (tmp_path / "config.json").exists()
+
+
+def test_a_page_keeps_its_line_ends_and_without_each_mark_once_and_in_order_it_is_one_line(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_bytes(b"a\r\n<!-- x -->\r\nold\r\n<!-- /x -->\r\nb\n")
+    assert study.between(str(page), "x", "1\n2") == "a\r\n<!-- x -->\r\n1\r\n2\r\n<!-- /x -->\r\nb\n"
+    first, last = b"<!-- x -->\n", b"<!-- /x -->\n"
+    for content in (
+        last + first,
+        first + first + last,
+        first + last + last,
+        first,
+        b"caf\xe9" + first + last,
+        None,
+    ):
+        page.unlink() if content is None else page.write_bytes(content)
+        with pytest.raises(BadInput, match="page.md: .*name a page with the lines"):
+            study.between(str(page), "x", "new")

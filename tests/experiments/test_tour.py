@@ -27,3 +27,13 @@ def test_the_step_of_one_prompt_raises_the_right_answer_and_shows_the_papers_sha
 def test_a_dead_group_ends_the_tour_before_the_update(script):
     done = script(tour.main, "tour", "--policy", ROOT / "weights", "--clip", "2000000")
     assert done.returncode == 0 and "the group is dead" in done.stdout and "lora_A" not in done.stdout
+
+
+def test_a_question_that_is_not_of_the_scene_is_one_line_with_those_that_are(script):
+    done = script(
+        tour.main, "tour", "--policy", ROOT / "weights", "--question", "what is the meaning of life"
+    )
+    assert done.returncode == 2 and not done.stdout, done.stderr
+    assert (
+        "--question what is the meaning of life" in done.stderr and "how many objects appear" in done.stderr
+    )

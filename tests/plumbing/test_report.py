@@ -183,3 +183,12 @@ def test_chromium_shows_pictures_curves_and_text_and_no_error(tmp_path, width):
     found = json.loads(title.replace("&quot;", '"'))
     assert len(found["img"]) == 3 and all(found["img"]) and len(found["curves"]) >= 5 and all(found["curves"])
     assert len(found["svg"]) > 10 and all(found["svg"]) and found["over"] == 0 and found["scripts"] == 0
+
+
+def test_results_that_name_no_device_are_shown(tmp_path):
+    run = make_run(tmp_path / "a")
+    results = json.loads(open(f"{run}/results.json").read())
+    (tmp_path / "a" / "results.json").write_text(
+        json.dumps({k: x for k, x in results.items() if k != "device"})
+    )
+    assert "3 steps, 9 s on a device it does not name" in report.html([run])
