@@ -12,6 +12,7 @@ One parser (videoqa/answers.py) reads every answer, here, in the oracle and in t
 bootstrapped over videos, not questions: questions of one clip are right or wrong together.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import fields, replace
@@ -21,10 +22,11 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from checkpoints.policies import load_run, save_policy
+from checkpoints.policies import load_run, refuse_changed, save_policy
 from data import DataOptions, PromptSet, load_sets
 from plumbing.machine import pick_device, show_progress
 from plumbing.options import ArgumentParser, BadInput, cell, read_from, run_script, write_json
+from plumbing.run_folder import fingerprint
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, by_video, grade, is_correct, summarize
 
@@ -114,6 +116,13 @@ def table(before: dict, after: dict | None = None) -> str:
     return "\n".join(lines)
 
 
+def data_of(*sets: list) -> dict[str, str]:
+    """Fingerprints of sets of questions and their videos, as train.py keeps them of its run."""
+    videos = sorted({question.video for questions in sets for question in questions})
+    data = hashlib.sha256(repr(list(sets)).encode()).hexdigest()
+    return {"the data": data, "a video": fingerprint(*videos, ends=2**16)}
+
+
 def evaluate_run(folder: str, data: str, videos: str) -> str:
     """The table of a run's policy, supervised start beside it, on the run's held-out questions or on `data`,
     computed in the run's own dtype."""
@@ -125,11 +134,14 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
         questions = load_questions(data, videos)
     else:
         names = [field.name for field in fields(DataOptions)]
+        path, remedy = os.path.join(folder, "config.json"), "give --data and --videos"
         if not config.keys() >= set(names):
-            raise BadInput(f"{folder}/config.json: not all options of the data; give --data and --videos")
-        with read_from(os.path.join(folder, "config.json")):
+            raise BadInput(f"{path}: not all options of the data; {remedy}")
+        with read_from(path):
             drawn = DataOptions(**{name: config[name] for name in names})
-        questions = load_sets(drawn, config["seed"])[1]
+        sets = load_sets(drawn, config["seed"])
+        refuse_changed(path, config, data_of(*sets), f"put it back, or {remedy}")
+        questions = sets[1]
     prompts = PromptSet(policy, tokenizer, questions)
     sampling = Sampling.of(policy, tokenizer, max_new_tokens=config["max_new_tokens"])
     options = {"samples": config["eval_samples"], "seed": config["seed"]}

@@ -1,9 +1,14 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from eval import gains, main, table
+import eval as evaluation
+from data import DataOptions, load_sets
+from eval import data_of, evaluate_run, gains, main, table
+from plumbing.options import BadInput
 from plumbing.progress import compare
 from videoqa.answers import Question, summarize
 
@@ -118,3 +123,23 @@ def test_predictions_that_all_say_nothing_are_bad_input(script, tmp_path):
     assert done.returncode == 2 and "not one of its 2 predictions can be read" in done.stderr
     done = score(script, tmp_path, '{"id": "q0", "prediction": {"label": "red"}}\n')
     assert done.returncode == 2 and 'line 1: prediction {"label": "red"} is unclear' in done.stderr
+
+
+def test_a_runs_own_questions_and_videos_must_be_those_that_it_was_made_with(tmp_path, monkeypatch):
+    data, video = tmp_path / "data.jsonl", tmp_path / "a.mp4"
+    row = {"id": "q0", "question": "color?", "answer": "red"}
+    rows = [json.dumps(row | {"id": name, "video": f"{name}.mp4"}) for name in "ab"]
+    data.write_text("\n".join(rows))
+    options = DataOptions(data=str(data), videos=str(tmp_path))
+    config = asdict(options) | {"seed": 0, "dtype": "float32", "max_new_tokens": 5, "eval_samples": 1}
+    config["made"] = {"from": data_of(*load_sets(options, 0))}
+    policy = SimpleNamespace(decoder=SimpleNamespace())
+    monkeypatch.setattr(evaluation, "load_run", lambda *given: (policy, None, config))
+    monkeypatch.setattr(evaluation, "PromptSet", lambda *given: pytest.fail("its questions are asked"))
+    video.write_bytes(b"another")
+    with pytest.raises(BadInput, match="config.json: a video changed since .* put it back, or"):
+        evaluate_run("run", "", "")
+    video.unlink()
+    data.write_text("\n".join(rows).replace("red", "blue"))
+    with pytest.raises(BadInput, match="config.json: the data changed since .* give --data and --videos"):
+        evaluate_run("run", "", "")

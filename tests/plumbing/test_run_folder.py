@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from eval import data_of
 from oracles import choose
 from plumbing.options import BadInput
 from plumbing.run_folder import RunFolder, RunOptions, check_folder, stored_options
@@ -173,6 +174,7 @@ def test_everything_that_a_run_reads_is_in_its_fingerprints(tmp_path, monkeypatc
         oracle_cache=str(tmp_path / "replay.jsonl"),
     )  # fmt: skip
     before = train.made_from(cfg, *sets)
+    assert data_of(sets[0].questions).items() <= before.items()  # as eval.py run compares them
     path = tmp_path / changed
     (path / "ranker.safetensors" if path.is_dir() else path).write_text("# another")
     after = train.made_from(cfg, *sets)
