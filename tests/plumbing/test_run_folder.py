@@ -15,7 +15,7 @@ import train
 from eval import data_of
 from oracles import choose
 from plumbing.options import BadInput
-from plumbing.run_folder import RunFolder, RunOptions, check_folder, stored_options
+from plumbing.run_folder import Kept, RunFolder, RunOptions, check_folder, stored_options
 from videoqa.answers import Question
 
 
@@ -182,3 +182,12 @@ def test_everything_that_a_run_reads_is_in_its_fingerprints(tmp_path, monkeypatc
         "a video" if changed == "clip.mp4" else "--oracle"
     ]
     assert choose.made_from(cfg).keys() == {"--oracle"}
+
+
+def test_two_jobs_never_write_the_same_kept_rows(tmp_path):
+    first = Kept(str(tmp_path / "out.jsonl"), {}, settings={"k": 1})
+    with pytest.raises(BadInput, match="out.jsonl: another process is writing it; wait"):
+        Kept(str(tmp_path / "out.jsonl"), {}, settings={"k": 1})
+    first.add([{"id": "a"}])
+    first.beside.close()
+    assert Kept(str(tmp_path / "out.jsonl"), {}, settings={"k": 1}).of == {"a": {"id": "a"}}
