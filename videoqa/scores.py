@@ -6,6 +6,7 @@ as wrong, overlap 0. Thresholds are inclusive. Duplicate annotations count as of
 
 import json
 from collections import defaultdict
+from decimal import Decimal
 from statistics import fmean
 from string import ascii_uppercase
 
@@ -89,7 +90,7 @@ def prediction_text(prediction, question: Question) -> str | None:
         window = prediction[0] if len(prediction) == 1 else prediction
         numbers = isinstance(window, list) and all(type(x) in (int, float) for x in window)
         if numbers and (len(window) == 2 or len(window) == 3 and window is not prediction):
-            return json.dumps(window[:2])
+            return f"[{', '.join(f'{Decimal(str(x)):f}' for x in window[:2])}]"  # without exponents
     return None
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from plumbing.options import BadInput
 from videoqa import scores
-from videoqa.answers import Question
+from videoqa.answers import Question, parse_span
 from videoqa.scores import score_file
 
 ANNOTATIONS = os.path.join(os.environ.get("REAL_CLIPS", ""), "annotations")
@@ -88,6 +88,12 @@ def test_an_index_beyond_the_letters_names_its_option_by_its_mark():
     question = Question("0", "a.mp4", "?", options[29], "", options, 29, marks=marks)
     assert scores.prediction_text(29, question) == "Option 29"
     assert scores.score([question], ["Option 29"])["multiple_choice"]["accuracy"] == 100
+
+
+def test_a_small_or_large_bound_of_a_predicted_span_is_read_as_it_is():
+    for span in ([1e-05, 12.3], [0, 1e16], [5, 12.0]):
+        text = scores.prediction_text(span, moment(0, (0, 5)))
+        assert parse_span(text) == tuple(span) and "e" not in text
 
 
 @needs_excerpts
