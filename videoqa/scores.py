@@ -10,7 +10,7 @@ from decimal import Decimal
 from statistics import fmean
 from string import ascii_uppercase
 
-from plumbing.options import BadInput, one_line, read_jsonl, write_whole
+from plumbing.options import BadInput, finite, one_line, read_jsonl, write_whole
 from videoqa.answers import Question, Reading, final_answer, grade, is_correct, is_open, read, summarize, task
 from videoqa.published import is_right_published, read_published, rule_of
 from videoqa.questions import load_questions
@@ -238,7 +238,7 @@ def score_file(data: str, predictions: str, judged=None, rows_path: str = "") ->
         if judged and chosen:
             metrics[name]["judged"] = judged(*zip(*chosen, strict=True))
     if rows_path:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(questions, texts))
+        lines = (json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows(questions, texts))
         write_whole(rows_path, "".join(lines).encode(errors="replace"))
     missing = len(questions) - len(predicted)
     return summarize(questions, right, grades) | {"missing": missing, "metrics": metrics}

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from plumbing.options import BadInput
+from plumbing.options import BadInput, read_jsonl
 from videoqa import scores
 from videoqa.answers import Question, parse_span
 from videoqa.scores import score_file
@@ -94,6 +94,15 @@ def test_a_small_or_large_bound_of_a_predicted_span_is_read_as_it_is():
     for span in ([1e-05, 12.3], [0, 1e16], [5, 12.0]):
         text = scores.prediction_text(span, moment(0, (0, 5)))
         assert parse_span(text) == tuple(span) and "e" not in text
+
+
+def test_the_rows_of_a_span_without_end_are_plain_json(tmp_path):
+    row = {"id": "0", "video": "a.mp4", "question": "when?", "answer": "from 0 to 5 seconds", "span": [0, 5]}
+    said = {"id": "0", "prediction": f"from 0 to {'9' * 400} seconds"}
+    for name, content in (("data", row), ("said", said)):
+        (tmp_path / name).write_text(json.dumps(content))
+    score_file(*(str(tmp_path / name) for name in ("data", "said")), rows_path=str(tmp_path / "rows"))
+    assert [row["span"] for _, row in read_jsonl(str(tmp_path / "rows"), "")] == [[0, None]]
 
 
 @needs_excerpts
