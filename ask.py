@@ -69,6 +69,21 @@ def show_answers(policy, asked: PromptSet, sampling: Sampling, cfg: AskOptions, 
     show_table("\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]))
 
 
+def refuse_ignored(given: dict, cfg: AskOptions, run: str) -> None:
+    """BadInput for an option that does nothing here, and for a group that no oracle can rank."""
+    of_policy = {field.name for field in fields(PolicyOptions)} - {"seed"} | {"max_new_tokens"}
+    why = dict.fromkeys(of_policy, f"the run in {run} has its own") if run else {}
+    if cfg.out:
+        of_sampling = ("gold", "oracle", "group_size", "temperature") + ("seed",) * bool(run)
+        why |= dict.fromkeys(of_sampling, "--out takes greedy answers alone")
+    if not cfg.data:
+        why["videos"] = "only the paths in --data are relative to it"
+    for name in filter(why.get, given):
+        raise BadInput(f"--{name} {given[name]}: {why[name]}; leave --{name} out")
+    if (cfg.gold or cfg.oracle) and cfg.group_size < 2:
+        raise BadInput(f"--group_size {cfg.group_size}: one answer has no rank; give at least 2")
+
+
 def questions_of(cfg: AskOptions, words: list[str]) -> tuple[str, list[Question]]:
     """(run folder or "", questions) of the command line: [RUN] VIDEO QUESTION, or [RUN] with --data."""
     least = 0 if cfg.data else 2
@@ -103,6 +118,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     words, cfg = given.pop("words"), AskOptions(**given)
     run, questions = questions_of(cfg, words)
+    refuse_ignored(given, cfg, run)
     if (cfg.data or len(questions) > 1) and not cfg.out:
         raise BadInput("--out: name the JSONL file that the predictions go to")
     settings = settings_of(cfg, run, questions) if cfg.out else None

@@ -130,13 +130,21 @@ def test_a_file_of_something_else_is_no_file_of_predictions(home, script, tmp_pa
         (["{home}/young", "{clip}", "what?"], "{home}/young"),
         (["{home}/run", "--data", "{home}/clips/questions.jsonl"], "--out"),
         (["{clip}"], "[RUN] VIDEO QUESTION"),
+        (
+            ["{clip}", "what?", "--gold", "blue", "--group_size", "1"],
+            "--group_size 1: one answer",
+        ),
+        (
+            ["{home}/run", "{clip}", "what?", "--policy", "no"],
+            "--policy no: the run in {home}/run",
+        ),
+        (["{clip}", "what?", "--out", "{home}/new", "--oracle", "no:such"], "--oracle no:such: --out takes"),
+        (["{clip}", "what?", "--videos", "{home}"], "--videos {home}: only the paths in --data"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(home, script, words, names):
     places = {"home": home, "clip": clip(home)}
-    done = script(
-        ask.main, "ask.py", *(word.format(**places) for word in words), "--policy", ROOT / "weights"
-    )
+    done = script(ask.main, "ask.py", *(word.format(**places) for word in words))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert names.format(**places) in done.stderr
 
