@@ -22,7 +22,16 @@ from eval import data_of
 from grpo_rank import rank_advantages, ranks_from_scores
 from oracle import FunctionOracle, RuleOracle, load_function
 from plumbing.machine import pick_device, show_progress
-from plumbing.options import ArgumentParser, BadInput, Count, Positive, add_options, one_line, run_script
+from plumbing.options import (
+    ArgumentParser,
+    BadInput,
+    Count,
+    Positive,
+    add_options,
+    one_line,
+    refuse_same,
+    run_script,
+)
 from plumbing.progress import show_table
 from plumbing.run_folder import Kept, fingerprint
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
@@ -121,6 +130,7 @@ def main() -> None:
     refuse_ignored(given, cfg, run)
     if (cfg.data or len(questions) > 1) and not cfg.out:
         raise BadInput("--out: name the JSONL file that the predictions go to")
+    refuse_same(cfg.out, cfg.data, *{question.video for question in questions})
     settings = settings_of(cfg, run, questions) if cfg.out else None
     kept = Kept(cfg.out, {"prediction": str}, bool(cfg.out), settings)
     left = [question for question in questions if question.id not in kept.of]

@@ -25,7 +25,7 @@ import lora
 from checkpoints.policies import load_run, refuse_changed, save_policy
 from data import DataOptions, PromptSet, load_sets
 from plumbing.machine import pick_device, show_progress
-from plumbing.options import ArgumentParser, BadInput, cell, read_from, run_script, write_json
+from plumbing.options import ArgumentParser, BadInput, cell, read_from, refuse_same, run_script, write_json
 from plumbing.run_folder import fingerprint
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, by_video, grade, is_correct, summarize
@@ -128,6 +128,8 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
     computed in the run's own dtype."""
     from videoqa.questions import load_questions
 
+    if videos and not data:
+        raise BadInput(f"--videos {videos}: only the paths in --data are relative to it; give --data too")
     policy, tokenizer, config = load_run(folder, pick_device())
     policy.decoder.compute_dtype = getattr(torch, config["dtype"])
     if data:
@@ -199,7 +201,9 @@ def main() -> int:
         from videoqa import scores
 
         judged = None
-        if args.judge_url or args.judge_model:
+        refuse_same(args.rows, args.data, args.predictions, args.judge_cache)
+        refuse_same(args.json, args.data, args.predictions, args.judge_cache, args.rows)
+        if args.judge_url or args.judge_model or args.judge_body or args.judge_cache:
             from oracles import verdicts
 
             judged = partial(verdicts.judged, judge=verdicts.judge_of(args))

@@ -139,6 +139,7 @@ def test_a_file_of_something_else_is_no_file_of_predictions(home, script, tmp_pa
             "--policy no: the run in {home}/run",
         ),
         (["{clip}", "what?", "--out", "{home}/new", "--oracle", "no:such"], "--oracle no:such: --out takes"),
+        (["--data", "{home}/clips/questions.jsonl", "--out", "{home}/clips/questions.jsonl"], "written over"),
         (["{clip}", "what?", "--videos", "{home}"], "--videos {home}: only the paths in --data"),
     ],
 )
