@@ -16,9 +16,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 import lora
-from checkpoints.policies import PolicyOptions, load_policy, load_run
+from checkpoints.policies import PolicyOptions, data_of, load_policy, load_run
 from data import PromptSet
-from eval import data_of
 from grpo_rank import rank_advantages, ranks_from_scores
 from oracle import FunctionOracle, RuleOracle, load_function
 from plumbing.machine import pick_device, show_progress

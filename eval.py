@@ -12,7 +12,6 @@ One parser (videoqa/answers.py) reads every answer, here, in the oracle and in t
 bootstrapped over videos, not questions: questions of one clip are right or wrong together.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import fields, replace
@@ -22,11 +21,10 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from checkpoints.policies import load_run, refuse_changed, save_policy
+from checkpoints.policies import data_of, load_run, refuse_changed, save_policy
 from data import DataOptions, PromptSet, load_sets
 from plumbing.machine import pick_device, show_progress
 from plumbing.options import ArgumentParser, BadInput, cell, read_from, refuse_same, run_script, write_json
-from plumbing.run_folder import fingerprint
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, by_video, grade, is_correct, summarize
 
@@ -114,13 +112,6 @@ def table(before: dict, after: dict | None = None) -> str:
         cells = [f"{verdict['accuracy']:.1f}" if verdict else "" for verdict in verdicts]
         lines.append(f"| judge's verdict, open answers | {verdicts[0]['n']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def data_of(*sets: list) -> dict[str, str]:
-    """Fingerprints of sets of questions and their videos, as train.py keeps them of its run."""
-    videos = sorted({question.video for questions in sets for question in questions})
-    data = hashlib.sha256(repr(list(sets)).encode()).hexdigest()
-    return {"the data": data, "a video": fingerprint(*videos, ends=2**16)}
 
 
 def evaluate_run(folder: str, data: str, videos: str) -> str:

@@ -1,5 +1,6 @@
 """A run's policy from a folder: what pretrain.py wrote or, in the Hugging Face layout, a pretrained model."""
 
+import hashlib
 import os
 import shutil
 from dataclasses import asdict, dataclass, fields, replace
@@ -199,6 +200,13 @@ def load_run(folder: str, device="cpu"):
     lora.add_adapters(policy.decoder, config["lora_r"], config["lora_alpha"])
     load_adapter_of(policy, os.path.join(folder, "best" if config.get("keep") == "best" else "adapter"))
     return policy, tokenizer, config
+
+
+def data_of(*sets: list) -> dict[str, str]:
+    """Fingerprints of sets of questions and their videos, as train.py keeps them of its run."""
+    videos = sorted({question.video for questions in sets for question in questions})
+    data = hashlib.sha256(repr(list(sets)).encode()).hexdigest()
+    return {"the data": data, "a video": fingerprint(*videos, ends=2**16)}
 
 
 def refuse_changed(path: str, config: dict, now: dict[str, str], remedy: str) -> None:

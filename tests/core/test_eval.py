@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 import eval as evaluation
+from checkpoints.policies import data_of
 from data import DataOptions, load_sets
-from eval import data_of, evaluate_run, gains, main, table
+from eval import evaluate_run, gains, main, table
 from plumbing.options import BadInput
 from plumbing.progress import compare
 from videoqa.answers import Question, summarize

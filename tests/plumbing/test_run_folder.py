@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from eval import data_of
+from checkpoints.policies import data_of
 from oracles import choose
 from plumbing.options import BadInput
 from plumbing.run_folder import Kept, RunFolder, RunOptions, check_folder, stored_options
