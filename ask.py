@@ -6,23 +6,33 @@
     python ask.py runs/default DIR "what happens" --out pred.jsonl                # one question, all videos
 
 With --gold or --oracle, sampled answers are ranked; the advantages are those of the default form and gain. A
---gold of "1.5 to 4.0 seconds" is a time span, ranked by overlap. Predictions go on where they stopped.
+--gold of "1.5 to 4.0 seconds" is a time span, ranked by overlap. Predictions go on where they stopped, if
+pred.jsonl.settings says that the same questions, videos, weights and options made them.
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 import lora
-from checkpoints.policies import PolicyOptions, load_policy, load_run
+from checkpoints.policies import PolicyOptions, data_of, load_policy, load_run
 from data import PromptSet
 from grpo_rank import rank_advantages, ranks_from_scores
 from oracle import FunctionOracle, RuleOracle, load_function
 from plumbing.machine import pick_device, show_progress
-from plumbing.options import ArgumentParser, BadInput, Count, Positive, add_options, one_line, run_script
+from plumbing.options import (
+    ArgumentParser,
+    BadInput,
+    Count,
+    Positive,
+    add_options,
+    one_line,
+    refuse_same,
+    run_script,
+)
 from plumbing.progress import show_table
-from plumbing.run_folder import Kept
+from plumbing.run_folder import Kept, fingerprint
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import Question, parse_span
 from videoqa.datasets import VIDEO_SUFFIXES
@@ -67,6 +77,21 @@ def show_answers(policy, asked: PromptSet, sampling: Sampling, cfg: AskOptions, 
     show_table("\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]))
 
 
+def refuse_ignored(given: dict, cfg: AskOptions, run: str) -> None:
+    """BadInput for an option that does nothing here, and for a group that no oracle can rank."""
+    of_policy = {field.name for field in fields(PolicyOptions)} - {"seed"} | {"max_new_tokens"}
+    why = dict.fromkeys(of_policy, f"the run in {run} has its own") if run else {}
+    if cfg.out:
+        of_sampling = ("gold", "oracle", "group_size", "temperature") + ("seed",) * bool(run)
+        why |= dict.fromkeys(of_sampling, "--out takes greedy answers alone")
+    if not cfg.data:
+        why["videos"] = "only the paths in --data are relative to it"
+    for name in filter(why.get, given):
+        raise BadInput(f"--{name} {given[name]}: {why[name]}; leave --{name} out")
+    if (cfg.gold or cfg.oracle) and cfg.group_size < 2:
+        raise BadInput(f"--group_size {cfg.group_size}: one answer has no rank; give at least 2")
+
+
 def questions_of(cfg: AskOptions, words: list[str]) -> tuple[str, list[Question]]:
     """(run folder or "", questions) of the command line: [RUN] VIDEO QUESTION, or [RUN] with --data."""
     least = 0 if cfg.data else 2
@@ -84,6 +109,16 @@ def questions_of(cfg: AskOptions, words: list[str]) -> tuple[str, list[Question]
     return run, [Question(os.path.basename(v), v, rest[1], **gold) for v in videos or rest[:1]]
 
 
+def settings_of(cfg: AskOptions, run: str, questions: list[Question]) -> dict:
+    """All that decides the predictions: those of other settings are not continued."""
+    if run:
+        files = [os.path.join(run, name) for name in ("config.json", "adapter", "best")]
+        return data_of(questions) | {"run": fingerprint(*files)}
+    names = {field.name for field in fields(PolicyOptions)} - {"policy", "clip", "adapter"}
+    chosen = {name: getattr(cfg, name) for name in sorted(names | {"max_new_tokens"})}
+    return data_of(questions) | {"policy": fingerprint(cfg.policy, cfg.clip, cfg.adapter)} | chosen
+
+
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("words", nargs="*", metavar="RUN, VIDEO, QUESTION")
@@ -91,9 +126,12 @@ def main() -> None:
     given = vars(parser.parse_args())
     words, cfg = given.pop("words"), AskOptions(**given)
     run, questions = questions_of(cfg, words)
+    refuse_ignored(given, cfg, run)
     if (cfg.data or len(questions) > 1) and not cfg.out:
         raise BadInput("--out: name the JSONL file that the predictions go to")
-    kept = Kept(cfg.out, {"prediction": str}, writes=bool(cfg.out))
+    refuse_same(cfg.out, cfg.data, *{question.video for question in questions})
+    settings = settings_of(cfg, run, questions) if cfg.out else None
+    kept = Kept(cfg.out, {"prediction": str}, bool(cfg.out), settings)
     left = [question for question in questions if question.id not in kept.of]
     if left:
         policy, tokenizer, *made = (load_run if run else load_policy)(run or cfg, pick_device())

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from checkpoints.policies import load_run, save_policy
+from checkpoints.policies import data_of, load_run, refuse_changed, save_policy
 from data import DataOptions, PromptSet, load_sets
 from plumbing.machine import pick_device, show_progress
-from plumbing.options import ArgumentParser, BadInput, cell, read_from, run_script, write_json
+from plumbing.options import ArgumentParser, BadInput, cell, read_from, refuse_same, run_script, write_json
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, by_video, grade, is_correct, summarize
 
@@ -119,17 +119,22 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
     computed in the run's own dtype."""
     from videoqa.questions import load_questions
 
+    if videos and not data:
+        raise BadInput(f"--videos {videos}: only the paths in --data are relative to it; give --data too")
     policy, tokenizer, config = load_run(folder, pick_device())
     policy.decoder.compute_dtype = getattr(torch, config["dtype"])
     if data:
         questions = load_questions(data, videos)
     else:
         names = [field.name for field in fields(DataOptions)]
+        path, remedy = os.path.join(folder, "config.json"), "give --data and --videos"
         if not config.keys() >= set(names):
-            raise BadInput(f"{folder}/config.json: not all options of the data; give --data and --videos")
-        with read_from(os.path.join(folder, "config.json")):
+            raise BadInput(f"{path}: not all options of the data; {remedy}")
+        with read_from(path):
             drawn = DataOptions(**{name: config[name] for name in names})
-        questions = load_sets(drawn, config["seed"])[1]
+        sets = load_sets(drawn, config["seed"])
+        refuse_changed(path, config, data_of(*sets), f"put it back, or {remedy}")
+        questions = sets[1]
     prompts = PromptSet(policy, tokenizer, questions)
     sampling = Sampling.of(policy, tokenizer, max_new_tokens=config["max_new_tokens"])
     options = {"samples": config["eval_samples"], "seed": config["seed"]}
@@ -187,7 +192,9 @@ def main() -> int:
         from videoqa import scores
 
         judged = None
-        if args.judge_url or args.judge_model:
+        refuse_same(args.rows, args.data, args.predictions, args.judge_cache)
+        refuse_same(args.json, args.data, args.predictions, args.judge_cache, args.rows)
+        if args.judge_url or args.judge_model or args.judge_body or args.judge_cache:
             from oracles import verdicts
 
             judged = partial(verdicts.judged, judge=verdicts.judge_of(args))

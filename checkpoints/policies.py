@@ -1,5 +1,6 @@
 """A run's policy from a folder: what pretrain.py wrote or, in the Hugging Face layout, a pretrained model."""
 
+import hashlib
 import os
 import shutil
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,6 +32,7 @@ from plumbing.options import (
     write_json,
     write_whole,
 )
+from plumbing.run_folder import fingerprint
 
 RUN = "name a folder that train.py made"
 RUN_KINDS = {  # what else of train.py's options it takes to use its policy
@@ -180,7 +182,7 @@ def load_run(folder: str, device="cpu"):
     """(policy with the adapter that the run keeps, tokenizer, config) of a folder that train.py made.
 
     config: the run's config.json. Raises BadInput for a run of an earlier version, and for options out of
-    bounds."""
+    bounds; for other weights than the run's."""
     path = os.path.join(folder, "config.json")
     config, names = read_json(path, RUN), [field.name for field in fields(PolicyOptions)]
     missing = [name for name in (*names, *RUN_KINDS, "made") if name not in config]
@@ -193,9 +195,28 @@ def load_run(folder: str, device="cpu"):
         config |= {name: checked(name, kind, config[name]) for name, kind in RUN_KINDS.items()}
         options = PolicyOptions(**{name: config[name] for name in names})
     policy, tokenizer = load_policy(options, device)
+    weights = fingerprint(options.policy, options.clip, options.adapter)
+    refuse_changed(path, config, {"--policy": weights}, "put back the weights that its adapter belongs to")
     lora.add_adapters(policy.decoder, config["lora_r"], config["lora_alpha"])
     load_adapter_of(policy, os.path.join(folder, "best" if config.get("keep") == "best" else "adapter"))
     return policy, tokenizer, config
+
+
+def data_of(*sets: list) -> dict[str, str]:
+    """Fingerprints of sets of questions and their videos, as train.py keeps them of its run."""
+    videos = sorted({question.video for questions in sets for question in questions})
+    data = hashlib.sha256(repr(list(sets)).encode()).hexdigest()
+    return {"the data": data, "a video": fingerprint(*videos, ends=2**16)}
+
+
+def refuse_changed(path: str, config: dict, now: dict[str, str], remedy: str) -> None:
+    """BadInput where what a run was made from has other fingerprints now than its config.json keeps."""
+    made = config["made"].get("from", {}) if is_kind(config["made"], dict) else None
+    if not is_kind(made, dict):
+        raise BadInput(f"{path}: 'made' is damaged; {RUN}")
+    for name, value in now.items():
+        if made.get(name, value) != value:
+            raise BadInput(f"{path}: {name} changed since the run was made; {remedy}")
 
 
 def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:

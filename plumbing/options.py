@@ -424,6 +424,15 @@ def write_whole(path: str, content: bytes) -> None:
         raise
 
 
+def refuse_same(output: str, *inputs: str) -> None:
+    """BadInput where a file to write is one that is read, too. "" is no file; a device may be both."""
+    if not os.path.exists(output) or os.path.isfile(output):
+        real = os.path.realpath(output)
+        for path in filter(None, inputs if output else ()):
+            if os.path.realpath(path) == real:
+                raise BadInput(f"{output}: would be written over {path}; name another file to write")
+
+
 def is_alive(process: int) -> bool:
     """Whether a process of this number runs on this machine."""
     try:

@@ -174,13 +174,36 @@ def cut_back(path: str, kinds: dict[str, type], kept=lambda row: True) -> list[d
 
 class Kept:
     """What a long job has made of each question, in a JSONL file that it appends to: started again, the job
-    goes on behind a kill. `of`: rows by their id. kinds: the types of a row's fields. same: fields that all
-    of the job's rows share."""
+    goes on behind a kill. `of`: rows by their id. kinds: the types of a row's fields. settings: all that
+    decides the rows. same: fields that all of the job's rows share."""
 
-    def __init__(self, path: str, kinds: dict[str, type], writes: bool = True, **same):
+    def __init__(self, path: str, kinds: dict[str, type], writes: bool = True, settings=None, **same):
         self.path, self.writes, self.same = path, writes, same
+        if settings and (os.path.isfile(path) or not os.path.exists(path)):
+            self.hold(json.dumps(settings))
         rows = cut_back(path, {"id": str} | kinds) if writes else []
         self.of = {row["id"]: row for row in rows if same.items() <= row.items()}
+
+    def hold(self, settings: str):
+        """Keeps the file to this process, and to these settings: they stand beside it, in a file that is
+        locked for the life of this object. BadInput: another process has it, or its rows are of others."""
+        beside = f"{self.path}.settings"
+        known = os.path.exists(beside)
+        self.beside = open(beside, "a+", encoding="utf-8")  # noqa: SIM115 (closed with this object)
+        try:
+            fcntl.flock(self.beside, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadInput(f"{self.path}: another process is writing it; wait for it to end") from error
+        self.beside.seek(0)
+        if self.beside.read() == settings:
+            return
+        if os.path.exists(self.path) and os.path.getsize(self.path):
+            if not known:
+                os.remove(beside)
+            raise BadInput(f"{self.path}: made of other files or options; name another, or remove it first")
+        self.beside.truncate(0)
+        self.beside.write(settings)
+        self.beside.flush()
 
     def add(self, rows: list[dict]):
         self.of |= {row["id"]: row for row in rows}

@@ -61,7 +61,7 @@ _REFUSAL = re.compile(  # "I'm not sure", "there is no way to tell": says nothin
 )
 
 # m:ss, h:mm:ss or seconds. A comma stands before decimals ("3,5", "00:00:03,500") or thousands ("1,003").
-_PLAIN = r"-?(?:\d++(?::\d{1,2}){1,2}(?:\.\d++)?|\d++(?:\.\d++)?|\.\d++)"
+_PLAIN = r"-?(?:\d++(?::\d{1,2}){1,2}(?:\.\d++)?|(?:\d++(?:\.\d++)?|\.\d++)(?:[eE][-+]?\d++)?+)"
 _NUMBER = (
     rf"(?:-?\d++(?::\d{{1,2}}){{1,2}},\d++|-?\d{{1,3}}(?:,\d{{3}})+(?:\.\d++)?|-?\d++,\d{{1,2}}|{_PLAIN})"
 )

@@ -6,9 +6,11 @@ as wrong, overlap 0. Thresholds are inclusive. Duplicate annotations count as of
 
 import json
 from collections import defaultdict
+from decimal import Decimal
 from statistics import fmean
+from string import ascii_uppercase
 
-from plumbing.options import BadInput, one_line, read_jsonl, write_whole
+from plumbing.options import BadInput, finite, one_line, read_jsonl, write_whole
 from videoqa.answers import Question, Reading, final_answer, grade, is_correct, is_open, read, summarize, task
 from videoqa.published import is_right_published, read_published, rule_of
 from videoqa.questions import load_questions
@@ -64,6 +66,13 @@ def accuracy_table(questions: list[Question], right: list[bool], scores: list[in
     return out
 
 
+def option_name(i: int, question: Question) -> str:
+    """What names the option by its number: of its letter (for 26 of them) and its mark the one that more of
+    the two rules read as it."""
+    names = [*ascii_uppercase[i : i + 1], *question.marks[i : i + 1]]
+    return max(names, key=lambda x: (read(x, question).option == i) + (read_published(x, question) == i))
+
+
 def prediction_text(prediction, question: Question) -> str | None:
     """A prediction as text; None if it has no single meaning, and the file must say which one it has.
 
@@ -75,14 +84,13 @@ def prediction_text(prediction, question: Question) -> str | None:
         return prediction or ""
     if type(prediction) in (int, float):
         if question.options and prediction == int(prediction):
-            inside = 0 <= prediction < len(question.options)
-            return f"({chr(ord('A') + int(prediction))})" if inside else ""
+            return option_name(int(prediction), question) if 0 <= prediction < len(question.options) else ""
         return None if question.options else str(prediction)
     if isinstance(prediction, list) and question.spans:
         window = prediction[0] if len(prediction) == 1 else prediction
         numbers = isinstance(window, list) and all(type(x) in (int, float) for x in window)
         if numbers and (len(window) == 2 or len(window) == 3 and window is not prediction):
-            return json.dumps(window[:2])
+            return f"[{', '.join(f'{Decimal(str(x)):f}' for x in window[:2])}]"  # without exponents
     return None
 
 
@@ -230,7 +238,7 @@ def score_file(data: str, predictions: str, judged=None, rows_path: str = "") ->
         if judged and chosen:
             metrics[name]["judged"] = judged(*zip(*chosen, strict=True))
     if rows_path:
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(questions, texts))
+        lines = (json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows(questions, texts))
         write_whole(rows_path, "".join(lines).encode(errors="replace"))
     missing = len(questions) - len(predicted)
     return summarize(questions, right, grades) | {"missing": missing, "metrics": metrics}

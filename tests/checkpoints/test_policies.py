@@ -31,6 +31,7 @@ from data import PromptSet, longest_text
 from eval import merge_run
 from model import Bridge
 from plumbing.options import BadInput
+from plumbing.run_folder import fingerprint
 from rollout import generate
 from videoqa import world
 from videoqa.answers import Question
@@ -468,3 +469,20 @@ def test_a_policy_with_a_weight_that_is_no_number_is_refused_by_name(tmp_path):
     state["decoder.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(state, file)
     refused(str(file), "down_proj", "NaN", load=load_policy, policy=str(tmp_path / "weights"))
+
+
+def test_a_runs_adapter_is_put_on_no_other_weights_wherever_they_lie(tmp_path):
+    shutil.copytree("weights", tmp_path / "weights")
+    options = chosen(tmp_path / "weights")
+    policy, _ = load_policy(options)
+    lora.add_adapters(policy.decoder, 4, 8.0)
+    save_adapter_of(policy, str(tmp_path / "run" / "adapter"))
+    made = {"from": {"--policy": fingerprint(options.policy)}}
+    (tmp_path / "weights").rename(tmp_path / "moved")
+    moved = vars(chosen(tmp_path / "moved")) | MADE | {"made": made}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(moved))
+    load_run(str(tmp_path / "run"))
+    file = tmp_path / "moved" / "model.safetensors"
+    save_file({name: x * 0.9 for name, x in load_file(file).items()}, file)
+    with pytest.raises(BadInput, match="config.json: --policy changed since the run was made; put back"):
+        load_run(str(tmp_path / "run"))

@@ -94,6 +94,32 @@ def test_predictions_are_those_that_score_takes_and_go_on_behind_a_kill(home, sc
     assert json.loads(scored.read_text())["missing"] == 0
 
 
+def test_predictions_of_another_question_policy_or_run_are_not_continued(home, script, tmp_path):
+    out, weights = tmp_path / "pred.jsonl", ["--policy", ROOT / "weights"]
+    asked = ["ask.py", home / "clips", "what color appears last"]
+    done = script(ask.main, *asked, *weights, "--out", out)
+    assert done.returncode == 0, done.stderr
+    before = out.read_text()
+    shutil.copytree(ROOT / "weights", tmp_path / "weights", ignore=shutil.ignore_patterns("made.json"))
+    for command in (
+        ["ask.py", home / "clips", "how many objects appear", *weights],
+        [*asked, *weights, "--max_new_tokens", "3"],
+        [*asked, "--policy", tmp_path / "weights"],
+        ["ask.py", home / "run", *asked[1:]],
+    ):
+        done = script(ask.main, *command, "--out", out)
+        assert done.returncode == 2 and "pred.jsonl: made of other files or options; " in done.stderr
+    assert out.read_text() == before
+
+
+def test_a_file_of_something_else_is_no_file_of_predictions(home, script, tmp_path):
+    (tmp_path / "one.json").write_text('{"a": 1}')  # one row without a line end, as of a kill
+    words = [home / "clips", "what color appears last", "--policy", ROOT / "weights"]
+    done = script(ask.main, "ask.py", *words, "--out", tmp_path / "one.json")
+    assert done.returncode == 2 and "one.json: made of other files" in done.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"a": 1}']
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [
@@ -104,13 +130,22 @@ def test_predictions_are_those_that_score_takes_and_go_on_behind_a_kill(home, sc
         (["{home}/young", "{clip}", "what?"], "{home}/young"),
         (["{home}/run", "--data", "{home}/clips/questions.jsonl"], "--out"),
         (["{clip}"], "[RUN] VIDEO QUESTION"),
+        (
+            ["{clip}", "what?", "--gold", "blue", "--group_size", "1"],
+            "--group_size 1: one answer",
+        ),
+        (
+            ["{home}/run", "{clip}", "what?", "--policy", "no"],
+            "--policy no: the run in {home}/run",
+        ),
+        (["{clip}", "what?", "--out", "{home}/new", "--oracle", "no:such"], "--oracle no:such: --out takes"),
+        (["--data", "{home}/clips/questions.jsonl", "--out", "{home}/clips/questions.jsonl"], "written over"),
+        (["{clip}", "what?", "--videos", "{home}"], "--videos {home}: only the paths in --data"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(home, script, words, names):
     places = {"home": home, "clip": clip(home)}
-    done = script(
-        ask.main, "ask.py", *(word.format(**places) for word in words), "--policy", ROOT / "weights"
-    )
+    done = script(ask.main, "ask.py", *(word.format(**places) for word in words))
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert names.format(**places) in done.stderr
 

@@ -1,9 +1,15 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from eval import gains, main, table
+import eval as evaluation
+from checkpoints.policies import data_of
+from data import DataOptions, load_sets
+from eval import evaluate_run, gains, main, table
+from plumbing.options import BadInput
 from plumbing.progress import compare
 from videoqa.answers import Question, summarize
 
@@ -113,8 +119,56 @@ def test_the_score_command_prints_a_table_and_writes_a_row_a_question(script, tm
     assert (out[0]["strict"]["right"], out[0]["published"]["right"]) == (True, False)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rows", "data.jsonl"], "would be written over"),
+        (["--json", "link.jsonl"], "link.jsonl: would be written over"),
+        (["--rows", "new", "--json", "new"], "new: would be written over"),
+        (["--judge_body", "{}"], "--judge_url and --judge_model: one without the other"),
+        (["--judge_cache", "new"], "--judge_url and --judge_model: one without the other"),
+    ],
+)
+def test_the_score_command_writes_over_nothing_that_it_reads_and_ignores_no_option(
+    script, tmp_path, monkeypatch, options, words
+):
+    monkeypatch.chdir(tmp_path)
+    sound = '{"id": "q0", "prediction": "red"}\n'
+    assert score(script, tmp_path, sound).returncode == 0
+    (tmp_path / "link.jsonl").symlink_to("pred.jsonl")
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    given = ["--data", "data.jsonl", "--predictions", tmp_path / "pred.jsonl", *options]
+    done = script(main, "eval.py", "score", *given)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+    nowhere = ["--rows", "/dev/null", "--json", "/dev/null"]
+    assert script(main, "eval.py", "score", *given[:4], *nowhere).returncode == 0
+
+
 def test_predictions_that_all_say_nothing_are_bad_input(script, tmp_path):
     done = score(script, tmp_path, '{"id": "q0", "prediction": null}\n{"id": "q1", "prediction": " "}\n')
     assert done.returncode == 2 and "not one of its 2 predictions can be read" in done.stderr
     done = score(script, tmp_path, '{"id": "q0", "prediction": {"label": "red"}}\n')
     assert done.returncode == 2 and 'line 1: prediction {"label": "red"} is unclear' in done.stderr
+
+
+def test_a_runs_own_questions_and_videos_must_be_those_that_it_was_made_with(tmp_path, monkeypatch):
+    data, video = tmp_path / "data.jsonl", tmp_path / "a.mp4"
+    row = {"id": "q0", "question": "color?", "answer": "red"}
+    rows = [json.dumps(row | {"id": name, "video": f"{name}.mp4"}) for name in "ab"]
+    data.write_text("\n".join(rows))
+    options = DataOptions(data=str(data), videos=str(tmp_path))
+    config = asdict(options) | {"seed": 0, "dtype": "float32", "max_new_tokens": 5, "eval_samples": 1}
+    config["made"] = {"from": data_of(*load_sets(options, 0))}
+    policy = SimpleNamespace(decoder=SimpleNamespace())
+    monkeypatch.setattr(evaluation, "load_run", lambda *given: (policy, None, config))
+    monkeypatch.setattr(evaluation, "PromptSet", lambda *given: pytest.fail("its questions are asked"))
+    with pytest.raises(BadInput, match="--videos .*give --data too"):
+        evaluate_run("run", "", str(tmp_path))
+    video.write_bytes(b"another")
+    with pytest.raises(BadInput, match="config.json: a video changed since .* put it back, or"):
+        evaluate_run("run", "", "")
+    video.unlink()
+    data.write_text("\n".join(rows).replace("red", "blue"))
+    with pytest.raises(BadInput, match="config.json: the data changed since .* give --data and --videos"):
+        evaluate_run("run", "", "")

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import train
+from checkpoints.policies import data_of
 from oracles import choose
 from plumbing.options import BadInput
-from plumbing.run_folder import RunFolder, RunOptions, check_folder, stored_options
+from plumbing.run_folder import Kept, RunFolder, RunOptions, check_folder, stored_options
 from videoqa.answers import Question
 
 
@@ -173,6 +174,7 @@ def test_everything_that_a_run_reads_is_in_its_fingerprints(tmp_path, monkeypatc
         oracle_cache=str(tmp_path / "replay.jsonl"),
     )  # fmt: skip
     before = train.made_from(cfg, *sets)
+    assert data_of(sets[0].questions).items() <= before.items()  # as eval.py run compares them
     path = tmp_path / changed
     (path / "ranker.safetensors" if path.is_dir() else path).write_text("# another")
     after = train.made_from(cfg, *sets)
@@ -180,3 +182,12 @@ def test_everything_that_a_run_reads_is_in_its_fingerprints(tmp_path, monkeypatc
         "a video" if changed == "clip.mp4" else "--oracle"
     ]
     assert choose.made_from(cfg).keys() == {"--oracle"}
+
+
+def test_two_jobs_never_write_the_same_kept_rows(tmp_path):
+    first = Kept(str(tmp_path / "out.jsonl"), {}, settings={"k": 1})
+    with pytest.raises(BadInput, match="out.jsonl: another process is writing it; wait"):
+        Kept(str(tmp_path / "out.jsonl"), {}, settings={"k": 1})
+    first.add([{"id": "a"}])
+    first.beside.close()
+    assert Kept(str(tmp_path / "out.jsonl"), {}, settings={"k": 1}).of == {"a": {"id": "a"}}

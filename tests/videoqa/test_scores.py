@@ -3,9 +3,9 @@ import os
 
 import pytest
 
-from plumbing.options import BadInput
+from plumbing.options import BadInput, read_jsonl
 from videoqa import scores
-from videoqa.answers import Question
+from videoqa.answers import Question, parse_span
 from videoqa.scores import score_file
 
 ANNOTATIONS = os.path.join(os.environ.get("REAL_CLIPS", ""), "annotations")
@@ -57,7 +57,7 @@ def test_choices_are_counted_by_task_type_and_duration_from_text_letter_or_index
         for i, (kind, name, length) in enumerate(rows)
     ]
     said = [scores.prediction_text(p, questions[0]) for p in ("blue", "(B) blue", 1, 3)]
-    assert said[2:] == ["(B)", ""] and scores.prediction_text(None, questions[0]) == ""
+    assert said[2:] == ["B", ""] and scores.prediction_text(None, questions[0]) == ""
     out = scores.score(questions, said)
     assert out["parse_failures"] == 1
     published = out["multiple_choice"].pop("published")
@@ -68,6 +68,41 @@ def test_choices_are_counted_by_task_type_and_duration_from_text_letter_or_index
         "by_task_type": {"Color": {"accuracy": 100, "n": 2}, "Count": {"accuracy": 50, "n": 2}},
         "by_duration": {c: {"accuracy": 100, "n": 1} for c in ("long", "medium", "short")},
     }
+
+
+@pytest.mark.parametrize(
+    "rule", ["", "video_mme", "tempcompass multi-choice", "tempcompass caption_matching"]
+)
+@pytest.mark.parametrize("marks", [(), ("Caption A", "Caption B"), ("Option 1", "Option 2")])
+def test_an_index_names_its_option_by_both_rules(rule, marks):
+    options = ("red", "blue")
+    of = dict(options=options, benchmark=rule, marks=marks)
+    questions = [Question("0", "a.mp4", "?", options[i], answer_index=i, **of) for i in (0, 1)]
+    said = [scores.prediction_text(i, question) for i, question in enumerate(questions)]
+    out = scores.score(questions, said)["multiple_choice"]
+    assert out["accuracy"] == out["published"]["accuracy"] == 100
+
+
+def test_an_index_beyond_the_letters_names_its_option_by_its_mark():
+    options, marks = (tuple(f"{word} {i}" for i in range(30)) for word in ("thing", "Option"))
+    question = Question("0", "a.mp4", "?", options[29], "", options, 29, marks=marks)
+    assert scores.prediction_text(29, question) == "Option 29"
+    assert scores.score([question], ["Option 29"])["multiple_choice"]["accuracy"] == 100
+
+
+def test_a_small_or_large_bound_of_a_predicted_span_is_read_as_it_is():
+    for span in ([1e-05, 12.3], [0, 1e16], [5, 12.0]):
+        text = scores.prediction_text(span, moment(0, (0, 5)))
+        assert parse_span(text) == tuple(span) and "e" not in text
+
+
+def test_the_rows_of_a_span_without_end_are_plain_json(tmp_path):
+    row = {"id": "0", "video": "a.mp4", "question": "when?", "answer": "from 0 to 5 seconds", "span": [0, 5]}
+    said = {"id": "0", "prediction": f"from 0 to {'9' * 400} seconds"}
+    for name, content in (("data", row), ("said", said)):
+        (tmp_path / name).write_text(json.dumps(content))
+    score_file(*(str(tmp_path / name) for name in ("data", "said")), rows_path=str(tmp_path / "rows"))
+    assert [row["span"] for _, row in read_jsonl(str(tmp_path / "rows"), "")] == [[0, None]]
 
 
 @needs_excerpts
