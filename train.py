@@ -7,7 +7,6 @@
 Read `learn` first: it is the paper's algorithm. What a run folder holds: plumbing/run_folder.py.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -15,7 +14,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from checkpoints.policies import PolicyOptions, load_adapter_of, load_policy, save_adapter_of
+from checkpoints.policies import PolicyOptions, data_of, load_adapter_of, load_policy, save_adapter_of
 from data import Batches, DataOptions, Prompts, PromptSet, draw_world, load_sets
 from eval import evaluate, gains, table
 from grpo_rank import Objective, rank_advantages, ranks_from_scores, rollout_loss
@@ -246,10 +245,8 @@ def load_everything(cfg: Config, device: torch.device) -> tuple[VideoLM, PromptS
 
 def made_from(cfg: Config, *sets: PromptSet) -> dict[str, str]:
     """Fingerprints of all that a run depends on: a resume on anything else is refused."""
-    data = hashlib.sha256(repr([prompts.questions for prompts in sets]).encode()).hexdigest()
-    videos = sorted({question.video for prompts in sets for question in prompts.questions})
     made = choose.made_from(cfg) | {"--policy": fingerprint(cfg.policy, cfg.clip, cfg.adapter)}
-    return made | {"the data": data, "a video": fingerprint(*videos, ends=2**16)}
+    return made | data_of(*(prompts.questions for prompts in sets))
 
 
 def main() -> int:
