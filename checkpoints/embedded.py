@@ -71,7 +71,7 @@ def train_clip(cfg, clip: Clip, tokenizer: Tokenizer, frames, times, generator):
         found = same.gather(1, similarity.argmax(dim=1)[:, None]).float().mean()
         return contrastive_loss(similarity, same), {"retrieval": found.item()}
 
-    fit("clip", batch_loss, clip.parameters(), steps=cfg.clip_steps, lr=cfg.clip_lr)
+    fit("clip", batch_loss, clip.parameters(), steps=cfg.clip_steps, cfg=cfg, rate="clip_lr")
 
 
 def train_align(cfg, model: VideoLM, patches, times, tokenizer: Tokenizer, generator):
@@ -101,8 +101,8 @@ def train_align(cfg, model: VideoLM, patches, times, tokenizer: Tokenizer, gener
         return answer_loss(model, [BOS_ID], video, ids, answer), {}
 
     parameters = trainable(model, model.bridge, model.decoder)
-    fit("captions", captions, parameters, steps=cfg.caption_steps, lr=cfg.align_lr)
-    fit("annotations", annotations, parameters, steps=cfg.annotation_steps, lr=cfg.align_lr)
+    fit("captions", captions, parameters, steps=cfg.caption_steps, cfg=cfg, rate="align_lr")
+    fit("annotations", annotations, parameters, steps=cfg.annotation_steps, cfg=cfg, rate="align_lr")
 
 
 def trainable(model: VideoLM, *parts) -> list[torch.nn.Parameter]:
@@ -148,7 +148,7 @@ def train_sft(cfg, model: VideoLM, video_embeds, tokenizer: Tokenizer, generator
             ids, answer = answer_batch([rows[c] for c in chosen], cfg.questions_per_clip, rng)
             return answer_loss(model, [BOS_ID], video_embeds[chosen], ids, answer), {}
 
-        fit(name, batch_loss, trainable(model, model.decoder), steps=steps, lr=cfg.sft_lr)
+        fit(name, batch_loss, trainable(model, model.decoder), steps=steps, cfg=cfg, rate="sft_lr")
 
 
 def run_stage(stage: str, cfg, tokenizer: Tokenizer, frames, times) -> VideoLM:

@@ -187,7 +187,7 @@ def train_ranker(cfg) -> dict:
         return bradley_terry(scores[..., 0], scores[..., 1]).mean(), {}
 
     parameters = [p.requires_grad_(True) for part in (model.decoder, scorer.head) for p in part.parameters()]
-    fit("ranker", batch_loss, parameters, steps=cfg.ranker_steps, lr=cfg.ranker_lr)
+    fit("ranker", batch_loss, parameters, steps=cfg.ranker_steps, cfg=cfg, rate="ranker_lr")
     save_ranker(scorer, cfg.out)
     tested = [pair for pair in pairs if pair.video in held]
     scorer = load_ranker(os.path.join(cfg.out, "ranker"), device)
