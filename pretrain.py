@@ -34,10 +34,11 @@ from clip import ClipConfig
 from data import load_clips
 from model import ModelConfig
 from oracles.pairs import RankerOptions, train_ranker
-from plumbing.options import BadInput, is_kind, parse_args, read_json, run_script, write_json
+from plumbing.options import LEFT, BadInput, is_kind, parse_args, read_json, run_script, write_json
 from videoqa import world
 
 STAGES = ("clip", "align", "sft")
+ANOTHER_OUT = "name another folder with --out"
 
 
 @dataclass
@@ -71,8 +72,20 @@ PRESETS = {
 }  # fmt: skip
 
 
+def check_out(cfg: Config):
+    """Raises BadInput for an --out that holds something else than what the stages write."""
+    names = os.listdir(cfg.out) if os.path.lexists(cfg.out) else []
+    if "config.json" in names:
+        ours = {"model", "clip"} <= read_json(os.path.join(cfg.out, "config.json"), ANOTHER_OUT).keys()
+    else:
+        ours = all(name in ("tokenizer.json", "made.json") or LEFT.fullmatch(name) for name in names)
+    if not ours:
+        raise BadInput(f"--out {cfg.out}: holds something else than pretrain.py's weights; {ANOTHER_OUT}")
+
+
 def pretrain(cfg: Config):
     """The small model of the embedded world: all three stages, or the one that --stage names."""
+    check_out(cfg)
     tokenizer, began = folder_tokenizer(cfg), time.time()
     hard, scenes = cfg.world == "hard", range(cfg.num_clips)
     world.make_world(cfg.world_dir, scenes, hard=hard)

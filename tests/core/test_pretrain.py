@@ -101,3 +101,23 @@ def test_new_words_of_the_world_get_new_ids_and_old_ones_keep_theirs(home, monke
         embedded.folder_tokenizer(cfg)
     with pytest.raises(BadInput, match="none/tokenizer.json"):
         embedded.folder_tokenizer(pretrain.Config(out=str(home / "none"), stage="align"))
+
+
+def test_a_stage_that_diverges_names_its_learning_rate_and_leaves_the_weights(home, monkeypatch):
+    out = run(monkeypatch, home, "diverged")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(BadInput, match=r"^--sft_lr 1e\+20: .* diverged at step \d+; take a lower one"):
+        run(monkeypatch, home, "diverged", "--stage", "sft", "--sft_lr", "1e20")
+    with pytest.raises(BadInput, match=r"^--ranker_lr 1e\+20: ranker diverged"):
+        ranker = "--stage ranker --ranker_clips 4 --ranker_steps 4 --ranker_lr 1e20"
+        run(monkeypatch, home, "diverged", *ranker.split())
+    assert (out / "model.safetensors").read_bytes() == before and not (out / "ranker").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "notes.txt", "model.safetensors"])
+def test_a_folder_of_something_else_is_not_written_to(name, tmp_path, home, monkeypatch):
+    (tmp_path / name).write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(pretrain, "run_stage", lambda *given: pytest.fail("it must not be trained"))
+    with pytest.raises(BadInput, match=rf"^--out {tmp_path}: holds something else .*; name another folder"):
+        run(monkeypatch, home, tmp_path, "--stage", "clip")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
