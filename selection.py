@@ -12,6 +12,7 @@ The answers are kept in SELECTED.jsonl.samples: a killed selection continues fro
 needs no new ones. The same settings give the same file, byte for byte, killed or not.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -26,7 +27,16 @@ from checkpoints.policies import PolicyOptions, load_policy
 from data import PromptSet
 from plumbing import options
 from plumbing.machine import pick_device, show_progress
-from plumbing.options import BadInput, Bounds, Count, PositiveShare, read_jsonl, run_script, write_whole
+from plumbing.options import (
+    BadInput,
+    Bounds,
+    Count,
+    PositiveShare,
+    read_bytes,
+    read_jsonl,
+    run_script,
+    write_whole,
+)  # fmt: skip
 from plumbing.run_folder import fingerprint
 from rollout import Sampling, answer
 from videoqa.answers import Reward, reward, task
@@ -143,12 +153,15 @@ def histogram(spreads: list[dict], k: int) -> dict:
     }
 
 
-def settings_of(cfg: Config, data: str, num_questions: int) -> dict:
+def settings_of(cfg: Config, data: str, questions: list, dtype: torch.dtype) -> dict:
     """All that decides the answers. Answers of other settings are not continued."""
+    videos = sorted({question.video for question in questions})
     chosen = {field.name: getattr(cfg, field.name) for field in fields(PolicyOptions)}
     return {
-        "data_sha256": fingerprint(data), "policy_sha256": fingerprint(cfg.policy, cfg.clip, cfg.adapter),
-        "questions": num_questions, "temperature": 1.0, "k": cfg.k, "max_new_tokens": cfg.max_new_tokens,
+        "data_sha256": hashlib.sha256(read_bytes(data, "give a JSONL file of questions")).hexdigest(),
+        "videos_sha256": fingerprint(*videos, ends=2**16),
+        "policy_sha256": fingerprint(cfg.policy, cfg.clip, cfg.adapter), "dtype": str(dtype),
+        "questions": len(questions), "temperature": 1.0, "k": cfg.k, "max_new_tokens": cfg.max_new_tokens,
         "batch": cfg.batch, **chosen,
     }  # fmt: skip
 
@@ -163,7 +176,7 @@ def main() -> int:
     questions, device = load_questions(data, cfg.videos), pick_device(cfg.device)
     policy, tokenizer = load_policy(cfg, device)
     policy.decoder.compute_dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    settings = settings_of(cfg, data, len(questions))
+    settings = settings_of(cfg, data, questions, policy.decoder.compute_dtype)
     texts = _resume(f"{cfg.out}.samples", settings, cfg.batch)
     with open(f"{cfg.out}.samples", "a", encoding="utf-8") as file:
         for first in show_progress(range(len(texts), len(questions), cfg.batch), "answering"):

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import selection
 from plumbing.options import BadInput
@@ -101,6 +102,22 @@ def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clip
         assert sum(task(q) == name for q in fewer) == round(0.3333 * asked) > 0
     other = script(selection.main, *command, "--seed", 1)
     assert other.returncode == 2 and "begun with other settings" in other.stderr
+
+
+def test_answers_about_other_videos_or_other_questions_are_not_continued(tmp_path):
+    world.make_world(tmp_path, range(1_000_000, 1_000_002), workers=1)
+    data, (clip, other) = tmp_path / "questions.jsonl", sorted(tmp_path.glob("*.mp4"))
+    cfg = selection.Config(videos=str(tmp_path), out="out.jsonl", policy=str(ROOT / "weights"))
+
+    def settings(dtype=torch.float32):
+        return selection.settings_of(cfg, str(data), load_questions(str(data), str(tmp_path)), dtype)
+
+    found = [settings(), settings(torch.bfloat16)]
+    data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+    found.append(settings())
+    clip.write_bytes(other.read_bytes())
+    found.append(settings())
+    assert len({str(one) for one in found}) == 4
 
 
 @pytest.mark.parametrize("think", [False, True])
