@@ -1,5 +1,8 @@
+import fcntl
 import json
+import resource
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -139,3 +142,36 @@ def test_bad_options_are_one_line_and_nothing_is_written(clips, monkeypatch, opt
     with pytest.raises(BadInput, match=rf"^{option}(\.0)?: give a.* number"):
         selection.main()
     assert not list(clips.glob("none*"))
+
+
+def answering(tmp_path, monkeypatch):
+    """A selection of 2 questions whose policy always says red and blue, and its file."""
+    cfg = selection.Config(videos="v", out=str(tmp_path / "out.jsonl"), k=2, batch=1)
+    monkeypatch.setattr(selection, "sample", lambda *given: [["red", "blue"]])
+    answers = partial(selection.answers_of, None, None, ["q", "r"], {"questions": 2, "k": 2}, cfg)
+    return answers, tmp_path / "out.jsonl.samples"
+
+
+def test_a_file_of_answers_has_one_writer_and_k_answers_a_row(tmp_path, monkeypatch):
+    answers, path = answering(tmp_path, monkeypatch)
+    assert answers() == 2 * [["red", "blue"]] and len(path.read_text().splitlines()) == 3
+    with open(path) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BadInput, match="out.jsonl.samples: another process writes it; wait"):
+            answers()
+    path.write_text(path.read_text().replace('["red", "blue"]', '["red"]', 1))
+    with pytest.raises(BadInput, match="out.jsonl.samples: not only lists of k answers.*remove it"):
+        answers()
+
+
+def test_a_full_disk_names_the_file_of_answers(tmp_path, monkeypatch):
+    answers, path = answering(tmp_path, monkeypatch)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (10, 50):  # the header has 25 bytes, a row 16
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large.*out.jsonl.samples"):
+                answers()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert answers() == 2 * [["red", "blue"]] and len(path.read_text().splitlines()) == 3
