@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass, fields
 from statistics import pstdev
@@ -192,6 +193,8 @@ def main() -> int:
     given = vars(parser.parse_args())
     data = given.pop("data")
     cfg = Config(**given)
+    if any(os.path.exists(path) and os.path.samefile(path, data) for path in (cfg.out, f"{cfg.out}.samples")):
+        raise BadInput(f"--out {cfg.out}: would overwrite {data}; name another file")
     questions, device = load_questions(data, cfg.videos), pick_device(cfg.device)
     policy, tokenizer = load_policy(cfg, device)
     policy.decoder.compute_dtype = torch.float32 if device == "cpu" else torch.bfloat16

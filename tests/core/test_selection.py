@@ -175,3 +175,12 @@ def test_a_full_disk_names_the_file_of_answers(tmp_path, monkeypatch):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert answers() == 2 * [["red", "blue"]] and len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["questions.jsonl", "questions.jsonl.samples"])
+def test_the_questions_are_not_overwritten(tmp_path, script, name):
+    (tmp_path / name).write_text("{}\n")
+    command = ["selection.py", tmp_path / name, "--videos", tmp_path, "--out", tmp_path / "questions.jsonl"]
+    done = script(selection.main, *command)
+    assert done.returncode == 2 and f"{tmp_path / name}; name another file" in done.stderr
+    assert (tmp_path / name).read_text() == "{}\n" and len(list(tmp_path.iterdir())) == 1
