@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import random
+import re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -27,7 +28,17 @@ import numpy as np
 from PIL import Image
 
 from plumbing.machine import show_progress
-from plumbing.options import ArgumentParser, Count, Seed, checked, remove_leftovers, run_script, write_whole
+from plumbing.options import (
+    ArgumentParser,
+    BadInput,
+    Count,
+    Seed,
+    checked,
+    read_bytes,
+    remove_leftovers,
+    run_script,
+    write_whole,
+)
 
 SIZE = 48  # pixels, width and height
 FPS = 6
@@ -467,6 +478,13 @@ def _make_one(folder, grounded, hard, seed):
     return [row for name, scene in scenes.items() for row in ask(scene, name)]
 
 
+def _refuse_other_questions(path):
+    """BadInput if the file holds other questions than the world's, whose ids begin with their clip's name."""
+    lines = read_bytes(path, "make it readable").splitlines() if os.path.exists(path) else []
+    if not all(re.fullmatch(rb'\{.*"id": "(clip|hard|twins)\d{7,}-g?\d+".*\}', line) for line in lines):
+        raise BadInput(f"{path}: holds other questions than the world's; rename it, or take another folder")
+
+
 def make_world(folder, seeds, workers=None, grounded=False, hard=False):
     """Writes the clips of these scene seeds into `folder` and their questions into `folder/questions.jsonl`,
     or, grounded, those of `grounded_questions` into `folder/grounded.jsonl`, on these clips and their twins.
@@ -474,8 +492,10 @@ def make_world(folder, seeds, workers=None, grounded=False, hard=False):
 
     Returns the path of the JSONL file. Clips that are there already are kept: a scene's seed is its file
     name. What a killed drawing left behind is removed. Two processes may draw one folder at the same time.
-    A folder that is drawn already is not written to.
+    A folder that is drawn already is not written to. Raises BadInput where others' questions lie there.
     """
+    path = os.path.join(folder, "grounded.jsonl" if grounded else "questions.jsonl")
+    _refuse_other_questions(path)
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)
     workers = workers or os.cpu_count()
@@ -484,7 +504,6 @@ def make_world(folder, seeds, workers=None, grounded=False, hard=False):
         rows = pool.map(partial(_make_one, folder, grounded, hard), seeds, chunksize=chunk)
         shown = show_progress(rows, "drawing clips", len(seeds))
         content = "".join(json.dumps(row) + "\n" for clip in shown for row in clip)
-    path = os.path.join(folder, "grounded.jsonl" if grounded else "questions.jsonl")
     write_whole(path, content.encode())
     return path
 

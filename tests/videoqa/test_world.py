@@ -14,7 +14,7 @@ import pytest
 
 from data import FIRST_BYTE, Tokenizer
 from oracles.pairs import pairs_to_learn
-from plumbing.options import place
+from plumbing.options import BadInput, place
 from videoqa import world
 from videoqa.answers import is_correct, prompt_text, reward, task
 from videoqa.questions import load_questions
@@ -410,3 +410,14 @@ def test_both_worlds_lie_in_one_folder_and_the_ranker_learns_from_the_one_that_i
         )
     assert found["hard"][1] and not found["default"][1]
     assert not found["hard"][0] & found["default"][0]
+
+
+def test_questions_of_ones_own_are_not_replaced(tmp_path):
+    for grounded, name in ((False, "questions.jsonl"), (True, "grounded.jsonl")):
+        path = tmp_path / name
+        rows = [json.loads(line) for line in open(world.make_world(tmp_path, range(2), 1, grounded))]
+        world.make_world(tmp_path, range(1), 1, grounded)  # the world's own rows go
+        path.write_text(mine := json.dumps(rows[0] | {"id": "mine-1"}) + "\n")
+        with pytest.raises(BadInput, match=f"{name}: holds other questions .*; rename it"):
+            world.make_world(tmp_path, range(2), 1, grounded)
+        assert path.read_text() == mine
