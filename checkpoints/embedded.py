@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -17,7 +18,7 @@ from data import BOS_ID, EOS_ID, Tokenizer, collate_completions
 from model import ModelConfig, VideoLM
 from plumbing.fitting import fit
 from plumbing.machine import pick_device
-from plumbing.options import BadInput, Count, Options, Positive
+from plumbing.options import BadInput, Bounds, Count, Options, Positive
 from videoqa import world
 
 
@@ -27,7 +28,7 @@ class WorldOptions(Options):
 
     num_clips: Count = 10000  # clips of the fine-tuning corpus
     clip_steps: Count = 1300  # optimizer steps of CLIP
-    clip_batch: Count = 128  # (frame, caption) pairs a step: 4 frames from each of clip_batch / 4 clips
+    clip_batch: Annotated[int, Bounds(4, 10**9)] = 128  # frames with captions a step, 4 of a clip
     clip_lr: Positive = 1e-3
     caption_steps: Count = 1200  # optimizer steps on captions of frames
     caption_batch: Count = 16  # clips a step, every frame with its caption

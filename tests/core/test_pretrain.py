@@ -121,3 +121,10 @@ def test_a_folder_of_something_else_is_not_written_to(name, tmp_path, home, monk
     with pytest.raises(BadInput, match=rf"^--out {tmp_path}: holds something else .*; name another folder"):
         run(monkeypatch, home, tmp_path, "--stage", "clip")
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_needs_several_clips_is_not_begun_with_fewer():
+    for name, least in (("clip_batch", 4), ("ranker_clips", 2)):  # 4 frames a clip; one clip is held out
+        assert getattr(pretrain.Config(**{name: least}), name) == least
+        with pytest.raises(BadInput, match=rf"^--{name} {least - 1}: give a whole number at least {least}"):
+            pretrain.Config(**{name: least - 1})
