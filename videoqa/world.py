@@ -14,11 +14,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
 import re
+import threading
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -485,6 +488,16 @@ def _refuse_other_questions(path):
         raise BadInput(f"{path}: holds other questions than the world's; rename it, or take another folder")
 
 
+def _end_with_parent():
+    """In a worker: ends it as soon as the drawing process has ended, however that was killed."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def make_world(folder, seeds, workers=None, grounded=False, hard=False):
     """Writes the clips of these scene seeds into `folder` and their questions into `folder/questions.jsonl`,
     or, grounded, those of `grounded_questions` into `folder/grounded.jsonl`, on these clips and their twins.
@@ -499,11 +512,14 @@ def make_world(folder, seeds, workers=None, grounded=False, hard=False):
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)
     workers = workers or os.cpu_count()
-    with ProcessPoolExecutor(workers) as pool:
-        chunk = min(8, math.ceil(len(seeds) / (4 * workers)))  # small enough that all workers end together
-        rows = pool.map(partial(_make_one, folder, grounded, hard), seeds, chunksize=chunk)
-        shown = show_progress(rows, "drawing clips", len(seeds))
-        content = "".join(json.dumps(row) + "\n" for clip in shown for row in clip)
+    chunk = min(8, math.ceil(len(seeds) / (4 * workers)))  # small enough that all workers end together
+    try:
+        with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
+            rows = pool.map(partial(_make_one, folder, grounded, hard), seeds, chunksize=chunk)
+            shown = show_progress(rows, "drawing clips", len(seeds))
+            content = "".join(json.dumps(row) + "\n" for clip in shown for row in clip)
+    except BrokenProcessPool as error:
+        raise BadInput(f"{folder}: a drawing process was killed; run again, what is drawn is kept") from error
     write_whole(path, content.encode())
     return path
 

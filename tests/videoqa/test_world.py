@@ -5,6 +5,10 @@ import multiprocessing
 import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
@@ -421,3 +425,32 @@ def test_questions_of_ones_own_are_not_replaced(tmp_path):
         with pytest.raises(BadInput, match=f"{name}: holds other questions .*; rename it"):
             world.make_world(tmp_path, range(2), 1, grounded)
         assert path.read_text() == mine
+
+
+def kill_worker(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_drawing_process_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "_make_one", kill_worker)
+    with pytest.raises(BadInput, match="a drawing process was killed; run again"):
+        world.make_world(tmp_path, range(2), workers=1)
+
+
+def wait_with_children(*given):
+    print("begun", flush=True)
+    time.sleep(60)
+
+
+def test_drawing_processes_end_with_the_one_that_started_them(tmp_path):
+    code = "import test_world; from videoqa import world; world._make_one = test_world.wait_with_children"
+    code += f"; world.make_world({str(tmp_path)!r}, range(2), workers=2)"
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    command = [sys.executable, "-c", code]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths}) as run:
+            begun = [run.stdout.readline() for _ in range(2)]
+            run.send_signal(number)
+            killed = time.monotonic()
+            assert all(begun) and not run.stdout.read()  # ends as the last that could write there does
+            assert time.monotonic() - killed < 30
