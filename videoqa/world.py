@@ -392,7 +392,7 @@ def grounded_questions(scene, clip_name):
     def ask(category, question, answer, start, end):
         row = {"id": f"{clip_name.removesuffix('.mp4')}-g{len(rows)}", "video": clip_name}
         row |= {"question": question, "answer": answer or f"{start} to {end} seconds", "category": category}
-        rows.append(row | {"span": [start, end], "duration": DURATION})
+        rows.append(row | {"span": [start, end], "duration": scene.duration})
 
     def pick(category, question, chosen_from, most):
         """Asks for the one of these things that stays longest or shortest, if it is one alone."""

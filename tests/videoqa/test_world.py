@@ -454,3 +454,9 @@ def test_drawing_processes_end_with_the_one_that_started_them(tmp_path):
             killed = time.monotonic()
             assert all(begun) and not run.stdout.read()  # ends as the last that could write there does
             assert time.monotonic() - killed < 30
+
+
+def test_grounded_questions_say_their_own_clips_duration():
+    for hard, duration in ((False, DURATION), (True, world.HARD_DURATION)):
+        rows = world.grounded_questions(make_scene(7, hard), "a.mp4")
+        assert {row["duration"] for row in rows} == {duration}
