@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -38,6 +38,8 @@ from plumbing.options import LEFT, BadInput, is_kind, parse_args, read_json, run
 from videoqa import world
 
 STAGES = ("clip", "align", "sft")
+# Of a pretrained decoder's options those that the small model of the embedded world has too
+WORLD_HAS = ("policy", "seed", "video_tokens", "videos", "questions_per_clip")
 ANOTHER_OUT = "name another folder with --out"
 
 
@@ -59,9 +61,20 @@ class Config(WorldOptions, RankerOptions, SupervisedOptions, PolicyOptions):
             raise BadInput(f"--policy {self.policy}: belongs to --stage bridge or sft; leave it out")
         if self.stage == "bridge" and not self.policy:
             raise BadInput("--stage bridge trains the bridge of a pretrained decoder: name it with --policy")
+        if self.pairs and self.stage != "ranker":
+            raise BadInput(f"--pairs {self.pairs}: belongs to --stage ranker; leave it out")
+        if not self.policy:
+            self.refuse_supervised_options()
         named = self.data if self.policy else self.pairs
         if bool(named) != bool(self.videos):
             raise BadInput(f"--{'data' if self.policy else 'pairs'} and --videos go together; give both")
+
+    def refuse_supervised_options(self):
+        """BadInput for an option that only a pretrained decoder's training has."""
+        for field in {x.name: x for x in fields(SupervisedOptions) + fields(PolicyOptions)}.values():
+            value = getattr(self, field.name)
+            if field.name not in WORLD_HAS and value != field.default:
+                raise BadInput(f"--{field.name} {value}: needs --policy; leave it out, or give that too")
 
 
 PRESETS = {

@@ -128,3 +128,13 @@ def test_what_needs_several_clips_is_not_begun_with_fewer():
         assert getattr(pretrain.Config(**{name: least}), name) == least
         with pytest.raises(BadInput, match=rf"^--{name} {least - 1}: give a whole number at least {least}"):
             pretrain.Config(**{name: least - 1})
+
+
+@pytest.mark.parametrize("stage", ["sft", "ranker", "all"])
+@pytest.mark.parametrize("given", [{"resume": True}, {"lora_r": 3}, {"adapter": "a"}, {"num_frames": 3}])
+def test_an_option_of_a_pretrained_decoder_is_refused_without_one(stage, given):
+    (name,) = given
+    with pytest.raises(BadInput, match=rf"^--{name} .*: needs --policy"):
+        pretrain.Config(stage=stage, **given)
+    with pytest.raises(BadInput, match="^--pairs a: belongs to --stage ranker"):
+        pretrain.Config(stage="sft", pairs="a", videos="v")
