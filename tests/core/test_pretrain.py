@@ -138,3 +138,28 @@ def test_an_option_of_a_pretrained_decoder_is_refused_without_one(stage, given):
         pretrain.Config(stage=stage, **given)
     with pytest.raises(BadInput, match="^--pairs a: belongs to --stage ranker"):
         pretrain.Config(stage="sft", pairs="a", videos="v")
+
+
+def test_a_stage_that_is_killed_as_it_is_saved_is_trained_once(home, monkeypatch):
+    def trained():
+        align = run(monkeypatch, home, "killed", "--stage", "align", "--align_lr", "0.1")
+        return load_file(align / "model.safetensors"), json.loads((align / "made.json").read_text())
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    saved, rows = pretrain.save_model, []
+    run(monkeypatch, home, "killed", "--stage", "clip")
+    for save in (killed, lambda *given: killed(saved(*given))):  # before the model's rename, and behind it
+        monkeypatch.setattr(pretrain, "save_model", save)
+        with pytest.raises(KeyboardInterrupt):
+            trained()
+        rows.append(load_file(home / "killed" / "model.safetensors"))
+    monkeypatch.setattr(pretrain, "save_model", saved)
+    model, made = trained()
+    assert all(torch.equal(x, rows[1][name]) for name, x in model.items())
+    assert any(not torch.equal(x, rows[0][name]) for name, x in model.items())
+    assert list(made["seconds"]) == ["world", "clip", "align"] and len(made["commands"]) == 2
+    assert not (home / "killed" / "saving.json").exists()
+    again, made = trained()  # asked for once more it trains on
+    assert any(not torch.equal(x, again[name]) for name, x in model.items()) and len(made["commands"]) == 3
