@@ -12,6 +12,8 @@ The answers are kept in SELECTED.jsonl.samples: a killed selection continues fro
 needs no new ones. The same settings give the same file, byte for byte, killed or not.
 """
 
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -26,8 +28,19 @@ from checkpoints.policies import PolicyOptions, load_policy
 from data import PromptSet
 from plumbing import options
 from plumbing.machine import pick_device, show_progress
-from plumbing.options import BadInput, Bounds, Count, PositiveShare, read_jsonl, run_script, write_whole
-from plumbing.run_folder import fingerprint
+from plumbing.options import (
+    BadInput,
+    Bounds,
+    Count,
+    PositiveShare,
+    is_kind,
+    naming,
+    read_bytes,
+    read_jsonl,
+    run_script,
+    write_whole,
+)  # fmt: skip
+from plumbing.run_folder import append_rows, fingerprint
 from rollout import Sampling, answer
 from videoqa.answers import Reward, reward, task
 from videoqa.questions import load_questions
@@ -115,21 +128,38 @@ def sample(policy, tokenizer, questions: list, first: int, cfg: Config) -> list[
 
 def _resume(path: str, settings: dict, batch: int) -> list[list[str]]:
     """The answers of all whole batches of an earlier run; the file is cut back to them, or begun."""
-    header, done, wants = json.dumps(settings) + "\n", [], "remove it to start anew"
-    if os.path.exists(path):
-        with open(path, "rb") as file:
-            lines = file.readlines()
-        if lines and lines[0] != header.encode():
-            raise BadInput(f"{path}: begun with other settings; repeat those, or {wants}")
-        done = [options.parse_json(line, path, wants) for line in lines[1:] if line.endswith(b"\n")]
-        texts = [text for row in done for text in (row if isinstance(row, list) else [None])]
-        if not all(isinstance(text, str) for text in texts) or len(done) > settings["questions"]:
-            raise BadInput(f"{path}: not only lists of answers, a line a question; {wants}")
-        if len(done) < settings["questions"]:
-            done = done[: len(done) // batch * batch]
-    rows = "".join(json.dumps(texts, ensure_ascii=False) + "\n" for texts in done)
-    write_whole(path, (header + rows).encode())
+    header, wants = json.dumps(settings).encode() + b"\n", "remove it to start anew"
+    content = read_bytes(path, wants)
+    lines = [] if header.startswith(content) else content.splitlines(keepends=True)
+    if lines and lines[0] != header:
+        raise BadInput(f"{path}: begun with other settings; repeat those, or {wants}")
+    done = [options.parse_json(line, path, wants) for line in lines[1:] if line.endswith(b"\n")]
+    if len(done) > settings["questions"] or not all(
+        is_kind(row, list[str]) and len(row) == settings["k"] for row in done
+    ):
+        raise BadInput(f"{path}: not only lists of k answers, a line a question; {wants}")
+    if len(done) < settings["questions"]:
+        done = done[: len(done) // batch * batch]
+    with naming(path), open(path, "ab") as file:
+        file.truncate(sum(map(len, lines[: len(done) + 1])))
+        file.write(b"" if lines else header)
     return done
+
+
+def answers_of(policy, tokenizer, questions: list, settings: dict, cfg: Config) -> list[list[str]]:
+    """k answers to each question, kept in --out.samples, which no second selection writes meanwhile."""
+    path = f"{cfg.out}.samples"
+    with open(path, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadInput(f"{path}: another process writes it; wait for it to end") from error
+        texts = _resume(path, settings, cfg.batch)
+        for first in show_progress(range(len(texts), len(questions), cfg.batch), "answering"):
+            rows = sample(policy, tokenizer, questions[first : first + cfg.batch], first, cfg)
+            append_rows(path, rows)
+            texts += rows
+    return texts
 
 
 def histogram(spreads: list[dict], k: int) -> dict:
@@ -143,12 +173,15 @@ def histogram(spreads: list[dict], k: int) -> dict:
     }
 
 
-def settings_of(cfg: Config, data: str, num_questions: int) -> dict:
+def settings_of(cfg: Config, data: str, questions: list, dtype: torch.dtype) -> dict:
     """All that decides the answers. Answers of other settings are not continued."""
+    videos = sorted({question.video for question in questions})
     chosen = {field.name: getattr(cfg, field.name) for field in fields(PolicyOptions)}
     return {
-        "data_sha256": fingerprint(data), "policy_sha256": fingerprint(cfg.policy, cfg.clip, cfg.adapter),
-        "questions": num_questions, "temperature": 1.0, "k": cfg.k, "max_new_tokens": cfg.max_new_tokens,
+        "data_sha256": hashlib.sha256(read_bytes(data, "give a JSONL file of questions")).hexdigest(),
+        "videos_sha256": fingerprint(*videos, ends=2**16),
+        "policy_sha256": fingerprint(cfg.policy, cfg.clip, cfg.adapter), "dtype": str(dtype),
+        "questions": len(questions), "temperature": 1.0, "k": cfg.k, "max_new_tokens": cfg.max_new_tokens,
         "batch": cfg.batch, **chosen,
     }  # fmt: skip
 
@@ -160,17 +193,13 @@ def main() -> int:
     given = vars(parser.parse_args())
     data = given.pop("data")
     cfg = Config(**given)
+    if any(os.path.exists(path) and os.path.samefile(path, data) for path in (cfg.out, f"{cfg.out}.samples")):
+        raise BadInput(f"--out {cfg.out}: would overwrite {data}; name another file")
     questions, device = load_questions(data, cfg.videos), pick_device(cfg.device)
     policy, tokenizer = load_policy(cfg, device)
     policy.decoder.compute_dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    settings = settings_of(cfg, data, len(questions))
-    texts = _resume(f"{cfg.out}.samples", settings, cfg.batch)
-    with open(f"{cfg.out}.samples", "a", encoding="utf-8") as file:
-        for first in show_progress(range(len(texts), len(questions), cfg.batch), "answering"):
-            answers = sample(policy, tokenizer, questions[first : first + cfg.batch], first, cfg)
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
-            file.flush()
-            texts += answers
+    settings = settings_of(cfg, data, questions, policy.decoder.compute_dtype)
+    texts = answers_of(policy, tokenizer, questions, settings, cfg)
     spreads = [spread([reward(text, q) for text in row]) for q, row in zip(questions, texts, strict=True)]
     reasons = select(spreads, [task(q) for q in questions], cfg.k, cfg.share, cfg.seed)
     counts = dict(sorted(Counter(reasons).items()))

@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
@@ -17,7 +18,7 @@ from data import BOS_ID, EOS_ID, Tokenizer, collate_completions
 from model import ModelConfig, VideoLM
 from plumbing.fitting import fit
 from plumbing.machine import pick_device
-from plumbing.options import BadInput, Count, Options, Positive
+from plumbing.options import BadInput, Bounds, Count, Options, Positive
 from videoqa import world
 
 
@@ -27,7 +28,7 @@ class WorldOptions(Options):
 
     num_clips: Count = 10000  # clips of the fine-tuning corpus
     clip_steps: Count = 1300  # optimizer steps of CLIP
-    clip_batch: Count = 128  # (frame, caption) pairs a step: 4 frames from each of clip_batch / 4 clips
+    clip_batch: Annotated[int, Bounds(4, 10**9)] = 128  # frames with captions a step, 4 of a clip
     clip_lr: Positive = 1e-3
     caption_steps: Count = 1200  # optimizer steps on captions of frames
     caption_batch: Count = 16  # clips a step, every frame with its caption
@@ -71,7 +72,7 @@ def train_clip(cfg, clip: Clip, tokenizer: Tokenizer, frames, times, generator):
         found = same.gather(1, similarity.argmax(dim=1)[:, None]).float().mean()
         return contrastive_loss(similarity, same), {"retrieval": found.item()}
 
-    fit("clip", batch_loss, clip.parameters(), steps=cfg.clip_steps, lr=cfg.clip_lr)
+    fit("clip", batch_loss, clip.parameters(), steps=cfg.clip_steps, cfg=cfg, rate="clip_lr")
 
 
 def train_align(cfg, model: VideoLM, patches, times, tokenizer: Tokenizer, generator):
@@ -101,8 +102,8 @@ def train_align(cfg, model: VideoLM, patches, times, tokenizer: Tokenizer, gener
         return answer_loss(model, [BOS_ID], video, ids, answer), {}
 
     parameters = trainable(model, model.bridge, model.decoder)
-    fit("captions", captions, parameters, steps=cfg.caption_steps, lr=cfg.align_lr)
-    fit("annotations", annotations, parameters, steps=cfg.annotation_steps, lr=cfg.align_lr)
+    fit("captions", captions, parameters, steps=cfg.caption_steps, cfg=cfg, rate="align_lr")
+    fit("annotations", annotations, parameters, steps=cfg.annotation_steps, cfg=cfg, rate="align_lr")
 
 
 def trainable(model: VideoLM, *parts) -> list[torch.nn.Parameter]:
@@ -148,7 +149,7 @@ def train_sft(cfg, model: VideoLM, video_embeds, tokenizer: Tokenizer, generator
             ids, answer = answer_batch([rows[c] for c in chosen], cfg.questions_per_clip, rng)
             return answer_loss(model, [BOS_ID], video_embeds[chosen], ids, answer), {}
 
-        fit(name, batch_loss, trainable(model, model.decoder), steps=steps, lr=cfg.sft_lr)
+        fit(name, batch_loss, trainable(model, model.decoder), steps=steps, cfg=cfg, rate="sft_lr")
 
 
 def run_stage(stage: str, cfg, tokenizer: Tokenizer, frames, times) -> VideoLM:

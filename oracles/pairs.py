@@ -8,6 +8,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from data import Tokenizer, embed_videos
 from oracles.ranker import Ranker, load_ranker, save_ranker
 from plumbing.fitting import fit
 from plumbing.machine import pick_device
-from plumbing.options import BadInput, Count, Options, Positive, Share, read_jsonl, write_json
+from plumbing.options import BadInput, Bounds, Count, Options, Positive, Share, read_jsonl, write_json
 from videoqa import world
 from videoqa.answers import Question, grade, prompt_text
 from videoqa.questions import is_below, is_text, load_questions
@@ -31,7 +32,7 @@ FIRST_SCENE = 3_000_000  # seed of the first scene of the ranker's clips: nothin
 class RankerOptions(Options):
     """The trained oracle: --stage ranker"""
 
-    ranker_clips: Count = 2500  # clips of the world's pairs, of scenes that nothing else has seen
+    ranker_clips: Annotated[int, Bounds(2, 10**9)] = 2500  # of the world's pairs, which nothing else saw
     error_rate: Share = 0.1  # share of the world's pairs whose worse answer is the chosen one
     pairs_per_question: Count = 3
     pairs: str = ""  # JSONL of {"video", "question", "chosen", "rejected"} instead of the world's pairs
@@ -187,7 +188,7 @@ def train_ranker(cfg) -> dict:
         return bradley_terry(scores[..., 0], scores[..., 1]).mean(), {}
 
     parameters = [p.requires_grad_(True) for part in (model.decoder, scorer.head) for p in part.parameters()]
-    fit("ranker", batch_loss, parameters, steps=cfg.ranker_steps, lr=cfg.ranker_lr)
+    fit("ranker", batch_loss, parameters, steps=cfg.ranker_steps, cfg=cfg, rate="ranker_lr")
     save_ranker(scorer, cfg.out)
     tested = [pair for pair in pairs if pair.video in held]
     scorer = load_ranker(os.path.join(cfg.out, "ranker"), device)

@@ -1,5 +1,6 @@
 """Supervised training: AdamW on a loss, the learning rate rising and then falling."""
 
+import math
 import time
 from collections import defaultdict
 
@@ -7,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing.machine import optimizer_step
+from plumbing.options import BadInput
 
 MAX_NORM = 1.0  # of the gradient of all parameters together
 
@@ -25,15 +27,19 @@ def adamw(parameters, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
 
 
-def fit(name: str, loss_of_batch, parameters, *, steps: int, lr: float, print_every: int = 50) -> None:
-    """Takes `steps` optimizer steps. loss_of_batch() draws the next batch and returns its loss, a scalar with
-    gradient, and a dict of numbers to report. Prints their means over every `print_every` steps."""
+def fit(name: str, loss_of_batch, parameters, *, steps: int, cfg, rate: str, print_every: int = 50) -> None:
+    """Takes `steps` optimizer steps at the rate of cfg's option `rate`. loss_of_batch() draws the next batch
+    and returns its loss, a scalar with gradient, and a dict of numbers to report. Prints their means over
+    every `print_every` steps. Raises BadInput as soon as loss or gradient is not finite."""
+    lr = getattr(cfg, rate)
     optimizer, warmup = adamw(parameters, lr), max(1, min(100, steps // 3))
     bar, sums, began = tqdm(range(steps), name), defaultdict(float), time.time()
     for step in bar:
         loss, numbers = loss_of_batch()
         loss.backward()
-        optimizer_step(optimizer, learning_rate(step, steps, lr, warmup), MAX_NORM)
+        norm = optimizer_step(optimizer, learning_rate(step, steps, lr, warmup), MAX_NORM)
+        if not math.isfinite(norm + loss.item()):
+            raise BadInput(f"--{rate} {lr}: {name} diverged at step {step + 1}; take a lower one")
         for key, value in {"loss": loss.item(), **numbers}.items():
             sums[key] += value
         if (step + 1) % print_every == 0:

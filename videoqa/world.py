@@ -14,10 +14,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
+import re
+import threading
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -27,7 +31,17 @@ import numpy as np
 from PIL import Image
 
 from plumbing.machine import show_progress
-from plumbing.options import ArgumentParser, Count, Seed, checked, remove_leftovers, run_script, write_whole
+from plumbing.options import (
+    ArgumentParser,
+    BadInput,
+    Count,
+    Seed,
+    checked,
+    read_bytes,
+    remove_leftovers,
+    run_script,
+    write_whole,
+)
 
 SIZE = 48  # pixels, width and height
 FPS = 6
@@ -378,7 +392,7 @@ def grounded_questions(scene, clip_name):
     def ask(category, question, answer, start, end):
         row = {"id": f"{clip_name.removesuffix('.mp4')}-g{len(rows)}", "video": clip_name}
         row |= {"question": question, "answer": answer or f"{start} to {end} seconds", "category": category}
-        rows.append(row | {"span": [start, end], "duration": DURATION})
+        rows.append(row | {"span": [start, end], "duration": scene.duration})
 
     def pick(category, question, chosen_from, most):
         """Asks for the one of these things that stays longest or shortest, if it is one alone."""
@@ -467,6 +481,23 @@ def _make_one(folder, grounded, hard, seed):
     return [row for name, scene in scenes.items() for row in ask(scene, name)]
 
 
+def _refuse_other_questions(path):
+    """BadInput if the file holds other questions than the world's, whose ids begin with their clip's name."""
+    lines = read_bytes(path, "make it readable").splitlines() if os.path.exists(path) else []
+    if not all(re.fullmatch(rb'\{.*"id": "(clip|hard|twins)\d{7,}-g?\d+".*\}', line) for line in lines):
+        raise BadInput(f"{path}: holds other questions than the world's; rename it, or take another folder")
+
+
+def _end_with_parent():
+    """In a worker: ends it as soon as the drawing process has ended, however that was killed."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def make_world(folder, seeds, workers=None, grounded=False, hard=False):
     """Writes the clips of these scene seeds into `folder` and their questions into `folder/questions.jsonl`,
     or, grounded, those of `grounded_questions` into `folder/grounded.jsonl`, on these clips and their twins.
@@ -474,17 +505,21 @@ def make_world(folder, seeds, workers=None, grounded=False, hard=False):
 
     Returns the path of the JSONL file. Clips that are there already are kept: a scene's seed is its file
     name. What a killed drawing left behind is removed. Two processes may draw one folder at the same time.
-    A folder that is drawn already is not written to.
+    A folder that is drawn already is not written to. Raises BadInput where others' questions lie there.
     """
+    path = os.path.join(folder, "grounded.jsonl" if grounded else "questions.jsonl")
+    _refuse_other_questions(path)
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)
     workers = workers or os.cpu_count()
-    with ProcessPoolExecutor(workers) as pool:
-        chunk = min(8, math.ceil(len(seeds) / (4 * workers)))  # small enough that all workers end together
-        rows = pool.map(partial(_make_one, folder, grounded, hard), seeds, chunksize=chunk)
-        shown = show_progress(rows, "drawing clips", len(seeds))
-        content = "".join(json.dumps(row) + "\n" for clip in shown for row in clip)
-    path = os.path.join(folder, "grounded.jsonl" if grounded else "questions.jsonl")
+    chunk = min(8, math.ceil(len(seeds) / (4 * workers)))  # small enough that all workers end together
+    try:
+        with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
+            rows = pool.map(partial(_make_one, folder, grounded, hard), seeds, chunksize=chunk)
+            shown = show_progress(rows, "drawing clips", len(seeds))
+            content = "".join(json.dumps(row) + "\n" for clip in shown for row in clip)
+    except BrokenProcessPool as error:
+        raise BadInput(f"{folder}: a drawing process was killed; run again, what is drawn is kept") from error
     write_whole(path, content.encode())
     return path
 

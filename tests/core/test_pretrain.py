@@ -101,3 +101,65 @@ def test_new_words_of_the_world_get_new_ids_and_old_ones_keep_theirs(home, monke
         embedded.folder_tokenizer(cfg)
     with pytest.raises(BadInput, match="none/tokenizer.json"):
         embedded.folder_tokenizer(pretrain.Config(out=str(home / "none"), stage="align"))
+
+
+def test_a_stage_that_diverges_names_its_learning_rate_and_leaves_the_weights(home, monkeypatch):
+    out = run(monkeypatch, home, "diverged")
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(BadInput, match=r"^--sft_lr 1e\+20: .* diverged at step \d+; take a lower one"):
+        run(monkeypatch, home, "diverged", "--stage", "sft", "--sft_lr", "1e20")
+    with pytest.raises(BadInput, match=r"^--ranker_lr 1e\+20: ranker diverged"):
+        ranker = "--stage ranker --ranker_clips 4 --ranker_steps 4 --ranker_lr 1e20"
+        run(monkeypatch, home, "diverged", *ranker.split())
+    assert (out / "model.safetensors").read_bytes() == before and not (out / "ranker").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "notes.txt", "model.safetensors"])
+def test_a_folder_of_something_else_is_not_written_to(name, tmp_path, home, monkeypatch):
+    (tmp_path / name).write_text('{"model_type": "llama"}')
+    monkeypatch.setattr(pretrain, "run_stage", lambda *given: pytest.fail("it must not be trained"))
+    with pytest.raises(BadInput, match=rf"^--out {tmp_path}: holds something else .*; name another folder"):
+        run(monkeypatch, home, tmp_path, "--stage", "clip")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_what_needs_several_clips_is_not_begun_with_fewer():
+    for name, least in (("clip_batch", 4), ("ranker_clips", 2)):  # 4 frames a clip; one clip is held out
+        assert getattr(pretrain.Config(**{name: least}), name) == least
+        with pytest.raises(BadInput, match=rf"^--{name} {least - 1}: give a whole number at least {least}"):
+            pretrain.Config(**{name: least - 1})
+
+
+@pytest.mark.parametrize("stage", ["sft", "ranker", "all"])
+@pytest.mark.parametrize("given", [{"resume": True}, {"lora_r": 3}, {"adapter": "a"}, {"num_frames": 3}])
+def test_an_option_of_a_pretrained_decoder_is_refused_without_one(stage, given):
+    (name,) = given
+    with pytest.raises(BadInput, match=rf"^--{name} .*: needs --policy"):
+        pretrain.Config(stage=stage, **given)
+    with pytest.raises(BadInput, match="^--pairs a: belongs to --stage ranker"):
+        pretrain.Config(stage="sft", pairs="a", videos="v")
+
+
+def test_a_stage_that_is_killed_as_it_is_saved_is_trained_once(home, monkeypatch):
+    def trained():
+        align = run(monkeypatch, home, "killed", "--stage", "align", "--align_lr", "0.1")
+        return load_file(align / "model.safetensors"), json.loads((align / "made.json").read_text())
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    saved, rows = pretrain.save_model, []
+    run(monkeypatch, home, "killed", "--stage", "clip")
+    for save in (killed, lambda *given: killed(saved(*given))):  # before the model's rename, and behind it
+        monkeypatch.setattr(pretrain, "save_model", save)
+        with pytest.raises(KeyboardInterrupt):
+            trained()
+        rows.append(load_file(home / "killed" / "model.safetensors"))
+    monkeypatch.setattr(pretrain, "save_model", saved)
+    model, made = trained()
+    assert all(torch.equal(x, rows[1][name]) for name, x in model.items())
+    assert any(not torch.equal(x, rows[0][name]) for name, x in model.items())
+    assert list(made["seconds"]) == ["world", "clip", "align"] and len(made["commands"]) == 2
+    assert not (home / "killed" / "saving.json").exists()
+    again, made = trained()  # asked for once more it trains on
+    assert any(not torch.equal(x, again[name]) for name, x in model.items()) and len(made["commands"]) == 3

@@ -1,8 +1,12 @@
+import fcntl
 import json
+import resource
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import selection
 from plumbing.options import BadInput
@@ -103,6 +107,22 @@ def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clip
     assert other.returncode == 2 and "begun with other settings" in other.stderr
 
 
+def test_answers_about_other_videos_or_other_questions_are_not_continued(tmp_path):
+    world.make_world(tmp_path, range(1_000_000, 1_000_002), workers=1)
+    data, (clip, other) = tmp_path / "questions.jsonl", sorted(tmp_path.glob("*.mp4"))
+    cfg = selection.Config(videos=str(tmp_path), out="out.jsonl", policy=str(ROOT / "weights"))
+
+    def settings(dtype=torch.float32):
+        return selection.settings_of(cfg, str(data), load_questions(str(data), str(tmp_path)), dtype)
+
+    found = [settings(), settings(torch.bfloat16)]
+    data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+    found.append(settings())
+    clip.write_bytes(other.read_bytes())
+    found.append(settings())
+    assert len({str(one) for one in found}) == 4
+
+
 @pytest.mark.parametrize("think", [False, True])
 def test_the_policy_is_told_to_think_or_not(clips, monkeypatch, think):
     def load_policy(options, device):
@@ -122,3 +142,45 @@ def test_bad_options_are_one_line_and_nothing_is_written(clips, monkeypatch, opt
     with pytest.raises(BadInput, match=rf"^{option}(\.0)?: give a.* number"):
         selection.main()
     assert not list(clips.glob("none*"))
+
+
+def answering(tmp_path, monkeypatch):
+    """A selection of 2 questions whose policy always says red and blue, and its file."""
+    cfg = selection.Config(videos="v", out=str(tmp_path / "out.jsonl"), k=2, batch=1)
+    monkeypatch.setattr(selection, "sample", lambda *given: [["red", "blue"]])
+    answers = partial(selection.answers_of, None, None, ["q", "r"], {"questions": 2, "k": 2}, cfg)
+    return answers, tmp_path / "out.jsonl.samples"
+
+
+def test_a_file_of_answers_has_one_writer_and_k_answers_a_row(tmp_path, monkeypatch):
+    answers, path = answering(tmp_path, monkeypatch)
+    assert answers() == 2 * [["red", "blue"]] and len(path.read_text().splitlines()) == 3
+    with open(path) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BadInput, match="out.jsonl.samples: another process writes it; wait"):
+            answers()
+    path.write_text(path.read_text().replace('["red", "blue"]', '["red"]', 1))
+    with pytest.raises(BadInput, match="out.jsonl.samples: not only lists of k answers.*remove it"):
+        answers()
+
+
+def test_a_full_disk_names_the_file_of_answers(tmp_path, monkeypatch):
+    answers, path = answering(tmp_path, monkeypatch)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for room in (10, 50):  # the header has 25 bytes, a row 16
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large.*out.jsonl.samples"):
+                answers()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert answers() == 2 * [["red", "blue"]] and len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["questions.jsonl", "questions.jsonl.samples"])
+def test_the_questions_are_not_overwritten(tmp_path, script, name):
+    (tmp_path / name).write_text("{}\n")
+    command = ["selection.py", tmp_path / name, "--videos", tmp_path, "--out", tmp_path / "questions.jsonl"]
+    done = script(selection.main, *command)
+    assert done.returncode == 2 and f"{tmp_path / name}; name another file" in done.stderr
+    assert (tmp_path / name).read_text() == "{}\n" and len(list(tmp_path.iterdir())) == 1

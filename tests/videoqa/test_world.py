@@ -5,6 +5,10 @@ import multiprocessing
 import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
@@ -14,7 +18,7 @@ import pytest
 
 from data import FIRST_BYTE, Tokenizer
 from oracles.pairs import pairs_to_learn
-from plumbing.options import place
+from plumbing.options import BadInput, place
 from videoqa import world
 from videoqa.answers import is_correct, prompt_text, reward, task
 from videoqa.questions import load_questions
@@ -410,3 +414,49 @@ def test_both_worlds_lie_in_one_folder_and_the_ranker_learns_from_the_one_that_i
         )
     assert found["hard"][1] and not found["default"][1]
     assert not found["hard"][0] & found["default"][0]
+
+
+def test_questions_of_ones_own_are_not_replaced(tmp_path):
+    for grounded, name in ((False, "questions.jsonl"), (True, "grounded.jsonl")):
+        path = tmp_path / name
+        rows = [json.loads(line) for line in open(world.make_world(tmp_path, range(2), 1, grounded))]
+        world.make_world(tmp_path, range(1), 1, grounded)  # the world's own rows go
+        path.write_text(mine := json.dumps(rows[0] | {"id": "mine-1"}) + "\n")
+        with pytest.raises(BadInput, match=f"{name}: holds other questions .*; rename it"):
+            world.make_world(tmp_path, range(2), 1, grounded)
+        assert path.read_text() == mine
+
+
+def kill_worker(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_drawing_process_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "_make_one", kill_worker)
+    with pytest.raises(BadInput, match="a drawing process was killed; run again"):
+        world.make_world(tmp_path, range(2), workers=1)
+
+
+def wait_with_children(*given):
+    print("begun", flush=True)
+    time.sleep(60)
+
+
+def test_drawing_processes_end_with_the_one_that_started_them(tmp_path):
+    code = "import test_world; from videoqa import world; world._make_one = test_world.wait_with_children"
+    code += f"; world.make_world({str(tmp_path)!r}, range(2), workers=2)"
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    command = [sys.executable, "-c", code]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": paths}) as run:
+            begun = [run.stdout.readline() for _ in range(2)]
+            run.send_signal(number)
+            killed = time.monotonic()
+            assert all(begun) and not run.stdout.read()  # ends as the last that could write there does
+            assert time.monotonic() - killed < 30
+
+
+def test_grounded_questions_say_their_own_clips_duration():
+    for hard, duration in ((False, DURATION), (True, world.HARD_DURATION)):
+        rows = world.grounded_questions(make_scene(7, hard), "a.mp4")
+        assert {row["duration"] for row in rows} == {duration}
