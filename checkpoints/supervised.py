@@ -15,6 +15,7 @@ The result is a policy folder of its own. The decoder's folder and CLIP's are on
 
 import hashlib
 import json
+import math
 import os
 import random
 from dataclasses import asdict, dataclass, fields, replace
@@ -250,8 +251,10 @@ def train_supervised(cfg) -> None:
     for step in bar:
         loss = lessons.loss(step)
         loss.backward()
-        optimizer_step(optimizer, learning_rate(step, cfg.steps, cfg.lr, warmup), MAX_NORM)
+        norm = optimizer_step(optimizer, learning_rate(step, cfg.steps, cfg.lr, warmup), MAX_NORM)
         losses.append(loss.item())
+        if not math.isfinite(norm + losses[-1]):
+            raise BadInput(f"--lr {cfg.lr}: {cfg.stage} diverged at step {step + 1}; take a lower one")
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             row = {"step": step + 1, "loss": sum(losses) / len(losses), **lessons.held_losses()}
             history.append(row)

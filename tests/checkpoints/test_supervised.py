@@ -242,3 +242,12 @@ def test_a_bridge_aligned_with_one_decoder_serves_another_and_only_behind_its_ow
     strange = VideoLM(narrow.cfg, ClipConfig(vocab_size=16, width=64))
     with pytest.raises(BadInput, match="is of another CLIP"):
         supervised.take_bridge(strange, str(tmp_path / "wide"))
+
+
+def test_a_supervised_training_that_diverges_ends_before_it_saves(folders, data, tmp_path, monkeypatch):  # noqa: F811
+    options = ["--stage", "sft", "--policy", folders[0], "--clip", folders[1], *data, "--steps", 3]
+    options += ["--batch_clips", 2, "--lora_r", 4, "--out", tmp_path / "out"]
+    monkeypatch.setattr(supervised, "optimizer_step", lambda *given: float("nan"))
+    with pytest.raises(BadInput, match="--lr 0.0003: sft diverged at step 1"):
+        train(monkeypatch, *options)
+    assert not (tmp_path / "out" / "config.json").exists()
