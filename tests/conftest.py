@@ -1,4 +1,5 @@
 import io
+import os
 import signal
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -9,6 +10,8 @@ from unittest import mock
 import pytest
 
 TESTS = Path(__file__).parent
+if "PYTEST_XDIST_WORKER" in os.environ:  # before PyTorch is imported: as many threads as `-n` says, not twice
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The repository's own modules, and the test files of the other folders, whose helpers some tests share
 sys.path[:0] = [str(TESTS.parent), *(str(folder) for folder in TESTS.iterdir() if folder.is_dir())]
 

@@ -168,7 +168,7 @@ def test_every_option_that_a_page_names_is_known_to_its_command(page, options_of
 
 
 def test_ci_runs_the_test_command_of_the_readme():
-    command = re.search(r"pip install -r requirements-dev\.txt && python -m pytest -q", README)[0]
+    command = re.search(r"pip install -r requirements-dev\.txt && python -m pytest -q -n 2", README)[0]
     assert command in (HOUSE / ".ci/run").read_text()
     assert "-r requirements.txt" in (HOUSE / "requirements-dev.txt").read_text().split("\n")
 
