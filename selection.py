@@ -16,7 +16,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass, fields
 from statistics import pstdev
@@ -37,6 +36,7 @@ from plumbing.options import (
     naming,
     read_bytes,
     read_jsonl,
+    refuse_same,
     run_script,
     write_whole,
 )  # fmt: skip
@@ -193,8 +193,8 @@ def main() -> int:
     given = vars(parser.parse_args())
     data = given.pop("data")
     cfg = Config(**given)
-    if any(os.path.exists(path) and os.path.samefile(path, data) for path in (cfg.out, f"{cfg.out}.samples")):
-        raise BadInput(f"--out {cfg.out}: would overwrite {data}; name another file")
+    for path in (cfg.out, f"{cfg.out}.samples"):
+        refuse_same(path, data)
     questions, device = load_questions(data, cfg.videos), pick_device(cfg.device)
     policy, tokenizer = load_policy(cfg, device)
     policy.decoder.compute_dtype = torch.float32 if device == "cpu" else torch.bfloat16
