@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 import lora
-from checkpoints.policies import PolicyOptions, data_of, load_policy, load_run
+from checkpoints.policies import PolicyOptions, data_of, load_policy, load_run, policy_of
 from data import PromptSet
 from grpo_rank import rank_advantages, ranks_from_scores
 from oracle import FunctionOracle, RuleOracle, load_function
@@ -114,9 +114,7 @@ def settings_of(cfg: AskOptions, run: str, questions: list[Question]) -> dict:
     if run:
         files = [os.path.join(run, name) for name in ("config.json", "adapter", "best")]
         return data_of(questions) | {"run": fingerprint(*files)}
-    names = {field.name for field in fields(PolicyOptions)} - {"policy", "clip", "adapter"}
-    chosen = {name: getattr(cfg, name) for name in sorted(names | {"max_new_tokens"})}
-    return data_of(questions) | {"policy": fingerprint(cfg.policy, cfg.clip, cfg.adapter)} | chosen
+    return data_of(questions) | policy_of(cfg) | {"max_new_tokens": cfg.max_new_tokens}
 
 
 def main() -> None:

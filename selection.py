@@ -8,22 +8,20 @@ asks for a span, if its IoUs differ; a question that asks for both, if either ho
 of the n questions of each task at most round(X * n), those whose answers disagree most. Line 1 of
 SELECTED.jsonl is the report: settings, counts, histograms; all readers of questions skip it.
 
-The answers are kept in SELECTED.jsonl.samples: a killed selection continues from them, and another --share
-needs no new ones. The same settings give the same file, byte for byte, killed or not.
+The answers are kept in SELECTED.jsonl.samples, their settings beside them: a killed selection continues from
+them, and another --share needs no new ones. The same settings give the same file, byte for byte.
 """
 
-import fcntl
-import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import pstdev
 from typing import Annotated, Literal
 
 import torch
 
-from checkpoints.policies import PolicyOptions, load_policy
+from checkpoints.policies import PolicyOptions, data_of, load_policy, policy_of
 from data import PromptSet
 from plumbing import options
 from plumbing.machine import pick_device, show_progress
@@ -32,20 +30,18 @@ from plumbing.options import (
     Bounds,
     Count,
     PositiveShare,
-    is_kind,
-    naming,
-    read_bytes,
     read_jsonl,
     refuse_same,
     run_script,
     write_whole,
-)  # fmt: skip
-from plumbing.run_folder import append_rows, fingerprint
+)
+from plumbing.run_folder import Kept
 from rollout import Sampling, answer
 from videoqa.answers import Reward, reward, task
 from videoqa.questions import load_questions
 
 FLAT = 1e-6  # a std below this is rounding noise: all overlaps are the same
+A_FILE = "give a JSONL file of questions"
 STD_BINS = 10  # of width 0.05: the std of values in [0, 1] is at most 0.5
 
 
@@ -126,40 +122,19 @@ def sample(policy, tokenizer, questions: list, first: int, cfg: Config) -> list[
     return answer(policy, prompts, rows, cfg.k, sampling, uniforms)[1]
 
 
-def _resume(path: str, settings: dict, batch: int) -> list[list[str]]:
-    """The answers of all whole batches of an earlier run; the file is cut back to them, or begun."""
-    header, wants = json.dumps(settings).encode() + b"\n", "remove it to start anew"
-    content = read_bytes(path, wants)
-    lines = [] if header.startswith(content) else content.splitlines(keepends=True)
-    if lines and lines[0] != header:
-        raise BadInput(f"{path}: begun with other settings; repeat those, or {wants}")
-    done = [options.parse_json(line, path, wants) for line in lines[1:] if line.endswith(b"\n")]
-    if len(done) > settings["questions"] or not all(
-        is_kind(row, list[str]) and len(row) == settings["k"] for row in done
-    ):
-        raise BadInput(f"{path}: not only lists of k answers, a line a question; {wants}")
-    if len(done) < settings["questions"]:
-        done = done[: len(done) // batch * batch]
-    with naming(path), open(path, "ab") as file:
-        file.truncate(sum(map(len, lines[: len(done) + 1])))
-        file.write(b"" if lines else header)
-    return done
-
-
-def answers_of(policy, tokenizer, questions: list, settings: dict, cfg: Config) -> list[list[str]]:
-    """k answers to each question, kept in --out.samples, which no second selection writes meanwhile."""
-    path = f"{cfg.out}.samples"
-    with open(path, "ab") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadInput(f"{path}: another process writes it; wait for it to end") from error
-        texts = _resume(path, settings, cfg.batch)
-        for first in show_progress(range(len(texts), len(questions), cfg.batch), "answering"):
-            rows = sample(policy, tokenizer, questions[first : first + cfg.batch], first, cfg)
-            append_rows(path, rows)
-            texts += rows
-    return texts
+def answers_of(policy, tokenizer, questions: list, kept: Kept, cfg: Config) -> list[list[str]]:
+    """k answers to each question, those of `kept` not asked for again. A batch cut in two by a kill is
+    answered whole again: its other rows could change the last bits of a question's log-probabilities."""
+    known = {name: row["answers"] for name, row in kept.of.items() if len(row["answers"]) == cfg.k}
+    for first in show_progress(range(0, len(questions), cfg.batch), "answering"):
+        batch = questions[first : first + cfg.batch]
+        if all(question.id in known for question in batch):
+            continue
+        texts = sample(policy, tokenizer, batch, first, cfg)
+        new = {question.id: row for question, row in zip(batch, texts, strict=True)}
+        kept.add([{"id": name, "answers": row} for name, row in new.items() if name not in known])
+        known |= new
+    return [known[question.id] for question in questions]
 
 
 def histogram(spreads: list[dict], k: int) -> dict:
@@ -173,17 +148,11 @@ def histogram(spreads: list[dict], k: int) -> dict:
     }
 
 
-def settings_of(cfg: Config, data: str, questions: list, dtype: torch.dtype) -> dict:
+def settings_of(cfg: Config, questions: list, dtype: torch.dtype) -> dict:
     """All that decides the answers. Answers of other settings are not continued."""
-    videos = sorted({question.video for question in questions})
-    chosen = {field.name: getattr(cfg, field.name) for field in fields(PolicyOptions)}
-    return {
-        "data_sha256": hashlib.sha256(read_bytes(data, "give a JSONL file of questions")).hexdigest(),
-        "videos_sha256": fingerprint(*videos, ends=2**16),
-        "policy_sha256": fingerprint(cfg.policy, cfg.clip, cfg.adapter), "dtype": str(dtype),
-        "questions": len(questions), "temperature": 1.0, "k": cfg.k, "max_new_tokens": cfg.max_new_tokens,
-        "batch": cfg.batch, **chosen,
-    }  # fmt: skip
+    sampled = {"temperature": 1.0, "k": cfg.k, "max_new_tokens": cfg.max_new_tokens, "batch": cfg.batch}
+    made = data_of(questions) | policy_of(cfg) | {"dtype": str(dtype), "questions": len(questions)}
+    return made | sampled
 
 
 def main() -> int:
@@ -198,15 +167,14 @@ def main() -> int:
     questions, device = load_questions(data, cfg.videos), pick_device(cfg.device)
     policy, tokenizer = load_policy(cfg, device)
     policy.decoder.compute_dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    settings = settings_of(cfg, data, questions, policy.decoder.compute_dtype)
-    texts = answers_of(policy, tokenizer, questions, settings, cfg)
+    settings = settings_of(cfg, questions, policy.decoder.compute_dtype)
+    kept = Kept(f"{cfg.out}.samples", {"answers": list[str]}, settings=settings)
+    texts = answers_of(policy, tokenizer, questions, kept, cfg)
     spreads = [spread([reward(text, q) for text in row]) for q, row in zip(questions, texts, strict=True)]
     reasons = select(spreads, [task(q) for q in questions], cfg.k, cfg.share, cfg.seed)
     counts = dict(sorted(Counter(reasons).items()))
     report = settings | {"share": cfg.share, "counts": counts, "histograms": histogram(spreads, cfg.k)}
-    rows = [
-        row for _, row in read_jsonl(data, "give a JSONL file of questions") if row.keys() != {"selection"}
-    ]
+    rows = [row for _, row in read_jsonl(data, A_FILE) if row.keys() != {"selection"}]
     rows = [row for row, why in zip(rows, reasons, strict=True) if why.startswith("kept")]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in [{"selection": report}, *rows]]
     write_whole(cfg.out, "".join(lines).encode())

@@ -209,6 +209,13 @@ def data_of(*sets: list) -> dict[str, str]:
     return {"the data": data, "a video": fingerprint(*videos, ends=2**16)}
 
 
+def policy_of(options: PolicyOptions) -> dict:
+    """All of a policy that decides its answers: a fingerprint of its files, and its options."""
+    folders = {"policy", "clip", "adapter"}
+    chosen = {x.name: getattr(options, x.name) for x in fields(PolicyOptions) if x.name not in folders}
+    return {"policy": fingerprint(options.policy, options.clip, options.adapter)} | chosen
+
+
 def refuse_changed(path: str, config: dict, now: dict[str, str], remedy: str) -> None:
     """BadInput where what a run was made from has other fingerprints now than its config.json keeps."""
     made = config["made"].get("from", {}) if is_kind(config["made"], dict) else None

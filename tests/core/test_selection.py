@@ -1,8 +1,6 @@
-import fcntl
 import json
 import resource
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,9 +8,10 @@ import torch
 
 import selection
 from plumbing.options import BadInput
+from plumbing.run_folder import Kept
 from selection import select, spread
 from videoqa import world
-from videoqa.answers import Reward, task
+from videoqa.answers import Question, Reward, task
 from videoqa.questions import load_questions
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +81,7 @@ def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clip
     assert done.returncode == 0, done.stderr
     whole, lines = out.read_bytes(), samples.read_text().splitlines(keepends=True)
     out.unlink()
-    samples.write_text("".join(lines[:12]) + lines[12][:5])  # killed in a write: header, 11 rows, a torn one
+    samples.write_text("".join(lines[:11]) + lines[11][:5])  # killed in a write: 11 rows, a torn one
     assert script(selection.main, *command).returncode == 0
     assert out.read_bytes() == whole and samples.read_text() == "".join(lines)
     questions = load_questions(str(clips / "questions.jsonl"), "")
@@ -104,7 +103,7 @@ def test_a_killed_selection_goes_on_to_the_same_bytes_and_says_what_it_kept(clip
         asked = sum(task(q) == name for q in questions)
         assert sum(task(q) == name for q in fewer) == round(0.3333 * asked) > 0
     other = script(selection.main, *command, "--seed", 1)
-    assert other.returncode == 2 and "begun with other settings" in other.stderr
+    assert other.returncode == 2 and "selected.jsonl.samples: made of other files or options" in other.stderr
 
 
 def test_answers_about_other_videos_or_other_questions_are_not_continued(tmp_path):
@@ -113,7 +112,7 @@ def test_answers_about_other_videos_or_other_questions_are_not_continued(tmp_pat
     cfg = selection.Config(videos=str(tmp_path), out="out.jsonl", policy=str(ROOT / "weights"))
 
     def settings(dtype=torch.float32):
-        return selection.settings_of(cfg, str(data), load_questions(str(data), str(tmp_path)), dtype)
+        return selection.settings_of(cfg, load_questions(str(data), str(tmp_path)), dtype)
 
     found = [settings(), settings(torch.bfloat16)]
     data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
@@ -145,36 +144,46 @@ def test_bad_options_are_one_line_and_nothing_is_written(clips, monkeypatch, opt
 
 
 def answering(tmp_path, monkeypatch):
-    """A selection of 2 questions whose policy always says red and blue, and its file."""
-    cfg = selection.Config(videos="v", out=str(tmp_path / "out.jsonl"), k=2, batch=1)
-    monkeypatch.setattr(selection, "sample", lambda *given: [["red", "blue"]])
-    answers = partial(selection.answers_of, None, None, ["q", "r"], {"questions": 2, "k": 2}, cfg)
-    return answers, tmp_path / "out.jsonl.samples"
+    """A selection of 4 questions, two a batch, whose policy always says red and blue, and its file."""
+    cfg = selection.Config(videos="v", out=str(tmp_path / "out.jsonl"), k=2, batch=2)
+    questions, asked = [Question(str(i), "v.mp4", "what?", "red") for i in range(4)], []
+
+    def sample(policy, tokenizer, batch, first, cfg):
+        asked.append([question.id for question in batch])
+        return [["red", "blue"]] * len(batch)
+
+    def answers():
+        kept = Kept(f"{cfg.out}.samples", {"answers": list[str]}, settings={"k": 2})
+        return selection.answers_of(None, None, questions, kept, cfg)
+
+    monkeypatch.setattr(selection, "sample", sample)
+    return answers, tmp_path / "out.jsonl.samples", asked
 
 
-def test_a_file_of_answers_has_one_writer_and_k_answers_a_row(tmp_path, monkeypatch):
-    answers, path = answering(tmp_path, monkeypatch)
-    assert answers() == 2 * [["red", "blue"]] and len(path.read_text().splitlines()) == 3
-    with open(path) as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(BadInput, match="out.jsonl.samples: another process writes it; wait"):
-            answers()
-    path.write_text(path.read_text().replace('["red", "blue"]', '["red"]', 1))
-    with pytest.raises(BadInput, match="out.jsonl.samples: not only lists of k answers.*remove it"):
-        answers()
+def test_a_batch_that_a_kill_cut_in_two_is_answered_whole_again_and_no_row_stands_twice(
+    tmp_path, monkeypatch
+):
+    answers, path, asked = answering(tmp_path, monkeypatch)
+    assert answers() == 4 * [["red", "blue"]]
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    assert answers() == 4 * [["red", "blue"]] and path.read_text() == whole
+    assert asked == [["0", "1"], ["2", "3"], ["2", "3"]]
+    path.write_text(whole.replace('["red", "blue"]', '["red"]', 1))  # no longer k answers: asked anew
+    assert answers() == 4 * [["red", "blue"]] and asked[3:] == [["0", "1"]]
 
 
 def test_a_full_disk_names_the_file_of_answers(tmp_path, monkeypatch):
-    answers, path = answering(tmp_path, monkeypatch)
+    answers, path, _ = answering(tmp_path, monkeypatch)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for room in (10, 50):  # the header has 25 bytes, a row 16
+    for room in (10, 100):  # the settings have 8 bytes, two rows 84
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
         try:
             with pytest.raises(OSError, match="File too large.*out.jsonl.samples"):
                 answers()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert answers() == 2 * [["red", "blue"]] and len(path.read_text().splitlines()) == 3
+    assert answers() == 4 * [["red", "blue"]] and len(path.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("name", ["questions.jsonl", "questions.jsonl.samples"])
