@@ -173,37 +173,31 @@ class Learner:
         self.optimizer = torch.optim.AdamW(trainable, weight_decay=0.0, fused=True)
         freeze_reference(model)
 
+    def named(self) -> dict[str, Tensor]:
+        """Adapters and their reference by layer and name, and the critic's parameters."""
+        adapted, parts = layers(self.model).items(), ("lora_A", "lora_B", "reference_A", "reference_B")
+        tensors = {f"{name}.{part}": getattr(layer, part) for name, layer in adapted for part in parts}
+        return tensors | {f"critic.{name}": x for name, x in self.critic.state_dict().items()}
+
     def tensors(self) -> dict[str, Tensor]:
-        """Adapters and reference by layer and name, the optimizer's moments by parameter."""
-        parts = ("lora_A", "lora_B", "reference_A", "reference_B")
-        adapted = layers(self.model).items()
-        named = {f"{name}.{part}": getattr(x, part) for name, x in adapted for part in parts}
-        named |= {f"critic.{name}": x for name, x in self.critic.state_dict().items()}
+        """Those, and the optimizer's moments by number of the parameter."""
         moments = self.optimizer.state_dict()["state"].items()
-        return named | {f"optimizer.{i}.{key}": x for i, state in moments for key, x in state.items()}
+        return self.named() | {f"optimizer.{i}.{key}": x for i, state in moments for key, x in state.items()}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]):
         """Raises ValueError if an adapter or a moment is missing or has another shape or dtype."""
-        for name, layer in layers(self.model).items():
-            for part in ("lora_A", "lora_B", "reference_A", "reference_B"):
-                stored, wanted = tensors.get(f"{name}.{part}"), getattr(layer, part)
-                if stored is None or (stored.shape, stored.dtype) != (wanted.shape, wanted.dtype):
-                    raise ValueError(f"{name}.{part} does not fit the policy")
-                wanted.copy_(stored)
-        for name, wanted in self.critic.state_dict().items():
-            stored = tensors.get(f"critic.{name}")
+        for name, wanted in self.named().items():
+            stored = tensors.get(name)
             if stored is None or (stored.shape, stored.dtype) != (wanted.shape, wanted.dtype):
-                raise ValueError(f"critic.{name} does not fit the policy")
+                raise ValueError(f"{name} does not fit the policy")
             wanted.copy_(stored)
-        state = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, i, key = name.split(".")
-                state.setdefault(int(i), {})[key] = tensor
-        parameters = self.optimizer.param_groups[0]["params"]
-        for i, p in enumerate(parameters if state else ()):
-            shapes = {key: x.shape for key, x in state.get(i, {}).items()}
+        moments = {}
+        for name in (name for name in tensors if name.startswith("optimizer.")):
+            _, i, key = name.split(".")
+            moments.setdefault(int(i), {})[key] = tensors[name]
+        for i, p in enumerate(self.optimizer.param_groups[0]["params"] if moments else ()):
+            shapes = {key: x.shape for key, x in moments.get(i, {}).items()}
             if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
                 raise ValueError(f"the optimizer's moments of parameter {i} do not fit the policy")
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
