@@ -129,17 +129,21 @@ def pick(logprobs: Tensor, uniforms: Tensor | None) -> Tensor:
 
 
 def generate(
-    model: VideoLM, prompts: Prompts, group_size: int, max_new_tokens: int, *, end_ids: Tensor,
-    banned: Tensor | None = None, temperature=1.0, top_p=1.0, uniforms: Tensor | None = None,
-) -> Completions:  # fmt: skip
-    """G completions of each prompt: one prefill, then a token a step for all of them until all have ended.
+    model: VideoLM, prompts: Prompts, group_size: int, sampling: Sampling, uniforms: Tensor | None = None
+) -> Completions:
+    """G completions of each prompt. uniforms (P, G, max_new_tokens) in [0, 1) decide every draw; where one is
+    NaN, the likeliest token is taken; None decodes all greedily."""
+    parts = []
+    for p in micro_batches(len(prompts.prompt_ids), sampling.prompts_at_once):
+        drawn = None if uniforms is None else uniforms[p].to(prompts.prompt_ids.device)
+        parts.append(generate_at_once(model, prompts[p], group_size, sampling, drawn))
+    return Completions.joined(parts)
 
-    uniforms (P, G, max_new_tokens) in [0, 1) decide every draw; where one is NaN, the likeliest token is
-    taken; None decodes all greedily. end_ids (any,) int64 all end a completion; banned (V,) bool ids are
-    never produced.
-    """
+
+def generate_at_once(model: VideoLM, prompts: Prompts, G: int, sampling: Sampling, uniforms) -> Completions:
+    """`generate` without parts: one prefill, then a token a step for all of them until all have ended."""
     decoder = model.decoder
-    P, G, T, device = len(prompts.prompt_ids), group_size, max_new_tokens, prompts.prompt_ids.device
+    P, T, device = len(prompts.prompt_ids), sampling.max_new_tokens, prompts.prompt_ids.device
     # Inference mode: no bookkeeping for views and versions, a tenth of the time where tensors are small.
     with torch.inference_mode(), joined(decoder):
         cache = KVCache(prompts.prompt_mask, G, T)
@@ -156,10 +160,10 @@ def generate(
         step, captured = partial(decoder.step, cache=cache), decoder.captured and device.type == "cuda"
         for t in range(T):
             torch.mm(state, head.T, out=logits)
-            scores = sampling_logprobs(logits, temperature, banned, None, reuse=True)
+            scores = sampling_logprobs(logits, sampling.temperature, sampling.banned, None, reuse=True)
             sound &= scores[:, 0].isfinite().all()  # one logit that is not finite makes its row NaN
-            if top_p < 1:
-                support = nucleus(scores, top_p)
+            if sampling.top_p < 1:
+                support = nucleus(scores, sampling.top_p)
                 packed = pack_support(support & ~ended[:, None])
                 supports.append(packed.new_zeros(P * G, packed.shape[1]).index_copy_(0, rows, packed))
                 scores = sampling_logprobs(scores, 1.0, None, support)  # renormalised over the nucleus
@@ -168,7 +172,7 @@ def generate(
             ids[rows, t], mask[rows, t] = token, ~ended
             taken = token.clamp(max=len(head) - 1)[:, None]  # a row of NaN, which `sound` knows, draws V
             logprobs[rows, t] = scores.gather(1, taken).squeeze(1).masked_fill(ended, 0.0)
-            ended = ended | torch.isin(token, end_ids)
+            ended = ended | torch.isin(token, sampling.end_ids)
             all_ended[rows] = ended
             if t == T - 1 or t % LOOK_EVERY[device.type] == 0:
                 if not sound:
@@ -188,17 +192,8 @@ def generate(
     return Completions(  # clones are ordinary tensors, for the loss
         completion_ids=ids[:, :used].clone(), completion_mask=mask[:, :used].clone(),
         logprobs=logprobs[:, :used].clone(), support=None if support is None else support.clone(),
-        ended=all_ended.clone(), temperature=temperature, banned=banned,
+        ended=all_ended.clone(), temperature=sampling.temperature, banned=sampling.banned,
     )  # fmt: skip
-
-
-def generate_in_parts(model: VideoLM, prompts: Prompts, group_size: int, at_once: int, uniforms, **options):
-    """`generate` for `at_once` prompts at a time, which bounds the KV cache; the draws stay the same."""
-    parts = []
-    for p in micro_batches(len(prompts.prompt_ids), at_once):
-        drawn = None if uniforms is None else uniforms[p].to(prompts.prompt_ids.device)
-        parts.append(generate(model, prompts[p], group_size, uniforms=drawn, **options))
-    return Completions.joined(parts)
 
 
 def answer(
@@ -208,11 +203,7 @@ def answer(
 
     rows (P,) int64, numbers of questions; uniforms (P, G, max_new_tokens) in [0, 1), None decodes greedily.
     """
-    rollout = generate_in_parts(
-        policy, questions[rows], G, sampling.prompts_at_once or len(rows), uniforms,
-        max_new_tokens=sampling.max_new_tokens, end_ids=sampling.end_ids, banned=sampling.banned,
-        temperature=sampling.temperature, top_p=sampling.top_p,
-    )  # fmt: skip
+    rollout = generate(policy, questions[rows], G, sampling, uniforms)
     texts = questions.texts(rollout)
     return rollout, [texts[p * G : (p + 1) * G] for p in range(len(rows))]
 

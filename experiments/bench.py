@@ -49,7 +49,7 @@ from grpo_rank import (
 from model import Bridge, Decoder, ModelConfig
 from plumbing.machine import pick_device, processor
 from plumbing.options import BadInput, Count, Options, parse_args, run_script, write_json
-from rollout import Completions, draw, generate, reference_states
+from rollout import Completions, Sampling, draw, generate, reference_states
 
 DTYPES = {"float32": ("float32",), "bfloat16": ("bfloat16",), "both": ("float32", "bfloat16")}
 PACKAGES = {"trl": ("torch", "trl", "transformers", "peft"), "none": ("torch",)}
@@ -199,7 +199,7 @@ def compare_decoder(cfg: Config, dtype: str) -> dict:
     options |= dict(pad_token_id=0, eos_token_id=None)
 
     def ours(T):
-        out = generate(policy, prompts, G, T, end_ids=no_end, uniforms=uniforms[..., :T])
+        out = generate(policy, prompts, G, Sampling(T, no_end), uniforms[..., :T])
         assert out.completion_ids.shape == (P * G, T)
 
     def theirs(T):
@@ -301,7 +301,7 @@ def growing(dtype: str, P=2, G=4, T=16, S=64, V=512, K=0):
     step = replace(STEP, group_size=G, max_new_tokens=T)
 
     def function():
-        rollout = generate(policy, prompts, G, T, end_ids=NO_END, uniforms=torch.rand(P, G, T))
+        rollout = generate(policy, prompts, G, Sampling(T, NO_END), torch.rand(P, G, T))
         states = reference_states(policy, prompts, rollout, size=0)
         told = dict(prompts=prompts, rollout=rollout, advantages=advantages, ref_states=states, step=0)
         train.update(step, policy, learner, **told)

@@ -28,7 +28,7 @@ from data import Prompts
 from experiments import step
 from model import ModelConfig
 from plumbing.options import write_json
-from rollout import generate
+from rollout import Sampling, generate
 
 COLUMNS = ("row", "measured", "against", "ratio", "remarks")
 
@@ -121,7 +121,7 @@ def decoding(cfg, size: Size, folder: str, captured: bool) -> dict:
         for tokens, seconds in times.items():
             uniforms = torch.rand(P, G, tokens, device=cfg.device)
             began = now(cfg.device)
-            generate(policy, prompts, G, tokens, end_ids=ids[0, :0], uniforms=uniforms)
+            generate(policy, prompts, G, Sampling(tokens, ids[0, :0]), uniforms)
             seconds.append(now(cfg.device) - began)
     prefill, whole = (sorted(seconds[cfg.warmup :])[cfg.repeats // 2] for seconds in times.values())
     token = (whole - prefill) / (T - 1)

@@ -19,7 +19,7 @@ from data import Prompts
 from grpo_rank import rank_advantages, ranks_from_scores
 from model import Decoder, ModelConfig, VideoLM
 from plumbing.machine import MachineOptions, set_up
-from rollout import generate, reference_states
+from rollout import Sampling, generate, reference_states
 
 MODEL = ModelConfig(dim=256, num_layers=6, num_heads=8, num_kv_heads=8, ffn_dim=688, vocab_size=512)
 P, G, S, T = 8, 5, 96, 32
@@ -62,7 +62,7 @@ def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
         with watch("step"):
             with watch("sample"):
                 uniforms = torch.rand(P, G, T, device=device)
-                rollout = generate(policy, prompts, G, T, end_ids=no_end, uniforms=uniforms)
+                rollout = generate(policy, prompts, G, Sampling(T, no_end), uniforms)
             with watch("rank"):
                 scores = torch.tensor([score(ids) for ids in rollout.completion_ids.tolist()]).view(P, G)
                 advantages = rank_advantages(ranks_from_scores(scores))
@@ -76,7 +76,7 @@ def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
         assert rollout.completion_mask.sum() == P * G * T and not numbers["bad"], numbers
         # A part of the step once more, by itself
         with watch("prefill, part of sample"):
-            generate(policy, prompts, G, 1, end_ids=no_end)
+            generate(policy, prompts, G, Sampling(1, no_end))
 
     return step
 

@@ -27,7 +27,7 @@ from data import Prompts, PromptSet
 from eval import merge_run
 from model import Decoder
 from plumbing.options import BadInput
-from rollout import generate
+from rollout import Sampling, generate
 from videoqa import world
 from videoqa.answers import Question, instruction
 from videoqa.video import resize_frames
@@ -92,8 +92,8 @@ def test_every_decoder_family_gives_transformers_logits_and_64_greedy_tokens(fam
     assert (logits(decoder, ids, 8) - wanted).abs().max() <= 1e-4 < wanted.std()
     mask = torch.arange(8) >= torch.tensor([[3], [0]])  # padded on the left
     policy = SimpleNamespace(decoder=decoder, embed_prompt=lambda ids, mask, video: decoder.embed_tokens(ids))
-    prompts = Prompts(ids[:, :8], mask, None)
-    ours = generate(policy, prompts, 1, 64, end_ids=torch.tensor([], dtype=torch.int64)).completion_ids
+    prompts = Prompts(ids[:, :8], mask, torch.zeros(2, 0, 1))
+    ours = generate(policy, prompts, 1, Sampling(64, torch.tensor([], dtype=torch.int64))).completion_ids
     options = dict(max_new_tokens=64, do_sample=False, pad_token_id=0)
     greedy = model.generate(ids[:, :8], attention_mask=mask.long(), **options)[:, 8:]
     assert torch.equal(ours, greedy)
@@ -480,7 +480,7 @@ def test_a_llava_folder_is_a_policy_that_answers_and_never_samples_the_placehold
     banned, generator = tokenizer.banned_ids(320), torch.Generator().manual_seed(4)
     uniforms = torch.rand(1, 50, 20, generator=generator)
     ends = torch.tensor(tokenizer.end_ids)
-    rollout = generate(policy, batch, 50, 20, end_ids=ends, banned=banned, uniforms=uniforms)
+    rollout = generate(policy, batch, 50, Sampling(20, ends, banned), uniforms)
     assert not banned[rollout.completion_ids[rollout.completion_mask]].any()
     assert len(set(prompts.texts(rollout))) > 10
 

@@ -19,7 +19,7 @@ from data import Batches, Prompts
 from grpo_rank import Objective, rollout_loss
 from model import Decoder, KVCache, ModelConfig, VideoLM
 from plumbing.machine import hold
-from rollout import Sampling, completion_states, generate, generate_in_parts
+from rollout import Sampling, completion_states, generate
 from videoqa import world
 
 ROOT = Path(__file__).parents[2]
@@ -92,9 +92,9 @@ def test_the_plan_is_what_a_real_update_and_real_sampling_take():
         ids, mask = torch.ones(P, S, dtype=torch.int64), torch.ones(P, S, dtype=torch.bool)
         return Prompts(ids, mask, torch.zeros(P, policy.bridge.num_tokens, 64))
 
-    options = dict(end_ids=torch.tensor([], dtype=torch.int64), uniforms=torch.full((3, G, T), 0.5))
+    no_end = torch.tensor([], dtype=torch.int64)
     with memory.Live() as live:
-        rollout = generate(policy, prompts(3), G, T, **options)
+        rollout = generate(policy, prompts(3), G, Sampling(T, no_end), torch.full((3, G, T), 0.5))
     of = {name.split(" (")[0]: size for name, size in lines.items()}
     assert live.peak == pytest.approx(of["KV cache"] + of["sampling, beside the cache"], rel=0.15)
     two = rollout[: 2 * G]
@@ -127,7 +127,7 @@ def test_the_plan_knows_what_embedding_videos_takes_and_how_many_prompts_an_eval
     prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.zeros(128, N_video, 64))
     no_end = torch.tensor([], dtype=torch.int64)
     with memory.Live() as live:  # as `evaluate` samples, 128 prompts at once
-        generate(policy, prompts, 4, 7, end_ids=no_end, uniforms=torch.full((128, 4, 7), 0.5))
+        generate(policy, prompts, 4, Sampling(7, no_end), torch.full((128, 4, 7), 0.5))
     assert live.peak == pytest.approx(of["KV cache"] + of["sampling, beside the cache"], rel=0.15)
     run = run_config(sample_prompts=1, micro_batch_prompts=1, group_size=2, max_new_tokens=1)
     few = memory.plan(cfg, CLIP, run, torch.float32, num_videos=2, text_tokens=9)
@@ -180,9 +180,10 @@ def test_the_plan_counts_the_logits_of_sampling(base, top_p):
     N_video = policy.bridge.num_tokens
     ids = torch.ones(40, N_video + 9, dtype=torch.int64)
     prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.zeros(40, N_video, 64))
-    options = dict(end_ids=torch.tensor([], dtype=torch.int64), uniforms=torch.full((40, 5, 4), 0.5))
+    banned, no_end = torch.zeros(5000, dtype=torch.bool), torch.tensor([], dtype=torch.int64)
+    sampling = Sampling(4, no_end, banned, top_p=top_p)
     with memory.Live() as live:
-        generate(policy, prompts, 5, 4, top_p=top_p, banned=torch.zeros(5000, dtype=torch.bool), **options)
+        generate(policy, prompts, 5, sampling, torch.full((40, 5, 4), 0.5))
     assert (
         of["sampling, beside the cache"] > 40 * 5 * 5000 * 8
     )  # log-probabilities and probabilities, float32
@@ -195,9 +196,9 @@ def test_sampling_in_parts_is_sampling_at_once():
     ids = torch.randint(5, 60, (5, 30), generator=torch.Generator().manual_seed(2))
     prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.randn(5, policy.bridge.num_tokens, 64))
     uniforms = torch.rand(5, 3, 9, generator=torch.Generator().manual_seed(3))
-    options = dict(max_new_tokens=9, end_ids=torch.arange(20), top_p=0.9)
-    whole = generate(policy, prompts, 3, uniforms=uniforms, **options)
-    parts = generate_in_parts(policy, prompts, 3, 2, uniforms, **options)
+    sampling = Sampling(max_new_tokens=9, end_ids=torch.arange(20), top_p=0.9)
+    whole = generate(policy, prompts, 3, sampling, uniforms)
+    parts = generate(policy, prompts, 3, replace(sampling, prompts_at_once=2), uniforms)
     assert whole.completion_mask.sum(dim=1).unique().numel() > 1  # the parts end at different lengths
     for name in ("completion_ids", "completion_mask", "ended"):
         assert torch.equal(getattr(parts, name), getattr(whole, name)), name

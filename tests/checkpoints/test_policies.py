@@ -32,7 +32,7 @@ from eval import merge_run
 from model import Bridge
 from plumbing.options import BadInput
 from plumbing.run_folder import fingerprint
-from rollout import generate
+from rollout import Sampling, generate
 from videoqa import world
 from videoqa.answers import Question
 
@@ -182,7 +182,7 @@ def test_a_decoder_without_an_image_token_gets_one_behind_its_vocabulary(tokens,
     assert torch.equal(x[0, ~places], policy.decoder.embed_tokens(batch.prompt_ids[0, ~places]))
     uniforms = torch.rand(1, 50, 20, generator=torch.Generator().manual_seed(4))
     banned, ends = tokenizer.banned_ids(V), torch.tensor(tokenizer.end_ids)
-    rollout = generate(policy, batch, 50, 20, end_ids=ends, banned=banned, uniforms=uniforms)
+    rollout = generate(policy, batch, 50, Sampling(20, ends, banned), uniforms)
     assert not banned[rollout.completion_ids[rollout.completion_mask]].any()
     assert len(set(prompts.texts(rollout))) > 10
 

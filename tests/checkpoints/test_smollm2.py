@@ -10,7 +10,7 @@ import torch
 from checkpoints.chat_tokenizer import ChatTokenizer
 from checkpoints.huggingface import load_decoder
 from data import Prompts
-from rollout import generate
+from rollout import Sampling, generate
 
 FOLDER = os.environ.get("SMOLLM2", "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="SMOLLM2 names no folder")
@@ -33,8 +33,7 @@ def test_smollm2_answers_and_ends_its_turns_as_in_transformers():
         state = decoder(decoder.embed_tokens(prompt), torch.ones_like(prompt).bool())[:, 0, 0]
         assert (state @ decoder.head.T - model(prompt).logits[:, -1]).abs().max() <= 1e-4
         wanted = model.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=list(ours.end_ids))
-        found = generate(
-            policy, Prompts(prompt, torch.ones_like(prompt).bool(), None), 1, 24,
-            end_ids=torch.tensor(ours.end_ids), banned=ours.banned_ids(V),
-        )  # fmt: skip
+        sampling = Sampling(24, torch.tensor(ours.end_ids), ours.banned_ids(V))
+        prompts = Prompts(prompt, torch.ones_like(prompt).bool(), torch.zeros(1, 0, 1))
+        found = generate(policy, prompts, 1, sampling)
         assert found.completion_ids[0].tolist() == wanted[0, len(ids) :].tolist()

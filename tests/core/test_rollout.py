@@ -8,7 +8,7 @@ from clip import ClipConfig
 from data import Prompts
 from grpo_rank import IMPOSSIBLE, Objective, rollout_loss, sampling_logprobs
 from model import KVCache, ModelConfig, VideoLM
-from rollout import completion_states, draw, generate
+from rollout import Sampling, completion_states, draw, generate
 
 V, P, G, T, PAD = 40, 3, 4, 6, 0
 CFG = ModelConfig(vocab_size=V, dim=32, num_layers=2, ffn_dim=48, num_queries=8, qformer_layers=1)
@@ -32,10 +32,13 @@ def prompts():
     return Prompts(ids, mask, torch.randn(P, 8, CFG.dim, generator=generator))
 
 
+def uniforms_of(seed):
+    return torch.rand(P, G, T, generator=torch.Generator().manual_seed(seed))
+
+
 def sample(model, prompts, seed=2, rows=slice(None), **options):
-    uniforms = torch.rand(P, G, T, generator=torch.Generator().manual_seed(seed))[rows]
-    options = {"end_ids": END, "banned": BANNED, "uniforms": uniforms} | options
-    return generate(model, prompts[rows], G, T, **options)
+    sampling = Sampling(**{"max_new_tokens": T, "end_ids": END, "banned": BANNED} | options)
+    return generate(model, prompts[rows], G, sampling, uniforms_of(seed)[rows])
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), SAMPLINGS)
@@ -150,21 +153,18 @@ def test_a_row_depends_on_its_own_uniforms_alone(model, prompts):
 
 
 def test_where_a_uniform_is_nan_the_answer_is_greedy_and_the_others_stay(model, prompts):
-    uniforms = torch.rand(P, G, T, generator=torch.Generator().manual_seed(2))
-    mixed = uniforms.clone()
+    mixed, sampling, found = uniforms_of(2), Sampling(T, END, BANNED), []
     mixed[:, 0] = torch.nan
-    drawn, both = sample(model, prompts), sample(model, prompts, uniforms=mixed)
-    greedy = sample(model, prompts, uniforms=None)
-    drawn, both, greedy = (
-        F.pad(x.completion_ids, (0, T - x.completion_ids.shape[1])).view(P, G, T)
-        for x in (drawn, both, greedy)
-    )
+    for uniforms in (uniforms_of(2), mixed, None):
+        ids = generate(model, prompts, G, sampling, uniforms).completion_ids
+        found.append(F.pad(ids, (0, T - ids.shape[1])).view(P, G, T))
+    drawn, both, greedy = found
     assert both[:, 0].equal(greedy[:, 0]) and both[:, 1:].equal(drawn[:, 1:])
     assert not both[:, 0].equal(drawn[:, 0])
 
 
 def test_greedy_is_the_argmax_of_a_pass_without_cache(model, prompts):
-    rollout = generate(model, prompts, 1, T, end_ids=torch.tensor([V]), banned=BANNED)
+    rollout = generate(model, prompts, 1, Sampling(T, torch.tensor([V]), BANNED))
     mask = prompts.prompt_mask
     x = model.embed_prompt(prompts.prompt_ids, mask, prompts.video_embeds)
     for t in range(T):

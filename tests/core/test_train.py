@@ -32,7 +32,7 @@ from model import Decoder
 from oracle import Ranking
 from oracles import feedback
 from plumbing import run_folder
-from rollout import answer, generate
+from rollout import Sampling, answer, generate
 from videoqa import world
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ def small_step(home):
     prompts = Prompts(torch.randint(4, 200, (4, 40), generator=g), torch.ones(4, 40, dtype=torch.bool),
                       torch.randn(4, 32, 128, generator=g))  # fmt: skip
     uniforms = torch.rand(4, 5, 6, generator=g)
-    rollout = generate(policy, prompts, 5, 6, end_ids=torch.arange(150, 300), uniforms=uniforms)
+    rollout = generate(policy, prompts, 5, Sampling(6, torch.arange(150, 300)), uniforms)
     return cfg, policy, learner, prompts, rollout, torch.randn(4, 5, generator=g)
 
 

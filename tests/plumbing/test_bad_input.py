@@ -34,7 +34,7 @@ from oracles.ranker import TrainedOracle, load_ranker
 from plumbing.options import BadInput, Bounds, Seed, check_record, checked, run_script
 from plumbing.progress import compare
 from plumbing.run_folder import Kept, RunFolder, cut_back, stored_options
-from rollout import generate
+from rollout import Sampling, generate
 from videoqa import questions
 from videoqa.answers import Question
 from videoqa.datasets import convert
@@ -87,7 +87,7 @@ def test_sampling_from_logits_that_are_not_finite_says_so(value, greedy, vocab_s
     uniforms = None if greedy else torch.rand(2, 3, 4)
     prompts.video_embeds[1, 0, 0] = value
     with pytest.raises(BadInput, match="logits are not finite"):
-        generate(policy, prompts, 3, 4, end_ids=torch.tensor([2]), uniforms=uniforms)
+        generate(policy, prompts, 3, Sampling(4, torch.tensor([2])), uniforms)
 
 
 def test_scores_of_a_ranker_that_are_not_finite_are_no_ranks(monkeypatch):
