@@ -296,11 +296,12 @@ class Batches:
     ):
         self.asked, self.seed, self.noise, (self.index, self.num_processes) = asked, seed, noise, process
         self.P = min(num_prompts, len(asked)) // self.num_processes * self.num_processes
+        of = f"of {len(asked)} questions, for {self.num_processes} processes"
         if not self.P:
-            few = (
-                f"{num_prompts} prompts a step of {len(asked)} questions, for {self.num_processes} processes"
-            )
-            raise BadInput(f"--batch_prompts: {few}; give each process one, or start fewer processes")
+            remedy = "give each process one, or start fewer processes"
+            raise BadInput(f"--batch_prompts: {num_prompts} prompts a step {of}; {remedy}")
+        if self.P < num_prompts:
+            say(f"--batch_prompts {num_prompts}: {self.P} prompts a step {of}")
         self.fill = min(fill, len(asked) // self.P)
         self.steps_an_epoch = len(asked) // self.P // self.fill
 

@@ -146,6 +146,15 @@ def test_a_process_without_a_prompt_is_refused_before_the_first_step(num_prompts
         data.Batches([None] * num_questions, num_prompts, 0, torch.Generator(), (1, 2))
 
 
+@pytest.mark.parametrize(("num_questions", "num_prompts", "asked"), [(9, 5, 4), (3, 8, 2), (9, 8, 8)])
+def test_a_step_of_fewer_prompts_than_asked_for_is_said(capsys, num_questions, num_prompts, asked):
+    batches = data.Batches([None] * num_questions, num_prompts, 0, torch.Generator(), (1, 2))
+    said = (
+        f"--batch_prompts {num_prompts}: {asked} prompts a step of {num_questions} questions, for 2 processes"
+    )
+    assert batches.P == asked and (said in " ".join(capsys.readouterr().out.split())) == (asked < num_prompts)
+
+
 # ---- real clips ----
 
 
