@@ -155,6 +155,24 @@ def merge_run(folder: str, out: str):
     print(f"wrote {out}: {size / 1e6:.1f} MB, {', '.join(sorted(os.listdir(out)))}")
 
 
+def score(args) -> None:
+    """Scores any model's predictions; open answers by a judge's verdict where one is named."""
+    from videoqa import scores
+
+    judged = None
+    refuse_same(args.rows, args.data, args.predictions, args.judge_cache)
+    refuse_same(args.json, args.data, args.predictions, args.judge_cache, args.rows)
+    if args.judge_url or args.judge_model or args.judge_body or args.judge_cache:
+        from oracles import verdicts
+
+        judged = partial(verdicts.judged, judge=verdicts.judge_of(args))
+    result = scores.score_file(args.data, args.predictions, judged, args.rows)
+    print(scores.table(result["metrics"]))
+    print(json.dumps(result, indent=1))
+    if args.json:
+        write_json(args.json, result)
+
+
 def main() -> int:
     from plumbing.progress import compare, differences, show_table
 
@@ -189,20 +207,7 @@ def main() -> int:
             print()
             show_table(unlike)
     else:
-        from videoqa import scores
-
-        judged = None
-        refuse_same(args.rows, args.data, args.predictions, args.judge_cache)
-        refuse_same(args.json, args.data, args.predictions, args.judge_cache, args.rows)
-        if args.judge_url or args.judge_model or args.judge_body or args.judge_cache:
-            from oracles import verdicts
-
-            judged = partial(verdicts.judged, judge=verdicts.judge_of(args))
-        result = scores.score_file(args.data, args.predictions, judged, args.rows)
-        print(scores.table(result["metrics"]))
-        print(json.dumps(result, indent=1))
-        if args.json:
-            write_json(args.json, result)
+        score(args)
     return 0
 
 
