@@ -25,9 +25,9 @@ from grpo_rank import ranks_from_scores
 from plumbing.options import BadInput, one_line
 from videoqa.answers import Question, Reward, grade, prompt_text, reward
 
-# Why a ranking failed: the first word of its note. From the wire, of the reply, of the rest.
-CAUSES = "connection timeout busy server refused bad_reply dead budget".split()
-CAUSES += "empty cut not_json missing duplicate unknown function".split()
+# Why a ranking failed: the first word of its note. On the wire to a judge, and all causes
+WIRE = "connection timeout busy server refused bad_reply dead".split()
+CAUSES = [*WIRE, *"budget empty cut not_json missing duplicate unknown function".split()]
 # What an objective reads of a ranking, where that is not the order alone: the scores, which must differ in a
 # group, or their level, which tells something of a group of equals too.
 READS = {"grpo": "scores", "dr_grpo": "scores", "rloo": "scores", "ppo": "level"}
@@ -38,7 +38,9 @@ class Ranking:
     """What an oracle says about a batch of P groups."""
 
     ranks: Tensor  # (P, G) int64 competition ranks, 0 = best, ties share the better place: [0, 0, 2, 3, 3]
-    ok: Tensor | None = None  # (P,) bool; False: the ranking failed, its row means nothing. None: all are ok
+    ok: Tensor | None = (
+        None  # (P,) bool; False: failed, its row means nothing. None: ok where there is no note
+    )
     notes: list[str] | None = None  # P texts for people; of a failed group "cause: words", a cause of CAUSES
     scores: Tensor | None = None  # (P, G) float64, higher is better, from an oracle that also scores
     agreement: Tensor | None = None  # (P,) float32, 0..1: Kendall's W, where it is to scale the advantages
@@ -48,8 +50,8 @@ class Ranking:
     reads: str = "order"  # what the objective reads of it: order, or one of READS
 
     def __post_init__(self):
-        self.ok = torch.ones(len(self.ranks), dtype=torch.bool) if self.ok is None else self.ok
         self.notes = [""] * len(self.ranks) if self.notes is None else self.notes
+        self.ok = torch.tensor([not note for note in self.notes]) if self.ok is None else self.ok
 
     @property
     def live(self) -> Tensor:
@@ -72,11 +74,13 @@ class Ranking:
         return cls(notes=[note for part in parts for note in part.notes], sums=sums, **found)
 
 
-def check_groups(batch: list[Question], texts: list[list[str]]) -> None:
-    """Raises ValueError unless texts holds G >= 2 answers for each question, G the same for all."""
+def checked_groups(batch: list[Question], texts: list[list[str]]) -> list[list[str]]:
+    """The P lists of G answers, each answer without the spaces around it. Raises ValueError unless there are
+    G >= 2 answers to each question, G the same for all."""
     sizes = [len(group) for group in texts]
     if not batch or len(texts) != len(batch) or min(sizes) < 2 or len(set(sizes)) > 1:
         raise ValueError(f"need G >= 2 texts for each of {len(batch)} questions, got groups of {sizes}")
+    return [[text.strip() for text in group] for group in texts]
 
 
 def competition_ranks(values: list) -> list[int]:
@@ -94,10 +98,9 @@ class RuleOracle:
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G). Never fails. Equal grades tie, whatever the texts."""
-        check_groups(batch, texts)
-        pairs = zip(batch, texts, strict=True)
+        pairs = zip(batch, checked_groups(batch, texts), strict=True)
         # Rounded: spans of one IoU on paper may differ by 1e-16 in floats, which must not break the tie
-        grades = [[round(grade(text.strip(), question), 6) for text in group] for question, group in pairs]
+        grades = [[round(grade(text, question), 6) for text in group] for question, group in pairs]
         return Ranking(ranks_from_scores(torch.tensor(grades, dtype=torch.float64)))
 
 
@@ -113,8 +116,9 @@ class RewardOracle:
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks and scores (P, G). Never fails. Equal rewards tie."""
-        check_groups(batch, texts)
-        rewards = rewards_of(batch, texts, self.overlap, self.think)
+        pairs = zip(batch, checked_groups(batch, texts), strict=True)
+        options = self.overlap, self.think
+        rewards = [[reward(text, question, *options) for text in group] for question, group in pairs]
         totals = [[round(parts.total(*self.weights), 6) for parts in group] for group in rewards]
         scores = torch.tensor(totals, dtype=torch.float64)
         ranks = ranks_from_scores(scores)
@@ -126,18 +130,11 @@ class RewardOracle:
 
 def reward_sums(rewards: list[list[Reward]]) -> dict[str, float]:
     """Of each part of the dual reward, over the answers to tasks that have the part: sum and count."""
-    sums = {}
+    sums, flat = {}, [parts for group in rewards for parts in group]
     for name in ("discrete", "continuous", "format"):
-        values = [getattr(parts, name) for group in rewards for parts in group]
-        values = [x for x in values if x is not None]
+        values = [getattr(parts, name) for parts in flat if getattr(parts, name) is not None]
         sums |= {f"reward_{name}": sum(values), f"num_reward_{name}": len(values)}
     return sums
-
-
-def rewards_of(batch: list[Question], texts: list[list[str]], overlap: str, think: bool):
-    """The parts of each text's dual reward: P lists of G Rewards."""
-    pairs = zip(batch, texts, strict=True)
-    return [[reward(text, question, overlap, think) for text in group] for question, group in pairs]
 
 
 class FunctionOracle:
@@ -154,10 +151,8 @@ class FunctionOracle:
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G). Identical texts are ranked once and tie."""
-        check_groups(batch, texts)
         ranks, notes = [], []
-        for question, group in zip(batch, texts, strict=True):
-            group = [text.strip() for text in group]
+        for question, group in zip(batch, checked_groups(batch, texts), strict=True):
             distinct, note = list(dict.fromkeys(group)), ""
             places = [0] * len(distinct)
             try:
@@ -166,7 +161,7 @@ class FunctionOracle:
                 note = one_line(f"function: {type(error).__name__}: {error}")
             ranks.append(ranks_by_text(group, dict(zip(distinct, places, strict=True))))
             notes.append(note)
-        return Ranking(torch.tensor(ranks), torch.tensor([not note for note in notes]), notes)
+        return Ranking(torch.tensor(ranks), notes=notes)
 
     def _ask(self, question: Question, distinct: list[str]) -> list[int]:
         asked = {"video": question.video, "reference": question.answer}

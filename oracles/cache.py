@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from oracle import Ranking, check_groups, competition_ranks, ranks_by_text
+from oracle import Ranking, checked_groups, competition_ranks, ranks_by_text
 from plumbing.options import BadInput, is_kind, read_jsonl
 from videoqa.answers import Question
 
@@ -25,7 +25,7 @@ class Cache:
     processes at once.
 
     In WAL mode a commit is one append, so kill -9 loses at most the ranking being written. The file is made
-    with the first ranking. BadInput: not such a file, or of another version.
+    with the first ranking; without a path nothing is kept. BadInput: not such a file, or of another version.
     """
 
     TABLES = (
@@ -63,7 +63,7 @@ class Cache:
 
     def _run(self, line: str, values: tuple = (), make: bool = False) -> list:
         with self.lock:
-            if self.db is None and make:
+            if self.db is None and make and self.path:
                 self._open()
             if self.db is None:
                 return []
@@ -87,10 +87,11 @@ class Cache:
         return value
 
     def put(self, key: str, judge: str, question: str, value: list[int] | dict, reply: str):
-        """Stores a ranking or a verdict, unless another process did: returns what the file now has."""
+        """Stores a ranking or a verdict, unless another process did: returns what the file now has, or the
+        value where there is no file."""
         row = (key, judge, question, json.dumps(value), reply)
         self._run("INSERT OR IGNORE INTO rankings VALUES (?, ?, ?, ?, ?)", row, make=True)
-        return self.get(key)
+        return self.get(key) if self.path else value
 
     def put_failure(self, judge: str, question: str, cause: str, replies: list[str]):
         row = (time.time(), judge, question, cause, json.dumps(replies, ensure_ascii=False))
@@ -143,10 +144,8 @@ class ReplayOracle:
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G). Raises BadInput, with the group, if the file lacks one."""
-        check_groups(batch, texts)
         ranks = []
-        for question, group in zip(batch, texts, strict=True):
-            group = [text.strip() for text in group]
+        for question, group in zip(batch, checked_groups(batch, texts), strict=True):
             distinct = sorted(set(group))
             alone = {group[0]: 0} if len(distinct) == 1 else None  # nothing to order
             rank_of = self.groups.get((question.id, tuple(distinct)), alone)

@@ -2,18 +2,20 @@
 that is ranked too; and how several rankings of the same answers become one.
 """
 
+import functools
 import itertools
 import json
 import math
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
 from grpo_rank import ranks_from_scores
-from oracle import Ranking, check_groups, competition_ranks, ranks_by_text
+from oracle import Ranking, checked_groups, competition_ranks, ranks_by_text
 from videoqa.answers import Question, grade, prompt_text
 
 
@@ -79,9 +81,8 @@ class BentOracle:
             low, high = 0.6 * self.bend * rng.random(), 1 - 0.3 * self.bend * rng.random()
             power = math.exp(self.bend * rng.uniform(-1.5, 1.5))
             distinct = sorted({text.strip() for text in group})
-            noise = dict(
-                zip(distinct, torch.randn(len(distinct), generator=self.generator).tolist(), strict=True)
-            )
+            draws = torch.randn(len(distinct), generator=self.generator).tolist()
+            noise = dict(zip(distinct, draws, strict=True))
             for g, text in enumerate(group):
                 u = min(max(ranking.scores[p, g].item() / self.top, 0.0), 1.0)
                 bent = low + (high - low) * u**power + self.noise * noise[text.strip()]
@@ -102,44 +103,42 @@ class PermutedOracle:
         self.oracle, self.permutations, self.agreement, self.seed = oracle, permutations, agreement, seed
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
-        """P lists of G texts -> ranks (P, G)."""
-        check_groups(batch, texts)
-        groups, G = [[text.strip() for text in group] for group in texts], len(texts[0])
-        orders, owners = [], []  # a row an order: the distinct texts as shown, and their group
+        """P lists of G texts -> ranks (P, G); where the other oracle scores, each text's mean score too."""
+        groups, G = checked_groups(batch, texts), len(texts[0])
+        asked = []  # (number of a group, one order of its distinct texts), an entry a ranking
         for p, (question, group) in enumerate(zip(batch, groups, strict=True)):
             distinct = sorted(set(group))
             seed = json.dumps([self.seed, prompt_text(question), distinct])
-            own = shown_orders(len(distinct), self.permutations, seed)
-            orders += [[distinct[i] for i in order] for order in own]
-            owners += [p] * len(own)
-        filled_up = [order + order[-1:] * (G - len(order)) for order in orders]
-        inner = self.oracle.rank([batch[p] for p in owners], filled_up)
-        ranks, weights = torch.zeros(len(batch), G, dtype=torch.int64), torch.ones(len(batch))
-        ok, notes, sums = torch.zeros(len(batch), dtype=torch.bool), [], dict.fromkeys(COUNTS, 0)
+            orders = shown_orders(len(distinct), self.permutations, seed)
+            asked += [(p, [distinct[i] for i in order]) for order in orders]
+        filled_up = [order + order[-1:] * (G - len(order)) for _, order in asked]
+        inner = self.oracle.rank([batch[p] for p, _ in asked], filled_up)
+        ranks, ok, notes = torch.zeros(len(batch), G, dtype=torch.int64), [], []
+        scores, agreement = torch.zeros(len(batch), G, dtype=torch.float64), torch.ones(len(batch))
+        sums = dict.fromkeys(COUNTS, 0)
         for p, group in enumerate(groups):
-            rows = [row for row, owner in enumerate(owners) if owner == p]
-            shown = [row for row in rows if inner.ok[row]]
-            kept = [dict(zip(orders[row], inner.ranks[row].tolist(), strict=False)) for row in shown]
-            notes.append(max(inner.notes[row] for row in rows))
-            ok[p] = bool(kept)
-            if kept:
-                rank_of, weights[p], counts = settle(kept, self.agreement == "tie")
-                ranks[p] = torch.tensor(ranks_by_text(group, rank_of))
-                counts["lost"] = len(rows) - len(kept)
-                sums = {name: value + counts[name] for name, value in sums.items()}
-        weights = weights if self.agreement == "scale" else None
-        scores = self._scores(inner, groups, filled_up, owners) if inner.scores is not None else None
-        return Ranking(ranks, ok, notes, scores, weights, dead=inner.dead, sums=inner.sums | sums)
+            own = [row for row, (owner, _) in enumerate(asked) if owner == p]
+            kept = [row for row in own if inner.ok[row]]
+            ok.append(bool(kept))
+            notes.append(max(inner.notes[row] for row in own))
+            if not kept:
+                continue
+            rank_of, agreement[p], counts = settle(by_text(asked, inner.ranks, kept), self.agreement == "tie")
+            ranks[p] = torch.tensor(ranks_by_text(group, rank_of))
+            counts["lost"] = len(own) - len(kept)
+            sums = {name: value + counts[name] for name, value in sums.items()}
+            if inner.scores is not None:
+                given = by_text(asked, inner.scores, kept)
+                scores[p] = torch.tensor([fmean(one[text] for one in given) for text in group])
+        return Ranking(
+            ranks, torch.tensor(ok), notes, None if inner.scores is None else scores,
+            agreement if self.agreement == "scale" else None, dead=inner.dead, sums=inner.sums | sums,
+        )  # fmt: skip
 
-    def _scores(self, inner: Ranking, groups, shown, owners) -> torch.Tensor:
-        """(P, G): each text's mean score over the rankings of its group that did not fail."""
-        given = [defaultdict(list) for _ in groups]
-        for row in inner.ok.nonzero().flatten().tolist():
-            for text, score in zip(shown[row], inner.scores[row].tolist(), strict=True):
-                given[owners[row]][text].append(score)
-        pairs = zip(given, groups, strict=True)
-        means = [[fmean(own[text] or [0.0]) for text in group] for own, group in pairs]
-        return torch.tensor(means, dtype=torch.float64)
+
+def by_text(asked, values: Tensor, rows: list[int]) -> list[dict]:
+    """{text: its value} of each of these rankings; what the last text was repeated for is left out."""
+    return [dict(zip(asked[row][1], values[row].tolist(), strict=False)) for row in rows]
 
 
 class DuelOracle:
@@ -155,8 +154,7 @@ class DuelOracle:
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G)."""
-        check_groups(batch, texts)
-        groups = [[text.strip() for text in group] for group in texts]
+        groups = checked_groups(batch, texts)
         ranks, notes, dead = torch.zeros(len(batch), len(texts[0]), dtype=torch.int64), [""] * len(batch), ""
         plays, pairs, sums = [], {}, Counter()
         for p, (question, group) in enumerate(zip(batch, groups, strict=True)):
@@ -180,7 +178,7 @@ class DuelOracle:
                         pairs[p] = plays[p].send(own)
                 except StopIteration as end:
                     ranks[p] = torch.tensor(ranks_by_text(groups[p], end.value))
-        return Ranking(ranks, torch.tensor([not note for note in notes]), notes, dead=dead, sums=dict(sums))
+        return Ranking(ranks, notes=notes, dead=dead, sums=dict(sums))
 
 
 def round_robin(texts: list[str]):
@@ -247,10 +245,10 @@ class AnchoredOracle:
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> the other oracle's ranks (P, G) of the G alone."""
-        check_groups(batch, texts)
         G, longer = len(texts[0]), []
-        for p, question in enumerate(batch):
-            longer.append([*texts[p], question.answer, *([wrong_answer(batch, p)] if self.canary else [])])
+        for p, group in enumerate(checked_groups(batch, texts)):
+            bad = [wrong_answer(batch, p)] if self.canary else []
+            longer.append([*group, batch[p].answer, *bad])
         ranking = self.oracle.rank(batch, longer)
         own, gold, planted = ranking.ranks[:, :G], ranking.ranks[:, G], ranking.ranks[:, -1]
         below = own > gold[:, None] if self.anchor else None
@@ -309,44 +307,37 @@ def consensus(votes: list[list[int]]) -> list[int]:
         return votes[0]
     if len(votes[0]) <= 7:
         return kemeny(votes)
-    lost = [0] * len(votes[0])
-    for vote in votes:
-        for i, place in enumerate(vote):
-            lost[i] += sum(2 * (x < place) + (x == place) for x in vote)
-    return competition_ranks(lost)
+    return competition_ranks(signs(torch.tensor(votes)).sum(dim=(0, 2)).tolist())
+
+
+def signs(rankings: Tensor) -> Tensor:
+    """(m, n) ranks -> (m, n, n): 1 where i is worse than j, 0 where they tie, -1 where it is better."""
+    return (rankings[:, :, None] - rankings[:, None, :]).sign()
 
 
 def kemeny(votes: list[list[int]]) -> list[int]:
     """The order with ties at the least total Kemeny-Snell distance from the votes, exactly, over all of them.
 
     A pair costs 2 a vote that has it the other way round, 1 a vote with a tie for an order or the reverse.
-    The dynamic programme takes the best level off each subset of the n texts, 3^n steps. Where several orders
-    cost the same, texts go by their mean rank over all of these, so that none is favoured by its place.
+    Where several orders cost the same, texts go by their mean rank over all of these, so that none is
+    favoured by its place.
     """
     n = len(votes[0])
-    everyone = range(1 << n)
-    sign = [[[(v[i] > v[j]) - (v[i] < v[j]) for v in votes] for j in range(n)] for i in range(n)]
-    ahead = [[sum(s + 1 for s in sign[i][j]) for j in range(n)] for i in range(n)]  # cost of i before j
-    level = [[sum(map(abs, sign[i][j])) for j in range(n)] for i in range(n)]  # cost of i tied with j
-    members = [[i for i in range(n) if subset >> i & 1] for subset in everyone]
-    before = [[sum(ahead[i][j] for j in members[subset]) for subset in everyone] for i in range(n)]
-    tied = [sum(level[i][j] for i in inside for j in inside if i < j) for inside in members]
-    # subset still to place -> cost, number of orders at that cost, sums of each one's ranks over them
-    best = {0: (0, 1, [0] * n)}
-    for subset in everyone[1:]:
-        place, found = n - len(members[subset]), (float("inf"), 0, [])
-        top = subset
-        while top:  # every non-empty part of the subset
-            cost, count, places = best[subset ^ top]
-            cost += tied[top] + sum(before[i][subset ^ top] for i in members[top])
-            if cost <= found[0]:
-                places = [x + place * count * (top >> i & 1) for i, x in enumerate(places)]
-                if cost == found[0]:
-                    count, places = count + found[1], [a + b for a, b in zip(places, found[2], strict=True)]
-                found = (cost, count, places)
-            top = (top - 1) & subset
-        best[subset] = found
-    return competition_ranks(best[everyone[-1]][2])
+    orders, pairs = weak_orders(n)
+    first, second = torch.triu_indices(n, n, offset=1)
+    own_pairs = signs(torch.tensor(votes))[:, first, second].float()
+    cost = torch.cdist(pairs, own_pairs, p=1).sum(dim=1)
+    return competition_ranks(orders[cost == cost.min()].sum(dim=0).tolist())
+
+
+@functools.cache
+def weak_orders(n: int) -> tuple[Tensor, Tensor]:
+    """All orders of n texts with ties, as competition ranks (m, n) int64, and the `signs` of their pairs,
+    (m, n (n - 1) / 2) float32. n = 7 has m = 47,293."""
+    rows = torch.cartesian_prod(*[torch.arange(n)] * n).view(-1, n)
+    orders = rows[(ranks_from_scores(-rows) == rows).all(dim=1)]
+    first, second = torch.triu_indices(n, n, offset=1)
+    return orders, signs(orders)[:, first, second].float()
 
 
 def kendall_w(votes: list[list[int]]) -> float:
@@ -355,20 +346,19 @@ def kendall_w(votes: list[list[int]]) -> float:
     W = 12 S / (m^2 (n^3 - n) - m sum(t^3 - t)), S the squared deviations of the m votes' sums of mid-ranks.
     """
     m, n = len(votes), len(votes[0])
-    middle = [[sum(x < v for x in vote) + (vote.count(v) - 1) / 2 for v in vote] for vote in votes]
-    totals = [sum(column) for column in zip(*middle, strict=True)]
-    S = sum((total - sum(totals) / n) ** 2 for total in totals)
-    ties = sum(t**3 - t for vote in votes for t in Counter(vote).values())
+    behind = signs(torch.tensor(votes))
+    # A mid-rank deviates from (n - 1) / 2 by half its row's sum of signs
+    S = behind.sum(dim=(0, 2)).square().sum().item() / 4
+    tied_with = (behind == 0).sum(dim=2)  # t, once for each of the t texts
+    ties = (tied_with**2 - 1).sum().item()
     span = m**2 * (n**3 - n) - m * ties
     return 12 * S / span if span else 1.0
 
 
 def tie_disputed(ranks: list[int], votes: list[list[int]]) -> list[int]:
     """The ranking with each pair tied that not all votes put the same way, and all that lies between."""
-    merged = list(ranks)
-    for i in range(len(ranks)):
-        for j in range(i):
-            if len({(v[i] > v[j]) - (v[i] < v[j]) for v in votes}) > 1:
-                low, high = sorted((merged[i], merged[j]))
-                merged = [low if low <= x <= high else x for x in merged]
+    merged, ways = list(ranks), signs(torch.tensor(votes))
+    for i, j in (ways != ways[0]).any(dim=0).nonzero().tolist():
+        low, high = sorted((merged[i], merged[j]))
+        merged = [low if low <= x <= high else x for x in merged]
     return competition_ranks(merged)

@@ -488,6 +488,23 @@ def test_scores_of_several_permutations_are_averaged():
     assert ranking.scores.tolist() == [[2.0, 3.0, 4.0]]  # each stands in each place once: 1 is added to all
 
 
+def test_a_text_that_fills_a_group_up_counts_once_in_each_ranking():
+    """Of "a", "a", "bb" two texts are shown, the last of them twice; a judge ties the two and likes a first
+    place by one point more: each text has its length and the mean of 1 and 0."""
+
+    class Judge:
+        def rank(self, batch, texts):
+            shown = [list(dict.fromkeys(group)) for group in texts]
+            scores = [
+                [float(len(text) + (text == one[0])) for text in g]
+                for g, one in zip(texts, shown, strict=True)
+            ]
+            return Ranking(torch.zeros(len(texts), 3, dtype=torch.int64), scores=torch.tensor(scores))
+
+    ranking = PermutedOracle(Judge(), 2, "off", 0).rank([COLOR], [["a", "a", "bb"]])
+    assert ranking.scores.tolist() == [[1.5, 1.5, 2.5]]
+
+
 def test_pairs_within_and_across_groups_are_counted_by_hand():
     """Two questions of two answers; the second question's scores are on a scale of their own."""
     right = torch.tensor([[True, False], [True, False]])

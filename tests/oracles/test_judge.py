@@ -34,14 +34,8 @@ from oracles import chat, judge, verdicts
 from oracles.cache import Cache, ReplayOracle, check_replay
 from oracles.choose import PatientOracle
 from oracles.combine import DuelOracle, PermutedOracle, shown_orders
-from oracles.judge import (
-    LETTERS,
-    LLMOracle,
-    build_messages,
-    fence,
-    read_ranking,
-    read_verdict,
-)
+from oracles.judge import LETTERS, LLMOracle, build_messages, fence, read_ranking
+from oracles.verdicts import ask_verdicts, read_verdict
 from plumbing.options import BadInput, EndedEarly
 from plumbing.run_folder import stored_options
 from videoqa import world
@@ -970,7 +964,7 @@ def test_open_answers_are_matched_first_then_judged_and_the_judge_stands_beside_
     odd = {"accuracy": pytest.approx(200 / 3), "n": 3, "mean_score": pytest.approx(8 / 3)}
     assert found["by_task_type"]["odd"] == odd
     assert (found["matched"], found["asked"], found["failures"]) == (1, 5, {"unknown": 1})
-    assert found["judge"] == '["m", {"top_p": 1}]' and found["prompt_sha256"] == judge.VERDICT_SHA256
+    assert found["judge"] == '["m", {"top_p": 1}]' and found["prompt_sha256"] == verdicts.VERDICT_SHA256
     assert found["cache"] == str(tmp_path / "p.jsonl.judge.sqlite")
     asked = [shown_to_judge(body) for body in server.requests if shown_to_judge(body)]
     assert {tuple(row[:2]) for row in asked} == {("Who barks?", "puppy")}
@@ -1035,11 +1029,11 @@ def test_verdicts_that_cannot_be_kept_end_the_asking_at_once_and_the_judge_can_b
     with monkeypatch.context() as patch:
         patch.setattr(Cache, "put", fail)
         with pytest.raises(type(error), match=str(error)):
-            oracle.verdicts([(question(i), f"{i} b") for i in range(99)])
+            ask_verdicts(oracle, [(question(i), f"{i} b") for i in range(99)])
     asked = len(server.requests)
     time.sleep(0.2)
     assert len(server.requests) <= asked + 1 < 99
-    assert oracle.verdicts([(question(0), "0 b")]) == [{"correct": True, "score": 5}]
+    assert ask_verdicts(oracle, [(question(0), "0 b")]) == [{"correct": True, "score": 5}]
 
 
 def test_verdicts_that_failed_are_counted_as_wrong_and_where_all_did_nothing_is_published(
