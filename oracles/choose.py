@@ -12,16 +12,7 @@ from tqdm import tqdm
 
 from oracle import READS, FunctionOracle, Ranking, RewardOracle, RuleOracle, load_function
 from plumbing.machine import process_info, reduce_sum, say
-from plumbing.options import (
-    BadInput,
-    Bounds,
-    Count,
-    CountOrNone,
-    NotNegative,
-    Options,
-    Share,
-    one_line,
-)  # fmt: skip
+from plumbing.options import BadInput, Bounds, Count, CountOrNone, NotNegative, Options, Share, one_line
 from plumbing.run_folder import fingerprint
 
 ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
@@ -84,47 +75,46 @@ class OracleExperiments(Options):
     canary: bool = False  # a known-bad answer is ranked too, which measures the judge's errors
 
 
-def by_reward(cfg) -> bool:
-    """Whether a run's feedback is the dual reward of Temporal-R1."""
-    return cfg.oracle in ("sum", "lexicographic") or (cfg.objective in READS and cfg.oracle == "rule")
-
-
 def choose_oracle(cfg, generator: torch.Generator, device: torch.device):
     """The oracle of train.py's options. `generator` draws the noise. A judge is asked something first, so
     that a wrong address, key or model ends the run before anything is written."""
-    oracle = RuleOracle()
-    if (cfg.score_bend or cfg.score_noise) and (not by_reward(cfg) or cfg.oracle == "lexicographic"):
+    name = "sum" if cfg.oracle == "rule" and cfg.objective in READS else cfg.oracle
+    bends, weights = (
+        cfg.score_bend or cfg.score_noise,
+        (cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef),
+    )
+    if bends and name != "sum":
         raise BadInput("--score_bend, --score_noise: bend the scores of --oracle sum; choose it")
-    if by_reward(cfg):
-        by = "lexicographic" if cfg.oracle == "lexicographic" else "sum"
-        weights = (cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef)
-        oracle = RewardOracle(by, weights, cfg.overlap, cfg.think)
-        if cfg.score_bend or cfg.score_noise:
-            from oracles.combine import BentOracle
-
-            oracle = BentOracle(oracle, generator, cfg.score_bend, cfg.score_noise, sum(weights), cfg.seed)
-    elif cfg.oracle in ("llm", "replay"):
+    if name in ("sum", "lexicographic"):
+        oracle = RewardOracle(name, weights, cfg.overlap, cfg.think)
+    elif name == "rule":
+        oracle = RuleOracle()
+    elif name in ("llm", "replay"):
         oracle = choose_judge(cfg)
-    elif cfg.oracle == "trained":
+    elif name == "trained":
         from oracles.ranker import TrainedOracle, load_ranker
 
         oracle = TrainedOracle(load_ranker(cfg.ranker, device), cfg.ranker_margin)
-    elif cfg.oracle != "rule":
+    else:
         oracle = FunctionOracle(load_function(cfg.oracle))
     # A judge is always shown a seeded order, so that it cannot favour the place of an answer in the batch
     duels = cfg.oracle_asks in ("pairs", "tournament")
     permutes = cfg.oracle_permutations > 1 or duels or cfg.oracle in ("llm", "replay")
-    if not (cfg.swap_prob or cfg.position_bias or permutes or cfg.anchor or cfg.canary):
+    noisy, gold = cfg.swap_prob or cfg.position_bias, cfg.anchor or cfg.canary
+    if not (bends or noisy or permutes or gold):
         return oracle
     from oracles import combine
 
-    if cfg.swap_prob or cfg.position_bias:
+    if bends:
+        bend = (cfg.score_bend, cfg.score_noise)
+        oracle = combine.BentOracle(oracle, generator, *bend, sum(weights), cfg.seed)
+    if noisy:
         oracle = combine.NoisyOracle(oracle, generator, cfg.swap_prob, cfg.position_bias)
     if permutes:
         oracle = combine.PermutedOracle(oracle, cfg.oracle_permutations, cfg.oracle_agreement, cfg.seed)
     if duels:
         oracle = combine.DuelOracle(oracle, cfg.oracle_asks, cfg.seed)
-    return combine.AnchoredOracle(oracle, cfg.anchor, cfg.canary) if cfg.anchor or cfg.canary else oracle
+    return combine.AnchoredOracle(oracle, cfg.anchor, cfg.canary) if gold else oracle
 
 
 def choose_judge(cfg):
@@ -134,20 +124,15 @@ def choose_judge(cfg):
 
     num_letters = len(LETTERS) - cfg.anchor - cfg.canary
     if cfg.group_size > num_letters and cfg.oracle_asks in ("lists", "scores"):
-        raise BadInput(
-            f"--group_size {cfg.group_size}: a judge has letters for {num_letters}; give at most that"
-        )
+        words = f"a judge has letters for {num_letters}; give at most that"
+        raise BadInput(f"--group_size {cfg.group_size}: {words}")
     cache = cfg.oracle_cache or os.path.join(cfg.out, "judge.sqlite")
     if cfg.oracle == "replay" and not is_cache(cache):
         return ReplayOracle(cache)
-    judge = LLMOracle(
-        url=cfg.oracle_url, model=cfg.oracle_model, key=os.environ.get("ORACLE_API_KEY", ""),
-        body=cfg.oracle_body, frames=cfg.oracle_frames, gold=cfg.oracle_gold,
-        scored=cfg.oracle_asks == "scores",
-        concurrency=cfg.oracle_concurrency, timeout=cfg.oracle_timeout, patience=cfg.oracle_patience,
-        max_calls=cfg.oracle_max_calls, max_tokens=cfg.oracle_max_tokens, cache=cache,
-        replay=cfg.oracle == "replay",
-    )  # fmt: skip
+    names = "url model body frames gold concurrency timeout patience max_calls max_tokens".split()
+    options = {name: getattr(cfg, f"oracle_{name}") for name in names}
+    options |= {"scored": cfg.oracle_asks == "scores", "replay": cfg.oracle == "replay", "cache": cache}
+    judge = LLMOracle(**options, key=os.environ.get("ORACLE_API_KEY", ""))
     judge.check()
     return judge
 
@@ -249,9 +234,8 @@ class PatientOracle:
         ranking, until, pause = self.oracle.rank(batch, texts), time.monotonic() + self.patience, 1.0
         while ranking.dead and not ranking.dead.startswith("budget") and time.monotonic() < until:
             left = until - time.monotonic()
-            tqdm.write(
-                f"the judge is silent ({ranking.dead}); waiting {left:.0f} s at most (--oracle_patience)"
-            )
+            line = f"the judge is silent ({ranking.dead}); waiting {left:.0f} s at most (--oracle_patience)"
+            tqdm.write(line)
             resume, pause = time.monotonic() + min(pause, left), min(2 * pause, 30.0)
             while time.monotonic() < resume and not self.interrupted():
                 time.sleep(0.1)
@@ -264,20 +248,16 @@ class PatientOracle:
     def _tell(self, ranking: Ranking, texts):
         failures = [note for note in ranking.notes if note]
         for note in failures:
-            kind = note.partition(":")[0], remedy_of(note)
-            if kind not in self.told:
-                tqdm.write(f"a ranking failed ({one_line(note)}); {kind[1]}", file=sys.stderr)
-                self.told.add(kind)
+            cause, remedy = note.partition(":")[0], remedy_of(note)
+            if (cause, remedy) not in self.told:
+                tqdm.write(f"a ranking failed ({one_line(note)}); {remedy}", file=sys.stderr)
+                self.told.add((cause, remedy))
         if not self.first:
             return
         self.first = False
-        ordered = [
-            len({text.strip() for text in group}) > 1 for group in texts
-        ]  # there was something to order
-        good = (ranking.ok & torch.tensor(ordered)).sum()
-        num_failed, num_good, num_dead = reduce_sum(
-            (~ranking.ok).sum(), good, bool(ranking.dead), device=self.device
-        )
+        to_order = torch.tensor([len({text.strip() for text in group}) > 1 for group in texts])
+        counts = (~ranking.ok).sum(), (ranking.ok & to_order).sum(), bool(ranking.dead)
+        num_failed, num_good, num_dead = reduce_sum(*counts, device=self.device)
         if num_failed and not num_good and not num_dead:
             note = failures[0] if failures else "in another process"
             words = f"all {num_failed:.0f} groups of the first step failed, the first with {note}"
