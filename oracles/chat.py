@@ -27,6 +27,7 @@ FIRST_WAIT = 0.5  # seconds before the second try, doubled before each further o
 MAX_WAIT = 60.0  # seconds between two tries, whatever Retry-After says
 MAX_BYTES = 2**22  # of a reply
 MAX_TOKENS = 2**31  # of one reply, more is no count
+READ_ENCODINGS = ("", "identity", "gzip", "x-gzip", "deflate")  # others need a package
 # What people paste behind /v1
 ENDPOINT = re.compile(r"/+(chat/completions|completions|responses|models)?/*$")
 
@@ -48,9 +49,8 @@ class Chat:
     """
 
     def __init__(
-        self, url: str, key: str, timeout: float, patience: int, max_calls: int, max_tokens: int,
-        option: str = "oracle",
-    ):  # fmt: skip
+        self, url: str, key: str, timeout: float, patience: int, max_calls=0, max_tokens=0, option="oracle"
+    ):
         name, wants = f"--{option}_url", "write http://HOST:PORT/v1"
         shown = name if "@" in url else f"{name} {url}"  # before an @ there may be a password
         try:
@@ -84,7 +84,9 @@ class Chat:
             self._admit()
             try:
                 text, reason, tokens = self._post(payload)
-                break
+                with self.lock:
+                    self.in_a_row, self.tokens = 0, self.tokens + tokens
+                return text, reason
             except Failed as failed:
                 failed = self.hidden(failed)
                 with self.lock:
@@ -94,9 +96,6 @@ class Chat:
                     raise failed from None
                 wait = failed.retry_after or FIRST_WAIT * 2**i  # no wait at all would be a busy loop
                 time.sleep(min(wait * self.jitter.uniform(1, 1.5), MAX_WAIT))
-        with self.lock:
-            self.in_a_row, self.tokens = 0, self.tokens + tokens
-        return text, reason
 
     def hide(self, text: str) -> str:
         """The text without the key, which some servers quote back in the spelling of JSON, URLs or HTML."""
@@ -117,8 +116,7 @@ class Chat:
 
     def _post(self, payload: bytes) -> tuple[str, str, int]:
         """(text, finish_reason, tokens) of one try."""
-        connection, overdue = self.connect(), threading.Event()
-        watchdog = None
+        connection, overdue, watchdog = self.connect(), threading.Event(), None
         try:
             connection.connect()
             # The socket's own time-out starts anew with every byte; this one ends the whole exchange
@@ -147,6 +145,9 @@ class Chat:
         if len(data) > MAX_BYTES:
             raise Failed("bad_reply", f"a reply of more than {MAX_BYTES // 2**20} MB")
         text, status = _text_of(data), response.status
+        packed = response.headers.get("Content-Encoding", "").lower()
+        if packed not in READ_ENCODINGS and "\ufffd" in text:
+            raise Failed("refused", f"the reply is packed as {packed}, which is not read here")
         if not 200 <= status < 300:
             moved = response.headers.get("Location")
             words = f"moved to {moved}" if moved else _server_words(text)

@@ -156,6 +156,7 @@ def check_replayed(cfg, batches):
 
 # What helps where a judge's server refuses: pattern of its words, option, remedy. The first that fits counts
 REFUSALS = (
+    (r"packed as", "url", "turn off its compression, or that of the proxy before it"),
     (r"insufficient_quota|HTTP 402", "url", "the account there has no credit left; name another server"),
     (r"content.(filter|management)|inappropriate|flagged", "model", "the judge declines; name another"),
     (r"(context|prompt)\b.*(length|size|window|long)", "model", "serve it with a longer context"),

@@ -202,6 +202,20 @@ def test_a_packed_reply_is_read_and_what_swells_is_bounded(monkeypatch, pack):
     assert len(chat._text_of(pack(b"x" * 10**6))) == 10_000
 
 
+@pytest.mark.parametrize(
+    ("packed", "data"), [("br", b"\x0b\x00\x80a\x03"), ("zstd", b"\x28\xb5\x2f\xfd\x04\x00\x09\x00\x00a")]
+)
+def test_a_reply_packed_in_a_way_that_is_not_read_is_one_line_with_the_remedy(serve, packed, data):
+    server = serve(lambda request: (200, {"Content-Encoding": packed}, data, 0))
+    with pytest.raises(BadInput, match=f"--oracle_url .*is packed as {packed}, .*; turn off its compression"):
+        make(server).check()
+    note = make(server).rank([question(0)], [GROUP]).notes[0]
+    assert note.startswith("refused: ") and "compression" in remedy_of(note) and len(server.requests) == 2
+    answer = json.dumps(completion({"content": "G > H"}))  # and one that only says so is read
+    server.brain = lambda request: (200, {"Content-Encoding": packed}, answer, 0)
+    assert client(server.url).ask({}, tries=1) == ("G > H", "stop")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-le"])
 def test_a_reply_is_read_in_every_encoding_of_unicode(encoding):
     assert chat._text_of('{"a": "é"}'.encode(encoding)) == '{"a": "é"}'
