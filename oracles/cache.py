@@ -137,20 +137,19 @@ class ReplayOracle:
                 raise BadInput(f"{where}: oracle_ranks are no competition ranks of the candidates; {wants}")
             if [rank_of[text] for text in texts] != ranks:
                 raise BadInput(f"{where}: identical candidates do not tie; give them one rank")
-            distinct = tuple(sorted(rank_of))
-            order = dict(zip(distinct, ranks_by_text(distinct, rank_of), strict=True))
-            if row["oracle_ok"] and self.groups.setdefault((row["id"], distinct), order) != order:
+            order = dict(zip(rank_of, competition_ranks(list(rank_of.values())), strict=True))
+            if row["oracle_ok"] and self.groups.setdefault((row["id"], frozenset(texts)), order) != order:
                 raise BadInput(f"{where}: contradicts an earlier line of this group; leave one of them out")
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G). Raises BadInput, with the group, if the file lacks one."""
         ranks = []
         for question, group in zip(batch, checked_groups(batch, texts), strict=True):
-            distinct = sorted(set(group))
+            distinct = frozenset(group)
             alone = {group[0]: 0} if len(distinct) == 1 else None  # nothing to order
-            rank_of = self.groups.get((question.id, tuple(distinct)), alone)
+            rank_of = self.groups.get((question.id, distinct), alone)
             if not rank_of:
-                raise BadInput(lacks(self.path, question, distinct))
+                raise BadInput(lacks(self.path, question, sorted(distinct)))
             ranks.append(ranks_by_text(group, rank_of))
         return Ranking(torch.tensor(ranks))
 
@@ -164,7 +163,7 @@ def check_replay(path: str, batches, num_steps: int) -> None:
     if is_cache(path):
         return
     known = {id for id, _ in ReplayOracle(path).groups}
-    for row in sorted({row for step in range(num_steps) for row in batches.rows(step).tolist()}):
-        if batches.asked.questions[row].id not in known:
-            id = batches.asked.questions[row].id
+    rows = {row for step in range(num_steps) for row in batches.rows(step).tolist()}
+    for id in (batches.asked.questions[row].id for row in sorted(rows)):
+        if id not in known:
             raise BadInput(f"{path}: lacks any group of question {id}; replay the run it is of")

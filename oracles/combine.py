@@ -115,7 +115,7 @@ class PermutedOracle:
         inner = self.oracle.rank([batch[p] for p, _ in asked], filled_up)
         ranks, ok, notes = torch.zeros(len(batch), G, dtype=torch.int64), [], []
         scores, agreement = torch.zeros(len(batch), G, dtype=torch.float64), torch.ones(len(batch))
-        sums = dict.fromkeys(COUNTS, 0)
+        sums = Counter(dict.fromkeys(COUNTS, 0))
         for p, group in enumerate(groups):
             own = [row for row, (owner, _) in enumerate(asked) if owner == p]
             kept = [row for row in own if inner.ok[row]]
@@ -125,14 +125,13 @@ class PermutedOracle:
                 continue
             rank_of, agreement[p], counts = settle(by_text(asked, inner.ranks, kept), self.agreement == "tie")
             ranks[p] = torch.tensor(ranks_by_text(group, rank_of))
-            counts["lost"] = len(own) - len(kept)
-            sums = {name: value + counts[name] for name, value in sums.items()}
+            sums.update(counts, lost=len(own) - len(kept))
             if inner.scores is not None:
                 given = by_text(asked, inner.scores, kept)
                 scores[p] = torch.tensor([fmean(one[text] for one in given) for text in group])
         return Ranking(
             ranks, torch.tensor(ok), notes, None if inner.scores is None else scores,
-            agreement if self.agreement == "scale" else None, dead=inner.dead, sums=inner.sums | sums,
+            agreement if self.agreement == "scale" else None, dead=inner.dead, sums={**inner.sums, **sums},
         )  # fmt: skip
 
 
@@ -189,7 +188,7 @@ def round_robin(texts: list[str]):
     for (one, other), won in zip(pairs, (yield pairs), strict=True):
         points[one] -= won
         points[other] -= 1 - won
-    return {text: points[text] for text in texts}
+    return points
 
 
 def knock_out(texts: list[str]):
@@ -201,34 +200,31 @@ def knock_out(texts: list[str]):
     """
     points, out, tied_with = {text: [] for text in texts}, {}, {}
 
-    def note(pairs, results):
+    def duels(pairs):
+        results = yield pairs
         for (one, other), won in zip(pairs, results, strict=True):
             points[one].append(won)
             points[other].append(1 - won)
+        return zip(pairs, results, strict=True)
 
     def mean(text):
         return sum(points[text]) / len(points[text])
 
-    pairs = [(texts[0], other) for other in texts[1:]] or [(texts[0], texts[0])]
-    note(pairs, (yield pairs))
+    yield from duels([(texts[0], other) for other in texts[1:]] or [(texts[0], texts[0])])
     left = sorted(texts, key=lambda text: -mean(text))
-    for number in itertools.count():
-        if len(left) == 1:
-            break
+    while len(left) > 1:
         playing = left[len(left) % 2 :]
         pairs = [(playing[i], playing[-1 - i]) for i in range(len(playing) // 2)]
-        results = yield pairs
-        note(pairs, results)
-        for (one, other), won in zip(pairs, results, strict=True):
+        for (one, other), won in (yield from duels(pairs)):
             winner, loser = (one, other) if won >= 0.5 else (other, one)
-            out[loser] = number
+            out[loser] = len(left)
             if won == 0.5:
                 tied_with[loser] = winner
         left = [text for text in left if text not in out]
-    out[left[0]] = len(texts)
+    out[left[0]] = 1
     rank_of = {}
-    for text in sorted(texts, key=out.get, reverse=True):  # a text comes after whoever knocked it out
-        rank_of[text] = rank_of[tied_with[text]] if text in tied_with else (-out[text], -mean(text))
+    for text in sorted(texts, key=out.get):  # a text comes after whoever knocked it out
+        rank_of[text] = rank_of[tied_with[text]] if text in tied_with else (out[text], -mean(text))
     return rank_of
 
 

@@ -71,17 +71,15 @@ def is_verdict(value) -> bool:
 def ask_verdicts(judge: LLMOracle, answers: list[tuple[Question, str]]) -> list[dict | Failed]:
     """Whether each answer says what the gold answer says, and its score (`read_verdict`); a Failed where the
     judge's reply came to nothing. Equal ones are asked about once."""
+
+    def ask(question, gold, text):
+        key = sha256([judge.judge, VERDICT_SHA256, question, gold, text])
+        messages = build_messages(question, gold, text)
+        return judge.settle(key, question, messages, read=read_verdict, repair=REPAIR, valid=is_verdict)
+
     rows = [(prompt_text(question), question.answer, text) for question, text in answers]
-    said = judge.ask_all({row: partial(ask_verdict, judge, *row) for row in rows})
+    said = judge.ask_all({row: partial(ask, *row) for row in rows})
     return [said[row] for row in rows]
-
-
-def ask_verdict(judge: LLMOracle, question: str, gold: str, text: str) -> dict:
-    key, messages = (
-        sha256([judge.judge, VERDICT_SHA256, question, gold, text]),
-        build_messages(question, gold, text),
-    )
-    return judge.settle(key, question, messages, read=read_verdict, repair=REPAIR, valid=is_verdict)
 
 
 def judged(questions, texts, judge) -> dict:
