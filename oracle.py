@@ -8,9 +8,8 @@ It sees the question (with the path of its video) and the texts, never log-proba
 cannot tell apart: an order has no absolute level, so among G equally wrong answers a tie-break by length or
 position is a full-strength signal to prefer a wrong answer. Texts that are equal once stripped always tie.
 
-This file has the rule oracle, the dual reward, and a user's own function. In oracles/: noise, permutations
-and the gold answer that is ranked too (combine.py), the language model as a judge (judge.py), and the trained
-ranker (ranker.py).
+This file has the rule oracle, the dual reward, and a user's own function. In oracles/: noise and permutations
+(combine.py), the language model as a judge (judge.py), and the trained ranker (ranker.py).
 """
 
 import importlib
@@ -23,13 +22,12 @@ from torch import Tensor
 
 from grpo_rank import ranks_from_scores
 from plumbing.options import BadInput, one_line
-from videoqa.answers import Question, Reward, grade, prompt_text, reward
+from videoqa.answers import Question, grade, prompt_text, reward
 
 # Why a ranking failed: the first word of its note. On the wire to a judge, and all causes
 WIRE = "connection timeout busy server refused bad_reply dead".split()
 CAUSES = [*WIRE, *"budget empty cut not_json missing duplicate unknown function".split()]
-# What an objective reads of a ranking, where that is not the order alone: the scores, which must differ in a
-# group, or their level, which tells something of a group of equals too.
+# What an objective reads beside the order: scores that differ in a group, or their level, of equals too
 READS = {"grpo": "scores", "dr_grpo": "scores", "rloo": "scores", "ppo": "level"}
 
 
@@ -38,9 +36,7 @@ class Ranking:
     """What an oracle says about a batch of P groups."""
 
     ranks: Tensor  # (P, G) int64 competition ranks, 0 = best, ties share the better place: [0, 0, 2, 3, 3]
-    ok: Tensor | None = (
-        None  # (P,) bool; False: failed, its row means nothing. None: ok where there is no note
-    )
+    ok: Tensor | None = None  # (P,) bool; False: it failed, its row means nothing. None: ok without a note
     notes: list[str] | None = None  # P texts for people; of a failed group "cause: words", a cause of CAUSES
     scores: Tensor | None = None  # (P, G) float64, higher is better, from an oracle that also scores
     agreement: Tensor | None = None  # (P,) float32, 0..1: Kendall's W, where it is to scale the advantages
@@ -55,8 +51,7 @@ class Ranking:
 
     @property
     def live(self) -> Tensor:
-        """(P,) bool: groups that carry a signal. A group is dead if all its answers tie, or if its ranking
-        failed; this is the one place that decides it."""
+        """(P,) bool: groups that carry a signal. The others are dead: all answers tie, or no ranking came."""
         if self.reads == "level":
             return self.ok
         values = self.scores if self.reads == "scores" else self.ranks
@@ -69,14 +64,13 @@ class Ranking:
         for name in ("ranks", "ok", "scores", "agreement", "below_anchor"):
             values = [getattr(part, name) for part in parts]
             found[name] = None if values[0] is None else torch.cat(values)
-        names = {name for part in parts for name in part.sums}
+        names = dict.fromkeys(name for part in parts for name in part.sums)  # in order, unlike a set
         sums = {name: sum(part.sums.get(name, 0) for part in parts) for name in names}
         return cls(notes=[note for part in parts for note in part.notes], sums=sums, **found)
 
 
 def checked_groups(batch: list[Question], texts: list[list[str]]) -> list[list[str]]:
-    """The P lists of G answers, each answer without the spaces around it. Raises ValueError unless there are
-    G >= 2 answers to each question, G the same for all."""
+    """texts without the spaces around each. Raises ValueError unless each question has the same G >= 2."""
     sizes = [len(group) for group in texts]
     if not batch or len(texts) != len(batch) or min(sizes) < 2 or len(set(sizes)) > 1:
         raise ValueError(f"need G >= 2 texts for each of {len(batch)} questions, got groups of {sizes}")
@@ -125,16 +119,11 @@ class RewardOracle:
         if self.by == "lexicographic":
             keys = [[tuple(-round(x, 6) for x in parts.key()) for parts in group] for group in rewards]
             ranks = torch.tensor([competition_ranks(group) for group in keys])
-        return Ranking(ranks, scores=scores, sums=reward_sums(rewards))
-
-
-def reward_sums(rewards: list[list[Reward]]) -> dict[str, float]:
-    """Of each part of the dual reward, over the answers to tasks that have the part: sum and count."""
-    sums, flat = {}, [parts for group in rewards for parts in group]
-    for name in ("discrete", "continuous", "format"):
-        values = [getattr(parts, name) for parts in flat if getattr(parts, name) is not None]
-        sums |= {f"reward_{name}": sum(values), f"num_reward_{name}": len(values)}
-    return sums
+        sums, flat = {}, [parts for group in rewards for parts in group]
+        for name in ("discrete", "continuous", "format"):
+            values = [getattr(parts, name) for parts in flat if getattr(parts, name) is not None]
+            sums |= {f"reward_{name}": sum(values), f"num_reward_{name}": len(values)}
+        return Ranking(ranks, scores=scores, sums=sums)
 
 
 class FunctionOracle:

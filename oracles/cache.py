@@ -38,8 +38,7 @@ class Cache:
 
     def __init__(self, path: str, option: str = "oracle"):
         self.path, self.option, self.lock, self.db = path, f"--{option}_cache", threading.Lock(), None
-        if path and os.path.exists(path):
-            self._open()
+        self._run("SELECT 1")  # a file that is there is opened, and checked, at once
 
     def _open(self):
         try:
@@ -63,7 +62,7 @@ class Cache:
 
     def _run(self, line: str, values: tuple = (), make: bool = False) -> list:
         with self.lock:
-            if self.db is None and make and self.path:
+            if self.db is None and self.path and (make or os.path.exists(self.path)):
                 self._open()
             if self.db is None:
                 return []

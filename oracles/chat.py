@@ -55,16 +55,16 @@ class Chat:
         shown = name if "@" in url else f"{name} {url}"  # before an @ there may be a password
         try:
             parts = urlsplit(url.strip())
-            port = parts.port or (443 if parts.scheme == "https" else 80)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("not an address")
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-            self.connect = functools.partial(kind, parts.hostname or "", port, timeout=CONNECT_SECONDS)
+            port = parts.port or kind.default_port
+            self.connect = functools.partial(kind, parts.hostname, port, timeout=CONNECT_SECONDS)
             self.connect()  # which connects nothing yet, but checks the host
         except (ValueError, http.client.InvalidURL) as error:
             raise BadInput(f"{shown}: {'not an address' if '@' in url else error}; {wants}") from error
         if parts.username or parts.password:
             raise BadInput(f"{name}: holds a user name or a password; the place for a key is ORACLE_API_KEY")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(f"{shown}: not an address; {wants}")
         if not key.isascii() or not key.isprintable():
             raise BadInput("ORACLE_API_KEY: holds characters that no key has; set it again")
         path = quote(ENDPOINT.sub("", parts.path) or "/v1", safe="/%:@") + "/chat/completions"

@@ -1,5 +1,5 @@
 """Oracles around another oracle: noise, several orders of the same answers, duels of two, and the gold answer
-that is ranked too; and how several rankings of the same answers become one.
+ranked along; and how several rankings of the same answers become one.
 """
 
 import functools
@@ -22,10 +22,9 @@ from videoqa.answers import Question, grade, prompt_text
 class NoisyOracle:
     """Another oracle with the errors of a human or a model judge, for experiments.
 
-    swap_prob: each pair of distinct texts that stand next to each other in the ranking and do not tie changes
-    places with this probability, in one pass from the top. So a text may fall several places, but rises by at
-    most one. position_bias: then, with this probability, the text shown first is put on top, alone.
-    Equal texts still tie, and failed rankings pass through. Every draw comes from `generator` (CPU).
+    swap_prob: in one pass from the top, two texts that are neighbours in the ranking and do not tie change
+    places with this probability. position_bias: then, with this probability, the text shown first is put on
+    top, alone. Equal texts still tie, failed rankings pass through. All draws come from `generator` (CPU).
     """
 
     def __init__(self, oracle, generator: torch.Generator, swap_prob=0.0, position_bias=0.0):
@@ -61,11 +60,10 @@ class NoisyOracle:
 class BentOracle:
     """Another oracle's scores as a judge gives them who is not calibrated from question to question.
 
-    The scores of a question, at most `top`, are bent by a monotone curve of its own, low + (high - low)
-    u^power with u = score / top; noise of standard deviation `noise` is added to each distinct text, and what
-    comes out is rounded to whole numbers from 0 to 10. bend, 0 to 1: how far the curves are apart. The ranks
-    are the order of these scores, so order and score hold the same errors. Draws: the curve from seed and
-    question, the noise from `generator` (CPU).
+    The scores of a question, at most `top`, are bent by a curve of its own, low + (high - low) u^power with
+    u = score / top; each distinct text gets noise of standard deviation `noise`; the sum is rounded to whole
+    numbers from 0 to 10, and the ranks are its order. bend, 0 to 1: how far the curves are apart. Draws: the
+    curve from seed and question, the noise from `generator` (CPU).
     """
 
     def __init__(self, oracle, generator: torch.Generator, bend: float, noise: float, top: float, seed: int):
@@ -93,10 +91,9 @@ class BentOracle:
 class PermutedOracle:
     """Another oracle, asked about a group in several seeded orders; its rankings become one (`settle`).
 
-    All orders of all groups go to the other oracle in one batch, so that a judge has all its calls in flight
-    at once. An order depends only on seed, question and distinct texts. A group fails if all of its rankings
-    fail; else it keeps the others. agreement, what disagreement does: off | scale (advantages are multiplied
-    by Kendall's W) | tie (disputed pairs tie).
+    All orders of all groups go to the other oracle in one batch. An order depends only on seed, question and
+    distinct texts. A group fails if all of its rankings fail; else it keeps the others. agreement, what
+    disagreement does: off | scale (advantages are multiplied by Kendall's W) | tie (disputed pairs tie).
     """
 
     def __init__(self, oracle, permutations: int, agreement: str, seed: int):
@@ -232,8 +229,8 @@ class AnchoredOracle:
     """Another oracle that ranks the gold answer along with the G candidates.
 
     anchor: candidates ranked below the gold answer are marked, so that they earn no positive advantage
-    (`weighed`). Ranks know no absolute level, and this gives them one. canary: a known-bad answer is ranked
-    too. A judge that does not put it below the gold answer has made an error, which is counted.
+    (`weighed`). canary: a known-bad answer is ranked too; a judge that does not put it below the gold answer
+    has made an error, which is counted.
     """
 
     def __init__(self, oracle, anchor: bool, canary: bool):
@@ -315,8 +312,7 @@ def kemeny(votes: list[list[int]]) -> list[int]:
     """The order with ties at the least total Kemeny-Snell distance from the votes, exactly, over all of them.
 
     A pair costs 2 a vote that has it the other way round, 1 a vote with a tie for an order or the reverse.
-    Where several orders cost the same, texts go by their mean rank over all of these, so that none is
-    favoured by its place.
+    Where several orders cost the same, texts go by their mean rank over these: none is favoured by its place.
     """
     n = len(votes[0])
     orders, pairs = weak_orders(n)

@@ -2,8 +2,7 @@
 
 A reply is a ranking or a typed failure, never a guess; a failed group carries no gradient. A ranking that was
 given once is kept in an sqlite file: a second run, or `--oracle replay`, takes it from there without a call.
-`eval.py score --judge_url` asks the same way whether an open answer is right, and for a score from 0 to 5
-(`LLMOracle.verdicts`).
+verdicts.py asks the same way whether an open answer is right.
 """
 
 import base64
@@ -71,16 +70,15 @@ def fence(text: str) -> str:
     return f'"{shown}"' if len(text) <= MAX_CHARS else f'"{shown}" (cut, {len(text)} characters)'
 
 
-# What the eye does not see: these categories of characters, and others by their names
-HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
+# Names of what the eye does not see beside what `isprintable` leaves out
 HIDDEN_NAMES = re.compile("VARIATION SELECTOR|FILLER|BLANK|JOINER|VOWEL INHERENT|NULL NOTEHEAD")
 LIKE_QUOTES = "“”„‟″‶〝〞＂ˮʺ״❝❞❠⹂🙶🙷🙸"
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def _visible(c: str) -> str:
-    hidden = unicodedata.category(c) in HIDDEN or HIDDEN_NAMES.search(unicodedata.name(c, ""))
-    return _escape(c) if c != " " and hidden or c in "<>[]" or c in LIKE_QUOTES else c
+    hidden = not c.isprintable() or HIDDEN_NAMES.search(unicodedata.name(c, ""))
+    return _escape(c) if hidden or c in "<>[]" or c in LIKE_QUOTES else c
 
 
 def _escape(c: str) -> str:
@@ -155,9 +153,18 @@ def read_scores(reply: str, letters: str) -> list[int]:
         raise Failed("not_json", f"no JSON object of scores: {text}")
     _check_letters(list(value), letters)
     scores = [value[letter] for letter in letters]
-    if not _are_scores(scores, len(letters)):
+    if not are_scores(scores, len(letters)):
         raise Failed("unknown", f"scores are whole numbers from 0 to {MAX_SCORE}: {text}")
     return scores
+
+
+def are_ranks(value, n: int) -> bool:
+    """Whether a value, as of the cache, is a ranking of n texts."""
+    return is_kind(value, list[int]) and len(value) == n and competition_ranks(value) == value
+
+
+def are_scores(value, n: int) -> bool:
+    return is_kind(value, list[int]) and len(value) == n and all(0 <= x <= MAX_SCORE for x in value)
 
 
 def _check_letters(said: list[str], letters: str) -> None:
@@ -209,7 +216,6 @@ def _distinct_keys(pairs: list) -> dict:
 # ---- the oracle
 
 LOADING_WAIT = 2.0  # seconds between two tries of a server that is still loading
-NEWER = "max_completion_tokens"  # what some servers want in place of max_tokens
 
 
 @dataclass
@@ -299,7 +305,9 @@ class LLMOracle:
         if failed.cause == "refused":
             named = [name for name in self.request if name not in ("model", "messages") and name in words]
             if named:
-                out = {named[0]: None} | ({NEWER: 1024} if NEWER in words else {})
+                out = {named[0]: None}
+                if "max_completion_tokens" in words:  # some servers want it in place of max_tokens
+                    out["max_completion_tokens"] = 1024
                 return f"{option}_body: {says}; give {option}_body '{json.dumps(out)}'"
         for pattern, name, remedy in REFUSALS:
             if re.search(pattern, words, re.IGNORECASE):
@@ -367,9 +375,9 @@ class LLMOracle:
         key, letters = self._key(asked, gold, media, shown), LETTERS[: len(shown)]
         if self.replay and self.rankings.get(key) is None:
             raise BadInput(lacks(self.cache, question, shown))
-        rubric, read, valid = RUBRIC, read_ranking, _is_ranking
+        rubric, read, valid = RUBRIC, read_ranking, are_ranks
         if self.scored:
-            rubric, read, valid = SCORES, read_scores, _are_scores
+            rubric, read, valid = SCORES, read_scores, are_scores
         messages = build_messages(asked, gold, media, shown, rubric)
         return self.settle(
             key, asked, messages, repair=REPAIR.format("{}", ", ".join(letters)),
@@ -406,12 +414,3 @@ class LLMOracle:
         except Failed as failed:
             self.rankings.put_failure(self.judge, asked, failed.cause, replies)
             raise
-
-
-def _is_ranking(value, n: int) -> bool:
-    """Whether a value that was read back from the cache is a ranking of n texts."""
-    return is_kind(value, list[int]) and len(value) == n and competition_ranks(value) == value
-
-
-def _are_scores(value, n: int) -> bool:
-    return is_kind(value, list[int]) and len(value) == n and all(0 <= x <= MAX_SCORE for x in value)

@@ -415,6 +415,13 @@ def test_tripwires_see_length_openings_and_refusals():
     assert numbers["length_tau"] == -1.0 and numbers["failed_by_cause"] == {"cut": 1}
 
 
+def test_counts_of_joined_batches_add_up_in_the_order_in_which_they_came():
+    """The order of a step's metrics is that of these names; a set's differs from one start to the next."""
+    names = [f"reward_{x}" for x in "discrete continuous format".split()]
+    parts = [Ranking(torch.tensor([[0, 1]]), sums=dict.fromkeys(names, i)) for i in (1, 2)]
+    assert list(Ranking.joined(parts).sums.items()) == [(name, 3) for name in names]
+
+
 # ---- duels of two
 
 
