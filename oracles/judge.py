@@ -26,7 +26,7 @@ from grpo_rank import ranks_from_scores
 from oracle import WIRE, Ranking, checked_groups, competition_ranks
 from oracles.cache import CACHE_VERSION, Cache, lacks
 from oracles.chat import TRIES, Chat, Failed
-from oracles.choose import REFUSALS, remedy_of
+from oracles.remedies import first_call_failed
 from plumbing.machine import say
 from plumbing.options import BadInput, is_kind, parse_json
 from videoqa.answers import Question, prompt_text
@@ -286,35 +286,12 @@ class LLMOracle:
                 drops += dropped
                 busy = failed.cause == "busy" or failed.words.startswith("HTTP 503")
                 if not (busy or dropped and drops < TRIES) or time.monotonic() >= until:
-                    raise BadInput(self._what_is_wrong(failed, pictures)) from failed
+                    raise BadInput(first_call_failed(self, failed, pictures)) from failed
                 if busy and not told:
                     say(f"{self.url} is not ready ({failed}); waiting {self.patience:.0f} s at most")
                 told, self.chat.in_a_row, self.chat.calls = True, 0, self.chat.calls - 1
                 wait = max(LOADING_WAIT, failed.retry_after or 0)
                 time.sleep(min(wait, max(0.0, until - time.monotonic())))
-
-    def _what_is_wrong(self, failed: Failed, pictures: bool) -> str:
-        """One line about a first call that failed: the option, the server's words, the remedy."""
-        words, option = str(failed), f"--{self.option}"
-        says = f"{self.url} says {words}"
-        if words.startswith(("HTTP 401", "HTTP 403")):
-            given = "is not accepted" if self.key else "is not set"
-            return f"ORACLE_API_KEY {given}: {says}; set this environment variable"
-        if pictures and failed.cause in ("refused", "server", "bad_reply"):
-            return f"{option}_frames {self.frames}: {self.model} refuses pictures: {words}; use 0"
-        if failed.cause == "refused":
-            named = [name for name in self.request if name not in ("model", "messages") and name in words]
-            if named:
-                out = {named[0]: None}
-                if "max_completion_tokens" in words:  # some servers want it in place of max_tokens
-                    out["max_completion_tokens"] = 1024
-                return f"{option}_body: {says}; give {option}_body '{json.dumps(out)}'"
-        for pattern, name, remedy in REFUSALS:
-            if re.search(pattern, words, re.IGNORECASE):
-                return f"{option}_{name} {getattr(self, name)}: {says}; {remedy}"
-        if failed.cause == "refused":
-            return f"{option}_body: {says}; {remedy_of('refused', self.option)}"
-        return f"{option}_url {self.url}: {failed.cause}, {words}; start the server or correct the address"
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G). Never waits longer than tries and time-outs allow."""

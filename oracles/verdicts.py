@@ -9,8 +9,8 @@ from functools import partial
 
 from oracles.cache import check_cache
 from oracles.chat import Failed
-from oracles.choose import remedy_of
 from oracles.judge import LLMOracle, fence, json_value, sha256
+from oracles.remedies import remedy_of
 from plumbing.machine import say
 from plumbing.options import BadInput, one_line
 from videoqa.answers import Question, is_correct, prompt_text, read

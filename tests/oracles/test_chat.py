@@ -12,8 +12,8 @@ from test_judge import make, patient, perfect, question
 
 from oracles import chat, judge
 from oracles.chat import Chat, Failed, read_completion
-from oracles.choose import remedy_of
 from oracles.judge import LLMOracle
+from oracles.remedies import remedy_of
 from plumbing.options import BadInput
 
 GROUP = ["1 a", "2 b"]
