@@ -36,7 +36,7 @@ class Ranking:
     """What an oracle says about a batch of P groups."""
 
     ranks: Tensor  # (P, G) int64 competition ranks, 0 = best, ties share the better place: [0, 0, 2, 3, 3]
-    ok: Tensor | None = None  # (P,) bool; False: it failed, its row means nothing. None: ok without a note
+    ok: Tensor | None = None  # (P,) bool; False: the ranking failed, its row means nothing. None: all are ok
     notes: list[str] | None = None  # P texts for people; of a failed group "cause: words", a cause of CAUSES
     scores: Tensor | None = None  # (P, G) float64, higher is better, from an oracle that also scores
     agreement: Tensor | None = None  # (P,) float32, 0..1: Kendall's W, where it is to scale the advantages
@@ -46,8 +46,8 @@ class Ranking:
     reads: str = "order"  # what the objective reads of it: order, or one of READS
 
     def __post_init__(self):
+        self.ok = torch.ones(len(self.ranks), dtype=torch.bool) if self.ok is None else self.ok
         self.notes = [""] * len(self.ranks) if self.notes is None else self.notes
-        self.ok = torch.tensor([not note for note in self.notes]) if self.ok is None else self.ok
 
     @property
     def live(self) -> Tensor:
@@ -150,7 +150,7 @@ class FunctionOracle:
                 note = one_line(f"function: {type(error).__name__}: {error}")
             ranks.append(ranks_by_text(group, dict(zip(distinct, places, strict=True))))
             notes.append(note)
-        return Ranking(torch.tensor(ranks), notes=notes)
+        return Ranking(torch.tensor(ranks), torch.tensor([not note for note in notes]), notes)
 
     def _ask(self, question: Question, distinct: list[str]) -> list[int]:
         asked = {"video": question.video, "reference": question.answer}

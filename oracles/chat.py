@@ -4,6 +4,7 @@ Every call ends within its time-outs, every reply is bounded, and every failure 
 to its server and nowhere else, and it is taken out of all that people are shown.
 """
 
+import contextlib
 import functools
 import gzip
 import html
@@ -71,8 +72,8 @@ class Chat:
         self.path = path + (f"?{quote(parts.query, safe='=&%')}" if parts.query else "")
         self.headers = {"Content-Type": "application/json"}
         self.headers |= {"Authorization": f"Bearer {key}"} if key else {}
-        self.key, self.timeout, self.max_calls, self.max_tokens = key, timeout, max_calls, max_tokens
-        self.patience = patience
+        self.key, self.timeout, self.patience = key, timeout, patience
+        self.max_calls, self.max_tokens = max_calls, max_tokens
         self.calls = self.tokens = self.in_a_row = 0
         self.last = ""  # words of the last failure
         self.lock, self.jitter = threading.Lock(), random.Random(0)
@@ -144,13 +145,15 @@ class Chat:
             raise Failed("timeout", f"no whole reply within {self.timeout:.0f} s")
         if len(data) > MAX_BYTES:
             raise Failed("bad_reply", f"a reply of more than {MAX_BYTES // 2**20} MB")
-        text, status = _text_of(data), response.status
+        text, status, unread = _text_of(data), response.status, ""
         packed = response.headers.get("Content-Encoding", "").lower()
         if packed not in READ_ENCODINGS and "\ufffd" in text:
-            raise Failed("refused", f"the reply is packed as {packed}, which is not read here")
+            unread = f"the reply is packed as {packed}, which is not read here"
+        if unread and 200 <= status < 300:
+            raise Failed("refused", unread)
         if not 200 <= status < 300:
             moved = response.headers.get("Location")
-            words = f"moved to {moved}" if moved else _server_words(text)
+            words = f"moved to {moved}" if moved else unread or _server_words(text)
             raise Failed(_cause(status, words), f"HTTP {status}: {words}", _retry_after(response.headers))
         said, reason, tokens = read_completion(text)
         estimate = (len(payload) + len(data)) // 4  # for servers that do not count
@@ -159,10 +162,8 @@ class Chat:
 
 def _hang_up(sock: socket.socket, overdue: threading.Event):
     overdue.set()
-    try:
+    with contextlib.suppress(OSError):  # the other side was faster
         sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
-    except OSError:
-        pass  # the other side was faster
 
 
 def _spellings(c: str) -> str:

@@ -174,7 +174,8 @@ class DuelOracle:
                         pairs[p] = plays[p].send(own)
                 except StopIteration as end:
                     ranks[p] = torch.tensor(ranks_by_text(groups[p], end.value))
-        return Ranking(ranks, notes=notes, dead=dead, sums=dict(sums))
+        ok = torch.tensor([not note for note in notes])
+        return Ranking(ranks, ok, notes, dead=dead, sums=dict(sums))
 
 
 def round_robin(texts: list[str]):

@@ -311,8 +311,8 @@ class LLMOracle:
                 scores[p] = torch.tensor([value_of[text] for text in groups[p]])
         ranks = ranks_from_scores(scores if self.scored else -scores)
         sums = {f"judge_{name}": value - before[name] for name, value in self._counts().items()}
-        dead, scores = self._dead(notes, len(asked)), scores if self.scored else None
-        return Ranking(ranks, notes=notes, scores=scores, dead=dead, sums=sums)
+        ok, scores = torch.tensor([not note for note in notes]), scores if self.scored else None
+        return Ranking(ranks, ok, notes, scores, dead=self._dead(notes, len(asked)), sums=sums)
 
     def ask_all(self, calls: dict) -> dict:
         """{name: what call() returns, or the Failed that it raises}; all calls are in flight at once."""

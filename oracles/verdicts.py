@@ -12,7 +12,7 @@ from oracles.chat import Failed
 from oracles.judge import LLMOracle, fence, json_value, sha256
 from oracles.remedies import remedy_of
 from plumbing.machine import say
-from plumbing.options import BadInput, one_line
+from plumbing.options import BadInput, is_kind, one_line
 from videoqa.answers import Question, is_correct, prompt_text, read
 from videoqa.scores import accuracy_table, grounded_qa, is_open
 
@@ -60,12 +60,10 @@ def read_verdict(reply: str) -> dict:
 
 def is_verdict(value) -> bool:
     """Whether a value, as of the cache, is what `read_verdict` returns."""
-    return (
-        isinstance(value, dict)
-        and value.keys() == {"correct", "score"}
-        and [type(value[name]) for name in ("correct", "score")] == [bool, int]
-        and 0 <= value["score"] <= TOP_SCORE
-    )
+    if not isinstance(value, dict) or value.keys() != {"correct", "score"}:
+        return False
+    correct, score = value["correct"], value["score"]
+    return is_kind(correct, bool) and is_kind(score, int) and 0 <= score <= TOP_SCORE
 
 
 def ask_verdicts(judge: LLMOracle, answers: list[tuple[Question, str]]) -> list[dict | Failed]:

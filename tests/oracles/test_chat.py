@@ -211,6 +211,10 @@ def test_a_reply_packed_in_a_way_that_is_not_read_is_one_line_with_the_remedy(se
         make(server).check()
     note = make(server).rank([question(0)], [GROUP]).notes[0]
     assert note.startswith("refused: ") and "compression" in remedy_of(note) and len(server.requests) == 2
+    server.brain = lambda request: (503, {"Content-Encoding": packed}, data, 0)
+    with pytest.raises(Failed, match=f"HTTP 503: the reply is packed as {packed}") as failed:
+        client(server.url).ask({}, tries=1)
+    assert failed.value.cause == "server"
     answer = json.dumps(completion({"content": "G > H"}))  # and one that only says so is read
     server.brain = lambda request: (200, {"Content-Encoding": packed}, answer, 0)
     assert client(server.url).ask({}, tries=1) == ("G > H", "stop")
