@@ -289,7 +289,7 @@ class LLMOracle:
                     raise BadInput(first_call_failed(self, failed, pictures)) from failed
                 if busy and not told:
                     say(f"{self.url} is not ready ({failed}); waiting {self.patience:.0f} s at most")
-                told, self.chat.in_a_row, self.chat.calls = True, 0, self.chat.calls - 1
+                told, self.chat.in_a_row, self.chat.calls = told or busy, 0, self.chat.calls - 1
                 wait = max(LOADING_WAIT, failed.retry_after or 0)
                 time.sleep(min(wait, max(0.0, until - time.monotonic())))
 

@@ -289,7 +289,11 @@ def test_a_server_that_is_still_loading_is_waited_for(serve, monkeypatch, capsys
     drops = [1, 1]
     server.brain = lambda body: ("drop", {}, "", 0) if drops and drops.pop() else perfect(body)
     make(server).check()  # a connection cut without a word is tried again
-    assert not drops
+    assert not drops and "is not ready" not in capsys.readouterr().out
+    starting = [(503, {}, "Loading model", 0), ("drop", {}, "", 0)]  # the last comes first
+    server.brain = lambda body: starting.pop() if starting else perfect(body)
+    make(server).check()
+    assert "is not ready (HTTP 503: Loading model)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
