@@ -151,18 +151,3 @@ class ReplayOracle:
                 raise BadInput(lacks(self.path, question, sorted(distinct)))
             ranks.append(ranks_by_text(group, rank_of))
         return Ranking(torch.tensor(ranks))
-
-
-def check_replay(path: str, batches, num_steps: int) -> None:
-    """Raises BadInput for the first question of these steps (data.Batches) of which a JSONL has no group.
-
-    Which answers will be given is known only in training, and an sqlite file holds no group whose answers are
-    all one; so neither is checked here.
-    """
-    if is_cache(path):
-        return
-    known = {id for id, _ in ReplayOracle(path).groups}
-    rows = {row for step in range(num_steps) for row in batches.rows(step).tolist()}
-    for id in (batches.asked.questions[row].id for row in sorted(rows)):
-        if id not in known:
-            raise BadInput(f"{path}: lacks any group of question {id}; replay the run it is of")

@@ -31,8 +31,8 @@ import eval as eval_room
 import train
 from oracle import Ranking, competition_ranks
 from oracles import chat, judge, verdicts
-from oracles.cache import Cache, ReplayOracle, check_replay
-from oracles.choose import PatientOracle
+from oracles.cache import Cache, ReplayOracle
+from oracles.choose import PatientOracle, check_replayed
 from oracles.combine import DuelOracle, PermutedOracle, shown_orders
 from oracles.judge import LETTERS, LLMOracle, build_messages, fence, read_ranking
 from oracles.verdicts import ask_verdicts, read_verdict
@@ -472,11 +472,13 @@ def test_a_file_that_can_answer_nothing_is_refused_before_the_first_step(serve, 
     batches = SimpleNamespace(rows=lambda step: torch.tensor([step]), asked=SimpleNamespace())
     batches.asked.questions = [question(0), question(1)]
     (tmp_path / "e.jsonl").touch()
-    with pytest.raises(BadInput, match=r"e\.jsonl: lacks any group of question 0; replay the run it is of"):
-        check_replay(str(tmp_path / "e.jsonl"), batches, 2)
     path = str(tmp_path / "c.sqlite")
+    cfg = SimpleNamespace(oracle="replay", oracle_cache=str(tmp_path / "e.jsonl"), num_steps=2)
+    with pytest.raises(BadInput, match=r"e\.jsonl: lacks any group of question 0; replay the run it is of"):
+        check_replayed(cfg, batches)
     make(serve(perfect), cache=path).rank([question(0)], [["1 a", "2 b"]])
-    check_replay(path, batches, 2)
+    cfg.oracle_cache = path
+    check_replayed(cfg, batches)
     with pytest.raises(BadInput, match=r"c\.sqlite: holds rankings of 1 judges, .*--oracle_model"):
         LLMOracle(model="another", cache=path, replay=True)
 
