@@ -37,24 +37,20 @@ class NoisyOracle:
         ranks = ranking.ranks.clone()
         for p in ranking.ok.nonzero().flatten().tolist():
             group = [text.strip() for text in texts[p]]
-            level_of = dict(zip(group, ranking.ranks[p].tolist(), strict=True))
-            ranks[p] = torch.tensor(ranks_by_text(group, self._noisy_levels(level_of, group[0])))
+            rank_of = dict(zip(group, ranking.ranks[p].tolist(), strict=True))
+            draw = torch.rand(len(rank_of) + 1, generator=self.generator).tolist()
+            shuffled = torch.randperm(len(rank_of), generator=self.generator).tolist()
+            order = [list(rank_of)[i] for i in shuffled]  # which of several tied texts swaps is chance
+            order.sort(key=rank_of.get)
+            places = sorted(rank_of.values())
+            for i in range(len(order) - 1):
+                if places[i] != places[i + 1] and draw[i] < self.swap_prob:
+                    order[i], order[i + 1] = order[i + 1], order[i]
+            noisy = dict(zip(order, places, strict=True))
+            if draw[-1] < self.position_bias:
+                noisy[group[0]] = -1
+            ranks[p] = torch.tensor(ranks_by_text(group, noisy))
         return replace(ranking, ranks=ranks)
-
-    def _noisy_levels(self, levels: dict[str, int], shown_first: str) -> dict[str, int]:
-        """{distinct text: its oracle rank} -> the same with noise; lower is better, -1 is above all."""
-        draw = torch.rand(len(levels) + 1, generator=self.generator).tolist()
-        shuffled = torch.randperm(len(levels), generator=self.generator).tolist()
-        order = [list(levels)[i] for i in shuffled]  # which of several tied texts swaps is chance, not place
-        order.sort(key=levels.get)
-        places = sorted(levels.values())
-        for i in range(len(order) - 1):
-            if places[i] != places[i + 1] and draw[i] < self.swap_prob:
-                order[i], order[i + 1] = order[i + 1], order[i]
-        noisy = dict(zip(order, places, strict=True))
-        if draw[-1] < self.position_bias:
-            noisy[shown_first] = -1
-        return noisy
 
 
 class BentOracle:
@@ -239,11 +235,11 @@ class AnchoredOracle:
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> the other oracle's ranks (P, G) of the G alone."""
-        G, longer = len(texts[0]), []
-        for p, group in enumerate(checked_groups(batch, texts)):
+        groups, longer = checked_groups(batch, texts), []
+        for p, group in enumerate(groups):
             bad = [wrong_answer(batch, p)] if self.canary else []
             longer.append([*group, batch[p].answer, *bad])
-        ranking = self.oracle.rank(batch, longer)
+        ranking, G = self.oracle.rank(batch, longer), len(groups[0])
         own, gold, planted = ranking.ranks[:, :G], ranking.ranks[:, G], ranking.ranks[:, -1]
         below = own > gold[:, None] if self.anchor else None
         scores = ranking.scores[:, :G] if ranking.scores is not None else None

@@ -168,7 +168,9 @@ def test_restoring_the_generator_restores_the_noise():
     ("num_questions", "sizes"), [(0, []), (0, [2]), (2, []), (2, [2]), (1, [1]), (2, [2, 3])]
 )
 def test_groups_that_are_too_small_or_uneven_are_refused(num_questions, sizes):
-    for oracle in (RuleOracle(), noisy(RuleOracle()), PermutedOracle(RuleOracle(), 2, "off", 0)):
+    oracles = [RuleOracle(), noisy(RuleOracle()), PermutedOracle(RuleOracle(), 2, "off", 0)]
+    oracles += [AnchoredOracle(RuleOracle(), True, True), combine.DuelOracle(RuleOracle(), "pairs", 0)]
+    for oracle in oracles:
         with pytest.raises(ValueError, match="G >= 2") as error:
             oracle.rank([COLOR] * num_questions, [["red"] * size for size in sizes])
         assert "\n" not in str(error.value)
