@@ -254,6 +254,7 @@ class LLMOracle:
         self.rankings = Cache(self.cache, self.option)
         self.pool = ThreadPoolExecutor(self.concurrency, "judge")
         self.judge = json.dumps([self.model, extra], sort_keys=True)
+        self.rubric = SCORES if self.scored else RUBRIC
         if self.replay:
             known = self.rankings.judges()
             if not self.model and len(known) == 1:
@@ -342,8 +343,7 @@ class LLMOracle:
         return {"calls": calls, "cache_hits": self.hits, "tokens": tokens, "repairs": self.repairs}
 
     def _key(self, question: str, gold: str, media, shown: list[str]) -> str:
-        rubric = SCORES if self.scored else RUBRIC
-        return sha256([self.judge, CACHE_VERSION, rubric, question, gold, list(media), shown])
+        return sha256([self.judge, CACHE_VERSION, self.rubric, question, gold, list(media), shown])
 
     def _ask(self, question: Question, shown: list[str]) -> list[int]:
         """Ranks, or scores, of the texts as they are shown, from the cache or the judge. Raises Failed."""
@@ -352,10 +352,8 @@ class LLMOracle:
         key, letters = self._key(asked, gold, media, shown), LETTERS[: len(shown)]
         if self.replay and self.rankings.get(key) is None:
             raise BadInput(lacks(self.cache, question, shown))
-        rubric, read, valid = RUBRIC, read_ranking, are_ranks
-        if self.scored:
-            rubric, read, valid = SCORES, read_scores, are_scores
-        messages = build_messages(asked, gold, media, shown, rubric)
+        read, valid = (read_scores, are_scores) if self.scored else (read_ranking, are_ranks)
+        messages = build_messages(asked, gold, media, shown, self.rubric)
         return self.settle(
             key, asked, messages, repair=REPAIR.format("{}", ", ".join(letters)),
             read=lambda reply: read(reply, letters), valid=lambda value: valid(value, len(shown)),
