@@ -26,7 +26,6 @@ from plumbing.machine import reduce_sum
 from plumbing.options import BadInput
 from rollout import Completions, completion_states, micro_batches, rows_of
 
-ORDERED = ("dpo", "plackett_luce", "best_of")
 GAMMA, LAMBDA = 1.0, 1.0  # of GAE, as VLM-RLAIF has them
 VALUE_CLIP, VALUE_COEF = 0.2, 0.1  # how far a value may move in a step; weight of the value head's loss
 
@@ -36,10 +35,8 @@ def check_objective(cfg) -> None:
     name, noisy = cfg.objective, cfg.swap_prob or cfg.position_bias
     scored = cfg.oracle in ("rule", "sum", "trained") or cfg.oracle_asks == "scores"
     if name in READS and (not scored or noisy or cfg.anchor or cfg.canary):
-        raise BadInput(
-            f"--objective {name} takes scores: --oracle sum | trained, or llm with --oracle_asks scores; no"
-            " swapped order, no anchor; choose these, or --objective grpo_rank"
-        )
+        wants = "--oracle sum | trained, or llm with --oracle_asks scores; no swapped order, no anchor"
+        raise BadInput(f"--objective {name} takes scores: {wants}; choose these, or --objective grpo_rank")
     if name in ORDERED and (cfg.anchor or cfg.oracle_agreement == "scale"):
         option = "--anchor" if cfg.anchor else "--oracle_agreement scale"
         raise BadInput(f"--objective {name}: {option} shapes advantages; leave it out, or take grpo_rank")
@@ -62,7 +59,7 @@ def rival(cfg, policy, learner, prompts, rollout, advantages, ranks, ref_states)
 
 
 def centred(scores: Tensor) -> Tensor:
-    """Dr. GRPO: R - mean of the group. (P, G) -> (P, G) float32. One tied group is exactly 0."""
+    """Dr. GRPO: R - mean of the group. (P, G) -> (P, G) float32. A tied group is exactly 0."""
     if scores.dim() != 2 or not scores.isfinite().all():
         raise ValueError(f"scores must be (P, G) and finite, got {tuple(scores.shape)}: {scores.tolist()}")
     scores = scores.double()
@@ -92,7 +89,7 @@ def advantages(objective: str, ranking: Ranking) -> Tensor:
         by = {"grpo": group_zscores, "dr_grpo": centred, "rloo": leave_one_out, "ppo": Tensor.float}
         return by[objective](ranking.scores)
     level = torch.zeros(ranking.ranks.shape, requires_grad=True)
-    order_loss(objective, level, ranking.ranks).sum().backward()
+    ORDERED[objective](level, ranking.ranks).sum().backward()
     return -level.grad
 
 
@@ -124,9 +121,7 @@ def best_of_loss(logprobs: Tensor, ranks: Tensor) -> Tensor:
     return -(logprobs * best).sum(dim=1) / best.sum(dim=1).clamp(min=1)
 
 
-def order_loss(objective: str, worths: Tensor, ranks: Tensor) -> Tensor:
-    by = {"dpo": dpo_loss, "plackett_luce": plackett_luce_loss, "best_of": best_of_loss}
-    return by[objective](worths, ranks)
+ORDERED = {"dpo": dpo_loss, "plackett_luce": plackett_luce_loss, "best_of": best_of_loss}
 
 
 @torch.no_grad()
@@ -164,7 +159,7 @@ class Ordered:
         else:
             worths = self.beta * (sums - answer_logprobs(ref_hidden, head, part).sum(dim=1))
         with torch.enable_grad():
-            order_loss(self.objective, worths.view(ranks.shape), ranks).sum().backward()
+            ORDERED[self.objective](worths.view(ranks.shape), ranks).sum().backward()
         return replace(part, logprobs=now), -sums.grad * lengths * ranks.shape[1]
 
 

@@ -8,9 +8,8 @@ It sees the question (with the path of its video) and the texts, never log-proba
 cannot tell apart: an order has no absolute level, so among G equally wrong answers a tie-break by length or
 position is a full-strength signal to prefer a wrong answer. Texts that are equal once stripped always tie.
 
-This file has the rule oracle, the dual reward, and a user's own function. In oracles/: noise, permutations
-and the gold answer that is ranked too (combine.py), the language model as a judge (judge.py), and the trained
-ranker (ranker.py).
+This file has the rule oracle, the dual reward, and a user's own function. In oracles/: noise and permutations
+(combine.py), the language model as a judge (judge.py), and the trained ranker (ranker.py).
 """
 
 import importlib
@@ -23,13 +22,12 @@ from torch import Tensor
 
 from grpo_rank import ranks_from_scores
 from plumbing.options import BadInput, one_line
-from videoqa.answers import Question, Reward, grade, prompt_text, reward
+from videoqa.answers import Question, grade, prompt_text, reward
 
-# Why a ranking failed: the first word of its note. From the wire, of the reply, of the rest.
-CAUSES = "connection timeout busy server refused bad_reply dead budget".split()
-CAUSES += "empty cut not_json missing duplicate unknown function".split()
-# What an objective reads of a ranking, where that is not the order alone: the scores, which must differ in a
-# group, or their level, which tells something of a group of equals too.
+# Why a ranking failed: the first word of its note. On the wire to a judge, and all causes
+WIRE = "connection timeout busy server refused bad_reply dead".split()
+CAUSES = [*WIRE, *"budget empty cut not_json missing duplicate unknown function".split()]
+# What an objective reads beside the order: scores that differ in a group, or their level, of equals too
 READS = {"grpo": "scores", "dr_grpo": "scores", "rloo": "scores", "ppo": "level"}
 
 
@@ -53,8 +51,7 @@ class Ranking:
 
     @property
     def live(self) -> Tensor:
-        """(P,) bool: groups that carry a signal. A group is dead if all its answers tie, or if its ranking
-        failed; this is the one place that decides it."""
+        """(P,) bool: groups that carry a signal. The others are dead: all answers tie, or no ranking came."""
         if self.reads == "level":
             return self.ok
         values = self.scores if self.reads == "scores" else self.ranks
@@ -67,16 +64,17 @@ class Ranking:
         for name in ("ranks", "ok", "scores", "agreement", "below_anchor"):
             values = [getattr(part, name) for part in parts]
             found[name] = None if values[0] is None else torch.cat(values)
-        names = {name for part in parts for name in part.sums}
+        names = dict.fromkeys(name for part in parts for name in part.sums)  # in order, unlike a set
         sums = {name: sum(part.sums.get(name, 0) for part in parts) for name in names}
         return cls(notes=[note for part in parts for note in part.notes], sums=sums, **found)
 
 
-def check_groups(batch: list[Question], texts: list[list[str]]) -> None:
-    """Raises ValueError unless texts holds G >= 2 answers for each question, G the same for all."""
+def checked_groups(batch: list[Question], texts: list[list[str]]) -> list[list[str]]:
+    """texts without the spaces around each. Raises ValueError unless each question has the same G >= 2."""
     sizes = [len(group) for group in texts]
     if not batch or len(texts) != len(batch) or min(sizes) < 2 or len(set(sizes)) > 1:
         raise ValueError(f"need G >= 2 texts for each of {len(batch)} questions, got groups of {sizes}")
+    return [[text.strip() for text in group] for group in texts]
 
 
 def competition_ranks(values: list) -> list[int]:
@@ -94,10 +92,9 @@ class RuleOracle:
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G). Never fails. Equal grades tie, whatever the texts."""
-        check_groups(batch, texts)
-        pairs = zip(batch, texts, strict=True)
+        pairs = zip(batch, checked_groups(batch, texts), strict=True)
         # Rounded: spans of one IoU on paper may differ by 1e-16 in floats, which must not break the tie
-        grades = [[round(grade(text.strip(), question), 6) for text in group] for question, group in pairs]
+        grades = [[round(grade(text, question), 6) for text in group] for question, group in pairs]
         return Ranking(ranks_from_scores(torch.tensor(grades, dtype=torch.float64)))
 
 
@@ -113,31 +110,20 @@ class RewardOracle:
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks and scores (P, G). Never fails. Equal rewards tie."""
-        check_groups(batch, texts)
-        rewards = rewards_of(batch, texts, self.overlap, self.think)
+        pairs = zip(batch, checked_groups(batch, texts), strict=True)
+        options = self.overlap, self.think
+        rewards = [[reward(text, question, *options) for text in group] for question, group in pairs]
         totals = [[round(parts.total(*self.weights), 6) for parts in group] for group in rewards]
         scores = torch.tensor(totals, dtype=torch.float64)
         ranks = ranks_from_scores(scores)
         if self.by == "lexicographic":
             keys = [[tuple(-round(x, 6) for x in parts.key()) for parts in group] for group in rewards]
             ranks = torch.tensor([competition_ranks(group) for group in keys])
-        return Ranking(ranks, scores=scores, sums=reward_sums(rewards))
-
-
-def reward_sums(rewards: list[list[Reward]]) -> dict[str, float]:
-    """Of each part of the dual reward, over the answers to tasks that have the part: sum and count."""
-    sums = {}
-    for name in ("discrete", "continuous", "format"):
-        values = [getattr(parts, name) for group in rewards for parts in group]
-        values = [x for x in values if x is not None]
-        sums |= {f"reward_{name}": sum(values), f"num_reward_{name}": len(values)}
-    return sums
-
-
-def rewards_of(batch: list[Question], texts: list[list[str]], overlap: str, think: bool):
-    """The parts of each text's dual reward: P lists of G Rewards."""
-    pairs = zip(batch, texts, strict=True)
-    return [[reward(text, question, overlap, think) for text in group] for question, group in pairs]
+        sums, flat = {}, [parts for group in rewards for parts in group]
+        for name in ("discrete", "continuous", "format"):
+            values = [getattr(parts, name) for parts in flat if getattr(parts, name) is not None]
+            sums |= {f"reward_{name}": sum(values), f"num_reward_{name}": len(values)}
+        return Ranking(ranks, scores=scores, sums=sums)
 
 
 class FunctionOracle:
@@ -154,10 +140,8 @@ class FunctionOracle:
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G). Identical texts are ranked once and tie."""
-        check_groups(batch, texts)
         ranks, notes = [], []
-        for question, group in zip(batch, texts, strict=True):
-            group = [text.strip() for text in group]
+        for question, group in zip(batch, checked_groups(batch, texts), strict=True):
             distinct, note = list(dict.fromkeys(group)), ""
             places = [0] * len(distinct)
             try:

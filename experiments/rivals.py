@@ -61,22 +61,16 @@ FILL = {
 
 def rivals_study(folder: str, seeds: int, options: list[str], page_path: str, rates=RATES) -> str:
     """Trains every line of RIVALS with every seed at its own best rate; writes figures/rivals.svg too."""
-    lines = at_best_rate("rivals_study", RIVALS, folder, options, page_path, rates)
-    table = train_lines(
-        "rivals_study", lines, partial(rivals_table, lines), folder, seeds, options, page_path
-    )
+    table = study_at_best_rates("rivals_study", RIVALS, folder, seeds, options, page_path, rates)
     path = os.path.join(os.path.dirname(page_path), "figures", "rivals.svg")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_whole(path, curves(lines, folder, seeds).encode())
+    write_whole(path, curves(RIVALS, folder, seeds).encode())
     return table
 
 
 def feedback_study(folder: str, seeds: int, options: list[str], page_path: str, rates=RATES) -> str:
     """Trains every line of FEEDBACK with every seed at its own best rate."""
-    lines = at_best_rate("feedback_study", FEEDBACK, folder, options, page_path, rates)
-    return train_lines(
-        "feedback_study", lines, partial(rivals_table, lines), folder, seeds, options, page_path
-    )
+    return study_at_best_rates("feedback_study", FEEDBACK, folder, seeds, options, page_path, rates)
 
 
 def fill_study(folder: str, seeds: int, options: list[str], page_path: str) -> str:
@@ -87,8 +81,8 @@ def fill_study(folder: str, seeds: int, options: list[str], page_path: str) -> s
         raise BadInput("fill: a quarter of --batch_prompts is a line of its own; give at least 4 behind --")
     check_looks("fill", asked["eval_every"], blanks["part"], "a third of --num_steps")
     begin("fill_study", folder, options, page_path)
-    table = partial(rivals_table, FILL)
-    return train_lines("fill_study", FILL, table, folder, seeds, options, page_path, **blanks)
+    study = partial(rivals_table, FILL), folder, seeds, options, page_path
+    return train_lines("fill_study", FILL, *study, **blanks)
 
 
 def check_looks(name: str, every: int, steps: int, words: str) -> None:
@@ -97,26 +91,26 @@ def check_looks(name: str, every: int, steps: int, words: str) -> None:
         raise BadInput(f"{name}: needs --eval_every N, from 1 to {words} ({steps}); give both behind --")
 
 
-def at_best_rate(name: str, lines: dict, folder: str, options: list[str], page: str, rates) -> dict[str, str]:
-    """The lines with the learning rate of `rates` that gives each the largest mean `area` on RATE_SEEDS;
-    where there is one rate only, nothing is tried. What was found is kept in DIR/rates.json."""
-    asked = settings(options)
+def study_at_best_rates(
+    name: str, lines: dict[str, str], folder: str, seeds: int, options: list[str], page_path: str, rates
+) -> str:
+    """Trains every line with every seed, at the one of `rates` that gives it the largest mean `area` on
+    RATE_SEEDS; of a single rate nothing is tried. What was found is kept in DIR/rates.json."""
+    asked, rates = settings(options), [f"{rate:g}" for rate in rates]
     check_looks(name, asked["eval_every"], asked["num_steps"], "--num_steps")
-    begin(name, folder, options, page, "--rates", *(f"{rate:g}" for rate in rates))
-    if len(rates) == 1:
-        return {line: f"{special} --lr {rates[0]:g}" for line, special in lines.items()}
-    best, found = {}, {}
-    for line, special in lines.items():
+    begin(name, folder, options, page_path, "--rates", *rates)
+    best, found = dict.fromkeys(lines, rates[0]), {}
+    for line, special in lines.items() if len(rates) > 1 else ():
         areas = {}
         for rate in rates:
-            outs = [study_run(folder, f"{line} at {rate:g}", seed) for seed in RATE_SEEDS]
+            outs = [study_run(folder, f"{line} at {rate}", seed) for seed in RATE_SEEDS]
             for seed, out in zip(RATE_SEEDS, outs, strict=True):
-                train_run(out, ["--seed", str(seed), *options, *special.split(), "--lr", f"{rate:g}"])
-            areas[f"{rate:g}"] = fmean(area(looks(out)) for out in outs)
-        found[line] = areas
-        best[line] = f"{special} --lr {max(areas, key=areas.get)}"
+                train_run(out, ["--seed", str(seed), *options, *special.split(), "--lr", rate])
+            areas[rate] = fmean(area(looks(out)) for out in outs)
+        found[line], best[line] = areas, max(areas, key=areas.get)
         write_json(os.path.join(folder, "rates.json"), found)
-    return best
+    lines = {line: f"{special} --lr {best[line]}" for line, special in lines.items()}
+    return train_lines(name, lines, partial(rivals_table, lines), folder, seeds, options, page_path)
 
 
 def looks(run: str, mode="sampled", wants=RUN_WANTS) -> list[tuple[int, float]]:
@@ -154,7 +148,7 @@ def numbers_of(run: str) -> dict[str, float]:
         "kl": rows[-1].get("kl", 0.0),
         "asked": sum(row["asked_groups"] for row in rows),
         "seconds": sum(
-            row[name] for row in rows for name in row if name.endswith("_s") and "per" not in name
+            x for row in rows for name, x in row.items() if name.endswith("_s") and "per" not in name
         ),
     }
 
@@ -178,32 +172,33 @@ def rivals_table(lines: dict[str, str], folder: str, seeds: int) -> str:
         if not found:
             continue
         columns = {key: [one[key] for one in found] for key in found[0]}
+        mean = {key: fmean(values) for key, values in columns.items()}
         first = first or columns["area"]
         against = paired(columns["area"], first[: len(found)]) if rows else ""
-        rate = options.partition("--lr ")[2] or "as given"
-        cells = [name, rate, str(len(found))]
-        cells += [f"{fmean(columns[key]):.1f} [{min(columns[key]):.1f}, {max(columns[key]):.1f}]"
-                  for key in ("sampled", "greedy")]  # fmt: skip
-        cells += [f"{fmean(columns['area']):.1f}", against, f"{fmean(columns['rms']):.2f}"]
-        cells += [f"{fmean(columns['kl']):.2f}"]
-        cells += [f"{fmean(columns[key]):,.0f}" for key in ("asked", "seconds")]
+        cells = [name, options.partition("--lr ")[2] or "as given", str(len(found))]
+        for key in ("sampled", "greedy"):
+            cells.append(f"{mean[key]:.1f} [{min(columns[key]):.1f}, {max(columns[key]):.1f}]")
+        cells += [f"{mean['area']:.1f}", against, f"{mean['rms']:.2f}", f"{mean['kl']:.2f}"]
+        cells += [f"{mean['asked']:,.0f}", f"{mean['seconds']:,.0f}"]
         if not rows:
-            start = f"{fmean(columns['before']):.1f}"
-            rows.append(["nothing yet: the start", "", "", start, "", "", "", "", "", "", ""])
+            rows.append(["nothing yet: the start", "", "", f"{mean['before']:.1f}", *[""] * 7])
         rows.append(cells)
     body = ["| " + " | ".join(row) + " |" for row in [heads, *rows]]
     return "\n".join([body[0], "|---" * len(heads) + "|", *body[1:]])
 
 
 def curves(lines: dict[str, str], folder: str, seeds: int) -> str:
-    """Sampled accuracy by step, the mean over the seeds with their range, a curve a line, as SVG."""
-    series = []
+    """Sampled accuracy by step, the mean over the seeds with their range, a curve a line, as SVG. A curve
+    ends with the first of its runs; its name says where, if another run went on (see --stop_after)."""
+    series, heights = [], {}
     for name in lines:
         runs = [study_run(folder, name, seed) for seed in range(seeds)]
-        steps = zip(*(looks(run) for run in runs if os.path.exists(run)), strict=True)
+        heights[name] = [dict(looks(run)) for run in runs if os.path.exists(run)]
+    last = max(step for found in heights.values() for height in found for step in height)
+    for name, found in heights.items():
         points = []
-        for at_step in steps:
-            heights = [height for _, height in at_step]
-            points.append((at_step[0][0], fmean(heights), min(heights), max(heights)))
-        series.append((name, points))
+        for step in sorted(set.intersection(*map(set, found))):
+            at_step = [height[step] for height in found]
+            points.append((step, fmean(at_step), min(at_step), max(at_step)))
+        series.append((name if points[-1][0] == last else f"{name}, to step {points[-1][0]}", points))
     return page.figure(f"sampled accuracy by step, mean and range of {seeds} seeds", series)

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from oracle import Ranking, check_groups, competition_ranks, ranks_by_text
+from oracle import Ranking, checked_groups, competition_ranks, ranks_by_text
 from plumbing.options import BadInput, is_kind, read_jsonl
 from videoqa.answers import Question
 
@@ -25,7 +25,7 @@ class Cache:
     processes at once.
 
     In WAL mode a commit is one append, so kill -9 loses at most the ranking being written. The file is made
-    with the first ranking. BadInput: not such a file, or of another version.
+    with the first ranking; without a path nothing is kept. BadInput: not such a file, or of another version.
     """
 
     TABLES = (
@@ -38,8 +38,7 @@ class Cache:
 
     def __init__(self, path: str, option: str = "oracle"):
         self.path, self.option, self.lock, self.db = path, f"--{option}_cache", threading.Lock(), None
-        if path and os.path.exists(path):
-            self._open()
+        self._run("SELECT 1")  # a file that is there is opened, and checked, at once
 
     def _open(self):
         try:
@@ -63,7 +62,7 @@ class Cache:
 
     def _run(self, line: str, values: tuple = (), make: bool = False) -> list:
         with self.lock:
-            if self.db is None and make:
+            if self.db is None and self.path and (make or os.path.exists(self.path)):
                 self._open()
             if self.db is None:
                 return []
@@ -87,10 +86,11 @@ class Cache:
         return value
 
     def put(self, key: str, judge: str, question: str, value: list[int] | dict, reply: str):
-        """Stores a ranking or a verdict, unless another process did: returns what the file now has."""
+        """Stores a ranking or a verdict, unless another process did: returns what the file now has, or the
+        value where there is no file."""
         row = (key, judge, question, json.dumps(value), reply)
         self._run("INSERT OR IGNORE INTO rankings VALUES (?, ?, ?, ?, ?)", row, make=True)
-        return self.get(key)
+        return self.get(key) if self.path else value
 
     def put_failure(self, judge: str, question: str, cause: str, replies: list[str]):
         row = (time.time(), judge, question, cause, json.dumps(replies, ensure_ascii=False))
@@ -136,36 +136,18 @@ class ReplayOracle:
                 raise BadInput(f"{where}: oracle_ranks are no competition ranks of the candidates; {wants}")
             if [rank_of[text] for text in texts] != ranks:
                 raise BadInput(f"{where}: identical candidates do not tie; give them one rank")
-            distinct = tuple(sorted(rank_of))
-            order = dict(zip(distinct, ranks_by_text(distinct, rank_of), strict=True))
-            if row["oracle_ok"] and self.groups.setdefault((row["id"], distinct), order) != order:
+            order = dict(zip(rank_of, competition_ranks(list(rank_of.values())), strict=True))
+            if row["oracle_ok"] and self.groups.setdefault((row["id"], frozenset(texts)), order) != order:
                 raise BadInput(f"{where}: contradicts an earlier line of this group; leave one of them out")
 
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks (P, G). Raises BadInput, with the group, if the file lacks one."""
-        check_groups(batch, texts)
         ranks = []
-        for question, group in zip(batch, texts, strict=True):
-            group = [text.strip() for text in group]
-            distinct = sorted(set(group))
+        for question, group in zip(batch, checked_groups(batch, texts), strict=True):
+            distinct = frozenset(group)
             alone = {group[0]: 0} if len(distinct) == 1 else None  # nothing to order
-            rank_of = self.groups.get((question.id, tuple(distinct)), alone)
+            rank_of = self.groups.get((question.id, distinct), alone)
             if not rank_of:
-                raise BadInput(lacks(self.path, question, distinct))
+                raise BadInput(lacks(self.path, question, sorted(distinct)))
             ranks.append(ranks_by_text(group, rank_of))
         return Ranking(torch.tensor(ranks))
-
-
-def check_replay(path: str, batches, num_steps: int) -> None:
-    """Raises BadInput for the first question of these steps (data.Batches) of which a JSONL has no group.
-
-    Which answers will be given is known only in training, and an sqlite file holds no group whose answers are
-    all one; so neither is checked here.
-    """
-    if is_cache(path):
-        return
-    known = {id for id, _ in ReplayOracle(path).groups}
-    for row in sorted({row for step in range(num_steps) for row in batches.rows(step).tolist()}):
-        if batches.asked.questions[row].id not in known:
-            id = batches.asked.questions[row].id
-            raise BadInput(f"{path}: lacks any group of question {id}; replay the run it is of")

@@ -4,6 +4,7 @@ Every call ends within its time-outs, every reply is bounded, and every failure 
 to its server and nowhere else, and it is taken out of all that people are shown.
 """
 
+import contextlib
 import functools
 import gzip
 import html
@@ -27,6 +28,7 @@ FIRST_WAIT = 0.5  # seconds before the second try, doubled before each further o
 MAX_WAIT = 60.0  # seconds between two tries, whatever Retry-After says
 MAX_BYTES = 2**22  # of a reply
 MAX_TOKENS = 2**31  # of one reply, more is no count
+READ_ENCODINGS = ("", "identity", "gzip", "x-gzip", "deflate")  # others need a package
 # What people paste behind /v1
 ENDPOINT = re.compile(r"/+(chat/completions|completions|responses|models)?/*$")
 
@@ -48,31 +50,30 @@ class Chat:
     """
 
     def __init__(
-        self, url: str, key: str, timeout: float, patience: int, max_calls: int, max_tokens: int,
-        option: str = "oracle",
-    ):  # fmt: skip
+        self, url: str, key: str, timeout: float, patience: int, max_calls=0, max_tokens=0, option="oracle"
+    ):
         name, wants = f"--{option}_url", "write http://HOST:PORT/v1"
         shown = name if "@" in url else f"{name} {url}"  # before an @ there may be a password
         try:
             parts = urlsplit(url.strip())
-            port = parts.port or (443 if parts.scheme == "https" else 80)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError("not an address")
             kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-            self.connect = functools.partial(kind, parts.hostname or "", port, timeout=CONNECT_SECONDS)
+            port = parts.port or kind.default_port
+            self.connect = functools.partial(kind, parts.hostname, port, timeout=CONNECT_SECONDS)
             self.connect()  # which connects nothing yet, but checks the host
         except (ValueError, http.client.InvalidURL) as error:
             raise BadInput(f"{shown}: {'not an address' if '@' in url else error}; {wants}") from error
         if parts.username or parts.password:
             raise BadInput(f"{name}: holds a user name or a password; the place for a key is ORACLE_API_KEY")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(f"{shown}: not an address; {wants}")
         if not key.isascii() or not key.isprintable():
             raise BadInput("ORACLE_API_KEY: holds characters that no key has; set it again")
         path = quote(ENDPOINT.sub("", parts.path) or "/v1", safe="/%:@") + "/chat/completions"
         self.path = path + (f"?{quote(parts.query, safe='=&%')}" if parts.query else "")
         self.headers = {"Content-Type": "application/json"}
         self.headers |= {"Authorization": f"Bearer {key}"} if key else {}
-        self.key, self.timeout, self.max_calls, self.max_tokens = key, timeout, max_calls, max_tokens
-        self.patience = patience
+        self.key, self.timeout, self.patience = key, timeout, patience
+        self.max_calls, self.max_tokens = max_calls, max_tokens
         self.calls = self.tokens = self.in_a_row = 0
         self.last = ""  # words of the last failure
         self.lock, self.jitter = threading.Lock(), random.Random(0)
@@ -84,7 +85,9 @@ class Chat:
             self._admit()
             try:
                 text, reason, tokens = self._post(payload)
-                break
+                with self.lock:
+                    self.in_a_row, self.tokens = 0, self.tokens + tokens
+                return text, reason
             except Failed as failed:
                 failed = self.hidden(failed)
                 with self.lock:
@@ -94,9 +97,6 @@ class Chat:
                     raise failed from None
                 wait = failed.retry_after or FIRST_WAIT * 2**i  # no wait at all would be a busy loop
                 time.sleep(min(wait * self.jitter.uniform(1, 1.5), MAX_WAIT))
-        with self.lock:
-            self.in_a_row, self.tokens = 0, self.tokens + tokens
-        return text, reason
 
     def hide(self, text: str) -> str:
         """The text without the key, which some servers quote back in the spelling of JSON, URLs or HTML."""
@@ -117,8 +117,7 @@ class Chat:
 
     def _post(self, payload: bytes) -> tuple[str, str, int]:
         """(text, finish_reason, tokens) of one try."""
-        connection, overdue = self.connect(), threading.Event()
-        watchdog = None
+        connection, overdue, watchdog = self.connect(), threading.Event(), None
         try:
             connection.connect()
             # The socket's own time-out starts anew with every byte; this one ends the whole exchange
@@ -146,10 +145,15 @@ class Chat:
             raise Failed("timeout", f"no whole reply within {self.timeout:.0f} s")
         if len(data) > MAX_BYTES:
             raise Failed("bad_reply", f"a reply of more than {MAX_BYTES // 2**20} MB")
-        text, status = _text_of(data), response.status
+        text, status, unread = _text_of(data), response.status, ""
+        packed = response.headers.get("Content-Encoding", "").lower()
+        if packed not in READ_ENCODINGS and "\ufffd" in text:
+            unread = f"the reply is packed as {packed}, which is not read here"
+        if unread and 200 <= status < 300:
+            raise Failed("refused", unread)
         if not 200 <= status < 300:
             moved = response.headers.get("Location")
-            words = f"moved to {moved}" if moved else _server_words(text)
+            words = f"moved to {moved}" if moved else unread or _server_words(text)
             raise Failed(_cause(status, words), f"HTTP {status}: {words}", _retry_after(response.headers))
         said, reason, tokens = read_completion(text)
         estimate = (len(payload) + len(data)) // 4  # for servers that do not count
@@ -158,10 +162,8 @@ class Chat:
 
 def _hang_up(sock: socket.socket, overdue: threading.Event):
     overdue.set()
-    try:
+    with contextlib.suppress(OSError):  # the other side was faster
         sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
-    except OSError:
-        pass  # the other side was faster
 
 
 def _spellings(c: str) -> str:

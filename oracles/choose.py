@@ -1,7 +1,6 @@
 """The oracle that the options name. What an oracle needs is imported only where it is chosen."""
 
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -12,16 +11,7 @@ from tqdm import tqdm
 
 from oracle import READS, FunctionOracle, Ranking, RewardOracle, RuleOracle, load_function
 from plumbing.machine import process_info, reduce_sum, say
-from plumbing.options import (
-    BadInput,
-    Bounds,
-    Count,
-    CountOrNone,
-    NotNegative,
-    Options,
-    Share,
-    one_line,
-)  # fmt: skip
+from plumbing.options import BadInput, Bounds, Count, CountOrNone, NotNegative, Options, Share, one_line
 from plumbing.run_folder import fingerprint
 
 ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
@@ -84,47 +74,46 @@ class OracleExperiments(Options):
     canary: bool = False  # a known-bad answer is ranked too, which measures the judge's errors
 
 
-def by_reward(cfg) -> bool:
-    """Whether a run's feedback is the dual reward of Temporal-R1."""
-    return cfg.oracle in ("sum", "lexicographic") or (cfg.objective in READS and cfg.oracle == "rule")
-
-
 def choose_oracle(cfg, generator: torch.Generator, device: torch.device):
     """The oracle of train.py's options. `generator` draws the noise. A judge is asked something first, so
     that a wrong address, key or model ends the run before anything is written."""
-    oracle = RuleOracle()
-    if (cfg.score_bend or cfg.score_noise) and (not by_reward(cfg) or cfg.oracle == "lexicographic"):
+    name = "sum" if cfg.oracle == "rule" and cfg.objective in READS else cfg.oracle
+    bends, weights = (
+        cfg.score_bend or cfg.score_noise,
+        (cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef),
+    )
+    if bends and name != "sum":
         raise BadInput("--score_bend, --score_noise: bend the scores of --oracle sum; choose it")
-    if by_reward(cfg):
-        by = "lexicographic" if cfg.oracle == "lexicographic" else "sum"
-        weights = (cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef)
-        oracle = RewardOracle(by, weights, cfg.overlap, cfg.think)
-        if cfg.score_bend or cfg.score_noise:
-            from oracles.combine import BentOracle
-
-            oracle = BentOracle(oracle, generator, cfg.score_bend, cfg.score_noise, sum(weights), cfg.seed)
-    elif cfg.oracle in ("llm", "replay"):
+    if name in ("sum", "lexicographic"):
+        oracle = RewardOracle(name, weights, cfg.overlap, cfg.think)
+    elif name == "rule":
+        oracle = RuleOracle()
+    elif name in ("llm", "replay"):
         oracle = choose_judge(cfg)
-    elif cfg.oracle == "trained":
+    elif name == "trained":
         from oracles.ranker import TrainedOracle, load_ranker
 
         oracle = TrainedOracle(load_ranker(cfg.ranker, device), cfg.ranker_margin)
-    elif cfg.oracle != "rule":
+    else:
         oracle = FunctionOracle(load_function(cfg.oracle))
     # A judge is always shown a seeded order, so that it cannot favour the place of an answer in the batch
     duels = cfg.oracle_asks in ("pairs", "tournament")
     permutes = cfg.oracle_permutations > 1 or duels or cfg.oracle in ("llm", "replay")
-    if not (cfg.swap_prob or cfg.position_bias or permutes or cfg.anchor or cfg.canary):
+    noisy, gold = cfg.swap_prob or cfg.position_bias, cfg.anchor or cfg.canary
+    if not (bends or noisy or permutes or gold):
         return oracle
     from oracles import combine
 
-    if cfg.swap_prob or cfg.position_bias:
+    if bends:
+        bend = (cfg.score_bend, cfg.score_noise)
+        oracle = combine.BentOracle(oracle, generator, *bend, sum(weights), cfg.seed)
+    if noisy:
         oracle = combine.NoisyOracle(oracle, generator, cfg.swap_prob, cfg.position_bias)
     if permutes:
         oracle = combine.PermutedOracle(oracle, cfg.oracle_permutations, cfg.oracle_agreement, cfg.seed)
     if duels:
         oracle = combine.DuelOracle(oracle, cfg.oracle_asks, cfg.seed)
-    return combine.AnchoredOracle(oracle, cfg.anchor, cfg.canary) if cfg.anchor or cfg.canary else oracle
+    return combine.AnchoredOracle(oracle, cfg.anchor, cfg.canary) if gold else oracle
 
 
 def choose_judge(cfg):
@@ -134,20 +123,15 @@ def choose_judge(cfg):
 
     num_letters = len(LETTERS) - cfg.anchor - cfg.canary
     if cfg.group_size > num_letters and cfg.oracle_asks in ("lists", "scores"):
-        raise BadInput(
-            f"--group_size {cfg.group_size}: a judge has letters for {num_letters}; give at most that"
-        )
+        words = f"a judge has letters for {num_letters}; give at most that"
+        raise BadInput(f"--group_size {cfg.group_size}: {words}")
     cache = cfg.oracle_cache or os.path.join(cfg.out, "judge.sqlite")
     if cfg.oracle == "replay" and not is_cache(cache):
         return ReplayOracle(cache)
-    judge = LLMOracle(
-        url=cfg.oracle_url, model=cfg.oracle_model, key=os.environ.get("ORACLE_API_KEY", ""),
-        body=cfg.oracle_body, frames=cfg.oracle_frames, gold=cfg.oracle_gold,
-        scored=cfg.oracle_asks == "scores",
-        concurrency=cfg.oracle_concurrency, timeout=cfg.oracle_timeout, patience=cfg.oracle_patience,
-        max_calls=cfg.oracle_max_calls, max_tokens=cfg.oracle_max_tokens, cache=cache,
-        replay=cfg.oracle == "replay",
-    )  # fmt: skip
+    names = "url model body frames gold concurrency timeout patience max_calls max_tokens".split()
+    options = {name: getattr(cfg, f"oracle_{name}") for name in names}
+    options |= {"scored": cfg.oracle_asks == "scores", "replay": cfg.oracle == "replay", "cache": cache}
+    judge = LLMOracle(**options, key=os.environ.get("ORACLE_API_KEY", ""))
     judge.check()
     return judge
 
@@ -161,50 +145,24 @@ def made_from(cfg) -> dict[str, str]:
 
 
 def check_replayed(cfg, batches):
-    """Raises BadInput if a file that is replayed lacks a question of the run. cfg: train.Config with
-    num_steps; batches: data.Batches."""
-    if cfg.oracle == "replay":
-        from oracles.cache import check_replay
+    """Raises BadInput for the first question of the run of which a replayed JSONL has no group. cfg:
+    train.Config with num_steps; batches: data.Batches.
 
-        check_replay(cfg.oracle_cache, batches, cfg.num_steps)
+    Which answers will be given is known only in training, and an sqlite file holds no group whose answers are
+    all one; so neither is checked here.
+    """
+    if cfg.oracle != "replay":
+        return
+    from oracles.cache import ReplayOracle, is_cache
 
-
-# What helps where a judge's server refuses: pattern of its words, option, remedy. The first that fits counts
-REFUSALS = (
-    (r"insufficient_quota|HTTP 402", "url", "the account there has no credit left; name another server"),
-    (r"content.(filter|management)|inappropriate|flagged", "model", "the judge declines; name another"),
-    (r"(context|prompt)\b.*(length|size|window|long)", "model", "serve it with a longer context"),
-    (r"\brole|alternate", "model", "name a model whose chat template takes a system message"),
-    (r"model.*(not|n't) (be )?(exist|found|available|served|a valid)|model.*(does|did) not|"
-     r"(invalid|unknown|no such|not a valid) model", "model", "name a model that it serves"),
-    (r"moved to", "url", "write that address"),
-    (r"HTTPS port|WRONG_VERSION_NUMBER", "url", "write http:// or https://, as the server speaks it"),
-    (r"CERTIFICATE_VERIFY", "url", "let the environment variable SSL_CERT_FILE name its certificate"),
-    (r"HTTP 40[13]", "url", "set the environment variable ORACLE_API_KEY to a key that it accepts"),
-    (r"HTTP (304|407|451)", "url", "a proxy stands before the server; name another address or server"),
-    (r"HTTP 413", "frames", "show fewer pictures, or let the server take larger requests"),
-    (r"HTTP 40[45]|endpoint|not found", "url", "write the address with its path, mostly http://HOST:PORT/v1"),
-)  # fmt: skip
-# What helps where a ranking failed, by the beginning of its note, "cause: words"
-REMEDIES = {
-    "function": "mend the function",
-    "cut": "give the judge more room, as with --oracle_body '{\"max_tokens\": 4096}'",
-    "refused": "--oracle_body adds fields to the request, or takes them out (null)",
-    r"empty: no answer \((refusal|content_filter)": "the judge declines; name another",
-    r"empty: no answer \(tool_calls": "turn the server's tool calls off",
-    r"empty: no answer \(only": "turn the server's reasoning parser off, or raise max_tokens (--oracle_body)",
-    "empty|not_json|missing|duplicate|unknown": "take a larger judge, or force JSON:"
-    ' --oracle_body \'{"response_format": {"type": "json_object"}}\'',
-}
-
-
-def remedy_of(note: str, option: str = "oracle") -> str:
-    """The remedy for a failed ranking's note; else its judge's server is to be looked at. option: prefix of
-    the judge's options."""
-    refused = note.startswith("refused")
-    found = [words for pattern, _, words in REFUSALS if refused and re.search(pattern, note, re.IGNORECASE)]
-    found += [words for pattern, words in REMEDIES.items() if re.match(pattern, note)]
-    return [*found, "look at the judge's server"][0].replace("--oracle_", f"--{option}_")
+    if is_cache(cfg.oracle_cache):
+        return
+    known = {id for id, _ in ReplayOracle(cfg.oracle_cache).groups}
+    rows = {row for step in range(cfg.num_steps) for row in batches.rows(step).tolist()}
+    for id in (batches.asked.questions[row].id for row in sorted(rows)):
+        if id not in known:
+            words = f"lacks any group of question {id}; replay the run it is of"
+            raise BadInput(f"{cfg.oracle_cache}: {words}")
 
 
 class PatientOracle:
@@ -249,9 +207,8 @@ class PatientOracle:
         ranking, until, pause = self.oracle.rank(batch, texts), time.monotonic() + self.patience, 1.0
         while ranking.dead and not ranking.dead.startswith("budget") and time.monotonic() < until:
             left = until - time.monotonic()
-            tqdm.write(
-                f"the judge is silent ({ranking.dead}); waiting {left:.0f} s at most (--oracle_patience)"
-            )
+            line = f"the judge is silent ({ranking.dead}); waiting {left:.0f} s at most (--oracle_patience)"
+            tqdm.write(line)
             resume, pause = time.monotonic() + min(pause, left), min(2 * pause, 30.0)
             while time.monotonic() < resume and not self.interrupted():
                 time.sleep(0.1)
@@ -262,22 +219,20 @@ class PatientOracle:
         return replace(ranking, reads=self.reads)
 
     def _tell(self, ranking: Ranking, texts):
+        from oracles.remedies import remedy_of
+
         failures = [note for note in ranking.notes if note]
         for note in failures:
-            kind = note.partition(":")[0], remedy_of(note)
-            if kind not in self.told:
-                tqdm.write(f"a ranking failed ({one_line(note)}); {kind[1]}", file=sys.stderr)
-                self.told.add(kind)
+            cause, remedy = note.partition(":")[0], remedy_of(note)
+            if (cause, remedy) not in self.told:
+                tqdm.write(f"a ranking failed ({one_line(note)}); {remedy}", file=sys.stderr)
+                self.told.add((cause, remedy))
         if not self.first:
             return
         self.first = False
-        ordered = [
-            len({text.strip() for text in group}) > 1 for group in texts
-        ]  # there was something to order
-        good = (ranking.ok & torch.tensor(ordered)).sum()
-        num_failed, num_good, num_dead = reduce_sum(
-            (~ranking.ok).sum(), good, bool(ranking.dead), device=self.device
-        )
+        to_order = torch.tensor([len({text.strip() for text in group}) > 1 for group in texts])
+        counts = (~ranking.ok).sum(), (ranking.ok & to_order).sum(), bool(ranking.dead)
+        num_failed, num_good, num_dead = reduce_sum(*counts, device=self.device)
         if num_failed and not num_good and not num_dead:
             note = failures[0] if failures else "in another process"
             words = f"all {num_failed:.0f} groups of the first step failed, the first with {note}"

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import starmap
 
 import torch
 from torch import Tensor
@@ -46,11 +47,20 @@ class Groups:
 
 
 def feedback_numbers(groups: Groups, policy_ranks: Tensor, advantages: Tensor) -> dict:
-    """What the oracle said in a step, and how the policy's own order agrees with it, over all processes
+    """What the policy answered in a step, what the oracle said, how their orders agree, over all processes
     (docs/metrics.md). policy_ranks (P, G) int64, advantages (P, G) float32."""
-    sums = policy_sums(groups, policy_ranks) | feedback_sums(groups.texts, groups.ranking)
-    sums["squares"] = (advantages**2).sum()
-    n = dict(zip(sums, reduce_sum(*sums.values(), device=groups.rollout.ended.device), strict=True))
+    ranking, rollout = groups.ranking, groups.rollout
+    graded = zip(groups.questions, groups.texts, strict=True)
+    right = torch.tensor([[is_correct(text, question) for text in group] for question, group in graded])
+    sums = {
+        "right": right.sum(), "best_right": (right & (ranking.ranks == 0)).any(dim=1).sum(),
+        "policy_tokens": rollout.completion_mask.sum(), "ended": rollout.ended.sum(),
+        "squares": (advantages**2).sum(),
+    }  # fmt: skip
+    sums |= agreement("ndcg", ndcg_agreement, policy_ranks, ranking)
+    sums |= agreement("tau", kendall_tau, policy_ranks, ranking)
+    sums |= pair_sums(right[ranking.ok], ranking) | feedback_sums(groups.texts, ranking)
+    n = dict(zip(sums, reduce_sum(*sums.values(), device=rollout.ended.device), strict=True))
     return {
         "accuracy": n["right"] / n["texts"],
         "oracle_best_accuracy": n["best_right"] / n["groups"],
@@ -65,40 +75,29 @@ def feedback_numbers(groups: Groups, policy_ranks: Tensor, advantages: Tensor) -
     } | feedback_means(n)
 
 
-def policy_sums(groups: Groups, policy_ranks: Tensor) -> dict[str, float]:
-    """What the policy answered, and how its order agrees with the oracle's; sums add up over processes."""
-    ranking, rollout = groups.ranking, groups.rollout
-    graded = zip(groups.questions, groups.texts, strict=True)
-    right = torch.tensor([[is_correct(text, question) for text in group] for question, group in graded])
-    orders = list(zip(policy_ranks[ranking.ok].tolist(), ranking.ranks[ranking.ok].tolist(), strict=True))
-    ndcg = [x for x in (ndcg_agreement(policy, oracle) for policy, oracle in orders) if x is not None]
-    tau = [x for x in (kendall_tau(policy, oracle) for policy, oracle in orders) if x is not None]
-    return {
-        "right": right.sum(),
-        "best_right": (right & (ranking.ranks == 0)).any(dim=1).sum(),
-        "ndcg": sum(ndcg), "num_ndcg": len(ndcg),
-        "tau": sum(tau), "num_tau": len(tau),
-        "policy_tokens": rollout.completion_mask.sum(),
-        "ended": rollout.ended.sum(),
-    } | pair_sums(right[ranking.ok], ranking)  # fmt: skip
+def agreement(name: str, measure, ranks: Tensor, ranking: Ranking) -> dict[str, float]:
+    """Of `measure` of ranks (P, G) and the oracle's, over the ranked groups that have one: sum and count."""
+    rows = zip(ranks[ranking.ok].tolist(), ranking.ranks[ranking.ok].tolist(), strict=True)
+    values = [x for x in starmap(measure, rows) if x is not None]
+    return {name: sum(values), f"num_{name}": len(values)}
 
 
 def pair_sums(right: Tensor, ranking: Ranking) -> dict[str, float]:
     """How often feedback puts a right answer above a wrong one, a tie counting half: pairs and wins within a
-    group, by order and by score, and by score across groups, which only a calibrated score can do. right
-    (P, G) bool, of the groups that were ranked."""
-    level = {"order": -ranking.ranks[ranking.ok].double()}
-    if ranking.scores is not None:
-        level["score"] = ranking.scores[ranking.ok].double()
-    same = torch.eye(len(right), dtype=torch.bool).repeat_interleave(right.shape[1], 0)
-    same, flat, sums = same.repeat_interleave(right.shape[1], 1), right.flatten(), {}  # (P * G, P * G)
-    for name, x in level.items():
-        x, pairs = x.flatten(), flat[:, None] & ~flat
+    group, by order and score, and across groups by score. right (P, G) bool, of the groups that were ranked.
+    """
+    owner, flat, sums = torch.arange(len(right)).repeat_interleave(right.shape[1]), right.flatten(), {}
+    pairs, same = flat[:, None] & ~flat, owner[:, None] == owner  # (P * G, P * G)
+
+    def count(name, values, chosen):
+        x = values[ranking.ok].double().flatten()
         wins = (x[:, None] > x).double() + 0.5 * (x[:, None] == x)
-        where = {f"{name}_pairs": pairs & same}
-        where |= {"across_pairs": pairs & ~same} if name == "score" else {}
-        for key, chosen in where.items():
-            sums |= {key: chosen.sum(), key.replace("pairs", "wins"): wins[chosen].sum()}
+        sums.update({f"{name}_pairs": chosen.sum(), f"{name}_wins": wins[chosen].sum()})
+
+    count("order", -ranking.ranks, pairs & same)
+    if ranking.scores is not None:
+        count("score", ranking.scores, pairs & same)
+        count("across", ranking.scores, pairs & ~same)
     return sums
 
 
@@ -109,17 +108,14 @@ def feedback_sums(texts: list[list[str]], ranking: Ranking) -> dict[str, float]:
     failed = [note for note, ok in zip(ranking.notes, ranking.ok.tolist(), strict=True) if not ok]
     causes = Counter(note.partition(":")[0] for note in failed)
     longest_first = ranks_from_scores(torch.tensor([[len(text) for text in group] for group in texts]))
-    orders = zip(longest_first[ranking.ok].tolist(), ranking.ranks[ranking.ok].tolist(), strict=True)
-    tau = [x for x in (kendall_tau(length, oracle) for length, oracle in orders) if x is not None]
-    openings = Counter(" ".join(text.casefold().split()[:3]) for text in flat)
     sums = {
         "groups": len(texts), "texts": len(flat), "failed": len(failed),
         "asked": sum(len({text.strip() for text in group}) > 1 for group in texts),  # something to order
         "dead": (ranking.ok & ~ranking.live).sum(),
-        "length_tau": sum(tau), "num_length_tau": len(tau),
-        "repeated": max(openings.values()),
+        "repeated": max(Counter(" ".join(text.casefold().split()[:3]) for text in flat).values()),
         "refusals": sum(bool(REFUSAL.search(text)) for text in flat),
     }  # fmt: skip
+    sums |= agreement("length_tau", kendall_tau, longest_first, ranking)
     return sums | {f"failed_{cause}": causes[cause] for cause in CAUSES} | ranking.sums
 
 

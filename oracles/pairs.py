@@ -133,16 +133,10 @@ def pair_report(difference: Tensor, truth: list[int | None]) -> dict:
     return report
 
 
-@torch.no_grad()
-def score_pairs(ranker: Ranker, pairs: list[Pair], embeds: Tensor, video_of: dict[str, int]) -> Tensor:
-    """(n,): score of each pair's chosen answer less that of its rejected one."""
-    parts = []
-    for i in range(0, len(pairs), 256):
-        part = pairs[i : i + 256]
-        rows = [[(pair.question, pair.chosen), (pair.question, pair.rejected)] for pair in part]
-        scores = ranker(embeds[[video_of[pair.video] for pair in part]], rows)
-        parts.append(scores[:, 0] - scores[:, 1])
-    return torch.cat(parts).cpu()
+def score_pairs(ranker: Ranker, embeds: Tensor, pairs: list[list[Pair]]) -> Tensor:
+    """Of P videos, embeds (P, N_video, D), R pairs each -> scores (P, R, 2), the preferred answer's first."""
+    rows = [[(p.question, text) for p in own for text in (p.chosen, p.rejected)] for own in pairs]
+    return ranker(embeds, rows).unflatten(1, (-1, 2))
 
 
 def pairs_to_learn(cfg) -> list[Pair]:
@@ -183,8 +177,7 @@ def train_ranker(cfg) -> dict:
         chosen = torch.randperm(len(learned), generator=generator)[: cfg.ranker_batch]
         chosen = [learned[i] for i in chosen]
         picked = [(rng.sample if len(of_video[i]) >= R else rng.choices)(of_video[i], k=R) for i in chosen]
-        rows = [[(p.question, text) for p in some for text in (p.chosen, p.rejected)] for some in picked]
-        scores = scorer(embeds[chosen], rows).unflatten(1, (R, 2))
+        scores = score_pairs(scorer, embeds[chosen], picked)
         return bradley_terry(scores[..., 0], scores[..., 1]).mean(), {}
 
     parameters = [p.requires_grad_(True) for part in (model.decoder, scorer.head) for p in part.parameters()]
@@ -192,8 +185,13 @@ def train_ranker(cfg) -> dict:
     save_ranker(scorer, cfg.out)
     tested = [pair for pair in pairs if pair.video in held]
     scorer = load_ranker(os.path.join(cfg.out, "ranker"), device)
-    difference = score_pairs(scorer, tested, embeds, video_of)
-    report = pair_report(difference, [pair.truth for pair in tested])
+    scores = []
+    for i in range(0, len(tested), 256):
+        part = tested[i : i + 256]
+        of_part = embeds[[video_of[pair.video] for pair in part]]
+        scores.append(score_pairs(scorer, of_part, [[pair] for pair in part]).flatten(1).cpu())
+    chosen, rejected = torch.cat(scores).unbind(dim=1)
+    report = pair_report(chosen - rejected, [pair.truth for pair in tested])
     report |= {"trained_on": len(pairs) - len(tested), "error_rate": None if cfg.pairs else cfg.error_rate}
     report |= {"seconds": round(time.time() - began, 1), "command": " ".join(["python", *sys.argv])}
     write_json(os.path.join(cfg.out, "ranker", "made.json"), report)

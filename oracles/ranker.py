@@ -19,7 +19,7 @@ from checkpoints.policies import load_model
 from checkpoints.supervised import states_behind
 from data import BOS_ID, EOS_ID, Tokenizer, collate_completions, embed_videos
 from model import VideoLM
-from oracle import Ranking, check_groups, competition_ranks
+from oracle import Ranking, checked_groups, competition_ranks
 from plumbing.options import BadInput, read_tensors, write_whole
 from videoqa.answers import Question, prompt_text
 
@@ -91,11 +91,10 @@ class TrainedOracle:
     @torch.no_grad()
     def rank(self, batch: list[Question], texts: list[list[str]]) -> Ranking:
         """P lists of G texts -> ranks and scores (P, G). Never fails. Identical texts tie."""
-        check_groups(batch, texts)
+        groups = checked_groups(batch, texts)
         new = sorted({question.shown for question in batch} - self.embeds.keys())
         if new:
             self.embeds |= dict(zip(new, embed_videos(self.ranker.model, new)[0], strict=True))
-        groups = [[text.strip() for text in group] for group in texts]
         pairs = zip(batch, groups, strict=True)
         rows = [[(prompt_text(question), text) for text in group] for question, group in pairs]
         found = self.ranker(torch.stack([self.embeds[question.shown] for question in batch]), rows)

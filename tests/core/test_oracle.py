@@ -168,7 +168,9 @@ def test_restoring_the_generator_restores_the_noise():
     ("num_questions", "sizes"), [(0, []), (0, [2]), (2, []), (2, [2]), (1, [1]), (2, [2, 3])]
 )
 def test_groups_that_are_too_small_or_uneven_are_refused(num_questions, sizes):
-    for oracle in (RuleOracle(), noisy(RuleOracle()), PermutedOracle(RuleOracle(), 2, "off", 0)):
+    oracles = [RuleOracle(), noisy(RuleOracle()), PermutedOracle(RuleOracle(), 2, "off", 0)]
+    oracles += [AnchoredOracle(RuleOracle(), True, True), combine.DuelOracle(RuleOracle(), "pairs", 0)]
+    for oracle in oracles:
         with pytest.raises(ValueError, match="G >= 2") as error:
             oracle.rank([COLOR] * num_questions, [["red"] * size for size in sizes])
         assert "\n" not in str(error.value)
@@ -415,6 +417,13 @@ def test_tripwires_see_length_openings_and_refusals():
     assert numbers["length_tau"] == -1.0 and numbers["failed_by_cause"] == {"cut": 1}
 
 
+def test_counts_of_joined_batches_add_up_in_the_order_in_which_they_came():
+    """The order of a step's metrics is that of these names; a set's differs from one start to the next."""
+    names = [f"reward_{x}" for x in "discrete continuous format".split()]
+    parts = [Ranking(torch.tensor([[0, 1]]), sums=dict.fromkeys(names, i)) for i in (1, 2)]
+    assert list(Ranking.joined(parts).sums.items()) == [(name, 3) for name in names]
+
+
 # ---- duels of two
 
 
@@ -486,6 +495,23 @@ def test_scores_of_several_permutations_are_averaged():
 
     ranking = PermutedOracle(Scoring(), 3, "off", 0).rank([COLOR], [["a", "bb", "ccc"]])
     assert ranking.scores.tolist() == [[2.0, 3.0, 4.0]]  # each stands in each place once: 1 is added to all
+
+
+def test_a_text_that_fills_a_group_up_counts_once_in_each_ranking():
+    """Of "a", "a", "bb" two texts are shown, the last of them twice; a judge ties the two and likes a first
+    place by one point more: each text has its length and the mean of 1 and 0."""
+
+    class Judge:
+        def rank(self, batch, texts):
+            shown = [list(dict.fromkeys(group)) for group in texts]
+            scores = [
+                [float(len(text) + (text == one[0])) for text in g]
+                for g, one in zip(texts, shown, strict=True)
+            ]
+            return Ranking(torch.zeros(len(texts), 3, dtype=torch.int64), scores=torch.tensor(scores))
+
+    ranking = PermutedOracle(Judge(), 2, "off", 0).rank([COLOR], [["a", "a", "bb"]])
+    assert ranking.scores.tolist() == [[1.5, 1.5, 2.5]]
 
 
 def test_pairs_within_and_across_groups_are_counted_by_hand():

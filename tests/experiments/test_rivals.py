@@ -76,6 +76,23 @@ def test_the_study_finds_each_rate_trains_with_it_and_writes_table_and_curves(
     )
 
 
+def test_a_curve_ends_with_the_first_of_its_runs_and_says_so_where_another_went_on(tmp_path):
+    ends = {"a": (3, 3), "b": (3, 2)}  # the second run of b was stopped early
+    for name, seed in ((name, seed) for name in ends for seed in (0, 1)):
+        run = tmp_path / study.study_run("", name, seed)
+        run.mkdir()
+        rows = [{"step": i, "sampled": {"accuracy": 0.25 + 0.5 * seed}} for i in range(ends[name][seed] + 1)]
+        lines(run / "evaluations.jsonl", rows)
+    drawing = rivals.curves(ends, str(tmp_path), 2)
+    texts = [node.text for node in ElementTree.fromstring(drawing).iter() if node.tag.endswith("text")]
+    assert {"a", "b, to step 2"} <= set(texts)
+    whole = page.figure(
+        "sampled accuracy by step, mean and range of 2 seeds",
+        [(name, [(i, 0.5, 0.25, 0.75) for i in range(n)]) for name, n in (("a", 4), ("b, to step 2", 3))],
+    )
+    assert drawing == whole
+
+
 class Known:
     """An oracle whose scores are known: the length of the text."""
 

@@ -25,15 +25,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if reply == "LENGTH":
                 choice["finish_reason"] = "length"
             content = json.dumps({"choices": [choice], "usage": {"total_tokens": 10}})
+        content = content if isinstance(content, bytes) else content.encode()
         for early in self.server.early:
             self.send_response_only(early)
             self.end_headers()
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content.encode()) + cut))
+        self.send_header("Content-Length", str(len(content) + cut))
         self.end_headers()
-        self.wfile.write(content.encode())
+        self.wfile.write(content)
         with self.server.lock:
             self.server.held += time.perf_counter() - began
 

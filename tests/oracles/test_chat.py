@@ -12,8 +12,8 @@ from test_judge import make, patient, perfect, question
 
 from oracles import chat, judge
 from oracles.chat import Chat, Failed, read_completion
-from oracles.choose import remedy_of
 from oracles.judge import LLMOracle
+from oracles.remedies import remedy_of
 from plumbing.options import BadInput
 
 GROUP = ["1 a", "2 b"]
@@ -202,6 +202,24 @@ def test_a_packed_reply_is_read_and_what_swells_is_bounded(monkeypatch, pack):
     assert len(chat._text_of(pack(b"x" * 10**6))) == 10_000
 
 
+@pytest.mark.parametrize(
+    ("packed", "data"), [("br", b"\x0b\x00\x80a\x03"), ("zstd", b"\x28\xb5\x2f\xfd\x04\x00\x09\x00\x00a")]
+)
+def test_a_reply_packed_in_a_way_that_is_not_read_is_one_line_with_the_remedy(serve, packed, data):
+    server = serve(lambda request: (200, {"Content-Encoding": packed}, data, 0))
+    with pytest.raises(BadInput, match=f"--oracle_url .*is packed as {packed}, .*; turn off its compression"):
+        make(server).check()
+    note = make(server).rank([question(0)], [GROUP]).notes[0]
+    assert note.startswith("refused: ") and "compression" in remedy_of(note) and len(server.requests) == 2
+    server.brain = lambda request: (503, {"Content-Encoding": packed}, data, 0)
+    with pytest.raises(Failed, match=f"HTTP 503: the reply is packed as {packed}") as failed:
+        client(server.url).ask({}, tries=1)
+    assert failed.value.cause == "server"
+    answer = json.dumps(completion({"content": "G > H"}))  # and one that only says so is read
+    server.brain = lambda request: (200, {"Content-Encoding": packed}, answer, 0)
+    assert client(server.url).ask({}, tries=1) == ("G > H", "stop")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-le"])
 def test_a_reply_is_read_in_every_encoding_of_unicode(encoding):
     assert chat._text_of('{"a": "é"}'.encode(encoding)) == '{"a": "é"}'
@@ -271,7 +289,11 @@ def test_a_server_that_is_still_loading_is_waited_for(serve, monkeypatch, capsys
     drops = [1, 1]
     server.brain = lambda body: ("drop", {}, "", 0) if drops and drops.pop() else perfect(body)
     make(server).check()  # a connection cut without a word is tried again
-    assert not drops
+    assert not drops and "is not ready" not in capsys.readouterr().out
+    starting = [(503, {}, "Loading model", 0), ("drop", {}, "", 0)]  # the last comes first
+    server.brain = lambda body: starting.pop() if starting else perfect(body)
+    make(server).check()
+    assert "is not ready (HTTP 503: Loading model)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -31,17 +31,11 @@ import eval as eval_room
 import train
 from oracle import Ranking, competition_ranks
 from oracles import chat, judge, verdicts
-from oracles.cache import Cache, ReplayOracle, check_replay
-from oracles.choose import PatientOracle
+from oracles.cache import Cache, ReplayOracle
+from oracles.choose import PatientOracle, check_replayed
 from oracles.combine import DuelOracle, PermutedOracle, shown_orders
-from oracles.judge import (
-    LETTERS,
-    LLMOracle,
-    build_messages,
-    fence,
-    read_ranking,
-    read_verdict,
-)
+from oracles.judge import LETTERS, LLMOracle, build_messages, fence, read_ranking
+from oracles.verdicts import ask_verdicts, read_verdict
 from plumbing.options import BadInput, EndedEarly
 from plumbing.run_folder import stored_options
 from videoqa import world
@@ -478,11 +472,13 @@ def test_a_file_that_can_answer_nothing_is_refused_before_the_first_step(serve, 
     batches = SimpleNamespace(rows=lambda step: torch.tensor([step]), asked=SimpleNamespace())
     batches.asked.questions = [question(0), question(1)]
     (tmp_path / "e.jsonl").touch()
-    with pytest.raises(BadInput, match=r"e\.jsonl: lacks any group of question 0; replay the run it is of"):
-        check_replay(str(tmp_path / "e.jsonl"), batches, 2)
     path = str(tmp_path / "c.sqlite")
+    cfg = SimpleNamespace(oracle="replay", oracle_cache=str(tmp_path / "e.jsonl"), num_steps=2)
+    with pytest.raises(BadInput, match=r"e\.jsonl: lacks any group of question 0; replay the run it is of"):
+        check_replayed(cfg, batches)
     make(serve(perfect), cache=path).rank([question(0)], [["1 a", "2 b"]])
-    check_replay(path, batches, 2)
+    cfg.oracle_cache = path
+    check_replayed(cfg, batches)
     with pytest.raises(BadInput, match=r"c\.sqlite: holds rankings of 1 judges, .*--oracle_model"):
         LLMOracle(model="another", cache=path, replay=True)
 
@@ -970,7 +966,7 @@ def test_open_answers_are_matched_first_then_judged_and_the_judge_stands_beside_
     odd = {"accuracy": pytest.approx(200 / 3), "n": 3, "mean_score": pytest.approx(8 / 3)}
     assert found["by_task_type"]["odd"] == odd
     assert (found["matched"], found["asked"], found["failures"]) == (1, 5, {"unknown": 1})
-    assert found["judge"] == '["m", {"top_p": 1}]' and found["prompt_sha256"] == judge.VERDICT_SHA256
+    assert found["judge"] == '["m", {"top_p": 1}]' and found["prompt_sha256"] == verdicts.VERDICT_SHA256
     assert found["cache"] == str(tmp_path / "p.jsonl.judge.sqlite")
     asked = [shown_to_judge(body) for body in server.requests if shown_to_judge(body)]
     assert {tuple(row[:2]) for row in asked} == {("Who barks?", "puppy")}
@@ -1035,11 +1031,11 @@ def test_verdicts_that_cannot_be_kept_end_the_asking_at_once_and_the_judge_can_b
     with monkeypatch.context() as patch:
         patch.setattr(Cache, "put", fail)
         with pytest.raises(type(error), match=str(error)):
-            oracle.verdicts([(question(i), f"{i} b") for i in range(99)])
+            ask_verdicts(oracle, [(question(i), f"{i} b") for i in range(99)])
     asked = len(server.requests)
     time.sleep(0.2)
     assert len(server.requests) <= asked + 1 < 99
-    assert oracle.verdicts([(question(0), "0 b")]) == [{"correct": True, "score": 5}]
+    assert ask_verdicts(oracle, [(question(0), "0 b")]) == [{"correct": True, "score": 5}]
 
 
 def test_verdicts_that_failed_are_counted_as_wrong_and_where_all_did_nothing_is_published(
