@@ -115,7 +115,10 @@ def check_record(record, where: str, wants: str) -> None:
 
 
 def is_kind(value, kind) -> bool:
-    """Whether a JSON value is of this type, as int | float or list[str]. true and false are no numbers."""
+    """Whether a JSON value is of this type: int | float, list[str], or {"step": int}, an object with such
+    a field. true and false are no numbers."""
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(is_kind(value.get(name), of) for name, of in kind.items())
     if get_origin(kind) is list:
         return isinstance(value, list) and all(is_kind(x, get_args(kind)[0]) for x in value)
     return isinstance(value, kind) and (kind is bool or type(value) is not bool)

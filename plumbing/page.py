@@ -60,15 +60,16 @@ class Html(str):
 
 def table(heads: list[str], rows: list[list], right=()) -> Html:
     """right: numbers of the columns that hold numbers."""
-    kinds = [' class="n"' if i in right else "" for i in range(len(heads))]
 
     def line(tag, cells):
-        escaped = [cell if isinstance(cell, Html) else text(cell) for cell in cells]
-        pairs = zip(kinds, escaped, strict=True)
-        return f"<tr>{''.join(f'<{tag}{kind}>{cell}</{tag}>' for kind, cell in pairs)}</tr>"
+        inside = ""
+        for i, cell in enumerate(cells):
+            kind = ' class="n"' if i in right else ""
+            inside += f"<{tag}{kind}>{cell if isinstance(cell, Html) else text(cell)}</{tag}>"
+        return f"<tr>{inside}</tr>"
 
-    lines = [line("th", heads), *(line("td", row) for row in rows)]
-    return Html(f'<div class="scroll"><table>{"".join(lines)}</table></div>')
+    lines = line("th", heads) + "".join(line("td", row) for row in rows)
+    return Html(f'<div class="scroll"><table>{lines}</table></div>')
 
 
 def card(title: str, *parts: str) -> str:
@@ -78,8 +79,8 @@ def card(title: str, *parts: str) -> str:
 
 def section(title: str, words: str, cards: list[str]) -> str:
     """A heading, a sentence and cards beside each other; "" without any card."""
-    cards, said = [part for part in cards if part], note(words) if words else ""
-    return f'<h2>{text(title)}</h2>{said}<div class="grid">{"".join(cards)}</div>' if cards else ""
+    inside, sentence = "".join(cards), note(words) if words else ""
+    return f'<h2>{text(title)}</h2>{sentence}<div class="grid">{inside}</div>' if inside else ""
 
 
 def note(words, kind="dim") -> Html:
@@ -89,15 +90,6 @@ def note(words, kind="dim") -> Html:
 def picture(content: bytes, words: str) -> Html:
     code = base64.b64encode(content).decode()
     return Html(f'<img class="strip" alt="{text(words)}" src="data:image/jpeg;base64,{code}">')
-
-
-def keys(names: list[str]) -> str:
-    """The legend of a chart."""
-    pairs = zip(names, cycle(COLORS), strict=False)
-    spans = [
-        f'<span class="key"><i style="background:{color}"></i>{text(name)}</span>' for name, color in pairs
-    ]
-    return f'<p class="dim">{" ".join(spans)}</p>'
 
 
 def advantage_bar(value: float, largest: float) -> Html:
@@ -126,45 +118,40 @@ def share_bars(bars: list[tuple[str, float, tuple | None, str]]) -> Html:
     return Html(f'<svg viewBox="0 0 318 {height}" role="img">{"".join(rows)}</svg>')
 
 
-def thinned(points: list[tuple], most=240) -> list[tuple]:
-    """At most that many points, each the mean of its neighbours."""
-    size = -(-len(points) // most)
-    parts = [points[i : i + size] for i in range(0, len(points), size)] if points else []
-    return [tuple(sum(column) / len(part) for column in zip(*part, strict=True)) for part in parts]
-
-
-def chart(title: str, series: list[tuple[str, list[tuple]]], dots=(), percent=False) -> str:
-    """Curves over the steps, with their legend. series: (name, points (step, value)), one colour each; dots:
-    the same for points with an interval, (step, value, low, high). A curve without points is left out; "" if
-    all are."""
-    series = [(name, thinned(points)) for name, points in series if points]
-    dots = [(name, points) for name, points in dots if points]
-    if not series and not dots:
+def chart(title: str, curves: list[tuple[str, list[tuple]]], percent=False) -> str:
+    """A card with curves over the steps and their legend; "" if no curve has points. curves: (name, points),
+    one colour each. A point is (step, value), or (step, value, low, high) for one with an interval."""
+    curves = [(name, points) for name, points in curves if points]
+    if not curves:
         return ""
-    picture = f'<svg viewBox="0 0 312 150" role="img">{drawn(series, dots, percent)}</svg>'
-    return card(title, picture, keys([name for name, _ in (*series, *dots)]))
+    picture = f'<svg viewBox="0 0 312 150" role="img">{drawn(curves, percent)}</svg>'
+    legend = [
+        f'<span class="key"><i style="background:{color}"></i>{text(name)}</span>'
+        for (name, _), color in zip(curves, cycle(COLORS), strict=False)
+    ]
+    return card(title, picture, f'<p class="dim">{" ".join(legend)}</p>')
 
 
-def figure(words: str, dots: list[tuple[str, list[tuple]]]) -> str:
-    """Curves of shares with intervals as an SVG file of its own, that reads on light and dark pages."""
-    in_row = 2 if max(len(name) for name, _ in dots) < 18 else 1
-    legend, height = "", 158 + 14 * -(-len(dots) // in_row)
-    for i, (name, _) in enumerate(dots):
+def figure(words: str, curves: list[tuple[str, list[tuple]]]) -> str:
+    """Curves of shares as an SVG file of its own, that reads on light and dark pages."""
+    in_row = 2 if max(len(name) for name, _ in curves) < 18 else 1
+    legend, height = "", 158 + 14 * -(-len(curves) // in_row)
+    for i, (name, _) in enumerate(curves):
         x, y = 44 + 132 * (i % in_row), 156 + 14 * (i // in_row)
         legend += f'<rect x="{x}" y="{y}" width="10" height="10" rx="2" fill="{COLORS[i % len(COLORS)]}"/>'
         legend += f'<text x="{x + 14}" y="{y + 9}">{text(name)}</text>'
     size = f'width="624" height="{2 * height}" viewBox="0 0 312 {height}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
-        f"<title>{text(words)}</title><style>{THEME}</style>{drawn([], dots, True)}{legend}</svg>\n"
+        f"<title>{text(words)}</title><style>{THEME}</style>{drawn(curves, True)}{legend}</svg>\n"
     )
 
 
-def drawn(series: list[tuple[str, list[tuple]]], dots: list[tuple[str, list[tuple]]], percent: bool) -> str:
-    """The inside of a chart: axes, and the curves of at least one of both."""
-    values = [p for _, points in (*series, *dots) for p in points]
-    last = max(max(p[0] for p in values), 1)
-    heights = [x for p in values for x in p[1:]]
+def drawn(curves: list[tuple[str, list[tuple]]], percent: bool) -> str:
+    """The inside of a chart: axes, curves, and a dot with a whisker for each point that has an interval."""
+    values = [point for _, points in curves for point in points]
+    last = max(max(point[0] for point in values), 1)
+    heights = [x for point in values for x in point[1:]]
     low, high = (0.0, 1.0) if percent else (min(0.0, *heights), max(heights))
     high = high if high > low else low + 1
 
@@ -178,16 +165,14 @@ def drawn(series: list[tuple[str, list[tuple]]], dots: list[tuple[str, list[tupl
         marks.append(f'<path d="M{place(0, value)}H306" stroke="var(--line)"/>')
         marks.append(f'<text x="40" y="{float(y) + 4:.1f}" text-anchor="end">{label}</text>')
     marks += [f'<text x="44" y="144">0</text><text x="306" y="144" text-anchor="end">step {last:g}</text>']
-    stroke = 'fill="none" stroke-width="1.6" stroke='
-    color_of = cycle(COLORS)
-    for (_, points), color in zip(series, color_of, strict=False):
-        line = "L".join(place(*point) for point in points)
-        marks.append(f'<path class="curve" d="M{line}" {stroke}"{color}"/>')
-    for (_, points), color in zip(dots, color_of, strict=False):
-        line = "L".join(place(*point[:2]) for point in points)
-        marks.append(f'<path class="curve" d="M{line}" {stroke}"{color}"/>')
-        for step, value, least, most in points:
-            x, y = place(step, value).split()
-            marks.append(f'<path d="M{place(step, least)}L{place(step, most)}" {stroke}"{color}"/>')
-            marks.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
+    for (_, points), color in zip(curves, cycle(COLORS), strict=False):
+        stroke = f'fill="none" stroke-width="1.6" stroke="{color}"'
+        line = "L".join(place(step, value) for step, value, *_ in points)
+        marks.append(f'<path class="curve" d="M{line}" {stroke}/>')
+        for step, value, *interval in points:
+            if interval:
+                x, y = place(step, value).split()
+                whisker = "L".join(place(step, bound) for bound in interval)
+                marks.append(f'<path d="M{whisker}" {stroke}/>')
+                marks.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{color}"/>')
     return "".join(marks)

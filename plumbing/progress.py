@@ -12,36 +12,31 @@ from plumbing.machine import fitted
 from plumbing.options import BadInput, cell, is_kind, read_json, write_json
 
 
-class Bar:
+class Bar(tqdm):
     """The progress line of a run: step, accuracy, kl, dead and failed groups, time. It fits 80 columns."""
 
     def __init__(self, total: int, first: int, shown: bool):
         layout = "step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}] {bar}"
-        self.total, self.numbers = total, ""
-        self.bar = tqdm(
-            total=total, initial=first, disable=not shown, file=sys.stdout, bar_format=layout,
-            dynamic_ncols=True,
-        )  # fmt: skip
+        where = dict(disable=not shown, file=sys.stdout, dynamic_ncols=True)
+        super().__init__(total=total, initial=first, bar_format=layout, **where)
+        self.numbers = ""
 
     def show(self, numbers: dict):
         parts = [f"acc {100 * numbers['accuracy']:.1f}%"]
         parts += [f"kl {numbers['kl']:.3f}"] if numbers.get("kl") is not None else []
         parts += [f"dead {numbers['dead_groups']}", f"failed {numbers['failed_groups']}"]
         self.numbers = " ".join(parts)
-        self.bar.set_postfix_str(self.numbers, refresh=False)
-        self.bar.update(1)
+        self.set_postfix_str(self.numbers, refresh=False)
+        self.update(1)
 
     def doing(self, part: str):
         """Names the part of a step that is under way, in a terminal."""
         if sys.stdout.isatty():
-            self.bar.set_postfix_str(f"{self.numbers} {part}".strip())
+            self.set_postfix_str(f"{self.numbers} {part}".strip())
 
     def say(self, line: str):
         """A line of its own, on stderr."""
-        tqdm.write(fitted(line), file=sys.stderr)
-
-    def close(self):
-        self.bar.close()
+        self.write(fitted(line), file=sys.stderr)
 
 
 def evaluation_line(step: int, now: dict, first: dict) -> str:
@@ -111,16 +106,17 @@ def options_that_differ(configs: list[dict]) -> dict[str, list]:
 
 def compare(folders: list[str]) -> str:
     """Runs side by side, a row a run: seed, accuracies before and after, gains with their intervals."""
-    lines = [
-        "| run | seed | greedy before | after | gain | sampled before | after | gain | worst category | s |"
-    ]
-    lines.append("|---" * 10 + "|")
-    for folder in folders:
-        lines.append(read_results(folder)[1])
-    return "\n".join(lines)
+    heads = ["run", "seed", "greedy before", "after", "gain", "sampled before", "after", "gain"]
+    return markdown([*heads, "worst category", "s"], [read_results(folder)[1] for folder in folders])
 
 
-def read_results(folder: str, wants="name run folders whose training has ended") -> tuple[dict, str]:
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    first, *others = (f"| {' | '.join(cells)} |" for cells in [heads, *rows])
+    return "\n".join([first, "|---" * len(heads) + "|", *others])
+
+
+def read_results(folder: str, wants="name run folders whose training has ended") -> tuple[dict, list[str]]:
     """(results.json of a run that has ended, its row of `compare`). BadInput: it is missing or damaged."""
     path = os.path.join(folder, "results.json")
     results = read_json(path, wants)
@@ -134,7 +130,7 @@ def read_results(folder: str, wants="name run folders whose training has ended")
     return results, row
 
 
-def results_row(name: str, r: dict) -> str:
+def results_row(name: str, r: dict) -> list[str]:
     """A run's row of `compare`, from its results.json."""
     cells = [cell(name), cell(r["seed"])]
     for mode in ("greedy", "sampled"):
@@ -143,7 +139,7 @@ def results_row(name: str, r: dict) -> str:
         cells.append(f"{100 * r['gain'][mode]['accuracy']:+.1f} [{low}, {high}]")
     old, new = (r[when]["greedy"]["by_category"] for when in ("before", "after"))
     change, worst = min((new[k]["accuracy"] - old[k]["accuracy"], k) for k in old)
-    return "| " + " | ".join([*cells, f"{cell(worst)} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]) + " |"
+    return [*cells, f"{cell(worst)} {100 * change:+.1f}", f"{r['wall_s']:.0f}"]
 
 
 def differences(folders: list[str]) -> str:
@@ -178,6 +174,12 @@ def oracle_summary(rows: list[dict]) -> dict:
     return found
 
 
+def in_points(gain: dict) -> str:
+    """A gain in accuracy in words."""
+    low, high = (100 * x for x in gain["ci95"])
+    return f"{100 * gain['accuracy']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
+
+
 def finish(run, device: str, after: dict, gain: dict, table: str) -> None:
     """Writes results.json and report.html of a run that has ended; prints its tables and gains."""
     from plumbing import report
@@ -193,9 +195,8 @@ def finish(run, device: str, after: dict, gain: dict, table: str) -> None:
     write_json(os.path.join(run.out, "results.json"), results)
     print()
     show_table(table)
-    for name, g in gain.items():
-        low, high = (100 * x for x in g["ci95"])
-        print(f"{name}: {100 * g['accuracy']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}")
+    for name, of_mode in gain.items():
+        print(f"{name}: {in_points(of_mode)}")
     if kept:
         print(f"the adapter of step {kept['step']} is the best that was evaluated")
     oracle = results["oracle"]

@@ -23,7 +23,7 @@ from plumbing.options import (
     run_script,
     write_whole,
 )
-from plumbing.progress import COUNTED, options_that_differ, oracle_summary, read_results
+from plumbing.progress import COUNTED, in_points, options_that_differ, oracle_summary, read_results
 
 RUN = "name a folder that train.py made"
 CARDS = 12  # prompts that are shown with their candidates, and changed answers of a kind
@@ -47,11 +47,13 @@ CHARTS = (  # title, names in metrics.jsonl, whether they are shares in 0..1
 
 KINDS = {  # the fields that each row of a file has beside its step
     "metrics": dict.fromkeys(COUNTED, int),
-    "rollouts": {"id": str, "question": str, "answer": str, "candidates": list[str]}
-    | {"oracle_ranks": list[int], "policy_ranks": list[int], "advantages": list[int | float]},
+    "rollouts": {
+        "id": str, "question": str, "answer": str, "candidates": list[str],
+        "oracle_ranks": list[int], "policy_ranks": list[int], "advantages": list[int | float],
+    },
     "evaluations": {"greedy": dict},
     "answers": dict.fromkeys("id video category question gold greedy".split(), str) | {"right": bool},
-}
+}  # fmt: skip
 
 
 @dataclass
@@ -77,17 +79,15 @@ def sound_rows(path: str, kinds: dict) -> tuple[list[dict], int]:
     """(rows of a JSONL file that have fields of these types and a step, number of the others). A last line
     without its end is being written, and is no row yet."""
     rows, broken, kinds = [], 0, {"step": int} | kinds
-    if not os.path.exists(path):
-        return rows, broken
-    for line in read_bytes(path, RUN).splitlines(keepends=True):
+    content = read_bytes(path, RUN) if os.path.exists(path) else b""
+    for line in content.splitlines(keepends=True):
         try:
             row = parse_json(line, path, RUN)
-            sound = isinstance(row, dict) and all(is_kind(row.get(k), kind) for k, kind in kinds.items())
-            lengths = {len(row[k]) for k in kinds if sound and isinstance(row[k], list)}
-            sound = sound and len(lengths) < 2  # a candidate is a column of all its row's lists
         except BadInput:
-            sound = False
-        if sound:
+            row = None
+        sound = is_kind(row, kinds)
+        lengths = {len(row[name]) for name in kinds if isinstance(row[name], list)} if sound else ()
+        if sound and len(lengths) < 2:  # a candidate is a column of all its row's lists
             rows.append(row)
         elif line.endswith(b"\n"):
             broken += 1
@@ -124,15 +124,17 @@ def before_and_after(run: Run) -> tuple[dict, dict]:
     """The answers of the first and of the last evaluation, as {id: row}; those asked in both."""
     rows, kept = sorted(run.answers, key=lambda row: row["step"]), run.results.get("kept")
     before = {row["id"]: row for row in rows if row["step"] == 0}
-    last = (
-        [row for row in rows if row["step"] == kept["step"]] if kept else [r for r in rows if r["step"] > 0]
-    )
-    after = {row["id"]: row for row in last if row["id"] in before}
+    later = [row for row in rows if (row["step"] == kept["step"] if kept else row["step"] > 0)]
+    after = {row["id"]: row for row in later if row["id"] in before}
     return ({name: before[name] for name in after} or before), after
 
 
-def points(rows: list[dict], name: str) -> list[tuple]:
-    return [(row["step"], row[name]) for row in rows if is_kind(row.get(name), int | float)]
+def points(rows: list[dict], name: str, most: int = 240) -> list[tuple]:
+    """(step, value) of a number in metrics.jsonl. Of more than `most`, means of neighbours."""
+    found = [(row["step"], row[name]) for row in rows if is_kind(row.get(name), int | float)]
+    size = -(-len(found) // most)
+    parts = [found[i : i + size] for i in range(0, len(found), size or 1)]
+    return [tuple(sum(column) / len(part) for column in zip(*part, strict=True)) for part in parts]
 
 
 # ---- parts of the page
@@ -144,9 +146,8 @@ def headline(run: Run) -> str:
     lines = [f"<h2>{page.text(run.name)}</h2>"]
     for mode, gain in run.results.get("gain", {}).items():
         old, new = (100 * run.results[when][mode]["accuracy"] for when in ("before", "after"))
-        low, high = (100 * x for x in gain["ci95"])
-        change = f"{100 * gain['accuracy']:+.1f} points, 95 % interval {low:+.1f} to {high:+.1f}"
-        lines.append(page.note(f"{mode} answers: {old:.1f} % right before, {new:.1f} % after: {change}", ""))
+        words = f"{old:.1f} % right before, {new:.1f} % after: {in_points(gain)}"
+        lines.append(page.note(f"{mode} answers: {words}", ""))
     verdicts = [run.results.get(when, {}).get("greedy", {}).get("judged") for when in ("before", "after")]
     if all(verdicts):
         old, new = (verdict["accuracy"] for verdict in verdicts)
@@ -170,28 +171,33 @@ def accuracy_bars(run: Run) -> str:
     before, after = before_and_after(run)
     cards = []
     for category in ("all", *sorted({row["category"] for row in before.values()})):
-        bars, count = [], 0
-        for label, color, rows in (("before", "var(--was)", before), ("after", "var(--now)", after)):
-            chosen = [row for row in rows.values() if category in ("all", row["category"])]
-            bars += [(label, *share(chosen), color)] if chosen else []
-            count = max(count, len(chosen))
-        note = page.note(f"{count} questions")
-        cards += [page.card(category or "(none)", page.share_bars(bars), note)] if bars else []
+        bars, count = bars_of(before, after, category)
+        cards += [page.card(category or "(none)", bars, page.note(f"{count} questions"))] if count else []
     words = "Greedy answers to held-out questions. Whiskers: 95 % intervals, a video's questions together."
     return page.section("Before and after", words, cards)
+
+
+def bars_of(before: dict, after: dict, category: str = "all") -> tuple[str, int]:
+    """(bars of greedy accuracy before and after, number of questions) of a category."""
+    bars, count = [], 0
+    for label, color, rows in (("before", "var(--was)", before), ("after", "var(--now)", after)):
+        chosen = [row for row in rows.values() if category in ("all", row["category"])]
+        bars += [(label, *share(chosen), color)] if chosen else []
+        count = max(count, len(chosen))
+    return page.share_bars(bars), count
 
 
 def curves(runs: list[Run]) -> str:
     """Of one run a chart has a colour for each metric; of several, one for each run and its first metric."""
     held = [(run.name if len(runs) > 1 else "held-out, greedy", evaluation_points(run)) for run in runs]
-    cards = [page.chart("Held-out accuracy", [], held, percent=True)]
+    cards = [page.chart("Held-out accuracy", held, percent=True)]
     for title, names, percent in CHARTS:
         if len(runs) == 1:
             series = [(name, points(runs[0].metrics, name)) for name in names]
         else:
             series = [(run.name, points(run.metrics, names[0])) for run in runs]
             title = f"{title} ({names[0]})" if len(names) > 1 else title
-        cards.append(page.chart(title, series, percent=percent))
+        cards.append(page.chart(title, series, percent))
     return page.section("Learning curves", "", cards)
 
 
@@ -270,10 +276,8 @@ def comparison(runs: list[Run]) -> str:
     """Several runs: accuracies beside each other, and the options that differ."""
     cards = []
     for run in runs:
-        before, after = before_and_after(run)
-        rows = [("before", "var(--was)", before), ("after", "var(--now)", after)]
-        bars = [(label, *share(list(of.values())), color) for label, color, of in rows if of]
-        cards += [page.card(run.name, page.share_bars(bars))] if bars else []
+        bars, count = bars_of(*before_and_after(run))
+        cards += [page.card(run.name, bars)] if count else []
     differing = options_that_differ([run.config for run in runs])
     heads, rows = ["option", *(run.name for run in runs)], [[name, *of] for name, of in differing.items()]
     unlike = page.table(heads, rows) if rows else page.note("none")
