@@ -154,27 +154,22 @@ def add_options(parser: ArgumentParser, config_class) -> None:
         source = inspect.getsource(record) if names else ""
         meaning = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.M))
         for field in (ours.pop(name) for name in names):
-            choices = "|".join(map(str, get_args(field.type))) if get_origin(field.type) is Literal else ""
+            kind, choices = (get_args(field.type) or (field.type,))[0], ""
+            if get_origin(field.type) is Literal:
+                kind, choices = str, "|".join(map(str, get_args(field.type)))
             words = filter(None, [choices, meaning.get(field.name, ""), f"({field.default!r})"])
-            flag = {"nargs": "?", "const": True} if field.type is bool else {}
-            kind = value_reader(field.type)
+            reading = {"type": true_or_false, "nargs": "?", "const": True} if kind is bool else {"type": kind}
             help = " ".join(words).replace("%", "%%")
-            flag |= {"type": kind, "default": argparse.SUPPRESS, "metavar": "X", "help": help}
-            group.add_argument(f"--{field.name}", **flag)
+            group.add_argument(
+                f"--{field.name}", default=argparse.SUPPRESS, metavar="X", help=help, **reading
+            )
 
 
-def value_reader(kind):
-    """What argparse turns a word of the command line into a value of this kind with."""
-    kind = str if get_origin(kind) is Literal else (get_args(kind) or (kind,))[0]
-    if kind is not bool:
-        return kind
-
-    def true_or_false(text):
-        if text.lower() not in ("true", "false"):
-            raise ValueError
-        return text.lower() == "true"
-
-    return true_or_false
+def true_or_false(text: str) -> bool:
+    """The value of a word on the command line. argparse reports the ValueError for any other word."""
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
 
 def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lambda given: {}):
@@ -203,13 +198,6 @@ def one_line(text: str) -> str:
     can forge a second message or steer a terminal."""
     spaced = " ".join(str(text).split())
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in spaced)
-
-
-def message(error: Exception) -> str:
-    """As `one_line`, what is long cut in its middle: a damaged file may hold a value of any length, while
-    name and remedy stand at the ends."""
-    line = one_line(error)
-    return line if len(line) <= 1000 else f"{line[:600]} .. {line[-300:]}"
 
 
 def cell(text: str) -> str:
@@ -241,33 +229,32 @@ class Stdout:
 
 def run_script(main) -> None:
     """Runs a script: status 0 done, 2 bad input, 130 Ctrl-C (one line on stderr), 1 anything else."""
+    fault, status = "", 2
     try:
         with contextlib.redirect_stdout(Stdout(sys.stdout)):
             status = main()
             sys.stdout.flush()
     except BadInput as error:
-        print(f"error: {message(error)}", file=sys.stderr)
-        status = 2
-    except EndedEarly as error:
-        print(f"\n{one_line(error)}", file=sys.stderr)
-        status = 1
+        fault = one_line(error)
+        if len(fault) > 1000:  # a damaged file may hold a value of any length: keep name and remedy
+            fault = f"{fault[:600]} .. {fault[-300:]}"
     except OSError as error:  # a full disk, no permission: the operating system names the file and the cause
-        print(
-            f"error: {one_line(error)}; make room or choose another folder, then run again", file=sys.stderr
-        )
-        status = 2
+        fault = f"{one_line(error)}; make room or choose another folder, then run again"
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
             raise
-        print(f"error: not enough memory ({message(error)[:200]}); {LESS_MEMORY}", file=sys.stderr)
-        status = 2
+        fault = f"not enough memory ({one_line(error)[:200]}); {LESS_MEMORY}"
     except UnicodeEncodeError as error:  # a file's name, or a word of the command line
         near = error.object[max(error.start - 40, 0) : error.end + 40]
-        print(f"error: {one_line(near)}: not a text in UTF-8; rename the file", file=sys.stderr)
-        status = 2
+        fault = f"{one_line(near)}: not a text in UTF-8; rename the file"
+    except EndedEarly as error:
+        print(f"\n{one_line(error)}", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:  # where nothing is worth saving; train.py's loop catches Ctrl-C itself
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         os._exit(130)  # at once: threads that wait for a slow judge would hold sys.exit
+    if fault:
+        print(f"error: {fault}", file=sys.stderr)
     sys.exit(status or 0)
 
 
@@ -400,10 +387,23 @@ def naming(path: str):
         raise
 
 
+@contextlib.contextmanager
+def becoming(path: str):
+    """A temporary name to make a file or folder under. It becomes `path` in one rename: whole or not at all.
+    What killed processes left of it goes."""
+    remove_leftovers_of(path)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
 def write_whole(path: str, content: bytes) -> None:
-    """Writes the file under a name of its own and renames it: whole or not at all, also when two processes
-    write it, when the disk is full and when the machine stops. A file that holds this already is left as it
-    is; what killed processes left of it goes. A link leads to its file; a device is written to."""
+    """Writes a file whole or not at all, also when two processes write it, when the disk is full and when the
+    machine stops. A file that holds this already is left as it is. A link leads to its file; a device is
+    written to."""
     if os.path.exists(path) and not os.path.isfile(path):
         with naming(path), open(path, "wb") as file:
             file.write(content)
@@ -413,18 +413,10 @@ def write_whole(path: str, content: bytes) -> None:
         with open(path, "rb") as file:
             if file.read() == content:
                 return
-    remove_leftovers_of(path)
-    temporary = temporary_name(path)
-    try:
-        with naming(path), open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
+    with becoming(path) as temporary, naming(path), open(temporary, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def refuse_same(output: str, *inputs: str) -> None:
@@ -452,22 +444,20 @@ LEFT = re.compile(r"(.+)\.(\d+)\.([0-9a-f]{8})[0-9a-f]{8}\.tmp")
 FOREIGN_SECONDS = 3600  # of another machine or container: after this long without a change it is left behind
 
 
-def left_behind(folder: str, names: list[str]) -> dict[str, list[str]]:
-    """The temporary paths among a folder's names whose process was killed, by what they were to become."""
-    found = {}
+def left_behind(folder: str, names: list[str]) -> Iterator[tuple[str, str]]:
+    """(what it was to become, its path) of each temporary name in the folder whose process was killed."""
     for match in filter(None, map(LEFT.fullmatch, names)):
-        path = os.path.join(folder, match[0])
+        path, ours = os.path.join(folder, match[0]), match[3] == place()
         with contextlib.suppress(FileNotFoundError):  # it has been renamed just now
-            old = time.time() - os.path.getmtime(path) > FOREIGN_SECONDS
-            if not is_alive(int(match[2])) if match[3] == place() else old:
-                found.setdefault(match[1], []).append(path)
-    return found
+            age = time.time() - os.path.getmtime(path)
+            if (ours and not is_alive(int(match[2]))) or (not ours and age > FOREIGN_SECONDS):
+                yield match[1], path
 
 
 @functools.cache
-def left_in(folder: str) -> dict[str, list[str]]:
+def left_in(folder: str) -> list[tuple[str, str]]:
     """`left_behind` as this process first writes in the folder: one of thousands of clips is listed once."""
-    return left_behind(folder, os.listdir(folder))
+    return list(left_behind(folder, os.listdir(folder)))
 
 
 def remove(path: str) -> None:
@@ -478,16 +468,16 @@ def remove(path: str) -> None:
 def remove_leftovers_of(path: str) -> None:
     """Removes what killed processes left beside a file or folder that they were about to name `path`."""
     folder, name = os.path.split(os.path.abspath(path))
-    for left in left_in(folder).pop(name, ()):
-        remove(left)
+    for becoming, left in left_in(folder):
+        if becoming == name:
+            remove(left)
 
 
 def remove_leftovers(folder: str) -> None:
     """Removes the temporary files of `write_whole` in and below the folder whose process was killed."""
-    for place, _, names in os.walk(folder):
-        for left in left_behind(place, names).values():
-            for path in left:
-                remove(path)
+    for parent, _, names in os.walk(folder):
+        for _, left in left_behind(parent, names):
+            remove(left)
 
 
 def finite(value):

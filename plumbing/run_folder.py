@@ -20,7 +20,6 @@ import importlib.util
 import json
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -38,6 +37,7 @@ from plumbing.options import (
     CountOrNone,
     EndedEarly,
     Options,
+    becoming,
     checked,
     finite,
     is_kind,
@@ -47,8 +47,6 @@ from plumbing.options import (
     read_json,
     read_tensors,
     remove_leftovers,
-    remove_leftovers_of,
-    temporary_name,
     write_json,
     write_whole,
 )  # fmt: skip
@@ -85,9 +83,9 @@ class RunOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        for option in ("--keep best",) * (self.keep == "best") + ("--stop_after",) * (self.stop_after > 0):
-            if not self.eval_every:
-                raise BadInput(f"{option}: the best of which evaluations? give --eval_every N too")
+        if not self.eval_every and (self.keep == "best" or self.stop_after):
+            option = "--keep best" if self.keep == "best" else "--stop_after"
+            raise BadInput(f"{option}: the best of which evaluations? give --eval_every N too")
         if self.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise BadInput("--tensorboard: the package is missing; pip install tensorboard")
 
@@ -107,14 +105,14 @@ def stored_options(given: dict, config_class) -> dict:
     stored = read_json(path, COPY_AGAIN)
     if "made" not in stored:
         raise BadInput(f"{path}: a run of an earlier version, which this one cannot continue; start it anew")
-    known = {field.name for field in fields(config_class)}
-    stored = {name: value for name, value in stored.items() if name != "made"}
-    if stored.keys() != known:
-        name = sorted(stored.keys() ^ known)[0]
+    del stored["made"]
+    kinds = {field.name: field.type for field in fields(config_class)}
+    if stored.keys() != kinds.keys():
+        name = min(stored.keys() ^ kinds.keys())
         raise BadInput(f"{path}: option {name!r} is of another version of this code; start the run anew")
     with read_from(path):
-        for field in fields(config_class):
-            checked(field.name, field.type, stored[field.name])
+        for name, kind in kinds.items():
+            checked(name, kind, stored[name])
     for name, value in given.items():
         if name not in MAY_CHANGE and stored[name] != value:
             raise BadInput(f"--{name} {value}: the run in {out} has {stored[name]!r}; leave it out to resume")
@@ -145,8 +143,8 @@ def fingerprint(*paths: str, ends: int = 2**20) -> str:
     """SHA-256 over names, sizes and both ends (bytes) of files, of a folder's files in their order."""
     digest = hashlib.sha256()
     for path in filter(None, paths):
-        inside = sorted(os.listdir(path)) if os.path.isdir(path) else [""]
-        files = [os.path.join(path, name) if name else path for name in inside]
+        is_folder = os.path.isdir(path)
+        files = [os.path.join(path, name) for name in sorted(os.listdir(path))] if is_folder else [path]
         for name in filter(os.path.isfile, files):
             size = os.path.getsize(name)
             digest.update(f"{os.path.basename(name)} {size}".encode())
@@ -166,10 +164,21 @@ def cut_back(path: str, kinds: dict[str, type], kept=lambda row: True) -> list[d
         lines = [line for line in file if line.endswith(b"\n")]
     rows = [parse_json(line, f"{path}, line {i}", COPY_AGAIN) for i, line in enumerate(lines, start=1)]
     for i, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not all(is_kind(row.get(name), kind) for name, kind in kinds.items()):
+        if not is_kind(row, kinds):
             raise BadInput(f"{path}, line {i}: no row with {', '.join(kinds)}; {COPY_AGAIN}")
     write_whole(path, b"".join(line for line, row in zip(lines, rows, strict=True) if kept(row)))
     return [row for row in rows if kept(row)]
+
+
+def locked(path: str, refusal: str):
+    """The file open to append, made if it is missing, and kept to this process until it is closed. BadInput:
+    another process has it."""
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise BadInput(f"{refusal}; wait for it to end") from error
+    return file
 
 
 class Kept:
@@ -189,11 +198,7 @@ class Kept:
         locked for the life of this object. BadInput: another process has it, or its rows are of others."""
         beside = f"{self.path}.settings"
         known = os.path.exists(beside)
-        self.beside = open(beside, "a+", encoding="utf-8")  # noqa: SIM115 (closed with this object)
-        try:
-            fcntl.flock(self.beside, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadInput(f"{self.path}: another process is writing it; wait for it to end") from error
+        self.beside = locked(beside, f"{self.path}: another process is writing it")
         self.beside.seek(0)
         if self.beside.read() == settings:
             return
@@ -233,70 +238,57 @@ class RunFolder:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self.catch)
+        made = environment() | {"from": made_from}
         if self.writes:
-            self.open(made_from)
+            self.open(made)
         if options.resume:
-            self.compare(made_from)
-        if options.resume and os.path.exists(checkpoint_path(self.out)):
-            self.load()
+            made = self.compare(made)
+            if os.path.exists(checkpoint_path(self.out)):
+                self.load()
         if self.writes:
             self.cut_logs()
+            write_json(os.path.join(self.out, "config.json"), self.config(made))
         if self.writes and options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(os.path.join(self.out, "tensorboard"), purge_step=self.step)
 
-    def open(self, made_from: dict[str, str]):
-        """A new folder appears in one rename with its config.json inside, so that a run that is killed at any
-        later moment can be resumed."""
-        config = asdict(self.options) | {"made": environment() | {"from": made_from}}
+    def config(self, made: dict) -> dict:
+        """config.json. made: what the run was made with and from."""
+        return asdict(self.options) | {"resume": False, "made": made}
+
+    def open(self, made: dict):
+        """Locks the folder for the life of the process. A new one appears in one rename with its config.json
+        inside, so that a run that is killed at any later moment can be resumed."""
         if not os.path.exists(self.out):
-            beside = temporary_name(os.path.normpath(self.out))
-            try:
-                os.makedirs(beside)
-                remove_leftovers_of(os.path.normpath(self.out))
-                write_json(os.path.join(beside, "config.json"), config)
-                os.rename(beside, self.out)
-            except BaseException:
-                shutil.rmtree(beside, ignore_errors=True)
-                raise
-        self.lock()
+            os.makedirs(os.path.dirname(os.path.abspath(self.out)), exist_ok=True)
+            with becoming(os.path.normpath(self.out)) as beside:
+                os.mkdir(beside)
+                write_json(os.path.join(beside, "config.json"), self.config(made))
+        refusal = f"--out {self.out}: another process is running it"
+        self.lock_file = locked(os.path.join(self.out, "lock"), refusal)
         check_folder(self.options)  # again: another run may have begun and ended there while this one loaded
         remove_leftovers(self.out)
-        if not self.options.resume:
-            write_json(os.path.join(self.out, "config.json"), config)
         with open(os.path.join(self.out, "sessions.log"), "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(sys.argv)}\n")
 
-    def lock(self):
-        """Held for the life of the process, so that no second one writes into the folder."""
-        self.lock_file = open(os.path.join(self.out, "lock"), "w")  # noqa: SIM115 (closed as the process ends)
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadInput(f"--out {self.out}: another process is running it; wait for it to end") from error
-
-    def compare(self, made_from: dict[str, str]):
-        """Refuses a resume on other data or weights; says what shifts rounding; stores what MAY_CHANGE."""
+    def compare(self, now: dict) -> dict:
+        """What the run was made with and from. Refuses a resume on other data or weights than `now`'s; says
+        what shifts rounding."""
         path = os.path.join(self.out, "config.json")
         made = read_json(path, COPY_AGAIN)["made"]
-        if not isinstance(made, dict) or not isinstance(made.get("from"), dict):
+        if not is_kind(made, {"from": dict}):
             raise BadInput(f"{path}: 'made' is damaged; {COPY_AGAIN}")
-        if made["from"].keys() != made_from.keys():
+        if made["from"].keys() != now["from"].keys():
             raise BadInput(f"{path}: a run of an earlier version; start it anew")
-        for name, value in made_from.items():
+        for name, value in now["from"].items():
             if made["from"][name] != value:
                 raise BadInput(f"--out {self.out}: {name} changed since the run began; put it back to resume")
-        now = environment()
-        changed = [
-            f"{k} {made.get(k)} -> {now[k]}"
-            for k in ("threads", "processes", "torch")
-            if made.get(k) != now[k]
-        ]
+        pairs = {name: (made.get(name), now[name]) for name in ("threads", "processes", "torch")}
+        changed = [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
         if changed:
             say(f"note: {', '.join(changed)} since the run began; its numbers round differently from here on")
-        if self.writes:
-            write_json(path, asdict(self.options) | {"resume": False, "made": made})
+        return made
 
     def cut_logs(self):
         """Takes out of the logs what the checkpoint does not know of; metrics.jsonl must have every step."""
@@ -320,7 +312,8 @@ class RunFolder:
         self.evaluation = evaluation
         if self.writes:
             os.makedirs(os.path.join(self.out, "frames"), exist_ok=True)
-            for path, strip in ((strip_path(self.out, name), strip) for name, strip in strips.items()):
+            for name, strip in strips.items():
+                path = strip_path(self.out, name)
                 if not (self.options.resume and os.path.exists(path)):
                     write_whole(path, strip())
         if "before" not in self.progress:
@@ -502,8 +495,7 @@ class RunFolder:
         if metadata.get("sha256", digest) != digest:
             raise BadInput(f"{path}: its progress is damaged; {COPY_AGAIN}")
         progress = parse_json(text, path, COPY_AGAIN)
-        whole = isinstance(progress, dict) and all(is_kind(progress.get(k), x) for k, x in PROGRESS.items())
-        if not whole:
+        if not is_kind(progress, PROGRESS):
             raise BadInput(f"{path}: its progress has no {', '.join(PROGRESS)}; {COPY_AGAIN}")
         self.step, self.progress = progress.pop("step"), progress
         try:

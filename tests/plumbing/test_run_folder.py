@@ -86,10 +86,20 @@ def test_a_folder_that_cannot_be_named_leaves_nothing_behind(tmp_path, monkeypat
     def full(*paths):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "rename", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
         folder_of(tmp_path / "run")
     assert not os.listdir(tmp_path)
+
+
+def test_a_resume_that_is_refused_stores_none_of_its_options(tmp_path):
+    out = tmp_path / "run"
+    trained(out)
+    stored = (out / "config.json").read_bytes()
+    (out / "checkpoint.safetensors").write_bytes(b"damaged")
+    with pytest.raises(BadInput, match="checkpoint.safetensors: .*start the run anew"):
+        folder_of(out, resume=True, num_steps=30)
+    assert (out / "config.json").read_bytes() == stored
 
 
 def test_the_printed_command_goes_on_with_what_a_resume_changed(tmp_path):
