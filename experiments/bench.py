@@ -27,35 +27,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
-import lora
-import train
+import grpo_rank
 from checkpoints.huggingface import hf_config, load_decoder, save_decoder
 from checkpoints.memory import Live
-from checkpoints.policies import freeze_base
 from clip import ClipConfig, ImageTower
-from data import Prompts
 from experiments import gpu
-from experiments.step import MODEL, STEP, G, P, S, Stopwatch, T, compare, text_policy
-from grpo_rank import (
-    Objective,
-    policy_loss,
-    rank_advantages,
-    rollout_loss,
-    sampling_logprobs,
-    token_stats,
-)
+from experiments.step import MODEL, STEP, G, P, S, Stopwatch, T, compare, our_step, sampler
 from model import Bridge, Decoder, ModelConfig
 from plumbing.machine import pick_device, processor
 from plumbing.options import BadInput, Count, Options, parse_args, run_script, write_json
-from rollout import Completions, Sampling, draw, generate, reference_states
+from plumbing.progress import markdown
+from rollout import Completions, draw
 
-DTYPES = {"float32": ("float32",), "bfloat16": ("bfloat16",), "both": ("float32", "bfloat16")}
-PACKAGES = {"trl": ("torch", "trl", "transformers", "peft"), "none": ("torch",)}
-PACKAGES |= {"load": ("torch", "safetensors"), "clip": ("torch", "transformers")}
-PACKAGES["decoder"] = PACKAGES["clip"]
-PACKAGES |= dict.fromkeys(("loss", "draw", "growth", "gpu"), PACKAGES["none"])
+PEERS = {  # the packages that a part is compared with; of the others PyTorch itself
+    "step": ("trl", "transformers", "peft"), "load": ("safetensors",),
+    "clip": ("transformers",), "decoder": ("transformers",),
+}  # fmt: skip
+VOCABULARIES = {"small": 512, "49k": 49152, "152k": 151936}  # V
 SIZES = {  # by --what and --size
     "step": {"small": MODEL},
     "load": {  # 67 MB and 1.1 GB in float32
@@ -70,16 +61,13 @@ SIZES = {  # by --what and --size
         "smollm": ModelConfig(49152, 576, 30, 9, 3, 1536),
         "1b": ModelConfig(32000, 2048, 22, 32, 4, 5632, tied=False),
     },
-    "loss": {"small": 512, "49k": 49152, "152k": 151936},  # V
-    "draw": {"small": 512, "49k": 49152, "152k": 151936},
-    "growth": {"small": MODEL}, "gpu": gpu.SIZES,
+    "loss": VOCABULARIES, "draw": VOCABULARIES, "growth": {"small": MODEL}, "gpu": gpu.SIZES,
 }  # fmt: skip
 FRAMES, ROWS = 8, 2560
 GROWTH = {  # the sizes that one letter takes while the others stay (`growing`)
     "P": (2, 4, 8), "G": (4, 8, 16), "T": (16, 32, 64), "S": (512, 1024, 2048, 4096),
     "V": (2048, 8192, 32768), "K": (8, 16, 32),
 }  # fmt: skip
-NO_END = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass
@@ -186,21 +174,15 @@ def compare_decoder(cfg: Config, dtype: str) -> dict:
 
     kind, device = getattr(torch, dtype), cfg.device
     torch.manual_seed(0)
-    policy = text_policy(SIZES["decoder"][cfg.size], dtype, device)
-    freeze_base(policy.decoder, dtype)
-    config = hf_config(policy.decoder.cfg)
+    policy, ids, sample = sampler(SIZES["decoder"][cfg.size], dtype, device)
+    config = hf_config(policy.cfg)
     peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa")
     peer = peer.to(device, kind).eval()
-    ids = torch.randint(2, policy.decoder.cfg.vocab_size, (P, S), device=device)
-    mask, uniforms = torch.ones_like(ids).bool(), torch.rand(P, G, T, device=device)
-    prompts = Prompts(ids, mask, torch.zeros(P, 0, policy.decoder.cfg.dim, device=device))
-    no_end = torch.empty(0, dtype=torch.int64, device=device)
-    options = dict(attention_mask=mask.long(), do_sample=True, top_k=0, num_return_sequences=G)
+    options = dict(attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, num_return_sequences=G)
     options |= dict(pad_token_id=0, eos_token_id=None)
 
     def ours(T):
-        out = generate(policy, prompts, G, Sampling(T, no_end), uniforms[..., :T])
-        assert out.completion_ids.shape == (P * G, T)
+        assert sample(T).completion_ids.shape == (P * G, T)
 
     def theirs(T):
         assert peer.generate(ids, max_new_tokens=T, **options).shape == (P * G, S + T)
@@ -219,20 +201,20 @@ def compare_loss(cfg: Config, dtype: str) -> dict:
     head, advantages = torch.randn(V, D) * D**-0.5, torch.randn(tokens[0])
     mask, old_logprobs = torch.ones(tokens, dtype=torch.bool), torch.full(tokens, -math.log(V))
     rollout = Completions(torch.randint(V, tokens), mask, old_logprobs, support=None, ended=mask[:, 0])
-    objective = Objective(kl_coef=STEP.kl_coef)
+    objective = grpo_rank.Objective(kl_coef=STEP.kl_coef)
 
     def walk():
         kind = head.to(getattr(torch, dtype))
-        rollout_loss(hidden, kind, rollout, advantages, objective, ref_hidden=ref_hidden)[0].backward()
+        loss, _ = grpo_rank.rollout_loss(hidden, kind, rollout, advantages, objective, ref_hidden=ref_hidden)
+        loss.backward()
 
     def plain():
-        ours, reference = (
-            sampling_logprobs((x @ head.T).flatten(0, 1), 1.0, None, None) for x in (hidden, ref_hidden)
-        )
-        values = token_stats(ours, reference, rollout.completion_ids.flatten())
+        logits = ((x @ head.T).flatten(0, 1) for x in (hidden, ref_hidden))
+        tables = (grpo_rank.sampling_logprobs(x, 1.0, None, None) for x in logits)
+        values = grpo_rank.token_stats(*tables, rollout.completion_ids.flatten())
         logprobs, entropy, kl = (x.view(tokens) for x in values)
-        grids = {"kl": kl, "entropy": entropy}
-        policy_loss(logprobs, old_logprobs, advantages, mask, **grids, **vars(objective))[0].backward()
+        given = dict(kl=kl, entropy=entropy, **vars(objective))
+        grpo_rank.policy_loss(logprobs, old_logprobs, advantages, mask, **given)[0].backward()
 
     result = take_turns(cfg, dtype, {"loss": (walk, plain)})
     peaks = [peak_bytes(function) for function in (walk, plain)]
@@ -265,11 +247,10 @@ def growth(cfg: Config, dtype: str) -> dict:
     for name, sizes in GROWTH.items():
         seconds, peaks = [], []
         for size in sizes:
-            function = growing(dtype, **{name: size})
             watch = Stopwatch()
+            function = growing(dtype, watch, **{name: size})
             for _ in range(cfg.warmup + cfg.repeats):
-                with watch("step"):
-                    function()
+                function()
             seconds.append(watch.medians(cfg.warmup)["step"])
             peaks.append(peak_bytes(function))
         slopes = [slope(sizes, values) for values in (seconds, peaks)]
@@ -281,30 +262,21 @@ def growth(cfg: Config, dtype: str) -> dict:
 
 
 def slope(sizes, values) -> float:
-    x, y = (torch.tensor(v, dtype=torch.float64).log() for v in (sizes, values))
-    x = x - x.mean()
-    return round(float((x * y).sum() / (x * x).sum()), 3)
+    return round(float(np.polyfit(np.log(sizes), np.log(values), 1)[0]), 3)
 
 
-def growing(dtype: str, P=2, G=4, T=16, S=64, V=512, K=0):
-    """A function that samples and updates at these sizes; with K the bridge reads K frames of 36 patches."""
+def growing(dtype: str, watch: Stopwatch, P=2, G=4, T=16, S=64, V=512, K=0):
+    """A function that takes a step at these sizes; with K the bridge reads K frames of 36 patches."""
     torch.manual_seed(0)
-    if K:
-        cfg, clip = replace(MODEL, num_frames=K), ClipConfig(48, 8, 128, 1, 4, embed_dim=0)
-        bridge, patches = Bridge(cfg, clip), torch.randn(2, K, 36, clip.width)
-        return lambda: bridge(patches, torch.arange(K).expand(2, K) * 0.5).sum().backward()
-    policy = text_policy(replace(MODEL, num_layers=2, vocab_size=V), dtype)
-    learner = lora.Learner(policy.decoder, STEP.lora_r, STEP.lora_alpha)
-    ids = torch.randint(2, V, (P, S))
-    prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.zeros(P, 0, MODEL.dim))
-    advantages = rank_advantages(torch.arange(G).expand(P, G))
-    step = replace(STEP, group_size=G, max_new_tokens=T)
+    if not K:
+        model = replace(MODEL, num_layers=2, vocab_size=V)
+        return our_step(torch.randint(2, V, (P, S)), model, dtype, watch, G, T)
+    clip = ClipConfig(48, 8, 128, 1, 4, embed_dim=0)
+    bridge, patches = Bridge(replace(MODEL, num_frames=K), clip), torch.randn(2, K, 36, clip.width)
 
     def function():
-        rollout = generate(policy, prompts, G, Sampling(T, NO_END), torch.rand(P, G, T))
-        states = reference_states(policy, prompts, rollout, size=0)
-        told = dict(prompts=prompts, rollout=rollout, advantages=advantages, ref_states=states, step=0)
-        train.update(step, policy, learner, **told)
+        with watch("step"):
+            bridge(patches, torch.arange(K).expand(2, K) * 0.5).sum().backward()
 
     return function
 
@@ -313,16 +285,12 @@ COMPARE = {"step": compare, "load": compare_load, "clip": compare_clip, "decoder
 COMPARE |= {"loss": compare_loss, "draw": compare_draw, "growth": growth}
 
 
-def describe(peer: str) -> dict:
-    """The machine and the versions that a time belongs to."""
-    versions = {name: version(name) for name in PACKAGES[peer]}
-    return {"processor": processor(), "threads": torch.get_num_threads(), **versions}
-
-
 def main() -> int:
     cfg = parse_args(Config)
     pick_device(cfg.device)
-    result = describe(cfg.peer if cfg.what == "step" else cfg.what)
+    peers = PEERS.get(cfg.what, ()) if cfg.what != "step" or cfg.peer != "none" else ()
+    result = {"processor": processor(), "threads": torch.get_num_threads()}
+    result |= {name: version(name) for name in ("torch", *peers)}
     print(", ".join(f"{key} {value}" for key, value in result.items()))
     result |= {"what": cfg.what, "size": cfg.size, "repeats": cfg.repeats}
     size = SIZES[cfg.what][cfg.size]
@@ -330,9 +298,10 @@ def main() -> int:
     result["model"] = asdict(size) if is_dataclass(size) else size
     if cfg.what == "gpu":
         result["runs"] = gpu.measure(cfg)
-        print(gpu.table(result["runs"]))
+        print(markdown(gpu.COLUMNS, [row.values() for row in result["runs"]]))
     else:
-        result["runs"] = [COMPARE[cfg.what](cfg, dtype) for dtype in DTYPES[cfg.dtype]]
+        dtypes = ("float32", "bfloat16") if cfg.dtype == "both" else (cfg.dtype,)
+        result["runs"] = [COMPARE[cfg.what](cfg, dtype) for dtype in dtypes]
     if cfg.json:
         write_json(cfg.json, result)
     print(json.dumps(result))

@@ -16,19 +16,15 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from checkpoints.huggingface import hf_config
-from checkpoints.policies import freeze_base
-from data import Prompts
 from experiments import step
 from model import ModelConfig
 from plumbing.options import write_json
-from rollout import Sampling, generate
 
 COLUMNS = ("row", "measured", "against", "ratio", "remarks")
 
@@ -73,7 +69,7 @@ def measure(cfg) -> list[dict]:
             except Exception as error:  # a lent machine's minutes are few: the other rows still count
                 row |= {"row": f"{job.__name__} {int(second)}", "remarks": f"failed: {error}"[:300]}
             rows.append(row)
-            print("| " + " | ".join(str(row[name]) for name in COLUMNS) + " |", flush=True)
+            print(f"| {' | '.join(map(str, row.values()))} |", flush=True)
     return rows
 
 
@@ -110,62 +106,40 @@ def a_step(cfg, size: Size, folder: str, sixteen_bits: bool) -> dict:
 
 def decoding(cfg, size: Size, folder: str, captured: bool) -> dict:
     """Seconds a token: those of all tokens less those of a prefill."""
-    P, G, S, T = step.P, step.G, step.S, size.tokens
-    policy = step.text_policy(size.decoder, "bfloat16", cfg.device)
-    freeze_base(policy.decoder, "bfloat16")
-    policy.decoder.captured = captured
-    ids = torch.randint(2, size.decoder.vocab_size, (P, S), device=cfg.device)
-    video = torch.zeros(P, 0, size.decoder.dim, device=cfg.device)
-    prompts, times = Prompts(ids, torch.ones_like(ids).bool(), video), {1: [], T: []}
+    policy, _, sample = step.sampler(size.decoder, "bfloat16", cfg.device)
+    policy.decoder.captured, watch = captured, step.Stopwatch()
     for _ in range(cfg.warmup + cfg.repeats):
-        for tokens, seconds in times.items():
-            uniforms = torch.rand(P, G, tokens, device=cfg.device)
-            began = now(cfg.device)
-            generate(policy, prompts, G, Sampling(tokens, ids[0, :0]), uniforms)
-            seconds.append(now(cfg.device) - began)
-    prefill, whole = (sorted(seconds[cfg.warmup :])[cfg.repeats // 2] for seconds in times.values())
-    token = (whole - prefill) / (T - 1)
+        for part, tokens in (("prefill", 1), ("whole", size.tokens)):
+            with watch(part):
+                sample(tokens)
+    seconds = watch.medians(cfg.warmup)
+    token = (seconds["whole"] - seconds["prefill"]) / (size.tokens - 1)
     weights = sum(p.numel() * p.element_size() for p in policy.decoder.parameters())
     bound = weights / bandwidth(cfg.device)
     return {
-        "row": f"a token of {P} x {G} answers" + ", captured" * captured, "measured": f"{1e3 * token:.3f} ms",
+        "row": f"a token of {step.P} x {step.G} answers" + ", captured" * captured,
+        "measured": f"{1e3 * token:.3f} ms",
         "against": f"reading {weights / 1e9:.2f} GB of weights, {1e3 * bound:.3f} ms",
-        "ratio": round(token / bound, 2), "remarks": f"prefill {1e3 * prefill:.1f} ms",
+        "ratio": round(token / bound, 2), "remarks": f"prefill {1e3 * seconds['prefill']:.1f} ms",
     }  # fmt: skip
-
-
-def now(device: str) -> float:
-    """Seconds, once all that is queued is done."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def bandwidth(device: str) -> float:
     """Bytes a second of the device's memory: the fastest of ten copies, which read and write."""
     x = torch.empty(2**30 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    y, seconds = torch.empty_like(x), []
+    y, watch = torch.empty_like(x), step.Stopwatch()
     for _ in range(10):
-        began = now(device)
-        y.copy_(x)
-        seconds.append(now(device) - began)
-    return 2 * len(x) / min(seconds)
+        with watch("copy"):
+            y.copy_(x)
+    return 2 * len(x) / min(watch.seconds["copy"])
 
 
 def seven_billion(cfg, size: Size, folder: str, _) -> dict:
     write_layout(size, f"{folder}/decoder", f"{folder}/clip")
-    given = [
-        "--preset",
-        "7b",
-        "--policy",
-        f"{folder}/decoder",
-        "--clip",
-        f"{folder}/clip",
-        "--random_weights",
-    ]
+    given = ["--preset", "7b", "--random_weights", "--policy", f"{folder}/decoder"]
+    given += ["--clip", f"{folder}/clip", "--world_dir", f"{folder}/world7", *size.preset]
     given += ["--dtype", "float32"] * (cfg.device == "cpu")
-    world = ["--world_dir", f"{folder}/world7"]
-    results, rows, said = train_py(cfg, f"{folder}/seven", *given, *size.preset, *world)
+    results, rows, said = train_py(cfg, f"{folder}/seven", *given)
     planned = re.search(r"([\d.]+) GB  peak", said)[1]
     measured = re.search(r"rehearsal of the longest step: (.*)", said)[1]
     seconds = sum(rows[-1][f"{part}_s"] for part in ("sampling", "reference", "update"))
@@ -198,8 +172,3 @@ def write_layout(size: Size, decoder: str, clip: str) -> None:
     os.makedirs(clip)
     config = {"model_type": "clip", "vision_config": vision, "text_config": text, "projection_dim": 64}
     write_json(f"{clip}/config.json", config)
-
-
-def table(rows: list[dict]) -> str:
-    head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join(head + ["| " + " | ".join(str(row[name]) for name in COLUMNS) + " |" for row in rows])

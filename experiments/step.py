@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import torch
 
 import lora
 import train
+from checkpoints.policies import freeze_base
 from data import Prompts
 from grpo_rank import rank_advantages, ranks_from_scores
 from model import Decoder, ModelConfig, VideoLM
@@ -24,7 +26,14 @@ from rollout import Sampling, generate, reference_states
 MODEL = ModelConfig(dim=256, num_layers=6, num_heads=8, num_kv_heads=8, ffn_dim=688, vocab_size=512)
 P, G, S, T = 8, 5, 96, 32
 SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1}  # TRL wants them; prompts are drawn from the other ids
-STEP = train.Config(group_size=G, max_new_tokens=T, updates_per_rollout=1, kl_coef=0.04, lora_r=16, lr=1e-4)
+STEP = train.Config(updates_per_rollout=1, kl_coef=0.04, lora_r=16, lr=1e-4)
+
+
+def now() -> float:
+    """Seconds, once all that is queued on a GPU is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Stopwatch:
@@ -35,11 +44,9 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str):
-        began = time.perf_counter()
+        began = now()
         yield
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self.seconds.setdefault(part, []).append(time.perf_counter() - began)
+        self.seconds.setdefault(part, []).append(now() - began)
 
     def medians(self, warmup: int) -> dict[str, float]:
         return {part: round(statistics.median(s[warmup:]), 6) for part, s in self.seconds.items()}
@@ -50,13 +57,12 @@ def score(completion_ids: list[int]) -> float:
     return sum(i % 2 == 0 for i in completion_ids) / len(completion_ids)
 
 
-def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
+def our_step(prompt_ids: torch.Tensor, model: ModelConfig, dtype: str, watch: Stopwatch, G: int, T: int):
     """prompt_ids (P, S) int64 -> a function that takes one step of train.py with them, on their device."""
-    device = prompt_ids.device
-    policy = text_policy(MODEL, dtype, device)
+    P, device = len(prompt_ids), prompt_ids.device
+    policy, cfg = text_policy(model, dtype, device), replace(STEP, group_size=G, max_new_tokens=T)
     learner = lora.Learner(policy.decoder, STEP.lora_r, STEP.lora_alpha)
-    video, no_end = torch.zeros(P, 0, MODEL.dim, device=device), prompt_ids[0, :0]
-    prompts = Prompts(prompt_ids, torch.ones_like(prompt_ids).bool(), video)
+    prompts, no_end = text_prompts(prompt_ids, model), prompt_ids[0, :0]
 
     def step():
         with watch("step"):
@@ -70,7 +76,7 @@ def our_step(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch):
                 with watch("reference, part of update"):
                     ref_states = reference_states(policy, prompts, rollout, size=0)
                 numbers = train.update(
-                    STEP, policy, learner, prompts=prompts, rollout=rollout, advantages=advantages,
+                    cfg, policy, learner, prompts=prompts, rollout=rollout, advantages=advantages,
                     ref_states=ref_states, step=0,
                 )  # fmt: skip
         assert rollout.completion_mask.sum() == P * G * T and not numbers["bad"], numbers
@@ -87,6 +93,26 @@ def text_policy(cfg: ModelConfig, dtype: str, device="cpu") -> SimpleNamespace:
     policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
     set_up(policy.decoder, MachineOptions(dtype=dtype), torch.device(device))
     return policy
+
+
+def text_prompts(ids: torch.Tensor, cfg: ModelConfig) -> Prompts:
+    """Prompts of these ids (P, S), without a video."""
+    return Prompts(ids, torch.ones_like(ids).bool(), torch.zeros(len(ids), 0, cfg.dim, device=ids.device))
+
+
+def sampler(model: ModelConfig, dtype: str, device: str):
+    """(policy of random weights, ids (P, S) of random prompts, a function that samples so many tokens of each
+    prompt's G answers)."""
+    policy = text_policy(model, dtype, device)
+    freeze_base(policy.decoder, dtype)
+    ids = torch.randint(2, model.vocab_size, (P, S), device=device)
+    prompts = text_prompts(ids, model)
+
+    def sample(tokens: int):
+        uniforms = torch.rand(P, G, tokens, device=device)
+        return generate(policy, prompts, G, Sampling(tokens, ids[0, :0]), uniforms)
+
+    return policy, ids, sample
 
 
 def run_trl(prompt_ids: torch.Tensor, dtype: str, watch: Stopwatch, num_steps: int, between, folder: str):
@@ -142,7 +168,7 @@ def compare(cfg, dtype: str) -> dict:
     torch.manual_seed(0)
     prompt_ids = torch.randint(len(SPECIAL_IDS), MODEL.vocab_size, (P, S)).to(cfg.device)
     ours, theirs, num_steps = Stopwatch(), Stopwatch(), cfg.warmup + cfg.repeats
-    step = our_step(prompt_ids, dtype, ours)
+    step = our_step(prompt_ids, MODEL, dtype, ours, G, T)
     if cfg.peer == "trl":
         with tempfile.TemporaryDirectory() as folder:
             run_trl(prompt_ids, dtype, theirs, num_steps, step, folder)

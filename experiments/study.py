@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from functools import partial
+from statistics import fmean
 
 from data import DataOptions, draw_world, world_folders
 from plumbing import report
@@ -33,7 +34,7 @@ from plumbing.options import (
     write_json,
     write_whole,
 )
-from plumbing.progress import read_results
+from plumbing.progress import markdown, read_results
 
 HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUN_WANTS = "remove its folder, then the study trains that run anew"
@@ -119,11 +120,11 @@ for part in ("selected", "random"):
 def world_options(folder: str, clips: tuple[int, int]) -> tuple[list[str], str, str]:
     """Options of train.py for an embedded world in `folder`, and the folders of its two sets. clips: how many
     to learn from, how many held out."""
-    sizes = dict(zip(("num_train_clips", "num_eval_clips"), clips, strict=True))
-    drawn = DataOptions(world_dir=os.path.join(folder, "world"), **sizes)
+    train, held = clips
+    drawn = DataOptions(world_dir=os.path.join(folder, "world"), num_train_clips=train, num_eval_clips=held)
     draw_world(drawn)
-    numbers = [word for name, n in sizes.items() for word in (f"--{name}", str(n))]
-    return ["--world_dir", drawn.world_dir, *numbers], *(path for path, _ in world_folders(drawn).values())
+    options = ["--world_dir", drawn.world_dir, "--num_train_clips", str(train), "--num_eval_clips", str(held)]
+    return options, *(path for path, _ in world_folders(drawn).values())
 
 
 def reward_study(folder: str, seeds: int, options: list[str], page: str, clips=(500, 250)) -> str:
@@ -180,24 +181,25 @@ def settings(options: list[str]) -> dict:
 
 def answers_table(names, folder: str, seeds: int) -> str:
     """A row a line of a study: held-out greedy numbers in percent, mean and range over the seeds."""
-    lines = ["| learned from | seeds | answers right | mean IoU of spans | R@1, IoU 0.7 |", "|---" * 5 + "|"]
-
-    def row(name, runs):
-        columns = [[100 * x for x in values] for values in zip(*runs, strict=True)]
-        cells = [f"{sum(x) / len(x):.1f} [{min(x):.1f}, {max(x):.1f}]" for x in columns]
-        lines.append("| " + " | ".join([name, str(len(runs)), *cells]) + " |")
-
+    lines = {}
     for name in names:
-        found = [answers_of(run) for run in ended_runs(folder, name, seeds)]
-        if found and len(lines) == 2:
-            row("nothing yet: the start", [before for before, _ in found])
-        if found:
-            row(name, [after for _, after in found])
-    return "\n".join(lines)
+        if found := [answers_of(run) for run in ended_runs(folder, name, seeds)]:
+            before, after = zip(*found, strict=True)
+            lines.setdefault("nothing yet: the start", before)
+            lines[name] = after
+    rows = []
+    for name, runs in lines.items():
+        rows.append([name, len(runs), *map(mean_and_range, zip(*runs, strict=True))])
+    return markdown(["learned from", "seeds", "answers right", "mean IoU of spans", "R@1, IoU 0.7"], rows)
+
+
+def mean_and_range(values: list[float], sign: str = "") -> str:
+    """sign: "+" for differences."""
+    return f"{fmean(values):{sign}.1f} [{min(values):{sign}.1f}, {max(values):{sign}.1f}]"
 
 
 def answers_of(run: str) -> list[tuple[float, float, float]]:
-    """`answers_table`'s numbers of a run that has ended, before and after."""
+    """`answers_table`'s numbers of a run that has ended, in percent: before and after."""
     results, found = read_results(run, RUN_WANTS)[0], []
     for part in (results[when]["greedy"] for when in ("before", "after")):
         spans = part["by_category"].get("Temporal Grounding", {})
@@ -206,7 +208,8 @@ def answers_of(run: str) -> list[tuple[float, float, float]]:
             wants = "hold out questions of Temporal Grounding and others"
             raise BadInput(f"{run}/results.json: not right answers and spans; {wants}, then {RUN_WANTS}")
         right = part["accuracy"] * part["n"] - spans["accuracy"] * spans["n"]
-        found.append((right / (part["n"] - spans["n"]), part["mean_iou"], spans["accuracy"]))
+        shares = right / (part["n"] - spans["n"]), part["mean_iou"], spans["accuracy"]
+        found.append(tuple(100 * share for share in shares))
     return found
 
 
@@ -221,28 +224,22 @@ def ended_runs(folder: str, name: str, seeds: int) -> list[str]:
 
 def study_table(folder: str, seeds: int) -> str:
     """A row a kind of oracle: gains in points, mean and range over the seeds; W: mean over all steps."""
-    lines = ["| oracle | seeds | greedy gain | sampled gain | of the gain without noise | Kendall's W |"]
-    lines.append("|---" * 6 + "|")
-    clean = None
+    rows, clean = [], None
     for name in STUDY:
         runs = ended_runs(folder, name, seeds)
         if not runs:
             continue
-        gained, agreed = {"greedy": [], "sampled": []}, []
-        for run in runs:
-            gain = read_results(run, RUN_WANTS)[0]["gain"]
-            for mode, found in gained.items():
-                found.append(100 * gain[mode]["accuracy"])
-            rows = read_jsonl(os.path.join(run, "metrics.jsonl"), RUN_WANTS)
-            agreed += [row["kendall_w"] for _, row in rows if is_kind(row.get("kendall_w"), int | float)]
-        cells = [name, str(len(runs))]
-        cells += [f"{sum(g) / len(g):+.1f} [{min(g):+.1f}, {max(g):+.1f}]" for g in gained.values()]
-        mean = sum(gained["sampled"]) / len(runs)
-        clean = mean if name == "no noise" else clean
-        cells.append(f"{mean / clean:.0%}" if clean else "")
-        cells.append(f"{sum(agreed) / len(agreed):.2f}" if agreed else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        gains = [read_results(run, RUN_WANTS)[0]["gain"] for run in runs]
+        greedy, sampled = ([100 * gain[mode]["accuracy"] for gain in gains] for mode in ("greedy", "sampled"))
+        clean = fmean(sampled) if name == "no noise" else clean
+        steps = [row for run in runs for _, row in read_jsonl(os.path.join(run, "metrics.jsonl"), RUN_WANTS)]
+        agreed = [row["kendall_w"] for row in steps if is_kind(row.get("kendall_w"), int | float)]
+        cells = [name, len(runs), mean_and_range(greedy, "+"), mean_and_range(sampled, "+")]
+        cells.append(f"{fmean(sampled) / clean:.0%}" if clean else "")
+        cells.append(f"{fmean(agreed):.2f}" if agreed else "")
+        rows.append(cells)
+    heads = ["oracle", "seeds", "greedy gain", "sampled gain", "of the gain without noise", "Kendall's W"]
+    return markdown(heads, rows)
 
 
 def between(path: str, name: str, text: str = "") -> str:
@@ -261,12 +258,14 @@ def main() -> int:
 
     parser = ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    studies = {"oracle": (oracle_study, "what faults of the oracle cost, and what helps")}
-    studies["reward"] = reward_study, "what the dual reward brings"
-    studies["selection"] = selection_study, "what the selection of data brings"
-    studies["rivals"] = rivals.rivals_study, "GRPO_rank and its rivals on exact feedback"
-    studies["feedback"] = rivals.feedback_study, "order and score with the same faults"
-    studies["fill"] = rivals.fill_study, "batches filled up with groups that carry a signal"
+    studies = {
+        "oracle": (oracle_study, "what faults of the oracle cost, and what helps"),
+        "reward": (reward_study, "what the dual reward brings"),
+        "selection": (selection_study, "what the selection of data brings"),
+        "rivals": (rivals.rivals_study, "GRPO_rank and its rivals on exact feedback"),
+        "feedback": (rivals.feedback_study, "order and score with the same faults"),
+        "fill": (rivals.fill_study, "batches filled up with groups that carry a signal"),
+    }
     for name, (_, words) in studies.items():
         study = commands.add_parser(name, help=words)
         study.add_argument("--out", default=f"runs/{name}_study")

@@ -110,9 +110,9 @@ def compare(folders: list[str]) -> str:
     return markdown([*heads, "worst category", "s"], [read_results(folder)[1] for folder in folders])
 
 
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
-    first, *others = (f"| {' | '.join(cells)} |" for cells in [heads, *rows])
+def markdown(heads, rows) -> str:
+    """A table in Markdown; each row has a cell for each head."""
+    first, *others = (f"| {' | '.join(map(str, cells))} |" for cells in [heads, *rows])
     return "\n".join([first, "|---" * len(heads) + "|", *others])
 
 

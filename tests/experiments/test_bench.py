@@ -8,6 +8,7 @@ from experiments import bench, gpu
 from experiments import step as whole_step
 from model import ModelConfig
 from plumbing.options import BadInput
+from plumbing.progress import markdown
 
 TINY = ModelConfig(vocab_size=32, dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=16)
 PARTS = {"load": {"map", "read"}, "clip": {"encode"}, "decoder": {"prefill", "whole"}}
@@ -72,7 +73,7 @@ def test_the_rows_for_a_gpu_run_on_a_cpu_and_one_that_fails_leaves_the_others(mo
     monkeypatch.setattr(gpu, "default_job", broken)
     cfg = bench.Config(what="gpu", size="small", device="cpu", repeats=1, warmup=1, peer="none")
     rows = gpu.measure(cfg)
-    printed = gpu.table(rows).splitlines()
+    printed = markdown(gpu.COLUMNS, [row.values() for row in rows]).splitlines()
     assert printed[2:] == [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row["remarks"] for row in rows[:2]] == ["failed: no Triton here"] * 2
     assert all(row["measured"] and "failed" not in row["remarks"] for row in rows[2:]), rows
