@@ -281,13 +281,11 @@ def joined(decoder: nn.Module):
     groups, dtype = list(same_input(decoder)), decoder.compute_dtype
     linears = [base_of(x) for _, first, last in groups for x in first + last]
     if not joinable(linears, dtype):
-        with torch.no_grad():
-            yield
-        return
+        groups = []
     with torch.no_grad():
-        for owner, first, last in groups:
-            owner.joined = Joined(first, dtype), Joined(last, dtype)
         try:
+            for owner, first, last in groups:
+                owner.joined = Joined(first, dtype), Joined(last, dtype)
             yield
         finally:
             for owner, _, _ in groups:

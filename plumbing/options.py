@@ -107,10 +107,9 @@ def check_record(record, where: str, wants: str) -> None:
     """Raises BadInput unless each field of a dataclass that was filled from a file is of its type, and a
     number above 0 wherever its default is."""
     for field in fields(record):
-        value, choices = getattr(record, field.name), get_args(field.type)
-        kinds = (int, float) if field.type is float else (field.type,)
-        good = value in choices if choices else type(value) in kinds
-        if not good or type(value) in (int, float) and field.default > 0 and not value > 0:
+        value, kind = getattr(record, field.name), int | float if field.type is float else field.type
+        good = value in get_args(kind) if get_origin(kind) is Literal else is_kind(value, kind)
+        if not good or is_kind(value, int | float) and field.default > 0 and not value > 0:
             raise BadInput(f"{where}: {field.name} is {value!r}; {wants}")
 
 

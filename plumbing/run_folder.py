@@ -64,6 +64,7 @@ PROGRESS = {  # what a checkpoint has beside its tensors
     "step": int, "bad_steps": int, "bad_in_a_row": int, "wall_s": int | float,
     "before": dict, "before_values": dict,
 }  # fmt: skip
+CHECKPOINT = "checkpoint.safetensors"
 COPY_AGAIN = "the run's own file is needed; start the run anew in another --out"
 
 
@@ -88,10 +89,6 @@ class RunOptions(Options):
             raise BadInput(f"{option}: the best of which evaluations? give --eval_every N too")
         if self.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise BadInput("--tensorboard: the package is missing; pip install tensorboard")
-
-
-def checkpoint_path(out: str) -> str:
-    return os.path.join(out, "checkpoint.safetensors")
 
 
 def stored_options(given: dict, config_class) -> dict:
@@ -131,7 +128,7 @@ def check_folder(options: RunOptions) -> None:
         raise BadInput(f"--out {out!r}: no folder; name one that holds a run, or that does not exist yet")
     if options.resume or not os.path.exists(out):
         return
-    if os.path.exists(checkpoint_path(out)):
+    if os.path.exists(os.path.join(out, CHECKPOINT)):
         raise BadInput(f"--out {out}: exists already; add --resume to continue it, or name another")
     config = os.path.join(out, "config.json")  # models have one too, but were not made with options
     holds_run = os.path.exists(config) and "made" in read_json(config, COPY_AGAIN)
@@ -238,33 +235,29 @@ class RunFolder:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self.catch)
-        made = environment() | {"from": made_from}
+        config = asdict(options) | {"resume": False, "made": environment() | {"from": made_from}}
         if self.writes:
-            self.open(made)
+            self.open(config)
         if options.resume:
-            made = self.compare(made)
-            if os.path.exists(checkpoint_path(self.out)):
+            config["made"] = self.compare(config["made"])
+            if os.path.exists(os.path.join(self.out, CHECKPOINT)):
                 self.load()
         if self.writes:
             self.cut_logs()
-            write_json(os.path.join(self.out, "config.json"), self.config(made))
+            write_json(os.path.join(self.out, "config.json"), config)
         if self.writes and options.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(os.path.join(self.out, "tensorboard"), purge_step=self.step)
 
-    def config(self, made: dict) -> dict:
-        """config.json. made: what the run was made with and from."""
-        return asdict(self.options) | {"resume": False, "made": made}
-
-    def open(self, made: dict):
+    def open(self, config: dict):
         """Locks the folder for the life of the process. A new one appears in one rename with its config.json
         inside, so that a run that is killed at any later moment can be resumed."""
         if not os.path.exists(self.out):
             os.makedirs(os.path.dirname(os.path.abspath(self.out)), exist_ok=True)
             with becoming(os.path.normpath(self.out)) as beside:
                 os.mkdir(beside)
-                write_json(os.path.join(beside, "config.json"), self.config(made))
+                write_json(os.path.join(beside, "config.json"), config)
         refusal = f"--out {self.out}: another process is running it"
         self.lock_file = locked(os.path.join(self.out, "lock"), refusal)
         check_folder(self.options)  # again: another run may have begun and ended there while this one loaded
@@ -374,10 +367,11 @@ class RunFolder:
             if every and self.step % every == 0:
                 self.look()
             stop = any(reduce_sum(self.interrupted(), device=self.device))
-            if stop or self.step % self.options.save_every == 0 or self.step == total or self.stalled():
+            bad = self.progress["bad_in_a_row"] >= self.options.max_bad_steps
+            due = self.step % self.options.save_every == 0 or self.step == total
+            if stop or bad or due or self.stalled():
                 self.save()
-            if self.progress["bad_in_a_row"] >= self.options.max_bad_steps:
-                self.save()
+            if bad:
                 raise EndedEarly(
                     f"{self.options.max_bad_steps} non-finite losses in a row: stopped at step {self.step};"
                     f" see {self.out}/bad_batches; a lower --lr or --dtype float32 may help"
@@ -478,7 +472,7 @@ class RunFolder:
         content = save(
             tensors, metadata={"progress": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         )
-        write_whole(checkpoint_path(self.out), content)
+        write_whole(os.path.join(self.out, CHECKPOINT), content)
         self.write_adapter()
 
     def write_adapter(self):
@@ -488,7 +482,7 @@ class RunFolder:
             self.save_adapter(os.path.join(self.out, name))
 
     def load(self):
-        path = checkpoint_path(self.out)
+        path = os.path.join(self.out, CHECKPOINT)
         tensors, metadata = read_tensors(path, COPY_AGAIN)
         text = metadata.get("progress", "")
         digest = hashlib.sha256(text.encode()).hexdigest()
