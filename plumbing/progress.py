@@ -54,26 +54,25 @@ def evaluation_line(step: int, now: dict, first: dict) -> str:
     return f"{line}; WARNING, fell: {words}; does the oracle reward what is wrong?" if words else line
 
 
-def for_terminal(markdown: str, width: int) -> str:
+def for_terminal(table: str, width: int) -> str:
     """A Markdown table with padded columns. Where it is wider than the terminal, heads and intervals go on
     two lines, then the first column is cut, then columns go into a table of their own below."""
-    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in markdown.splitlines()]
+    rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.splitlines()]
     del rows[1]
     if sum(widths(rows)) + 2 * len(rows[0]) - 2 > width:
         rows = [line for row in rows for line in in_two(row, row is rows[0])]
     sizes = widths(rows)
     sizes[0] = min(sizes[0], max(20, width - sum(sizes[1:]) - 2 * len(sizes) + 2))
-    tables, left = [[]], width - sizes[0]
-    for column, size in enumerate(sizes[1:], start=1):
-        if tables[-1] and size + 2 > left:
-            tables, left = [*tables, []], width - sizes[0]
+    tables = [[]]  # the columns of each
+    for column in range(1, len(sizes)):
+        if tables[-1] and sizes[0] + sum(sizes[i] + 2 for i in [*tables[-1], column]) > width:
+            tables.append([])
         tables[-1].append(column)
-        left -= size + 2
-    firsts = [row[0] if len(row[0]) <= sizes[0] else row[0][: sizes[0] - 1] + "~" for row in rows]
     lines = []
-    for table in tables:
-        for first, row in zip(firsts, rows, strict=True):
-            cells = [first.ljust(sizes[0]), *(row[i].rjust(sizes[i]) for i in table)]
+    for columns in tables:
+        for row in rows:
+            first = row[0] if len(row[0]) <= sizes[0] else row[0][: sizes[0] - 1] + "~"
+            cells = [first.ljust(sizes[0]), *(row[i].rjust(sizes[i]) for i in columns)]
             lines.append("  ".join(cells).rstrip())
         lines.append("")
     return "\n".join(lines[:-1])
@@ -90,10 +89,10 @@ def in_two(cells: list[str], is_head: bool) -> list[list[str]]:
     return [[first for first, _, _ in split], second][: 1 + any(second)]
 
 
-def show_table(markdown: str) -> None:
-    """Prints a table: padded in a terminal, as Markdown into a file."""
+def show_table(table: str) -> None:
+    """Prints a table in Markdown, padded in a terminal."""
     columns = shutil.get_terminal_size().columns
-    print(for_terminal(markdown, columns) if sys.stdout.isatty() else markdown, flush=True)
+    print(for_terminal(table, columns) if sys.stdout.isatty() else table, flush=True)
 
 
 def options_that_differ(configs: list[dict]) -> dict[str, list]:
