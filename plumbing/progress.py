@@ -11,17 +11,33 @@ from tqdm import tqdm
 from plumbing.machine import fitted
 from plumbing.options import BadInput, cell, is_kind, read_json, write_json
 
+SILENT_STEPS = 5  # steps without any order of answers, after which the user is told what helps
+NO_SIGNAL = (
+    "note: in every group so far all answers tie, so there is nothing to learn from: the policy never samples"
+    " a better answer. Raise --temperature and --group_size, or fine-tune the policy first (pretrain.py)"
+)
+
 
 class Bar(tqdm):
-    """The progress line of a run: step, accuracy, kl, dead and failed groups, time. It fits 80 columns."""
+    """The progress line of a run: step, accuracy, kl, dead and failed groups, time. It fits 80 columns.
+    board: TensorBoard's folder, which gets the numbers too, or ""."""
 
-    def __init__(self, total: int, first: int, shown: bool):
+    def __init__(self, total: int, first: int, shown: bool, board: str = ""):
         layout = "step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}] {bar}"
         where = dict(disable=not shown, file=sys.stdout, dynamic_ncols=True)
         super().__init__(total=total, initial=first, bar_format=layout, **where)
-        self.numbers = ""
+        self.numbers, self.board = "", None
+        if shown and board:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def show(self, numbers: dict):
+            self.board = SummaryWriter(board, purge_step=first)
+
+    def show(self, step: int, numbers: dict):
+        for name, value in numbers.items() if self.board else ():
+            if isinstance(value, int | float):
+                self.board.add_scalar(name, value, step)
+        if self.board:
+            self.board.flush()
         parts = [f"acc {100 * numbers['accuracy']:.1f}%"]
         parts += [f"kl {numbers['kl']:.3f}"] if numbers.get("kl") is not None else []
         parts += [f"dead {numbers['dead_groups']}", f"failed {numbers['failed_groups']}"]
@@ -33,6 +49,10 @@ class Bar(tqdm):
         """Names the part of a step that is under way, in a terminal."""
         if sys.stdout.isatty():
             self.set_postfix_str(f"{self.numbers} {part}".strip())
+
+    def help_without_signal(self, step: int):
+        if step == min(SILENT_STEPS, self.total) - 1:
+            self.say(NO_SIGNAL)
 
     def say(self, line: str):
         """A line of its own, on stderr."""

@@ -28,9 +28,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 import torch
-from safetensors.torch import save
 
-from plumbing.machine import environment, process_info, reduce_sum, say
+from plumbing.machine import environment, process_info, reduce_sum
 from plumbing.options import (
     BadInput,
     Count,
@@ -45,7 +44,6 @@ from plumbing.options import (
     parse_json,
     read_from,
     read_json,
-    read_tensors,
     remove_leftovers,
     write_json,
     write_whole,
@@ -54,16 +52,7 @@ from plumbing.options import (
 # With --resume these may be given anew: they say nothing about the update
 MAY_CHANGE = {"resume", "out", "num_steps", "oracle_url", "oracle_concurrency", "oracle_timeout"}
 MAY_CHANGE |= {"oracle_patience", "oracle_max_calls", "oracle_max_tokens", "stop_after", "tensorboard"}
-SILENT_STEPS = 5  # steps without any order of answers, after which the user is told what helps
-NO_SIGNAL = (
-    "note: in every group so far all answers tie, so there is nothing to learn from: the policy never samples"
-    " a better answer. Raise --temperature and --group_size, or fine-tune the policy first (pretrain.py)"
-)
 LOGS = {"metrics": -1, "rollouts": -1, "answers": 0, "evaluations": 0}  # their last row is of step + this
-PROGRESS = {  # what a checkpoint has beside its tensors
-    "step": int, "bad_steps": int, "bad_in_a_row": int, "wall_s": int | float,
-    "before": dict, "before_values": dict,
-}  # fmt: skip
 CHECKPOINT = "checkpoint.safetensors"
 COPY_AGAIN = "the run's own file is needed; start the run anew in another --out"
 
@@ -168,8 +157,7 @@ def cut_back(path: str, kinds: dict[str, type], kept=lambda row: True) -> list[d
 
 
 def locked(path: str, refusal: str):
-    """The file open to append, made if it is missing, and kept to this process until it is closed. BadInput:
-    another process has it."""
+    """The file, open to append and kept to this process until it is closed. BadInput: another has it."""
     file = open(path, "a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,9 +167,9 @@ def locked(path: str, refusal: str):
 
 
 class Kept:
-    """What a long job has made of each question, in a JSONL file that it appends to: started again, the job
-    goes on behind a kill. `of`: rows by their id. kinds: the types of a row's fields. settings: all that
-    decides the rows. same: fields that all of the job's rows share."""
+    """What a long job has made of each question, in a JSONL file from which the job goes on behind a kill.
+    of: rows by their id. kinds: the types of a row's fields. settings: all that decides the rows. same:
+    fields that all of the job's rows share."""
 
     def __init__(self, path: str, kinds: dict[str, type], writes: bool = True, settings=None, **same):
         self.path, self.writes, self.same = path, writes, same
@@ -227,6 +215,8 @@ class RunFolder:
     """
 
     def __init__(self, options, learner, save_adapter, device: torch.device, made_from: dict[str, str]):
+        from plumbing.resume import made_before
+
         self.options, self.learner, self.save_adapter = options, learner, save_adapter
         self.device, self.out = device, options.out
         self.writes = process_info()[0] == 0
@@ -239,16 +229,12 @@ class RunFolder:
         if self.writes:
             self.open(config)
         if options.resume:
-            config["made"] = self.compare(config["made"])
+            config["made"] = made_before(self.out, config["made"])
             if os.path.exists(os.path.join(self.out, CHECKPOINT)):
                 self.load()
         if self.writes:
             self.cut_logs()
             write_json(os.path.join(self.out, "config.json"), config)
-        if self.writes and options.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(os.path.join(self.out, "tensorboard"), purge_step=self.step)
 
     def open(self, config: dict):
         """Locks the folder for the life of the process. A new one appears in one rename with its config.json
@@ -265,24 +251,6 @@ class RunFolder:
         with open(os.path.join(self.out, "sessions.log"), "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {shlex.join(sys.argv)}\n")
 
-    def compare(self, now: dict) -> dict:
-        """What the run was made with and from. Refuses a resume on other data or weights than `now`'s; says
-        what shifts rounding."""
-        path = os.path.join(self.out, "config.json")
-        made = read_json(path, COPY_AGAIN)["made"]
-        if not is_kind(made, {"from": dict}):
-            raise BadInput(f"{path}: 'made' is damaged; {COPY_AGAIN}")
-        if made["from"].keys() != now["from"].keys():
-            raise BadInput(f"{path}: a run of an earlier version; start it anew")
-        for name, value in now["from"].items():
-            if made["from"][name] != value:
-                raise BadInput(f"--out {self.out}: {name} changed since the run began; put it back to resume")
-        pairs = {name: (made.get(name), now[name]) for name in ("threads", "processes", "torch")}
-        changed = [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
-        if changed:
-            say(f"note: {', '.join(changed)} since the run began; its numbers round differently from here on")
-        return made
-
     def cut_logs(self):
         """Takes out of the logs what the checkpoint does not know of; metrics.jsonl must have every step."""
         for name, last in LOGS.items():
@@ -294,12 +262,10 @@ class RunFolder:
             if name == "metrics" and [row["step"] for row in rows] != list(range(self.step)):
                 raise BadInput(f"{path}: not a row for each of the {self.step} steps before; {COPY_AGAIN}")
 
-    # ---- evaluations
-
     def begin(self, evaluation, strips: dict):
-        """What comes before the first step: the pictures of the report, and the first evaluation, which goes
-        on where it was killed. evaluation(subset=, kept=): eval.evaluate of the policy as it is. strips: for
-        a question's id a function that returns its video's frames as one JPEG."""
+        """Draws the report's pictures and makes the first evaluation, which goes on where it was killed.
+        evaluation(subset=, kept=): eval.evaluate of the policy as it is. strips: by a question's id a
+        function that returns its video's frames as one JPEG."""
         from plumbing.report import strip_path
 
         self.evaluation = evaluation
@@ -315,8 +281,7 @@ class RunFolder:
             self.save()
 
     def evaluate(self, subset: int = 0, step: int | None = None) -> tuple[dict, dict]:
-        """The evaluation of the policy; its answers are kept in answers.jsonl. step: whose the policy is,
-        None: of now."""
+        """The evaluation of the policy of a step, by default this one. Its answers are kept."""
         step = self.step if step is None else step
         kinds = {"greedy": str, "sampled": list[str]}
         kept = Kept(os.path.join(self.out, "answers.jsonl"), kinds, self.writes, step=step)
@@ -330,9 +295,8 @@ class RunFolder:
         return self.evaluate(step=self.progress["best"]["step"])
 
     def look(self):
-        """An evaluation while the run goes on, with a line about it; keeps the adapter if no earlier one was
-        as good. A category that fell since the first of these evaluations is named: a policy that games its
-        oracle is seen here and not in the oracle's own numbers."""
+        """An evaluation while the run goes on, with a line about it. The best adapter so far is kept. If the
+        policy games its oracle, a category falls here, while the oracle's own numbers look well."""
         from plumbing.progress import evaluation_line
 
         results, _ = self.evaluate(self.options.eval_subset)
@@ -351,14 +315,13 @@ class RunFolder:
         long = looks and self.step - best["step"] >= looks * self.options.eval_every
         return any(reduce_sum(bool(long), device=self.device))
 
-    # ---- the steps
-
     def steps(self, total: int):
-        """The numbers of the steps that are left. After each the run is saved where that is due; Ctrl-C,
-        SIGTERM and SIGHUP end it early, in all processes after the same step."""
+        """The numbers of the steps that are left. After each the run is saved if that is due. Ctrl-C, SIGTERM
+        and SIGHUP end it early, in all processes after the same step."""
         from plumbing.progress import Bar
 
-        self.bar, every = Bar(total, self.step, shown=self.writes), self.options.eval_every
+        every, board = self.options.eval_every, self.options.tensorboard
+        self.bar = Bar(total, self.step, self.writes, os.path.join(self.out, "tensorboard") if board else "")
         if every and "first_look" not in self.progress:
             self.look()
         while self.step < total and not self.stalled():
@@ -413,8 +376,10 @@ class RunFolder:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
     def report(self, numbers: dict, examples: list[dict], batch: dict):
-        """A row of metrics.jsonl, the examples as rows of rollouts.jsonl, the progress line. numbers["bad"]
-        says that a loss or gradient was not finite: then the batch is saved to be looked into."""
+        """Writes a row of metrics.jsonl and the examples as rows of rollouts.jsonl. numbers["bad"]: a loss or
+        gradient was not finite; the batch is saved to be looked into."""
+        from plumbing.resume import write_bad_batch
+
         whole = sum(self.seconds.values())
         numbers = numbers | {f"{part}_s": seconds for part, seconds in self.seconds.items()}
         numbers["tokens_per_s"] = numbers["tokens"] / whole
@@ -423,43 +388,29 @@ class RunFolder:
         self.progress["bad_steps"] += numbers["bad"]
         self.progress["bad_in_a_row"] = numbers["bad"] * (self.progress["bad_in_a_row"] + 1)
         if numbers["bad"]:
-            self.save_bad_batch(batch)
-        signal = self.progress.get("signal", False) or numbers["dead_groups"] < numbers["groups"]
-        self.progress["signal"] = signal
-        if not signal and self.step == min(SILENT_STEPS, self.bar.total) - 1:
-            self.bar.say(NO_SIGNAL)
+            path = write_bad_batch(self.out, self.step, batch)
+            self.bar.say(
+                f"step {self.step}: loss or gradient not finite; step skipped, batch saved in {path}"
+            )
+        self.progress["signal"] = self.progress.get("signal") or numbers["dead_groups"] < numbers["groups"]
+        if not self.progress["signal"]:
+            self.bar.help_without_signal(self.step)
         if self.writes:
             self.append("metrics.jsonl", [numbers])
-            if self.options.tensorboard:
-                for name, value in numbers.items():
-                    if isinstance(value, int | float):
-                        self.board.add_scalar(name, value, self.step)
-                self.board.flush()
             self.append("rollouts.jsonl", examples)
-            self.bar.show(numbers)
+            self.bar.show(self.step, numbers)
 
     def append(self, name: str, rows: list[dict]):
         append_rows(os.path.join(self.out, name), [{"step": self.step, **row} for row in rows])
-
-    def save_bad_batch(self, batch: dict):
-        """What a skipped step was made of: all tensors of its records."""
-        named = {k: x for value in batch.values() for k, x in getattr(value, "__dict__", {}).items()} | batch
-        tensors = {k: x for k, x in named.items() if isinstance(x, torch.Tensor)}
-        folder = os.path.join(self.out, "bad_batches")
-        os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, f"step_{self.step}_process_{process_info()[0]}.safetensors")
-        write_whole(path, save({k: v.cpu().contiguous() for k, v in tensors.items()}))
-        self.bar.say(f"step {self.step}: loss or gradient not finite; step skipped, batch saved in {path}")
-
-    # ---- checkpoints
 
     def wall_s(self) -> float:
         """Seconds of the run, those before a resume included."""
         return self.progress.get("wall_s", 0.0) + time.monotonic() - self.began
 
     def save(self):
-        """One rename replaces the checkpoint, once the logs lie on the disk; the adapter follows, which a
-        resume writes again."""
+        """Replaces the checkpoint, once the logs are on the disk, and then the adapter."""
+        from plumbing.resume import write_checkpoint
+
         if not self.writes:
             return
         for path in (os.path.join(self.out, f"{name}.jsonl") for name in LOGS):
@@ -467,12 +418,7 @@ class RunFolder:
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         progress = self.progress | {"step": self.step, "wall_s": self.wall_s()}
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.learner.tensors().items()}
-        text = json.dumps(finite(progress))
-        content = save(
-            tensors, metadata={"progress": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        )
-        write_whole(os.path.join(self.out, CHECKPOINT), content)
+        write_checkpoint(os.path.join(self.out, CHECKPOINT), self.learner.tensors(), progress)
         self.write_adapter()
 
     def write_adapter(self):
@@ -482,16 +428,11 @@ class RunFolder:
             self.save_adapter(os.path.join(self.out, name))
 
     def load(self):
+        from plumbing.resume import read_checkpoint
+
         path = os.path.join(self.out, CHECKPOINT)
-        tensors, metadata = read_tensors(path, COPY_AGAIN)
-        text = metadata.get("progress", "")
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        if metadata.get("sha256", digest) != digest:
-            raise BadInput(f"{path}: its progress is damaged; {COPY_AGAIN}")
-        progress = parse_json(text, path, COPY_AGAIN)
-        if not is_kind(progress, PROGRESS):
-            raise BadInput(f"{path}: its progress has no {', '.join(PROGRESS)}; {COPY_AGAIN}")
-        self.step, self.progress = progress.pop("step"), progress
+        tensors, self.progress = read_checkpoint(path)
+        self.step = self.progress.pop("step")
         try:
             self.learner.restore(tensors)
         except ValueError as error:
