@@ -150,10 +150,10 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float)
     for p in parameters:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if dist.is_initialized():
-        flat = torch.cat([p.grad.flatten() for p in parameters])
+        grads = [p.grad for p in parameters]
+        flat = torch.nn.utils.parameters_to_vector(grads)
         dist.all_reduce(flat)
-        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.grad.copy_(grad.view_as(p))
+        torch.nn.utils.vector_to_parameters(flat, grads)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     if torch.isfinite(norm):
         optimizer.step()

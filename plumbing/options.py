@@ -158,10 +158,8 @@ def add_options(parser: ArgumentParser, config_class) -> None:
                 kind, choices = str, "|".join(map(str, get_args(field.type)))
             words = filter(None, [choices, meaning.get(field.name, ""), f"({field.default!r})"])
             reading = {"type": true_or_false, "nargs": "?", "const": True} if kind is bool else {"type": kind}
-            help = " ".join(words).replace("%", "%%")
-            group.add_argument(
-                f"--{field.name}", default=argparse.SUPPRESS, metavar="X", help=help, **reading
-            )
+            reading |= {"default": argparse.SUPPRESS, "metavar": "X"}
+            group.add_argument(f"--{field.name}", help=" ".join(words).replace("%", "%%"), **reading)
 
 
 def true_or_false(text: str) -> bool:

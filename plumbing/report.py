@@ -207,11 +207,9 @@ def evaluation_points(run: Run) -> list[tuple]:
     if run.results:
         ends = {0: "before", run.results["steps"]: "after"}
         found |= {step: run.results[when]["greedy"] for step, when in ends.items()}
-    sound = []
-    for step, of in sorted(found.items()):
-        if is_kind(of.get("ci95"), list[int | float]) and len(of["ci95"]) == 2:
-            sound.append((step, of.get("accuracy"), *of["ci95"]))
-    return [point for point in sound if is_kind(point[1], int | float)]
+    found, kinds = dict(sorted(found.items())), {"accuracy": int | float, "ci95": list[int | float]}
+    sound = {step: of for step, of in found.items() if is_kind(of, kinds) and len(of["ci95"]) == 2}
+    return [(step, of["accuracy"], *of["ci95"]) for step, of in sound.items()]
 
 
 def strip_path(folder: str, name: str) -> str:
@@ -244,10 +242,8 @@ def prompts(run: Run) -> str:
         gold = page.note(f"right answer: {row['answer']} {row.get('note') or ''}")
         table = page.table(heads, rows, right=(1, 2, 3))
         cards.append(page.card(f"Step {row['step']}: {row['question']}", strip(run, row["id"]), gold, table))
-    words = (
-        "Ranks: 0 is best, equal answers tie. Green is reinforced, red is pushed down. A group that ties"
-        " throughout teaches nothing."
-    )
+    words = "Ranks: 0 is best, equal answers tie. Green is reinforced, red is pushed down."
+    words += " A group that ties throughout teaches nothing."
     return page.section("What it was taught", words, cards)
 
 
@@ -257,10 +253,10 @@ def changed_answers(run: Run) -> str:
     for title, was in (("From wrong to right", False), ("From right to wrong", True)):
         found = [(old, new) for old, new in pairs if old["right"] is was and new["right"] is not was]
         rows = [[old["question"], old["greedy"], new["greedy"], old["gold"]] for old, new in spread(found)]
-        table = (
-            page.table(["question", "before", "after", "right answer"], rows) if rows else page.note("none")
+        table = page.table(["question", "before", "after", "right answer"], rows)
+        cards.append(
+            page.card(f"{title}: {len(found)} of {len(after)}", table if rows else page.note("none"))
         )
-        cards.append(page.card(f"{title}: {len(found)} of {len(after)}", table))
     return page.section("Answers that changed", "", cards if after else [])
 
 
@@ -279,8 +275,8 @@ def comparison(runs: list[Run]) -> str:
         bars, count = bars_of(*before_and_after(run))
         cards += [page.card(run.name, bars)] if count else []
     differing = options_that_differ([run.config for run in runs])
-    heads, rows = ["option", *(run.name for run in runs)], [[name, *of] for name, of in differing.items()]
-    unlike = page.table(heads, rows) if rows else page.note("none")
+    rows = [[name, *of] for name, of in differing.items()]
+    unlike = page.table(["option", *(run.name for run in runs)], rows) if rows else page.note("none")
     return page.section("Side by side", "", cards) + "<h2>Options that differ</h2>" + unlike
 
 
