@@ -207,9 +207,11 @@ def evaluation_points(run: Run) -> list[tuple]:
     if run.results:
         ends = {0: "before", run.results["steps"]: "after"}
         found |= {step: run.results[when]["greedy"] for step, when in ends.items()}
-    found, kinds = dict(sorted(found.items())), {"accuracy": int | float, "ci95": list[int | float]}
-    sound = {step: of for step, of in found.items() if is_kind(of, kinds) and len(of["ci95"]) == 2}
-    return [(step, of["accuracy"], *of["ci95"]) for step, of in sound.items()]
+    kinds, sound = {"accuracy": int | float, "ci95": list[int | float]}, []
+    for step, of in sorted(found.items()):
+        if is_kind(of, kinds) and len(of["ci95"]) == 2:
+            sound.append((step, of["accuracy"], *of["ci95"]))
+    return sound
 
 
 def strip_path(folder: str, name: str) -> str:
@@ -254,9 +256,8 @@ def changed_answers(run: Run) -> str:
         found = [(old, new) for old, new in pairs if old["right"] is was and new["right"] is not was]
         rows = [[old["question"], old["greedy"], new["greedy"], old["gold"]] for old, new in spread(found)]
         table = page.table(["question", "before", "after", "right answer"], rows)
-        cards.append(
-            page.card(f"{title}: {len(found)} of {len(after)}", table if rows else page.note("none"))
-        )
+        table = table if rows else page.note("none")
+        cards.append(page.card(f"{title}: {len(found)} of {len(after)}", table))
     return page.section("Answers that changed", "", cards if after else [])
 
 
