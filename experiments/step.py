@@ -87,7 +87,7 @@ def our_step(prompt_ids: torch.Tensor, model: ModelConfig, dtype: str, watch: St
     return step
 
 
-def text_policy(cfg: ModelConfig, dtype: str, device="cpu") -> SimpleNamespace:
+def text_policy(cfg: ModelConfig, dtype: str, device) -> SimpleNamespace:
     """A VideoLM without eyes, of random weights: text alone. It computes as train.py's does (set_up)."""
     policy = SimpleNamespace(cfg=cfg, decoder=Decoder(cfg).to(device))
     policy.embed_prompt = partial(VideoLM.embed_prompt, policy)

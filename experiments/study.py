@@ -194,7 +194,7 @@ def answers_table(names, folder: str, seeds: int) -> str:
 
 
 def mean_and_range(values: list[float], sign: str = "") -> str:
-    """sign: "+" for differences."""
+    """As "mean [least, most]". sign: "+" for differences."""
     return f"{fmean(values):{sign}.1f} [{min(values):{sign}.1f}, {max(values):{sign}.1f}]"
 
 

@@ -62,10 +62,10 @@ def start_processes(wanted_device: str) -> torch.device:
 
 
 def pick_dtype(wanted: str, device: torch.device, width: int) -> str:
-    """What the matrix products are computed in: "float32" or "bfloat16", never "auto".
+    """The dtype of the matrix products, "float32" or "bfloat16". width: D of the decoder.
 
-    Decided by what the processor is, never by a stopwatch, so that every start and every process decides
-    alike; with several processes the first one's decision holds. width: D of the decoder.
+    `auto` asks what the processor is and measures nothing, so that every start decides alike. Of several
+    processes the first one decides.
     """
     chosen, why = wanted, ""
     if wanted == "auto" and device.type == "cuda":
@@ -215,8 +215,8 @@ def base_of(linear: nn.Module) -> nn.Module:
 
 
 def hold(decoder: nn.Module, dtype: torch.dtype) -> None:
-    """Holds the frozen linear layers of a decoder in the 16 bits of its products, each of which would cast
-    its weight anew. Those of one input lie side by side in memory, so that `joined` copies nothing."""
+    """Casts a decoder's frozen linear layers to the dtype of its products once, and not in each product.
+    Those that read one input lie side by side in memory, so that `joined` copies nothing."""
     for _, *groups in same_input(decoder):
         for bases in ([base_of(x) for x in group] for group in groups):
             if all(isinstance(base, nn.Linear) for base in bases):

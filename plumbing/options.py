@@ -96,7 +96,7 @@ def checked(name: str, kind, value):
 
 @contextlib.contextmanager
 def read_from(path: str):
-    """Within it, what is wrong with an option is said with the file that it stands in."""
+    """Within it, a BadInput about an option also names the file that the option stands in."""
     try:
         yield
     except BadInput as error:
@@ -172,9 +172,8 @@ def true_or_false(text: str) -> bool:
 def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lambda given: {}):
     """The script's dataclass from `--name value` options; a bool field takes no value or true|false.
 
-    `presets` maps values of a field named preset to other defaults; `stored` makes yet others from what was
-    given (a run's own options, when it is resumed). Raises BadInput for an unknown name, an abbreviation, a
-    value of another type or out of its bounds.
+    presets: other defaults for each value of the option preset. stored(given): defaults above those, of a
+    resumed run. BadInput: an unknown name, an abbreviation, a value of another type or out of its bounds.
     """
     parser = ArgumentParser(description=sys.modules["__main__"].__doc__)
     add_options(parser, config_class)
@@ -259,9 +258,9 @@ def run_script(main) -> None:
 
 
 def parse_json(text: str | bytes, where: str, wants: str):
-    """The JSON value of bytes or text from outside. Raises BadInput, `where` first and `wants` last, for all
-    that is not plain JSON in UTF-8: another encoding, NaN, Infinity, numbers beyond a float, nesting without
-    end, a name twice in one object, half of a surrogate pair (which no file could be written with again)."""
+    """The JSON value of bytes or text from outside. BadInput, `where` first and `wants` last: not plain JSON
+    in UTF-8, NaN, Infinity, a number beyond a float, nesting without end, a name twice in one object, half
+    of a surrogate pair (no file could be written with it)."""
 
     def distinct(pairs):
         found = dict(pairs)
@@ -376,7 +375,7 @@ def temporary_name(path: str) -> str:
 
 @contextlib.contextmanager
 def naming(path: str):
-    """Within it, an error of the disk names this file; that of a full disk by itself names none."""
+    """Within it, an error of the disk names this file. The system's own error of a full disk names none."""
     try:
         yield
     except OSError as error:
@@ -453,7 +452,7 @@ def left_behind(folder: str, names: list[str]) -> Iterator[tuple[str, str]]:
 
 @functools.cache
 def left_in(folder: str) -> list[tuple[str, str]]:
-    """`left_behind` as this process first writes in the folder: one of thousands of clips is listed once."""
+    """`left_behind` when this process first writes in the folder: a folder of many clips is listed once."""
     return list(left_behind(folder, os.listdir(folder)))
 
 
