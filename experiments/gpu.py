@@ -152,16 +152,14 @@ def seven_billion(cfg, size: Size, folder: str, _) -> dict:
 
 def write_layout(size: Size, decoder: str, clip: str) -> None:
     """Two folders of the Hugging Face layout without weights: a decoder with a tokenizer of bytes, a CLIP."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
 
     os.makedirs(decoder)
     write_json(f"{decoder}/config.json", hf_config(size.large))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ids = {name: i for i, name in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    words = tokenizers.Tokenizer(models.BPE(ids, [], unk_token="<unk>"))
+    words = ByteLevelBPETokenizer(ids, [])
     words.add_special_tokens(["<unk>", "<s>", "</s>"])
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     words.save(f"{decoder}/tokenizer.json")
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_json(f"{decoder}/tokenizer_config.json", named | {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -115,12 +115,12 @@ def show_table(table: str) -> None:
     print(for_terminal(table, columns) if sys.stdout.isatty() else table, flush=True)
 
 
-def options_that_differ(configs: list[dict]) -> dict[str, list]:
-    """{option: its value in each run} of the options in config.json that are not the same in all."""
+def options_that_differ(configs: list[dict]) -> list[list]:
+    """[option, its value in each run] for the options in config.json that are not the same in all."""
+    names = dict.fromkeys(name for config in configs for name in config)
+    rows = [[name, *(config.get(name) for config in configs)] for name in names]
     own = ("made", "out", "resume")
-    names = dict.fromkeys(name for config in configs for name in config if name not in own)
-    values = {name: [config.get(name) for config in configs] for name in names}
-    return {name: of for name, of in values.items() if any(value != of[0] for value in of)}
+    return [row for row in rows if row[0] not in own and any(value != row[1] for value in row[1:])]
 
 
 def compare(folders: list[str]) -> str:
@@ -165,7 +165,7 @@ def differences(folders: list[str]) -> str:
     """The options in which runs differ, a row an option; "" where there is none."""
     names = [os.path.basename(folder.rstrip("/")) for folder in folders]
     configs = [read_json(os.path.join(folder, "config.json"), "name run folders") for folder in folders]
-    rows = [[name, *map(cell, of)] for name, of in options_that_differ(configs).items()]
+    rows = [[*map(cell, row)] for row in options_that_differ(configs)]
     lines = [f"| {' | '.join(cells)} |" for cells in [["option", *names], ["---"] * (len(names) + 1), *rows]]
     return "\n".join(lines) if rows else ""
 

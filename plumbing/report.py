@@ -275,8 +275,7 @@ def comparison(runs: list[Run]) -> str:
     for run in runs:
         bars, count = bars_of(*before_and_after(run))
         cards += [page.card(run.name, bars)] if count else []
-    differing = options_that_differ([run.config for run in runs])
-    rows = [[name, *of] for name, of in differing.items()]
+    rows = options_that_differ([run.config for run in runs])
     unlike = page.table(["option", *(run.name for run in runs)], rows) if rows else page.note("none")
     return page.section("Side by side", "", cards) + "<h2>Options that differ</h2>" + unlike
 
