@@ -16,6 +16,7 @@ from plumbing.machine import start_processes
 from plumbing.options import (
     BadInput,
     checked,
+    is_kind,
     parse_json,
     place,
     read_json,
@@ -147,6 +148,15 @@ def test_an_option_that_is_true_or_false_refuses_other_words(script):
 def test_a_text_with_a_zero_byte_is_no_text():
     with pytest.raises(BadInput, match="--out"):
         checked("out", str, "runs/\0")
+
+
+def test_an_object_is_of_a_kind_if_each_named_field_is_and_true_is_no_number():
+    kinds = {"step": int, "rows": list[int | float], "of": {"name": str}}
+    sound = {"step": 1, "rows": [1, 0.5], "of": {"name": "a"}, "more": None}
+    assert is_kind(sound, kinds)
+    for damage in ({"step": True}, {"step": 1.0}, {"rows": ["1"]}, {"rows": None}, {"of": {}}, {"of": []}):
+        assert not is_kind(sound | damage, kinds)
+    assert not any(is_kind(value, kinds) for value in (None, [], "step", {"step": 1}))
 
 
 def test_a_name_twice_in_one_object_is_refused():
