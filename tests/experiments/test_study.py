@@ -13,6 +13,7 @@ from experiments import rivals, study
 from oracle import RuleOracle
 from oracles.choose import choose_oracle
 from plumbing.options import BadInput, parse_args
+from plumbing.run_folder import fingerprint
 from videoqa import world
 
 ROOT = Path(__file__).parents[2]
@@ -162,7 +163,8 @@ def test_the_selection_study_learns_from_selected_questions_and_is_measured_on_t
     starts = {json.loads((path.parent / "config.json").read_text())["adapter"] for path in paths}
     assert starts == ({f"{folder}/start_0/adapter"} if warm_up else {""})
     report, *kept = map(json.loads, (folder / "selected_0.jsonl").read_text().splitlines())
-    assert report["selection"]["adapter"] == starts.pop()  # selected by the policy that goes on
+    policy = fingerprint("weights", "", starts.pop())
+    assert report["selection"]["policy"] == policy  # selected by the policy that goes on
     drawn = [json.loads(line) for line in (folder / "random_0.jsonl").read_text().splitlines()]
     assert report["selection"]["share"] == 0.3333 and len(kept) <= report["selection"]["questions"] / 3 + 1
     assert len(drawn) == len(kept) > 0 and drawn != kept
