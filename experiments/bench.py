@@ -9,6 +9,7 @@ CLIP and sampling, beside the libraries that they would come from.
     python -m experiments.bench --what decoder --size smollm  # sampling, against generate
     python -m experiments.bench --what loss --size 49k  # the walk, against a whole (B, T, V) table
     python -m experiments.bench --what draw --size 49k  # against torch.multinomial
+    python -m experiments.bench --what video --size long  # frames of a film, against torchcodec
     python -m experiments.bench --what growth  # time and memory as one size grows, with exponents
     python -m experiments.bench --what gpu  # all that only a GPU can show, in one table (experiments/gpu.py)
 
@@ -18,17 +19,20 @@ JSON.
 
 import json
 import math
+import os
 import platform
 import re
 import tempfile
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+import av
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import grpo_rank
 from checkpoints.huggingface import hf_config, load_decoder, save_decoder
@@ -41,10 +45,11 @@ from plumbing.machine import pick_device, processor
 from plumbing.options import BadInput, Count, Options, parse_args, run_script, write_json
 from plumbing.progress import markdown
 from rollout import Completions, draw
+from videoqa.video import read_frames
 
 PEERS = {  # the packages that a part is compared with; of the others PyTorch itself
     "step": ("trl", "transformers", "peft"), "load": ("safetensors",),
-    "clip": ("transformers",), "decoder": ("transformers",),
+    "clip": ("transformers",), "decoder": ("transformers",), "video": ("torchcodec",),
 }  # fmt: skip
 VOCABULARIES = {"small": 512, "49k": 49152, "152k": 151936}  # V
 SIZES = {  # by --what and --size
@@ -61,6 +66,7 @@ SIZES = {  # by --what and --size
         "smollm": ModelConfig(49152, 576, 30, 9, 3, 1536),
         "1b": ModelConfig(32000, 2048, 22, 32, 4, 5632, tied=False),
     },
+    "video": {"short": 10, "long": 600},  # seconds of the film
     "loss": VOCABULARIES, "draw": VOCABULARIES, "growth": {"small": MODEL}, "gpu": gpu.SIZES,
 }  # fmt: skip
 FRAMES, ROWS = 8, 2560
@@ -74,7 +80,7 @@ GROWTH = {  # the sizes that one letter takes while the others stay (`growing`)
 class Config(Options):
     """What is measured, and how"""
 
-    what: Literal["step", "load", "clip", "decoder", "loss", "draw", "growth", "gpu"] = "step"
+    what: Literal["step", "load", "clip", "decoder", "video", "loss", "draw", "growth", "gpu"] = "step"
     size: str = ""  # small, the default | full (load, clip, gpu) | 125m | smollm | 1b (decoder) | 49k | 152k
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU, for gpu a GPU; loading needs the CPU
     dtype: Literal["float32", "bfloat16", "both"] = "both"  # in a step bfloat16 is autocast on both sides
@@ -165,6 +171,43 @@ def compare_clip(cfg: Config, dtype: str) -> dict:
     peer = CLIPVisionModel(config).to(cfg.device, kind).eval()
     pixels = torch.randn(FRAMES, 3, clip.image_size, clip.image_size, device=cfg.device, dtype=kind)
     return take_turns(cfg, dtype, {"encode": (lambda: tower.hidden(pixels, -1), lambda: peer(pixels))})
+
+
+def draw_film(path: str, seconds: int) -> None:
+    """H.264, 640 x 360 pixels, 24 pictures a second, 250 from one key frame to the next: ten seconds of noise
+    that moves, again and again."""
+    noise = torch.randint(0, 64, (360, 640, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with av.open(path, "w") as film:
+        stream = film.add_stream("libx264", rate=24, options={"preset": "veryfast", "bf": "2"})
+        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+        pictures = (av.VideoFrame.from_ndarray(noise.roll(3 * i, dims=1).numpy()) for i in range(240))
+        packets = [packet for picture in (*pictures, None) for packet in stream.encode(picture)]
+        coded = [(x.pts, x.dts, x.is_keyframe, x.time_base, bytes(x)) for x in packets]
+        for again in range(seconds // 10):
+            for pts, dts, key, base, content in coded:
+                packet, later = av.Packet(content), round(10 * again / base)
+                packet.stream, packet.time_base, packet.is_keyframe = stream, base, key
+                packet.pts, packet.dts = pts + later, dts + later
+                film.mux(packet)
+
+
+def compare_video(cfg: Config, dtype: str) -> dict:
+    """8 and 50 frames of a film, each scaled to 336 x 336 pixels; torchcodec seeks to the same times."""
+    from torchcodec.decoders import VideoDecoder
+
+    def theirs(path, num_frames):
+        decoder = VideoDecoder(path)
+        part = decoder.metadata.duration_seconds / num_frames
+        frames = decoder.get_frames_played_at([(i + 0.5) * part for i in range(num_frames)]).data
+        return F.interpolate(frames.float(), (336, 336), mode="bilinear", antialias=True).to(torch.uint8)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "film.mp4")
+        draw_film(path, SIZES["video"][cfg.size])
+        pairs = {
+            f"{K} frames": (partial(read_frames, path, K, 336), partial(theirs, path, K)) for K in (8, 50)
+        }
+        return take_turns(cfg, dtype, pairs)
 
 
 @torch.no_grad()
@@ -282,7 +325,7 @@ def growing(dtype: str, watch: Stopwatch, P=2, G=4, T=16, S=64, V=512, K=0):
 
 
 COMPARE = {"step": compare, "load": compare_load, "clip": compare_clip, "decoder": compare_decoder}
-COMPARE |= {"loss": compare_loss, "draw": compare_draw, "growth": growth}
+COMPARE |= {"video": compare_video, "loss": compare_loss, "draw": compare_draw, "growth": growth}
 
 
 def main() -> int:
@@ -290,7 +333,10 @@ def main() -> int:
     pick_device(cfg.device)
     peers = PEERS.get(cfg.what, ()) if cfg.what != "step" or cfg.peer != "none" else ()
     result = {"processor": processor(), "threads": torch.get_num_threads()}
-    result |= {name: version(name) for name in ("torch", *peers)}
+    try:
+        result |= {name: version(name) for name in ("torch", *peers)}
+    except PackageNotFoundError as error:
+        raise BadInput(f"--what {cfg.what}: {error.name} is not installed; pip install it") from error
     print(", ".join(f"{key} {value}" for key, value in result.items()))
     result |= {"what": cfg.what, "size": cfg.size, "repeats": cfg.repeats}
     size = SIZES[cfg.what][cfg.size]
@@ -301,6 +347,7 @@ def main() -> int:
         print(markdown(gpu.COLUMNS, [row.values() for row in result["runs"]]))
     else:
         dtypes = ("float32", "bfloat16") if cfg.dtype == "both" else (cfg.dtype,)
+        dtypes = ("uint8",) if cfg.what == "video" else dtypes
         result["runs"] = [COMPARE[cfg.what](cfg, dtype) for dtype in dtypes]
     if cfg.json:
         write_json(cfg.json, result)
