@@ -9,17 +9,20 @@ from experiments import step as whole_step
 from model import ModelConfig
 from plumbing.options import BadInput
 from plumbing.progress import markdown
+from videoqa.video import check_video, read_frames
 
 TINY = ModelConfig(vocab_size=32, dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=16)
 PARTS = {"load": {"map", "read"}, "clip": {"encode"}, "decoder": {"prefill", "whole"}}
-PARTS |= {"loss": {"loss"}, "draw": {"draw"}}
+PARTS |= {"loss": {"loss"}, "draw": {"draw"}, "video": {"8 frames", "50 frames"}}
 
 
 @pytest.mark.parametrize("what", PARTS)
 def test_each_part_is_compared_with_its_peer(what, monkeypatch):
     if what in ("clip", "decoder"):
         pytest.importorskip("transformers")
-    sizes = {"clip": ClipConfig(28, 14, 64, 1, 1, embed_dim=0), "loss": 2000, "draw": 40}
+    if what == "video":
+        pytest.importorskip("torchcodec")
+    sizes = {"clip": ClipConfig(28, 14, 64, 1, 1, embed_dim=0), "loss": 2000, "draw": 40, "video": 10}
     size = sizes.get(what, TINY)
     monkeypatch.setattr(bench, "ROWS", 96)
     monkeypatch.setattr(grpo_rank, "CHUNK_BYTES", 2000 * 4 * 12)
@@ -31,6 +34,16 @@ def test_each_part_is_compared_with_its_peer(what, monkeypatch):
         assert result["peak_ratio"] < 0.2  # eight chunks, three buffers
     if what == "load":
         assert result["bytes"] > 4 * (32 * 16 + 4 * 16 * 16 + 3 * 16 * 16)  # embedding, attention, MLP
+
+
+def test_the_film_that_readers_are_timed_with_is_whole_and_moves(tmp_path):
+    path = str(tmp_path / "film.mp4")
+    bench.draw_film(path, 20)
+    found = check_video(path)
+    assert found["ok"] and (found["frames"], found["fps"], found["duration"]) == (480, 24, 20)
+    frames, times = read_frames(path, 8, 48)
+    assert times.tolist() == pytest.approx([1.25 + 2.5 * i for i in range(8)], abs=1 / 24)
+    assert all((a != b).any() for a, b in zip(frames, frames[1:], strict=False))
 
 
 def test_growth_gives_an_exponent_for_each_size(monkeypatch):

@@ -17,7 +17,13 @@ OPTIONAL = {
     "pyarrow",
     "tensorboard",
 }  # imported only within the function that needs it
-PEERS = {"transformers", "peft", "trl", "datasets"}  # MEASURING has them beside our own code where installed
+PEERS = {
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "torchcodec",
+}  # MEASURING has them beside our own code where installed
 MEASURING = ("experiments.bench", "experiments.step")
 SCRIPTS = {"train", "eval", "ask", "pretrain", "selection", "baselines"}
 # Top level, by what it may import beside plumbing; a folder's name stands for all of its modules
