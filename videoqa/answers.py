@@ -52,7 +52,7 @@ _NEGATED = re.compile(
     rf"{_NOT}[(\[*\"']*([A-Z])(?![\w'])|(?<![\w'])([A-Z])\b[)\]*\"']*\s+{_WRONG}"  # "not (A)", "A is not"
 )
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
-_FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}  # "Ｂ" and "：" as "B" and ":"
+FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}  # "Ｂ" and "：" as "B" and ":"
 _REFUSAL = re.compile(  # "I'm not sure", "there is no way to tell": says nothing, and above all not "no"
     r"\b(?:not|no|never|cannot|can't|don't|doesn't|didn't|isn't|couldn't|unable|hard|impossible|difficult)\b"
     r".{0,60}\b(?:sure|clear|clearly|certain|certainty|know|known|tell|determined?|determinable|say|idea|information|"
@@ -273,7 +273,7 @@ def _grade_words(text: str, question: Question) -> float:
 def spread(text: str) -> str:
     """Full-width letters, digits and signs as plain ones, and spaces for Chinese, Japanese and Korean words:
     "答案是Ｂ" becomes " B"."""
-    return _CJK.sub(" ", text.translate(_FULL_WIDTH))
+    return _CJK.sub(" ", text.translate(FULL_WIDTH))
 
 
 def _letters(text: str, num_options: int) -> set[int]:
@@ -291,7 +291,7 @@ def _letters(text: str, num_options: int) -> set[int]:
 
 def negated_letters(text: str) -> set[int]:
     """Indices of the letters that a text says not to be the answer: "It is not (A)", "A is not right"."""
-    found = _NEGATED.findall(text.translate(_FULL_WIDTH))
+    found = _NEGATED.findall(text.translate(FULL_WIDTH))
     return {ord("".join(pair)) - ord("A") for pair in found}
 
 
@@ -368,7 +368,7 @@ def _split_span(body: str) -> tuple[Interval | None, str]:
     """The last span of a text, in seconds, and the text without it."""
     if not any(map(str.isdigit, body)) and not _NUMBER_WORD.search(body):
         return None, body
-    body = body.translate(_DASHES).translate(_FULL_WIDTH)
+    body = body.translate(_DASHES).translate(FULL_WIDTH)
     if bare := _BARE_SPAN.fullmatch(body):
         return (_seconds(bare[1], bare[2], bare[4]), _seconds(bare[3], bare[4])), ""
     body = _NUMBER_WORD.sub(lambda m: _DIGITS[m[0].casefold()], body)
