@@ -9,7 +9,7 @@ import os
 import re
 from bisect import bisect_right, insort
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
 
@@ -34,9 +34,7 @@ TAIL_BYTES = 44  # what of a packet's frame, or of a mark of the end, follows th
 # What may follow a file's last packet in Matroska: its index, tags, attachments, chapters, table of contents
 MATROSKA_ENDS = [bytes.fromhex(x) for x in ("1c53bb6b", "1254c367", "1941a469", "1043a770", "114d9b74")]
 GAPLESS = {"matroska", "avi", "flv"}
-REORDERED = (
-    16  # packets at most by which FFmpeg's decoding times may lag behind a jump of the pictures' times
-)
+REORDERED = 16  # packets at most by which decoding times may lag behind a jump of the pictures' times
 TS_PACKETS = (188, 192, 204)  # bytes; a file of MPEG-TS is made of packets of one of these sizes
 PLAYLISTS = {"concat", "hls", "dash", "sdp", "rtsp", "imf"}
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192
@@ -151,8 +149,7 @@ class _Source:
         elif self.stated_end:
             self.end = self.stated_end
         else:  # no duration anywhere (live recordings): read all packets, decode none
-            for _ in self:
-                pass
+            deque(self, maxlen=0)
             if not self.times:
                 raise VideoError(path, "no packet has a time stamp")
             self.end = round(self.seen_end / self.tick)
@@ -240,11 +237,8 @@ class _Source:
 
     def read_on(self) -> None:
         """Reads the packets that are left, so that seen_end and file_end are those of the whole file."""
-        try:
-            for _ in self:
-                pass
-        except av.FFmpegError:
-            pass  # what lies behind cannot be read: `fault` says whether that is too much
+        with suppress(av.FFmpegError):  # `fault` says whether what cannot be read is too much
+            deque(self, maxlen=0)
 
     def outlasted(self) -> bool:
         """Whether pictures begin after the stated end, once all packets are read. If so the end is put behind
@@ -288,14 +282,13 @@ class _Source:
 def _to_square(frame, size: int, scaler: VideoReformatter, framing: str) -> np.ndarray:
     """(size, size, 3) uint8 RGB: shorter side to size (bicubic, in FFmpeg), centre crop, turned upright.
 
-    framing crop | pad: the whole frame to RGB, then `resize_frames`. Pixels are taken as square: the
-    sample aspect ratio is not applied. Mirrorings are not undone.
+    framing crop | pad: the whole frame to RGB, then `resize_frame`. Pixels are taken as square: the sample
+    aspect ratio is not applied. Mirrorings are not undone.
     """
     turns = round(frame.rotation / 90)  # both count counter-clockwise
     if framing != "ffmpeg":
-        whole = np.rot90(scaler.reformat(frame, format="rgb24").to_ndarray(), turns).copy()
-        whole = torch.from_numpy(whole).permute(2, 0, 1)
-        return resize_frames(whole[None], size, framing)[0].permute(1, 2, 0).numpy()
+        whole = scaler.reformat(frame, format="rgb24").to_ndarray()
+        return resize_frame(np.rot90(whole, turns), size, framing)
     scale = size / min(frame.width, frame.height)
     width, height = round(frame.width * scale), round(frame.height * scale)
     # one thread: for pictures this small, starting more costs 10 times the work
@@ -303,6 +296,24 @@ def _to_square(frame, size: int, scaler: VideoReformatter, framing: str) -> np.n
     left, top = (width - size) // 2, (height - size) // 2
     square = pixels[top : top + size, left : left + size]
     return np.rot90(square, turns)
+
+
+def resize_frame(pixels: np.ndarray, size: int, framing: str) -> np.ndarray:
+    """uint8 (H, W, 3) RGB -> uint8 (size, size, 3), as CLIPImageProcessor does it.
+
+    framing: crop, the shorter side becomes `size` (bicubic, antialiased) and the middle is cut out; pad,
+    first made square with CLIP's mean colour (LLaVA-1.5), so that nothing is lost.
+    """
+    image = Image.fromarray(pixels)
+    if framing == "pad":
+        whole, side = image, max(image.size)
+        image = Image.new("RGB", (side, side), CLIP_MEAN_COLOR)
+        image.paste(whole, ((side - whole.width) // 2, (side - whole.height) // 2))
+    # Pillow itself: its two passes round in fixed point, and torch's differ from them by up to 2 of 255.
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
@@ -472,11 +483,11 @@ def check_video(path: str, needed: float = 0.0) -> dict:
     seconds, "codec", "width", "height"}; None stands for what could not be established.
     """
     facts = dict.fromkeys(("frames", "fps", "duration", "codec", "width", "height"))
-    path, faults = os.fspath(path), []
+    path = os.fspath(path)
     try:
         with _open_video(path) as source:
             frames = damaged = refused = packets = corrupt = backwards = 0
-            previous = -math.inf
+            cause, previous = "", -math.inf
             stream, codec = source.stream, source.stream.codec_context
             facts |= dict(codec=codec.name, width=codec.width, height=codec.height)
             for packet, _ in source:
@@ -495,48 +506,17 @@ def check_video(path: str, needed: float = 0.0) -> dict:
             seconds = float((source.end - source.zero) * source.tick)
             fps = float(stream.average_rate or frames / max(seconds, 1e-3))
             facts |= dict(frames=frames, fps=fps, duration=seconds)
-            if refused:
-                faults.append(f"{refused} packets cannot be decoded ({cause})")
-            if damaged:
-                faults.append(f"{damaged} of {frames} decoded frames are damaged")
-            if corrupt:
-                faults.append(f"{corrupt} packets are damaged")
-            if source.holes:
-                faults.append(f"packets are missing in {source.holes} places")
-            if backwards:
-                faults.append(f"its time stamps go back in {backwards} places")
-            if not frames or frames < FRAMES_SHARE * packets:
-                faults.append(f"{frames} of {packets} frames decoded")
-            faults.append(source.fault())
-            if needed - seconds > LATE_SECONDS:
-                faults.append(_too_short(seconds, needed))
+            found = {
+                f"{refused} packets cannot be decoded ({cause})": refused,
+                f"{damaged} of {frames} decoded frames are damaged": damaged,
+                f"{corrupt} packets are damaged": corrupt,
+                f"packets are missing in {source.holes} places": source.holes,
+                f"its time stamps go back in {backwards} places": backwards,
+                f"{frames} of {packets} frames decoded": not frames or frames < FRAMES_SHARE * packets,
+                (fault := source.fault()): fault,
+                _too_short(seconds, needed): needed - seconds > LATE_SECONDS,
+            }
+            faults = [words for words, is_so in found.items() if is_so]
     except VideoError as error:
-        faults.append(error.cause)
-    faults = list(filter(None, faults))
+        faults = [error.cause]
     return {"ok": not faults, "reason": "; ".join(faults), **facts}
-
-
-def resize_frames(frames: torch.Tensor, size: int, how: str) -> torch.Tensor:
-    """uint8 (F_, 3, H, W) RGB -> uint8 (F_, 3, size, size), as CLIPImageProcessor does it.
-
-    how: crop, the shorter side becomes `size` (bicubic, antialiased) and the middle is cut out; pad, first
-    made square with CLIP's mean colour (LLaVA-1.5), so that nothing is lost.
-    """
-    H, W = frames.shape[-2:]
-    if how == "pad":
-        side = max(H, W)
-        square = torch.tensor(CLIP_MEAN_COLOR, dtype=torch.uint8, device=frames.device)
-        square = square.view(1, 3, 1, 1).repeat(len(frames), 1, side, side)
-        top, left = (side - H) // 2, (side - W) // 2
-        square[..., top : top + H, left : left + W] = frames
-        frames, H, W = square, side, side
-    short = min(H, W)
-    shape = (int(size * H / short), int(size * W / short))
-    # Pillow itself: its two passes round in fixed point, and torch's differ from them by up to 2 of 255.
-    images = [Image.fromarray(x.permute(1, 2, 0).contiguous().cpu().numpy()) for x in frames]
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    images = [
-        image.resize(shape[::-1], Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-        for image in images
-    ]
-    return torch.stack([torch.from_numpy(np.array(x)).permute(2, 0, 1) for x in images]).to(frames.device)
