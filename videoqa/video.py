@@ -58,7 +58,7 @@ class VideoError(DataError):
 
 
 @contextmanager
-def _open_video(path: str):
+def open_video(path: str):
     """A `_Source`, closed afterwards. Every FFmpeg error inside becomes a VideoError."""
     if not os.path.isfile(path):
         raise VideoError(path, "no such file")
@@ -123,8 +123,8 @@ class _Source:
         if self.zero < 0:  # sound may run in before 0, pictures do not
             self.zero = min(start, 0)
         self.step = round(1 / rate / self.tick) if rate else 0
-        formats = container.format.name.split(",")
-        self.gapless = bool(GAPLESS & set(formats))  # packets follow each other without a byte in between
+        formats = set(container.format.name.split(","))
+        self.gapless = bool(GAPLESS & formats)  # packets follow each other without a byte in between
         # AVI holds no presentation times: its n-th picture is shown when its n-th packet is to be decoded
         self.by_order = "avi" in formats
         self.packet_bytes = TS_PACKETS if "mpegts" in formats else ()
@@ -134,21 +134,18 @@ class _Source:
         self.first, self.last = math.inf, -math.inf
         self.restart()
         tag = re.fullmatch(r"(\d{1,9}):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))
-        self.stated_end = None
+        self.stated_end, self.outlasting = None, False
         if tag:  # Matroska's
-            seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
-            self.stated_end = round(seconds / self.tick)
+            hours, minutes, seconds = map(float, tag.groups())
+            self.stated_end = round((3600 * hours + 60 * minutes + seconds) / self.tick)
         elif stream.frames and stream.duration:  # FFmpeg guesses the stream's duration where nobody counted
-            self.stated_end = start + stream.duration
-            if "avi" in formats:  # counts in ticks; FFmpeg guesses the duration where the index is cut off
-                self.stated_end = start + max(stream.duration, stream.frames)
-        self.outlasting = False
-        if container.duration:  # that of Matroska and FLV counts from 0
-            self.end = self.ticks(container.duration) + (not {"matroska", "flv"} & set(formats)) * self.zero
-            self.end = max(self.end, self.stated_end or 0)
-        elif self.stated_end:
-            self.end = self.stated_end
-        else:  # no duration anywhere (live recordings): read all packets, decode none
+            counted = stream.frames if self.by_order else 0  # AVI's; its index may be cut off
+            self.stated_end = start + max(stream.duration, counted)
+        self.end = self.stated_end or 0
+        if container.duration:
+            first = 0 if {"matroska", "flv"} & formats else self.zero  # where that duration begins
+            self.end = max(self.end, first + self.ticks(container.duration))
+        elif not self.end:  # no duration anywhere (live recordings): read all packets, decode none
             deque(self, maxlen=0)
             if not self.times:
                 raise VideoError(path, "no packet has a time stamp")
@@ -156,9 +153,8 @@ class _Source:
             self.seek(self.zero)
         seconds = (self.end - self.zero) * self.second
         if not stream.frames / MAX_RATE <= seconds <= MAX_SECONDS:
-            raise VideoError(
-                path, f"its clock is damaged: {stream.frames or 'its'} frames in {seconds:.4g} s"
-            )
+            count = stream.frames or "its"
+            raise VideoError(path, f"its clock is damaged: {count} frames in {seconds:.4g} s")
 
     def damage(self, target: int) -> VideoError:
         return VideoError(self.path, f"damaged before {(target - self.zero) * self.second:.2f} s")
@@ -198,7 +194,7 @@ class _Source:
         for packet in self.packets:
             ours = packet.stream is self.stream
             time = packet.dts if packet.pts is None or self.by_order else packet.pts
-            if packet.pos is not None and packet.pos >= 0:
+            if packet.pos is not None:
                 if self.position is not None and packet.pos - self.position > max(self.skipped, HEADER_BYTES):
                     self.skipped, self.since = packet.pos - self.position, 0
                 self.position = packet.pos + packet.size
@@ -328,8 +324,8 @@ def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
     waiting, dropped, hole, clock = [], False, False, deque()
     sought, position, may_seek = -1, 0, skip and not source.may_jump
     settled, behind = 0, -1
-    while (found := next(source, None)) is not None:
-        (packet, time), target = found, targets[min(len(chosen), len(targets) - 1)]
+    for packet, time in source:
+        target = targets[min(len(chosen), len(targets) - 1)]
         if settled < len(chosen):  # what a chosen frame was made from may be shown, and be damaged, after it
             settled, behind = len(chosen), codec.reorder_depth
         behind -= 1
@@ -441,7 +437,7 @@ def read_frames(path: str, num_frames: int, size: int, framing: str = "ffmpeg", 
 
 def _read_once(path, num_frames, square, start, end, skip: bool, file_end: int | None = None):
     """The pixels and the times (s) of read_frames, as two lists. file_end: the end of the file, if known."""
-    with _open_video(path) as source:
+    with open_video(path) as source:
         if file_end is not None:
             source.end, source.outlasting = file_end, True
         duration = source.end - source.zero
@@ -449,7 +445,7 @@ def _read_once(path, num_frames, square, start, end, skip: bool, file_end: int |
         if end is not None:
             high = min(round(end / source.tick), duration)
         if high < low or end is not None and end - duration * source.tick > LATE_SECONDS:
-            raise VideoError(path, _too_short(float(duration * source.tick), end or start))
+            raise VideoError(path, too_short(float(duration * source.tick), end or start))
         centres = [low + (2 * i + 1) * (high - low) // (2 * num_frames) for i in range(num_frames)]
         square = partial(square, scaler=VideoReformatter())  # keeps its tables from frame to frame
         chosen = _shown_at(source, [source.zero + centre for centre in centres], square, skip)
@@ -471,52 +467,5 @@ def frame_strip(path: str, start=0.0, end=None) -> bytes:
     return content.getvalue()
 
 
-def _too_short(seconds: float, end: float) -> str:
+def too_short(seconds: float, end: float) -> str:
     return f"it is {seconds:.1f} s long, but a part of it that is asked about ends at {end:.1f} s"
-
-
-def check_video(path: str, needed: float = 0.0) -> dict:
-    """Decode the whole file and say what is there; a bad file is reported, not raised. So is one that ends
-    before second `needed`.
-
-    Returns {"ok": bool, "reason": str, empty if ok, "frames": those that decode, "fps": average, "duration":
-    seconds, "codec", "width", "height"}; None stands for what could not be established.
-    """
-    facts = dict.fromkeys(("frames", "fps", "duration", "codec", "width", "height"))
-    path = os.fspath(path)
-    try:
-        with _open_video(path) as source:
-            frames = damaged = refused = packets = corrupt = backwards = 0
-            cause, previous = "", -math.inf
-            stream, codec = source.stream, source.stream.codec_context
-            facts |= dict(codec=codec.name, width=codec.width, height=codec.height)
-            for packet, _ in source:
-                packets += packet.size > 0 and not packet.is_discard
-                corrupt += packet.is_corrupt
-                try:
-                    decoded = packet.decode()
-                except av.FFmpegError as error:
-                    refused, cause, decoded = refused + 1, error.strerror, []
-                frames += len(decoded)
-                damaged += sum(frame.is_corrupt for frame in decoded)
-                times = [frame.pts for frame in decoded if frame.pts is not None and not source.by_order]
-                for time in times:
-                    backwards, previous = backwards + source.goes_back(previous, time), time
-            source.outlasted()
-            seconds = float((source.end - source.zero) * source.tick)
-            fps = float(stream.average_rate or frames / max(seconds, 1e-3))
-            facts |= dict(frames=frames, fps=fps, duration=seconds)
-            found = {
-                f"{refused} packets cannot be decoded ({cause})": refused,
-                f"{damaged} of {frames} decoded frames are damaged": damaged,
-                f"{corrupt} packets are damaged": corrupt,
-                f"packets are missing in {source.holes} places": source.holes,
-                f"its time stamps go back in {backwards} places": backwards,
-                f"{frames} of {packets} frames decoded": not frames or frames < FRAMES_SHARE * packets,
-                (fault := source.fault()): fault,
-                _too_short(seconds, needed): needed - seconds > LATE_SECONDS,
-            }
-            faults = [words for words, is_so in found.items() if is_so]
-    except VideoError as error:
-        faults = [error.cause]
-    return {"ok": not faults, "reason": "; ".join(faults), **facts}
