@@ -8,7 +8,15 @@ import av
 
 from plumbing.options import one_line, read_jsonl
 from videoqa.answers import Question, equal_option, read
-from videoqa.video import FRAMES_SHARE, LATE_SECONDS, DataError, VideoError, open_video, too_short
+from videoqa.video import (
+    FRAMES_SHARE,
+    LATE_SECONDS,
+    DataError,
+    VideoError,
+    open_video,
+    too_short,
+    without_errors,
+)
 
 NEEDED = ("id", "video", "question", "answer")
 OPTIONAL = ("category", "duration_class", "benchmark")  # texts as well
@@ -113,21 +121,27 @@ def check_video(path: str, needed: float = 0.0) -> dict:
     Returns {"ok": bool, "reason": str, empty if ok, "frames": those that decode, "fps": average, "duration":
     seconds, "codec", "width", "height"}; None stands for what could not be established.
     """
+    return without_errors(lambda logs: _check_once(os.fspath(path), needed, logs))
+
+
+def _check_once(path: str, needed: float, logs: list | None) -> dict:
     facts = dict.fromkeys(("frames", "fps", "duration", "codec", "width", "height"))
-    path = os.fspath(path)
     try:
-        with open_video(path) as source:
-            frames = damaged = refused = packets = corrupt = backwards = 0
+        with open_video(path, logs) as source:
+            frames = damaged = refused = packets = corrupt = backwards = logged = 0
             cause, previous = "", -math.inf
             stream, codec = source.stream, source.stream.codec_context
             facts |= dict(codec=codec.name, width=codec.width, height=codec.height)
             for packet, _ in source:
                 packets += packet.size > 0 and not packet.is_discard
                 corrupt += packet.is_corrupt
+                source.logs.clear()
                 try:
                     decoded = packet.decode()
                 except av.FFmpegError as error:
                     refused, cause, decoded = refused + 1, error.strerror, []
+                else:
+                    logged += bool(source.logs)
                 frames += len(decoded)
                 damaged += sum(frame.is_corrupt for frame in decoded)
                 times = [frame.pts for frame in decoded if frame.pts is not None and not source.by_order]
@@ -140,6 +154,7 @@ def check_video(path: str, needed: float = 0.0) -> dict:
             fault = source.fault()
             found = {
                 f"{refused} packets cannot be decoded ({cause})": refused,
+                f"{logged} packets are decoded with errors": logged,
                 f"{damaged} of {frames} decoded frames are damaged": damaged,
                 f"{corrupt} packets are damaged": corrupt,
                 f"packets are missing in {source.holes} places": source.holes,

@@ -12,8 +12,10 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
+from threading import Lock
 
 import av
+import av.logging
 import numpy as np
 import torch
 from av.format import Flags
@@ -40,6 +42,7 @@ PLAYLISTS = {"concat", "hls", "dash", "sdp", "rtsp", "imf"}
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192
 MAX_RATE, MAX_SECONDS = 1000, 7 * 24 * 3600  # frames a second and seconds of a video
 SMALL_PIXELS = 256 * 256  # below this, starting decoder threads costs more than they save
+_ONE_AT_A_TIME = Lock()  # of `without_errors`
 
 
 class DataError(BadInput):
@@ -57,9 +60,33 @@ class VideoError(DataError):
         return f"{self.path}: {self.cause}; replace the file or drop its questions"
 
 
+def without_errors(read):
+    """read(None); where FFmpeg logs an error meanwhile, read(logs) instead, with `logs` for `open_video`.
+
+    Some damage is logged and shows nowhere else. FFmpeg's log is one for the whole process, so what was
+    logged may be of a video that another thread reads. `logs`, a list that grows, has this thread's alone.
+    """
+    if av.logging.get_level() is None:
+        av.logging.set_level(av.logging.PANIC)  # errors are counted, and nothing is printed
+    num_errors = av.logging.get_last_error()[0]
+    found = read(None)
+    if av.logging.get_last_error()[0] == num_errors:
+        return found
+    with _ONE_AT_A_TIME, av.logging.Capture(local=False), av.logging.Capture() as logs:
+        level, repeated = av.logging.get_level(), av.logging.get_skip_repeated()
+        av.logging.set_level(av.logging.ERROR)
+        av.logging.set_skip_repeated(False)
+        try:
+            return read(logs)
+        finally:
+            av.logging.set_level(level)
+            av.logging.set_skip_repeated(repeated)
+
+
 @contextmanager
-def open_video(path: str):
-    """A `_Source`, closed afterwards. Every FFmpeg error inside becomes a VideoError."""
+def open_video(path: str, logs: list | None = None):
+    """A `_Source`, closed afterwards. Every FFmpeg error inside becomes a VideoError. logs: of
+    `without_errors`; with them one thread decodes, so that they are complete."""
     if not os.path.isfile(path):
         raise VideoError(path, "no such file")
     if os.path.getsize(path) == 0:
@@ -83,10 +110,11 @@ def open_video(path: str):
                 raise VideoError(path, f"its pictures of {codec.width}x{codec.height} pixels are too large")
             for sound in container.streams.audio:
                 _open_sound(path, sound.codec_context)
-            codec.thread_type = "NONE" if codec.width * codec.height <= SMALL_PIXELS else "AUTO"
+            alone = logs is not None or codec.width * codec.height <= SMALL_PIXELS
+            codec.thread_type = "NONE" if alone else "AUTO"
             codec.options = {"err_detect": "explode", "max_pixels": limits["max_pixels"]}
             try:
-                yield _Source(path, container, stream)
+                yield _Source(path, container, stream, logs)
             finally:
                 # Waits for the decoder's threads without Python's lock. Freeing it waits as well, but with
                 # that lock, and for ever where a thread has an error to log, which takes the lock.
@@ -115,9 +143,9 @@ class _Source:
     whether bytes were skipped in front of the packet; holes, how often; sound_after, see `spoil`.
     """
 
-    def __init__(self, path: str, container, stream):
+    def __init__(self, path: str, container, stream, logs: list | None = None):
         self.path, self.container, self.stream, self.tick = path, container, stream, stream.time_base
-        self.second = float(self.tick)
+        self.second, self.logs = float(self.tick), [] if logs is None else logs
         start, rate = stream.start_time or 0, stream.average_rate or stream.guessed_rate
         self.zero = start if container.start_time is None else self.ticks(container.start_time)
         if self.zero < 0:  # sound may run in before 0, pictures do not
@@ -162,6 +190,18 @@ class _Source:
     def goes_back(self, before: int, after: int) -> bool:
         """Whether these times of two frames are out of order. MPEG-PS states few; FFmpeg guesses the rest."""
         return after < before - 1.5 * self.step
+
+    def decode(self, packet) -> list:
+        """The packet's frames; `spoil` where it cannot be decoded, or not without an error that is logged."""
+        self.logs.clear()
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            frames = []
+            self.spoil()
+        if self.logs:
+            self.spoil()
+        return frames
 
     def spoil(self) -> None:
         """Something could not be decoded: no frame is sound until a key frame that has not been read yet."""
@@ -352,12 +392,7 @@ def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
             yield None, None
         for undecoded in waiting:
             clock.append(undecoded.dts)
-            try:
-                decoded = undecoded.decode()
-            except av.FFmpegError:
-                decoded = []
-                source.spoil()
-            for frame in decoded:
+            for frame in source.decode(undecoded):
                 yield frame, clock.popleft() if source.by_order else frame.pts
         waiting, dropped = [], False
 
@@ -427,17 +462,21 @@ def read_frames(path: str, num_frames: int, size: int, framing: str = "ffmpeg", 
     assert num_frames >= 1 and size >= 1, f"need num_frames, size >= 1, got {num_frames}, {size}"
     assert 0 <= start < (math.inf if end is None else end), f"need 0 <= start < end, got {start}, {end}"
     path, square = os.fspath(path), partial(_to_square, size=size, framing=framing)
-    try:
-        frames, times = _read_once(path, num_frames, square, start, end, skip=True)
-    except VideoError:  # perhaps only because decoding began at a key frame that can not be begun with
-        frames, times = _read_once(path, num_frames, square, start, end, skip=False)
+
+    def read(logs):
+        try:
+            return _read_once(path, num_frames, square, start, end, logs, skip=True)
+        except VideoError:  # perhaps only because decoding began at a key frame that can not be begun with
+            return _read_once(path, num_frames, square, start, end, logs, skip=False)
+
+    frames, times = without_errors(read)
     frames = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
     return frames.contiguous(), torch.tensor(times, dtype=torch.float32)  # (K, 3, size, size), (K,)
 
 
-def _read_once(path, num_frames, square, start, end, skip: bool, file_end: int | None = None):
+def _read_once(path, num_frames, square, start, end, logs, skip: bool, file_end: int | None = None):
     """The pixels and the times (s) of read_frames, as two lists. file_end: the end of the file, if known."""
-    with open_video(path) as source:
+    with open_video(path, logs) as source:
         if file_end is not None:
             source.end, source.outlasting = file_end, True
         duration = source.end - source.zero
@@ -452,7 +491,7 @@ def _read_once(path, num_frames, square, start, end, skip: bool, file_end: int |
         if end is None or source.may_jump:
             source.read_on()
             if not source.outlasting and source.outlasted():
-                return _read_once(path, num_frames, square, start, end, skip, source.end)
+                return _read_once(path, num_frames, square, start, end, logs, skip, source.end)
             if fault := source.fault():
                 raise VideoError(path, fault)
         return [pixels for pixels, _ in chosen], [float((t - source.zero) * source.tick) for _, t in chosen]

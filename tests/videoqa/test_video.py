@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import pickle
 import struct
+import threading
 from fractions import Fraction
 
 import av
@@ -83,8 +84,8 @@ def shown_by_definition(path, k):
     return indices, [float((all_pts[i] - start) * tick) for i in indices]
 
 
-def count_decoding(monkeypatch):
-    """Counts packets read and frames decoded from now on."""
+def count_decoding(monkeypatch, decoding=lambda packet: None):
+    """Counts packets read and frames decoded from now on. decoding: called with each packet before it is."""
     counts = {"packets": 0, "frames": 0}
 
     class Counting:
@@ -106,6 +107,7 @@ def count_decoding(monkeypatch):
                 yield Counting(packet)
 
         def decode(self):
+            decoding(self.real)
             frames = self.real.decode()
             counts["frames"] += len(frames)
             return frames
@@ -465,6 +467,46 @@ def test_a_list_of_files_is_no_video_and_pictures_have_a_bound(tmp_path):
         with pytest.raises(video.VideoError, match=cause):
             video.read_frames(tmp_path / name, 2, 32)
         assert not check_video(tmp_path / name)["ok"]
+
+
+def log_error():
+    av.logging.log(av.logging.ERROR, "hevc", "CABAC_MAX_BIN : 31")
+
+
+def log_error_elsewhere():
+    thread = threading.Thread(target=log_error)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "log, reason", [(log_error, "1 packets are decoded with errors"), (log_error_elsewhere, "")]
+)
+def test_an_error_that_is_logged_and_not_flagged_is_damage_of_the_video_that_is_decoded(
+    minute, monkeypatch, capfd, log, reason
+):
+    count_decoding(monkeypatch, lambda packet: packet.pts == Fraction(22) / packet.time_base and log())
+    assert [index_of(frame) for frame in video.read_frames(minute, 2, 32)[0]] == [150, 450]  # 15 and 45 s
+    assert check_video(minute)["reason"] == reason
+    if reason:
+        with pytest.raises(video.VideoError, match="damaged before 22.50 s"):
+            video.read_frames(minute, 4, 32)
+    else:
+        assert video.read_frames(minute, 4, 32)[0].shape == (4, 3, 32, 32)
+    assert av.logging.get_level() == av.logging.PANIC and not any(capfd.readouterr())
+
+
+@needs_real_clips
+@pytest.mark.parametrize("flips", [{8320: 128}, {2526: 64, 8699: 16}, {8263: 2}])
+def test_bits_whose_damage_the_hevc_decoder_only_logs_are_noticed(tmp_path, flips):
+    with open(os.path.join(REAL_CLIPS, "clips", "h265_video.mp4"), "rb") as file:
+        content = bytearray(file.read())
+    for at, bits in flips.items():
+        content[at] ^= bits
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(video.VideoError, match="damaged"):
+        video.read_frames(tmp_path / "a.mp4", 8, 112)
+    assert not check_video(tmp_path / "a.mp4")["ok"]
 
 
 def test_threads_that_log_an_error_do_not_stop_the_reader_for_ever(tmp_path):
