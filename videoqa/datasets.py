@@ -415,11 +415,10 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
         num_read += 1
         video, there = _place_video(row.pop("videos"), row.pop("folder", ""), found, where)
         is_there[video] = there
-        row = {"id": row.pop("id"), "video": video, "benchmark": key, **row}
-        row = _cut(row, most=SPAN_TOLERANCE)
+        row = _cut({"id": row.pop("id"), "video": video, "benchmark": key, **row}, SPAN_TOLERANCE)
         fault = _span_fault(row)
         if bad_spans == "clip" and OUTSIDE in fault:
-            row = _cut(row, most=math.inf)
+            row = _cut(row, math.inf)
             fault = _span_fault(row)
             num_clipped += not fault
         if fault:
