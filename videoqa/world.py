@@ -323,13 +323,6 @@ def _make_one(folder, grounded, hard, seed):
     return [row for name, scene in scenes.items() for row in ask(scene, name)]
 
 
-def _refuse_other_questions(path):
-    """BadInput if the file holds other questions than the world's, whose ids begin with their clip's name."""
-    lines = read_bytes(path, "make it readable").splitlines() if os.path.exists(path) else []
-    if not all(re.fullmatch(rb'\{.*"id": "(clip|hard|twins)\d{7,}-g?\d+".*\}', line) for line in lines):
-        raise BadInput(f"{path}: holds other questions than the world's; rename it, or take another folder")
-
-
 def _end_with_parent():
     """In a worker: ends it as soon as the drawing process has ended, however that was killed."""
 
@@ -350,7 +343,9 @@ def make_world(folder, seeds, workers=None, grounded=False, hard=False):
     A folder that is drawn already is not written to. Raises BadInput where others' questions lie there.
     """
     path = os.path.join(folder, "grounded.jsonl" if grounded else "questions.jsonl")
-    _refuse_other_questions(path)
+    lines = read_bytes(path, "make it readable").splitlines() if os.path.exists(path) else []
+    if not all(re.fullmatch(rb'\{.*"id": "(clip|hard|twins)\d{7,}-g?\d+".*\}', line) for line in lines):
+        raise BadInput(f"{path}: holds other questions than the world's; rename it, or take another folder")
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)
     workers = workers or os.cpu_count()
