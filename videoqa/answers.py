@@ -5,8 +5,7 @@ block or bare. The answer is a text, an option's letter, a span "from 3 to 9 sec
 asks for both, the one and then the other: "(B) red, from 3 to 9 seconds". A pretrained chat model is told so
 behind each question (`instruction`); the small default policy, which has learned it, is not.
 
-Programs that parse each in their own way pay for one thing and measure another, so all of them call `grade`.
-Its rules are strict where a policy would find a hole: naming two choices is hedging and earns nothing.
+The rules are strict where a policy would find a hole: naming two choices is hedging and earns nothing.
 """
 
 import math
@@ -52,7 +51,7 @@ _NEGATED = re.compile(
     rf"{_NOT}[(\[*\"']*([A-Z])(?![\w'])|(?<![\w'])([A-Z])\b[)\]*\"']*\s+{_WRONG}"  # "not (A)", "A is not"
 )
 _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
-_FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}  # "Ｂ" and "：" as "B" and ":"
+FULL_WIDTH = {0xFF01 + i: 0x21 + i for i in range(94)}  # "Ｂ" and "：" as "B" and ":"
 _REFUSAL = re.compile(  # "I'm not sure", "there is no way to tell": says nothing, and above all not "no"
     r"\b(?:not|no|never|cannot|can't|don't|doesn't|didn't|isn't|couldn't|unable|hard|impossible|difficult)\b"
     r".{0,60}\b(?:sure|clear|clearly|certain|certainty|know|known|tell|determined?|determinable|say|idea|information|"
@@ -82,11 +81,10 @@ _SPANS = (
 )
 _BARE_SPAN = re.compile(rf"\W*{_LISTED_TIME}(?:\s*(?:and|&)\s*|,\s+){_LISTED_TIME}\W*", re.IGNORECASE)
 _COUNTED = r"(?!\w*(?:frame|f_?idx|index|ms\b|milli|min|hour|percent|pct))"  # "start_frame": no seconds
-_START, _END = (re.compile(rf"\b{word}{_COUNTED}{_BOUND}", re.IGNORECASE) for word in ("start", "end"))
-_BEGIN, _FINISH = (
-    re.compile(rf"\b(?:{words}){_COUNTED}{_BOUND}", re.IGNORECASE)
-    for words in ("start|begin|began|commence", "end|finish|stop|conclude")
-)
+_BOUNDS = [  # patterns of the start and of the end, the plain words first
+    [re.compile(rf"\b(?:{word}){_COUNTED}{_BOUND}", re.IGNORECASE) for word in words]
+    for words in (("start", "end"), ("start|begin|began|commence", "end|finish|stop|conclude"))
+]
 _UNIT_IN_FRONT = re.compile(
     r"\b(?:frames?|minutes?|mins?|hours?|percent|percentages?|milliseconds?|msecs?|ms|confidence|scores?|"
     r"probability|pages?|steps?)(?:_\w+)?\W*(?:(?:from|range|numbers?|no|between|index|indices|interval)\W*)*$",
@@ -160,9 +158,9 @@ def instruction(question: Question, think: bool, times: list[float] | tuple = ()
 
     times: seconds at which the frames that it sees are shown, said only where a span is asked for.
     """
-    mark = "the letter of the right option"
-    mark = f"the right option's mark, as {question.marks[0]}" if question.marks else mark
-    wanted = [mark if question.options else "a few words"]
+    wanted = ["the letter of the right option" if question.options else "a few words"]
+    if question.marks:
+        wanted = [f"the right option's mark, as {question.marks[0]}"]
     if question.spans:
         span = "the time span as: from START to END seconds"
         wanted = [span] if task(question) == "grounding" else [*wanted, f"then {span}"]
@@ -173,18 +171,11 @@ def instruction(question: Question, think: bool, times: list[float] | tuple = ()
 
 
 def _blocks(text: str, tag: str) -> tuple[list[str], str]:
-    """The contents of the closed blocks <tag>..</tag>, and the text with a space in the place of each.
-    Linear: a tag without its end is looked for once."""
-    inside, outside, at = [], [], 0
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    while (start := text.find(opening, at)) >= 0:
-        end = text.find(closing, start + len(opening))
-        if end < 0:
-            break
-        inside.append(text[start + len(opening) : end])
-        outside.append(text[at:start])
-        at = end + len(closing)
-    return inside, " ".join([*outside, text[at:]])
+    """The contents of the closed blocks <tag>..</tag>, and the text with a space in the place of each."""
+    # Behind the last end no tag is closed: not to look for its end there keeps the search linear
+    closed, end, rest = text.rpartition(f"</{tag}>")
+    block = re.compile(f"<{tag}>(.*?)</{tag}>", re.DOTALL)
+    return block.findall(closed + end), block.sub(" ", closed + end) + rest
 
 
 def final_answer(text: str) -> str:
@@ -273,7 +264,7 @@ def _grade_words(text: str, question: Question) -> float:
 def spread(text: str) -> str:
     """Full-width letters, digits and signs as plain ones, and spaces for Chinese, Japanese and Korean words:
     "答案是Ｂ" becomes " B"."""
-    return _CJK.sub(" ", text.translate(_FULL_WIDTH))
+    return _CJK.sub(" ", text.translate(FULL_WIDTH))
 
 
 def _letters(text: str, num_options: int) -> set[int]:
@@ -291,7 +282,7 @@ def _letters(text: str, num_options: int) -> set[int]:
 
 def negated_letters(text: str) -> set[int]:
     """Indices of the letters that a text says not to be the answer: "It is not (A)", "A is not right"."""
-    found = _NEGATED.findall(text.translate(_FULL_WIDTH))
+    found = _NEGATED.findall(text.translate(FULL_WIDTH))
     return {ord("".join(pair)) - ord("A") for pair in found}
 
 
@@ -344,13 +335,18 @@ def is_refusal(text: str) -> bool:
     return bool(_REFUSAL.search(text.casefold().replace("’", "'")))
 
 
-def _seconds(number: str, unit: str | None, other_unit: str | None = None) -> float:
-    """Of "1:05", "3,5", "1,003" or, with the unit of this number or of its partner, "500 ms"."""
+def _seconds(number: str, unit: str | None) -> float:
+    """Of "1:05", "3,5" or "1,003"; the unit, where there is one, as in "500 ms"."""
     if re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", number):
         number = number.replace(",", "")
     parts = reversed(number.replace(",", ".").split(":"))  # seconds, minutes, hours
     seconds = sum(float(x) * 60**i for i, x in enumerate(parts))
-    return seconds / 1000 if (unit or other_unit or "s").casefold().startswith(("ms", "mill")) else seconds
+    return seconds / 1000 if unit and unit.casefold().startswith(("ms", "mill")) else seconds
+
+
+def _interval(start: str, start_unit: str | None, end: str, end_unit: str | None) -> Interval:
+    """In seconds; a start without a unit has the end's."""
+    return _seconds(start, start_unit or end_unit), _seconds(end, end_unit)
 
 
 def _compound(found: re.Match) -> str:
@@ -364,39 +360,37 @@ def _in_seconds(found: re.Match) -> bool:
     return bool(named) or not _UNIT_IN_FRONT.search(found.string[max(0, found.start() - 40) : found.start()])
 
 
+def _last(matches) -> re.Match | None:
+    return max(matches, key=re.Match.start, default=None)
+
+
 def _split_span(body: str) -> tuple[Interval | None, str]:
     """The last span of a text, in seconds, and the text without it."""
     if not any(map(str.isdigit, body)) and not _NUMBER_WORD.search(body):
         return None, body
-    body = body.translate(_DASHES).translate(_FULL_WIDTH)
+    body = body.translate(_DASHES).translate(FULL_WIDTH)
     if bare := _BARE_SPAN.fullmatch(body):
-        return (_seconds(bare[1], bare[2], bare[4]), _seconds(bare[3], bare[4])), ""
+        return _interval(*bare.groups()), ""
     body = _NUMBER_WORD.sub(lambda m: _DIGITS[m[0].casefold()], body)
     body = _COMPOUND.sub(_compound, body)
-    found = [m for pattern in _SPANS for m in pattern.finditer(body) if _in_seconds(m)]
-    last = max(found, key=lambda m: m.start(), default=None)
-    lower, bounds = body.lower(), [[]]
-    if "start" in lower or "beg" in lower or "commence" in lower:
-        bounds = [list(pattern.finditer(body)) for pattern in (_START, _END)]
-        rest = (_END, _START)
-        if not all(bounds):
-            bounds, rest = [list(pattern.finditer(body)) for pattern in (_BEGIN, _FINISH)], (_FINISH, _BEGIN)
-    if all(bounds) and (not last or max(m[-1].end() for m in bounds) > last.end()):
-        starts, ends = (matches[-1] for matches in bounds)  # "starts at 3, ends at 9", in either order
-        times = starts[1], starts[2], ends[1], ends[2]
-        rest = rest[0].sub(" ", rest[1].sub(" ", body))
-    elif last:
-        times, rest = last.groups(), body[: last.start()] + " " + body[last.end() :]
-    else:
+    last = _last(m for pattern in _SPANS for m in pattern.finditer(body) if _in_seconds(m))
+    for start, end in _BOUNDS if re.search("start|beg|commence", body, re.IGNORECASE) else ():
+        bounds = _last(start.finditer(body)), _last(end.finditer(body))  # in either order
+        if all(bounds):
+            if not last or max(m.end() for m in bounds) > last.end():
+                times = bounds[0].groups() + bounds[1].groups()
+                return _interval(*times), end.sub(" ", start.sub(" ", body))
+            break
+    if not last:
         return None, body
-    return (_seconds(times[0], times[1], times[3]), _seconds(times[2], times[3])), rest
+    return _interval(*last.groups()), f"{body[: last.start()]} {body[last.end() :]}"
 
 
 def _read_span(text: str) -> tuple[Interval | None, str]:
     """The span of a completion and the rest of its final answer."""
     span, rest = _split_span(final_answer(text))
-    blocks = _blocks(text, "glue")[0] if "<glue>" in text else []
-    return (_split_span(blocks[-1])[0] if blocks else span), rest  # VideoChat-R1 writes its spans so
+    blocks = _blocks(text, "glue")[0] if "<glue>" in text else []  # VideoChat-R1 writes its spans so
+    return (_split_span(blocks[-1])[0] if blocks else span), rest
 
 
 def parse_span(text: str) -> Interval | None:
@@ -452,6 +446,14 @@ class Reading:
             return 0.0, 0.0
         return tuple(max(measure(self.span, gold) for gold in question.spans) for measure in (iou, iop))
 
+    def grade(self, question: Question) -> float:
+        """See `grade`."""
+        if question.options:
+            return float(self.option == gold_option(question))
+        if task(question) == "grounding":
+            return self.overlaps(question)[0]
+        return _grade_words(self.rest, question)
+
     def is_whole(self, question: Question) -> bool:
         """Says all that is asked: a span of positive length, an option, some word."""
         if question.spans and (self.span is None or not 0 <= self.span[0] < self.span[1] < math.inf):
@@ -482,15 +484,7 @@ def grade(text: str, question: Question) -> float:
     with the gold in it offers). A gold of one content word: that word and no other, 1 or 0. A longer gold:
     word F1 = 2 * common / (len(words) + len(gold)), over pairs of neighbours too if the gold has an order.
     """
-    return _grade(read(text, question), question)
-
-
-def _grade(reading: Reading, question: Question) -> float:
-    if question.options:
-        return float(reading.option == gold_option(question))
-    if task(question) == "grounding":
-        return reading.overlaps(question)[0]
-    return _grade_words(reading.rest, question)
+    return read(text, question).grade(question)
 
 
 def is_correct(text: str, question: Question) -> bool:
@@ -531,7 +525,7 @@ def reward(text: str, question: Question, overlap: str = "iou", think: bool = Fa
         span, (best_iou, best_iop) = reading.span, reading.overlaps(question)
         continuous = best_iou if overlap == "iou" or not span or span[0] >= span[1] else best_iop
     if task(question) != "grounding":
-        discrete = float(_grade(reading, question) >= 1)
+        discrete = float(reading.grade(question) >= 1)
     well_formed = (_WELL_FORMED if think else _BARE).fullmatch(text.strip()) and reading.is_whole(question)
     return Reward(discrete, continuous, float(bool(well_formed)))
 

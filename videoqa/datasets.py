@@ -19,6 +19,7 @@ from videoqa.questions import is_number, is_span, is_text
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
 ACTIVITYNET_TYPES = "motion spatial temporal yes/no color object location number other".split()
+ACTIVITYNET_TYPES = {str(number): name for number, name in enumerate(ACTIVITYNET_TYPES)}
 # MVBench's own video folders: tell apart files of one name
 MVBENCH_FOLDERS = {
     "star": ("action_sequence", "action_prediction", "object_interaction"),
@@ -27,10 +28,10 @@ MVBENCH_FOLDERS = {
     "clevrer/video_validation": ("counterfactual_inference",),
     "sta": ("action_localization",),
 }  # fmt: skip
-ORIGINAL = "give the original file"
 MVBENCH_FOLDER_OF = {task: folder for folder, tasks in MVBENCH_FOLDERS.items() for task in tasks}
-
-
+ORIGINAL = "give the original file"
+OUTSIDE = "outside the video"
+SPAN_TOLERANCE = 1e-6  # s; a span may exceed its video by so much, which is float noise, and is cut there
 # what a column may hold, and how it is named to someone whose file holds something else
 KINDS = {
     "text": (is_text, "a text"),
@@ -62,20 +63,12 @@ def _need(row, where: str, columns: str | list[str]) -> list:
     return values
 
 
-def _text(path: str) -> str:
-    return read_text(path, ORIGINAL)
-
-
-def _json(path: str):
-    return parse_json(_text(path), path, ORIGINAL)
-
-
-def _videos(path: str) -> dict:
-    """A JSON object by video."""
-    videos = _json(path)
-    if not isinstance(videos, dict):
-        raise BadInput(f"{path}: not an object of videos; give the file of the named version")
-    return videos
+def _json(path: str, kind: type, words: str):
+    """A file's JSON value. BadInput: it is not of this kind, in words "an object of videos"."""
+    value = parse_json(read_text(path, ORIGINAL), path, ORIGINAL)
+    if not isinstance(value, kind):
+        raise BadInput(f"{path}: not {words}; give the file of the named version")
+    return value
 
 
 def _parquet(path: str) -> list[dict]:
@@ -89,10 +82,15 @@ def _parquet(path: str) -> list[dict]:
         raise BadInput(f"{path}: {str(error).splitlines()[0]}; {ORIGINAL}") from error
 
 
+def _lines(path: str) -> list[tuple[int, str]]:
+    """(number, line) of a text file, from 1, without its blank lines."""
+    return [(i, x) for i, x in enumerate(read_text(path, ORIGINAL).split("\n"), start=1) if x.strip()]
+
+
 def _rows(path: str) -> list[tuple[str, dict]]:
     """(place, row) of a CSV, JSON list, JSON lines or parquet file."""
     if path.endswith(".csv"):
-        table = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+        table = csv.DictReader(io.StringIO(read_text(path, ORIGINAL), newline=""), strict=True)
         try:
             rows = [(f"{path}, line {table.line_num}", row) for row in table]
         except csv.Error as error:
@@ -101,12 +99,9 @@ def _rows(path: str) -> list[tuple[str, dict]]:
             raise BadInput(f"{longer[0]}: has more fields than line 1 has columns; {ORIGINAL}")
         return rows
     if path.endswith(".jsonl"):
-        lines = [(f"{path}, line {i}", line) for i, line in enumerate(_text(path).split("\n"), 1)]
-        return [(where, parse_json(line, where, ORIGINAL)) for where, line in lines if line.strip()]
-    whole = _parquet if path.endswith(".parquet") else _json
-    rows = whole(path)
-    if not isinstance(rows, list):
-        raise BadInput(f"{path}: not a list of rows; give the file of the named version")
+        numbered = [(f"{path}, line {i}", line) for i, line in _lines(path)]
+        return [(where, parse_json(line, where, ORIGINAL)) for where, line in numbered]
+    rows = _parquet(path) if path.endswith(".parquet") else _json(path, list, "a list of rows")
     return [(f"{path}, row {i}", row) for i, row in enumerate(rows)]
 
 
@@ -119,18 +114,15 @@ def _choice(where: str, options: list[str], index: int | str) -> dict:
         index = options.index(index)
     if len(options) < 2:
         raise BadInput(f"{where}: its options are {options}, and a choice needs two; correct the row")
-    empty = [i for i, option in enumerate(options) if not option.strip()]
-    if empty:
+    if empty := [i for i, option in enumerate(options) if not option.strip()]:
         raise BadInput(f"{where}: option {empty[0]} is empty; correct the row")
     return {"answer": options[index], "options": options, "answer_index": index}
 
 
-def _index(where: str, value: str, num_options: int) -> int:
-    digits = re.fullmatch(r"\s*(\d{1,9})(?:\.0)?\s*", value, re.ASCII)  # 2.0: pandas' column with a gap in it
-    if not digits or int(digits[1]) >= num_options:
-        words = f"column 'answer' is {value!r}, no index of an option"
-        raise BadInput(f"{where}: {words}; give the named version")
-    return int(digits[1])
+def _names(video: str) -> tuple[str, str]:
+    """Of a video of ActivityNet, with and without the "v_" of its file."""
+    bare = video.removeprefix("v_")
+    return f"v_{bare}", bare
 
 
 # Each reader yields (place, row): an output row with "videos", the names its file may have, for "video".
@@ -138,7 +130,8 @@ def _index(where: str, value: str, num_options: int) -> int:
 
 def msvd_qa(path):
     mapping = os.path.join(os.path.dirname(path), "youtube_mapping.txt")
-    pairs = [line.split() for line in _text(mapping).splitlines()] if os.path.exists(mapping) else []
+    lines = read_text(mapping, ORIGINAL).splitlines() if os.path.exists(mapping) else []
+    pairs = [line.split() for line in lines]
     if odd := [pair for pair in pairs if len(pair) != 2]:
         raise BadInput(f"{mapping}: {' '.join(odd[0])!r} is no line <clip> <video>; give the original file")
     clip_of = {name: clip for clip, name in pairs}
@@ -157,53 +150,50 @@ def msvd_qa(path):
 def msrvtt_qa(path):
     for i, (where, row) in enumerate(_rows(path)):
         key = "question_id:key" if path.endswith(".csv") else "id:key"
-        if (
-            isinstance(row, dict) and "answer_type" in row and "id" not in row
-        ):  # a re-export without ids: they are the row's number
-            key, row = "id:key", row | {"id": i}
+        if isinstance(row, dict) and "answer_type" in row and "id" not in row:
+            key, row = "id:key", row | {"id": i}  # a re-export without ids: they are the row's number
         question, answer, key, video = _need(row, where, f"question answer {key} video_id:key")
-        video, kind = f"video{video.removeprefix('video')}", question.split()[0].lower()
-        yield where, {"id": key, "videos": (video,), "question": question, "answer": answer, "category": kind}
+        names, kind = (f"video{video.removeprefix('video')}",), question.split()[0].lower()
+        yield where, {"id": key, "videos": names, "question": question, "answer": answer, "category": kind}
 
 
 def activitynet_qa(path):
-    if path.endswith(".csv"):
-        rows, answers = _rows(path), {}
-    else:
-        rows, beside = _rows(path), re.sub(r"_q(?=\.json$)", "_a", path)
-        answers = {}
-        for where, row in _rows(beside):
-            (key,) = _need(row, where, "question_id:key")
-            if answers.setdefault(key, (where, row))[1] != row:
-                words = f"question_id {key!r} has another answer at {answers[key][0]}"
-                raise BadInput(f"{where}: {words}; give both files of one split")
+    rows, answers = _rows(path), {}
+    beside = re.sub(r"_q(?=\.json$)", "_a", path)
+    for where, row in [] if path.endswith(".csv") else _rows(beside):
+        (key,) = _need(row, where, "question_id:key")
+        if answers.setdefault(key, (where, row))[1] != row:
+            words = f"question_id {key!r} has another answer at {answers[key][0]}"
+            raise BadInput(f"{where}: {words}; give both files of one split")
     for where, row in rows:
         question, key, video = _need(row, where, "question question_id:key video_name")
         if answers and key not in answers:
             words = f"question_id {key!r} has no answer in {beside}"
             raise BadInput(f"{where}: {words}; give both files of one split")
         place, other = answers[key] if answers else (where, row)
-        kinds = "type:key" if answers else "question_type:key"
-        answer, kind = _need(other, place, f"answer {kinds}")
-        video = video.removeprefix("v_")
-        if kind not in map(str, range(len(ACTIVITYNET_TYPES))):
+        answer, kind = _need(other, place, f"answer {'' if answers else 'question_'}type:key")
+        if kind not in ACTIVITYNET_TYPES:
             raise BadInput(f"{place}: question type {kind!r} is none of 0 to 8; give the data set's own file")
-        names, kind = (f"v_{video}", video), ACTIVITYNET_TYPES[int(kind)]
-        yield where, {"id": key, "videos": names, "question": question, "answer": answer, "category": kind}
+        out = {"id": key, "videos": _names(video), "question": question, "answer": answer}
+        yield where, out | {"category": ACTIVITYNET_TYPES[kind]}
 
 
 def next_qa(path):
     for where, row in _rows(path):
         columns = "video:key question answer:key qid:key type a0 a1 a2 a3 a4"
         video, question, answer, key, kind, *options = _need(row, where, columns)
+        index = re.fullmatch(r"\s*(\d{1,9})(?:\.0)?\s*", answer, re.ASCII)  # pandas: 2.0 beside a gap
+        if not index or int(index[1]) >= len(options):
+            words = f"column 'answer' is {answer!r}, no index of an option"
+            raise BadInput(f"{where}: {words}; give the named version")
         out = {"id": f"{video}_{key}", "videos": (video,), "question": question, "category": kind}
-        yield where, out | _choice(where, options, _index(where, answer, len(options)))
+        yield where, out | _choice(where, options, int(index[1]))
 
 
 def next_gqa(path):
     folder, name = os.path.split(path)
     spans_path = os.path.join(folder, f"gsub_{name.removesuffix('.csv')}.json")
-    located = _videos(spans_path)
+    located = _json(spans_path, dict, "an object of videos")
     for where, row in _rows(path):
         columns = "video_id:key question answer:key qid:key type a0 a1 a2 a3 a4"
         video, question, answer, key, kind, *options = _need(row, where, columns)
@@ -215,28 +205,25 @@ def next_gqa(path):
 
 
 def charades_sta(path):
-    for i, line in enumerate(_text(path).split("\n")):
-        if not line.strip():
-            continue
-        where = f"{path}, line {i + 1}"
-        head, mark, sentence = line.partition("##")
+    for i, line in _lines(path):
+        where = f"{path}, line {i}"
+        head, _, sentence = line.partition("##")
         parts = head.split()
         if not sentence.strip() or len(parts) != 3:
             column = "start, end" if sentence.strip() else "sentence"
-            words = f"column '{column}' is missing; a line is <video> <start> <end>##<sentence>"
-            raise BadInput(f"{where}: {words}")
+            words = f"column '{column}' is missing"
+            raise BadInput(f"{where}: {words}; a line is <video> <start> <end>##<sentence>")
         try:
-            span = [float(parts[1]), float(parts[2])]
+            span = [float(part) for part in parts[1:]]
         except ValueError:
-            words = f"start and end must be seconds, got {parts[1:]}; correct the line"
-            raise BadInput(f"{where}: {words}") from None
-        yield where, {"id": str(i), "videos": (parts[0],), **_moment(sentence, span)}
+            words = f"start and end must be seconds, got {parts[1:]}"
+            raise BadInput(f"{where}: {words}; correct the line") from None
+        yield where, {"id": str(i - 1), "videos": (parts[0],), **_moment(sentence, span)}
 
 
 def _moment(sentence: str, span: list[float]) -> dict:
-    sentence = sentence.strip()
     return {
-        "question": f'When does this happen: "{sentence}"?',
+        "question": f'When does this happen: "{sentence.strip()}"?',
         "answer": f"from {span[0]} to {span[1]} seconds",
         "spans": [span],
         "category": "Temporal Grounding",
@@ -244,16 +231,14 @@ def _moment(sentence: str, span: list[float]) -> dict:
 
 
 def activitynet_captions(path):
-    for video, row in _videos(path).items():
+    for video, row in _json(path, dict, "an object of videos").items():
         place = f"{path}, video {video}"
         duration, spans, sentences = _need(row, place, "duration:seconds timestamps:spans sentences:texts")
         if len(spans) != len(sentences):
             raise BadInput(f"{place}: {len(spans)} timestamps, {len(sentences)} sentences; correct the video")
         for i, (span, sentence) in enumerate(zip(spans, sentences, strict=True)):
-            bare = video.removeprefix("v_")
-            names = (f"v_{bare}", bare)
-            out = {"id": f"{video}_{i}", "videos": names, "duration": duration, **_moment(sentence, span)}
-            yield f"{place}, moment {i}", out
+            out = {"id": f"{video}_{i}", "videos": _names(video), "duration": duration}
+            yield f"{place}, moment {i}", out | _moment(sentence, span)
 
 
 def video_mme(path):
@@ -264,8 +249,8 @@ def video_mme(path):
         letter = re.fullmatch(r"\s*([A-Z])\.?\s*", answer)
         if not letter or ord(letter[1]) - ord("A") >= len(options):
             raise BadInput(f"{where}: column 'answer' is {answer!r}, no letter of an option; correct the row")
-        choice = _choice(where, options, ord(letter[1]) - ord("A"))
-        out = {"id": key, "videos": (video,), "question": question, "category": kind} | choice
+        out = {"id": key, "videos": (video,), "question": question, "category": kind}
+        out |= _choice(where, options, ord(letter[1]) - ord("A"))
         yield where, out | {"duration_class": length}
 
 
@@ -282,7 +267,7 @@ def mvbench(path):
 
 def _tempcompass_rows(path):
     """(place, video, aspect, number, row) of {video: {aspect: [row, ..]}}."""
-    for video, aspects in _videos(path).items():
+    for video, aspects in _json(path, dict, "an object of videos").items():
         place = f"{path}, video {video}"
         if not isinstance(aspects, dict) or not all(isinstance(rows, list) for rows in aspects.values()):
             raise BadInput(f"{place}: no lists of questions by aspect; give the named version")
@@ -320,13 +305,11 @@ def video_chatgpt(path):
         *questions, answer, video = _need(row, where, f"{wordings} A video_name")
         for wording, question in zip(wordings.split(), questions, strict=True):
             key = f"{part}_{i}{wording[1:] and '_' + wording[1:]}"
-            bare = video.removeprefix("v_")
-            out = {"id": key, "videos": (f"v_{bare}", bare), "question": question}
-            yield where, out | {"answer": answer, "category": part}
+            out = {"id": key, "videos": _names(video), "question": question, "answer": answer}
+            yield where, out | {"category": part}
 
 
-# reader and, for a folder, which of its files to read: those of the first pattern that any has (companions
-# such as test_a.json are found beside them)
+# reader, and which files of a folder it reads: those of the first pattern that any of them has
 NAMES = {
     "msvd_qa": (msvd_qa, "*_qa.json"),
     "msrvtt_qa": (msrvtt_qa, "*.json"),
@@ -340,14 +323,10 @@ NAMES = {
     "tempcompass": (tempcompass, "*.json"),
     "video_chatgpt": (video_chatgpt, "*_qa.json"),
 }
-ALIASES = {"msvd": "msvd_qa", "msrvtt": "msrvtt_qa", "nextqa": "next_qa", "nextgqa": "next_gqa"}
-ALIASES |= {"charades": "charades_sta", "videomme": "video_mme", "videochatgpt": "video_chatgpt"}
-
-
-# found beside the file that they belong to, also when they are named
-COMPANIONS = re.compile(
-    r"(?:_a|(?:gsub|upbd|frame2time)_\w+|meta_info|map_vid_vidorID)\.json$|youtube_mapping\.txt$"
-)
+ALIASES = {name.replace("_", ""): name for name in NAMES}
+ALIASES |= {"msvd": "msvd_qa", "msrvtt": "msrvtt_qa", "charades": "charades_sta"}
+# read together with the file that they lie beside, and never alone
+COMPANIONS = r"(?:_a|(?:gsub|upbd|frame2time)_\w+|meta_info|map_vid_vidorID)\.json$|youtube_mapping\.txt$"
 
 
 def _files(annotations: list[str], patterns: str) -> list[str]:
@@ -360,7 +339,7 @@ def _files(annotations: list[str], patterns: str) -> list[str]:
         if os.path.isdir(path) and not matching:
             raise BadInput(f"{path}: no file in it is named like {patterns}; name the annotation files")
         files += [os.path.join(path, name) for name in matching] or [path]
-    return [path for path in files if not COMPANIONS.search(path)]
+    return [path for path in files if not re.search(COMPANIONS, path)]
 
 
 def _index_videos(folder: str) -> dict[str, list[str]]:
@@ -381,9 +360,9 @@ def _index_videos(folder: str) -> dict[str, list[str]]:
 def _place_video(names: tuple[str, ...], folder: str, found: dict, where: str) -> tuple[str, bool]:
     """(relative path, whether it is there) of the first name that the folder has."""
     for name in names:
-        paths = found.get(name) or found.get(os.path.basename(name), [])
         stem, suffix = os.path.splitext(os.path.basename(name))
-        paths = paths or (found.get(stem, []) if suffix.lower() in VIDEO_SUFFIXES else [])
+        keys = [name, stem + suffix, *([stem] if suffix.lower() in VIDEO_SUFFIXES else [])]
+        paths = next(filter(None, map(found.get, keys)), [])
         if len(paths) > 1 and folder:
             paths = [path for path in paths if f"/{folder}/" in f"/{path}"] or paths
         if len(paths) > 1:
@@ -392,10 +371,6 @@ def _place_video(names: tuple[str, ...], folder: str, found: dict, where: str) -
             return paths[0], True
     has_suffix = names[0].lower().endswith(VIDEO_SUFFIXES)
     return names[0] if has_suffix else f"{names[0]}.mp4", False
-
-
-OUTSIDE = "outside the video"
-SPAN_TOLERANCE = 1e-6  # s; a span may exceed its video by so much, which is float noise, and is cut there
 
 
 def _cut(row: dict, most: float) -> dict:
@@ -410,16 +385,16 @@ def _cut(row: dict, most: float) -> dict:
 
 
 def _span_fault(row: dict, first: float = 0) -> str:
-    spans, duration = (*row.get("spans", ()), *([row["clip"]] if "clip" in row else ())), row.get("duration")
-    for span in spans:
+    """What is wrong with the first bad one of the row's spans and its clip; "": nothing."""
+    duration = row.get("duration")
+    for span in [*row.get("spans", ()), *([row["clip"]] if "clip" in row else ())]:
         if not is_span(span):
             return f"span {span} is not two numbers"
-    for start, end in spans:
+        start, end = span
         if not start < end:
-            return f"span {[start, end]} is reversed or empty"
-    for start, end in spans:
+            return f"span {span} is reversed or empty"
         if start < first or (duration is not None and end > duration):
-            return f"span {[start, end]} is partly {OUTSIDE}, 0 to {duration} s"
+            return f"span {span} is partly {OUTSIDE}, 0 to {duration} s"
     return ""
 
 
@@ -429,31 +404,27 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
     bad_spans: "error" stops at rows whose span is reversed, empty or beyond the video; "drop" leaves
     such rows out; "clip" cuts spans at the video's bounds and drops what is still bad. Either is reported.
     """
-    key = re.sub(r"[-. ]", "_", name.lower())
-    key = ALIASES.get(key.replace("_", ""), key)
-    if key not in NAMES:
+    key = ALIASES.get(re.sub(r"[-._ ]", "", name.lower()))
+    if key is None:
         raise BadInput(f"data set {name!r} is not known; give one of {', '.join(NAMES)}")
     reader, patterns = NAMES[key]
     found, rows, place_of = _index_videos(videos), {}, {}
-    num_read = num_repeats = num_clipped = num_cuts = 0
-    missing, faults, used = {}, [], set()
+    num_read = num_repeats = num_clipped = 0
+    is_there, faults = {}, []
     for where, row in (pair for path in _files(annotations, patterns) for pair in reader(path)):
         num_read += 1
-        names, folder = row.pop("videos"), row.pop("folder", "")
-        video, there = _place_video(names, folder, found, where)
-        (used.add if there else missing.setdefault)(video)
-        row = {"id": row.pop("id"), "video": video, "benchmark": key, **row}
-        row = _cut(row, most=SPAN_TOLERANCE)
+        video, there = _place_video(row.pop("videos"), row.pop("folder", ""), found, where)
+        is_there[video] = there
+        row = _cut({"id": row.pop("id"), "video": video, "benchmark": key, **row}, SPAN_TOLERANCE)
         fault = _span_fault(row)
         if bad_spans == "clip" and OUTSIDE in fault:
-            row = _cut(row, most=math.inf)
+            row = _cut(row, math.inf)
             fault = _span_fault(row)
             num_clipped += not fault
         if fault:
             faults.append(f"{where}: {fault}")
         elif row["id"] not in rows:
             rows[row["id"]], place_of[row["id"]] = row, where
-            num_cuts += "clip" in row
         elif rows[row["id"]] == row:
             num_repeats += 1
         else:
@@ -466,12 +437,14 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
         raise BadInput(f"{annotations[0]}: holds no usable question; give the annotations of {key}")
     write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()).encode())
     report = [f"bad span, dropped: {fault}" for fault in faults]
+    missing = [video for video, there in is_there.items() if not there]
     report += [f"missing video: {video}" for video in missing]
     parts = f"{len(rows)} written + {num_repeats} repeats + {len(faults)} with bad spans"
     report.append(f"{num_read} read = {parts}")
-    report.append(f"{len(used) + len(missing)} videos: {len(used)} found, {len(missing)} missing in {videos}")
+    num_found = sum(is_there.values())
+    report.append(f"{len(is_there)} videos: {num_found} found, {len(missing)} missing in {videos}")
     if num_clipped:
         report.append(f"{num_clipped} questions with a span cut at the video's bounds")
-    if num_cuts:
+    if num_cuts := sum("clip" in row for row in rows.values()):
         report.append(f"{num_cuts} questions are about a part of their video: field 'clip', in seconds")
     return "\n".join(map(one_line, report))

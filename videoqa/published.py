@@ -9,6 +9,7 @@ import re
 from string import ascii_uppercase
 
 from videoqa.answers import (
+    FULL_WIDTH,
     Question,
     equal_option,
     final_answer,
@@ -33,8 +34,12 @@ RULES = {
     "tempcompass multi-choice": LEADING_LETTER,
     "tempcompass caption_matching": WHOLE_OPTION,
 }
-# Video-MME takes these out before it looks for a letter; two of its list run together, so neither is found
-_VIDEO_MME_PREFIXES = ("The best answer is", "The correct answer is", "The answer is", "The answer")
+_LETTER_RULES = {
+    # Video-MME first takes out "The best answer is" and its like, which hold none of these letters
+    FIRST_CAPITAL: r"([ABCD])",
+    FIRST_WORD_LETTER: r"\A[(\[*\"']*([A-Za-z])[\])*\"'.:,]*(?:\s|$)",
+    LEADING_LETTER: r"\A([ABCD])(?:[.)]|$)",
+}
 _NUMBER_OF = {"first": 0, "second": 1, "third": 2, "fourth": 3, "fifth": 4}
 _KIND = r"(?:option|caption|sentence|choice|candidate|description)s?"
 _CONCLUSION = re.compile(
@@ -73,14 +78,12 @@ def read_published(text: str, question: Question) -> int | str | None:
         return final_answer(text) or None
     if rule == FIRST_WORD:
         return first_word(final_answer(text))
-    index = {
-        FIRST_CAPITAL: _first_capital,
-        FIRST_WORD_LETTER: _first_word_letter,
-        LEADING_LETTER: _leading_letter,
-        WHOLE_OPTION: _whole_option,
-        LAST_STATEMENT: last_statement,
-    }[rule](text, question)
-    return index if index is not None and 0 <= index < len(question.options) else None
+    if rule in _LETTER_RULES:
+        found = re.search(_LETTER_RULES[rule], text)
+        index = _index(found[1]) if found else None
+    else:
+        index = _whole_option(text, question) if rule == WHOLE_OPTION else last_statement(text, question)
+    return index if index in range(len(question.options)) else None
 
 
 def first_word(text: str) -> str | None:
@@ -93,21 +96,9 @@ def _index(letter: str) -> int:
     return ord(letter.upper()) - ord("A")
 
 
-def _first_capital(text: str, question: Question) -> int | None:
-    for prefix in _VIDEO_MME_PREFIXES:
-        text = text.replace(prefix, "")
-    found = re.search("[ABCD]", text)
-    return _index(found[0]) if found else None
-
-
-def _first_word_letter(text: str, question: Question) -> int | None:
-    found = re.match(r"[(\[*\"']*([A-Za-z])[\])*\"'.:,]*(?:\s|$)", text)
-    return _index(found[1]) if found else None
-
-
-def _leading_letter(text: str, question: Question) -> int | None:
-    found = re.match(r"([ABCD])(?:[.)]|$)", text)
-    return _index(found[1]) if found else None
+def _capitals(text: str) -> set[int]:
+    """The options whose letters stand alone in a text."""
+    return {_index(letter) for letter in re.findall(r"(?<![\w'])([A-Z])(?![\w'])", text)}
 
 
 def _whole_option(text: str, question: Question) -> int | None:
@@ -131,9 +122,9 @@ def last_statement(text: str, question: Question) -> int | None:
     concluded = _concluded(body, question)
     if concluded is not None:
         return concluded
-    strict, marked = read(text, question).option, _marked(body, question)
-    if strict is not None or marked is not None:
-        return marked if strict is None else strict if marked in (None, strict) else None
+    named = {read(text, question).option, _marked(body, question)} - {None}
+    if named:
+        return named.pop() if len(named) == 1 else None
     leading = _LEADING.match(body)
     if leading and len(set(_LISTED.findall(body))) <= 1 + bool(negated_letters(body)):
         return _index(leading[1])
@@ -145,18 +136,18 @@ def _concluded(body: str, question: Question) -> int | None:
     conclusion = max(_CONCLUSION.finditer(body), key=lambda m: m.start(), default=None)
     if not conclusion:
         return None
-    tail = body[conclusion.end() :].translate({0xFF01 + i: 0x21 + i for i in range(94)})
+    tail = body[conclusion.end() :].translate(FULL_WIDTH)
     if re.match(r"(?:not|neither|unclear|unknown|either|both)\b", tail, re.IGNORECASE):
         return None
     line = re.split(r"[\n。]|\.\s", tail, maxsplit=1)[0]
-    if equal_option(line, question.options) is not None:
-        return equal_option(line, question.options)
+    equal = equal_option(line, question.options)
+    if equal is not None:
+        return equal
     found = _LETTER_NEXT.match(tail)
-    words = found[2].split() if found and found[2] else []
     # "A man runs" begins with no letter of an option, nor does "a"
-    is_letter = found and (not words or words[0] in _VERBS or found[1] not in "AaIi")
+    is_letter = found and (not found[2] or found[2].strip() in _VERBS or found[1] not in "AaIi")
     if is_letter and _index(found[1]) < len(question.options):
-        others = {_index(x) for x in re.findall(r"(?<![\w'])([A-Z])(?![\w'])", line)} - {_index(found[1])}
+        others = _capitals(line) - {_index(found[1])}
         another = r"[)\]*\"'.\s]*(?:or|and|/|,)\s*(?:option\s*)?\(?[A-Z](?![\w'])"
         hedging = re.match(another, tail[found.end(1) :])
         return None if others and hedging else _index(found[1])
@@ -187,7 +178,7 @@ def _last_sentence(body: str, question: Question) -> int | None:
         return None
     last = spread(sentences[-1])
     if _SO.match(sentences[-1]) or re.fullmatch(r"\W*[A-Za-z]\W*", last):
-        letters = {_index(x) for x in re.findall(r"(?<![\w'])([A-Z])(?![\w'])", last)} - negated_letters(last)
+        letters = _capitals(last) - negated_letters(last)
         if len(letters) == 1:
             return letters.pop()
         return read(last, question).option if not letters else None

@@ -1,12 +1,22 @@
-"""Questions about videos, read from JSON lines, each row checked field by field; and their videos checked."""
+"""Questions about videos, read from JSON lines, each field checked; and the videos themselves, checked."""
 
 import json
 import math
 import os
 
+import av
+
 from plumbing.options import one_line, read_jsonl
 from videoqa.answers import Question, equal_option, read
-from videoqa.video import DataError, check_video
+from videoqa.video import (
+    FRAMES_SHARE,
+    LATE_SECONDS,
+    DataError,
+    VideoError,
+    open_video,
+    too_short,
+    without_errors,
+)
 
 NEEDED = ("id", "video", "question", "answer")
 OPTIONAL = ("category", "duration_class", "benchmark")  # texts as well
@@ -102,6 +112,61 @@ def load_questions(jsonl_path: str, videos_dir: str) -> list[Question]:
     if not questions:
         raise DataError(f"{jsonl_path}: holds no question; write one JSON object a line")
     return questions
+
+
+def check_video(path: str, needed: float = 0.0) -> dict:
+    """Decode the whole file and say what is there; a bad file is reported, not raised. So is one that ends
+    before second `needed`.
+
+    Returns {"ok": bool, "reason": str, empty if ok, "frames": those that decode, "fps": average, "duration":
+    seconds, "codec", "width", "height"}; None stands for what could not be established.
+    """
+    return without_errors(lambda logs: _check_once(os.fspath(path), needed, logs))
+
+
+def _check_once(path: str, needed: float, logs: list | None) -> dict:
+    facts = dict.fromkeys(("frames", "fps", "duration", "codec", "width", "height"))
+    try:
+        with open_video(path, logs) as source:
+            frames = damaged = refused = packets = corrupt = backwards = logged = 0
+            cause, previous = "", -math.inf
+            stream, codec = source.stream, source.stream.codec_context
+            facts |= dict(codec=codec.name, width=codec.width, height=codec.height)
+            for packet, _ in source:
+                packets += packet.size > 0 and not packet.is_discard
+                corrupt += packet.is_corrupt
+                source.logs.clear()
+                try:
+                    decoded = packet.decode()
+                except av.FFmpegError as error:
+                    refused, cause, decoded = refused + 1, error.strerror, []
+                else:
+                    logged += bool(source.logs)
+                frames += len(decoded)
+                damaged += sum(frame.is_corrupt for frame in decoded)
+                times = [frame.pts for frame in decoded if frame.pts is not None and not source.by_order]
+                for time in times:
+                    backwards, previous = backwards + source.goes_back(previous, time), time
+            source.outlasted()
+            seconds = float((source.end - source.zero) * source.tick)
+            fps = float(stream.average_rate or frames / max(seconds, 1e-3))
+            facts |= dict(frames=frames, fps=fps, duration=seconds)
+            fault = source.fault()
+            found = {
+                f"{refused} packets cannot be decoded ({cause})": refused,
+                f"{logged} packets are decoded with errors": logged,
+                f"{damaged} of {frames} decoded frames are damaged": damaged,
+                f"{corrupt} packets are damaged": corrupt,
+                f"packets are missing in {source.holes} places": source.holes,
+                f"its time stamps go back in {backwards} places": backwards,
+                f"{frames} of {packets} frames decoded": not frames or frames < FRAMES_SHARE * packets,
+                fault: fault,
+                too_short(seconds, needed): needed - seconds > LATE_SECONDS,
+            }
+            faults = [words for words, is_so in found.items() if is_so]
+    except VideoError as error:
+        faults = [error.cause]
+    return {"ok": not faults, "reason": "; ".join(faults), **facts}
 
 
 def check(jsonl_path: str, videos_dir: str) -> bool:

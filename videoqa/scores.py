@@ -11,7 +11,7 @@ from statistics import fmean
 from string import ascii_uppercase
 
 from plumbing.options import BadInput, finite, one_line, read_jsonl, write_whole
-from videoqa.answers import Question, Reading, final_answer, grade, is_correct, is_open, read, summarize, task
+from videoqa.answers import Question, final_answer, grade, is_correct, is_open, read, summarize, task
 from videoqa.published import is_right_published, read_published, rule_of
 from videoqa.questions import load_questions
 
@@ -94,13 +94,6 @@ def prediction_text(prediction, question: Question) -> str | None:
     return None
 
 
-def is_unreadable(text: str, question: Question, reading: Reading) -> bool:
-    """The answer says not all that is asked for: no option, no span, or no word."""
-    no_option = bool(question.options) and reading.option is None
-    no_span = bool(question.spans) and reading.span is None
-    return no_option or no_span or not text.strip()
-
-
 def rows(questions: list[Question], texts: list[str]) -> list[dict]:
     """A row a question, as `eval.py score --rows` writes them: the prediction, what either rule reads in it,
     whether that is right, and the overlaps of its span. Options are indices, 0 = the first."""
@@ -120,20 +113,10 @@ def rows(questions: list[Question], texts: list[str]) -> list[dict]:
     return out
 
 
-def unread_by_both(questions: list[Question], texts: list[str]) -> list[bool]:
-    """Whether neither the strict nor the published rule reads anything."""
-    return [
-        is_unreadable(t, q, read(t, q)) and (bool(q.spans) or read_published(t, q) is None)
-        for q, t in zip(questions, texts, strict=True)
-    ]
-
-
-def _by_rule(questions: list[Question], texts: list[str]) -> dict:
-    """The accuracies by the benchmarks' own rules; "rule" names them."""
-    right = [is_right_published(t, q) for q, t in zip(questions, texts, strict=True)]
-    unread = sum(read_published(t, q) is None for q, t in zip(questions, texts, strict=True))
-    names = sorted({rule_of(question) for question in questions})
-    return {"rule": ", ".join(names)} | accuracy_table(questions, right) | {"parse_failures": unread}
+def is_unread(row: dict, question: Question) -> bool:
+    """The strict rule leaves unread a part of what is asked for: an option, a span, or any word."""
+    no_option = bool(question.options) and row["strict"]["reading"] is None
+    return no_option or bool(question.spans) and row["span"] is None or not row["prediction"].strip()
 
 
 def score(questions: list[Question], texts: list[str]) -> dict:
@@ -143,51 +126,47 @@ def score(questions: list[Question], texts: list[str]) -> dict:
     "accuracy" is by the strict reading, as in rewards. "published" is by the benchmark's own rule, which a
     paper's table uses (docs/scoring.md).
     """
-    readings = [read(text, question) for text, question in zip(texts, questions, strict=True)]
-    found = list(zip(questions, texts, readings, strict=True))
-    out = {"n": len(questions), "parse_failures": sum(is_unreadable(t, q, r) for q, t, r in found)}
-    parts = {name: [row for row in found if task(row[0]) == name] for name in ("qa", "grounding", "grounded")}
-    if parts["grounding"]:
-        out["grounding"] = grounding([r.overlaps(q)[0] for q, _, r in parts["grounding"]])
-    if parts["grounded"]:
-        right = [is_correct(text, q) for q, text, _ in parts["grounded"]]
-        out["grounded_qa"] = grounded_qa(right, [r.overlaps(q) for q, _, r in parts["grounded"]])
-    for name, wanted in (("multiple_choice", True), ("open_ended", False)):
-        chosen = [(q, text) for q, text, _ in parts["qa"] if bool(q.options) == wanted]
+    pairs = list(zip(questions, rows(questions, texts), strict=True))
+    out = {"n": len(questions), "parse_failures": sum(is_unread(row, q) for q, row in pairs)}
+    of_task = {name: [row for q, row in pairs if task(q) == name] for name in ("grounding", "grounded")}
+    if spans := of_task["grounding"]:
+        out["grounding"] = grounding([row["iou"] for row in spans])
+    if both := of_task["grounded"]:
+        right = [row["strict"]["right"] for row in both]
+        out["grounded_qa"] = grounded_qa(right, [(row["iou"], row["iop"]) for row in both])
+    for name, with_options in (("multiple_choice", True), ("open_ended", False)):
+        chosen = [(q, row) for q, row in pairs if task(q) == "qa" and bool(q.options) == with_options]
         if chosen:
-            some, said = map(list, zip(*chosen, strict=True))
-            out[name] = accuracy_table(some, [is_correct(t, q) for q, t in chosen])
-            if not wanted:  # normalised match; longer gold answers also get their words' F1
-                out[name]["mean_grade"] = percent(grade(t, q) for q, t in zip(some, said, strict=True))
-                out[name]["exact_match"] = percent(final_answer(t) == q.answer.strip() for q, t in chosen)
-            out[name]["published"] = _by_rule(some, said)
+            some, found = map(list, zip(*chosen, strict=True))
+            out[name] = accuracy_table(some, [row["strict"]["right"] for row in found])
+            if not with_options:  # normalised match; longer gold answers also get their words' F1
+                out[name]["mean_grade"] = percent(grade(row["prediction"], q) for q, row in chosen)
+                out[name]["exact_match"] = percent(row["exact_match"] for row in found)
+            published = [row["published"] for row in found]
+            by_rule = accuracy_table(some, [row["right"] for row in published])
+            by_rule["parse_failures"] = sum(row["reading"] is None for row in published)
+            out[name]["published"] = {"rule": ", ".join(sorted({row["rule"] for row in published}))} | by_rule
     return out
 
 
 def table(result: dict) -> str:
     """The figures as aligned columns, a line each: name, per cent, questions."""
     lines = []
-
-    def add(name, value, n=""):
-        lines.append((name, f"{value:.2f}", str(n)))
-
     for part, figures in result.items():
         if not isinstance(figures, dict):
             continue
-        for name, value in figures.items():
-            if isinstance(value, float) and name != "accuracy":
-                add(f"{part}: {name}", value)
+        numbers = {name: x for name, x in figures.items() if isinstance(x, float) and name != "accuracy"}
+        lines += [(f"{part}: {name}", value, "") for name, value in numbers.items()]
         readings = {}
         if published := figures.get("published"):
             readings = {"strict, normalised match": figures, f"published, {published['rule']}": published}
         for reading, of in readings.items():
-            add(f"{part}: {reading}", of["accuracy"], of["n"])
-            for group in ("by_task_type", "by_duration"):
-                for name, row in of[group].items():
-                    add(f"  {one_line(name)}", row["accuracy"], row["n"])
+            lines.append((f"{part}: {reading}", of["accuracy"], of["n"]))
+            for name, row in (*of["by_task_type"].items(), *of["by_duration"].items()):
+                lines.append((f"  {one_line(name)}", row["accuracy"], row["n"]))
     width = max((len(name) for name, _, _ in lines), default=0)
     head = f"{'':<{width}}  {'%':>7}  {'n':>6}"
-    return "\n".join([head, *(f"{name:<{width}}  {value:>7}  {n:>6}" for name, value, n in lines)])
+    return "\n".join([head, *(f"{name:<{width}}  {value:>7.2f}  {n:>6}" for name, value, n in lines)])
 
 
 def read_predictions(path: str, of: dict, data: str) -> dict[str, str]:
@@ -225,20 +204,22 @@ def score_file(data: str, predictions: str, judged=None, rows_path: str = "") ->
         raise BadInput(f"--judge_url: {data} has no open-ended question to judge; leave the judge out")
     predicted = read_predictions(predictions, {q.id: q for q in questions}, data)
     texts = [predicted.get(q.id, "") for q in questions]
-    if all(unread_by_both(questions, texts)):
+    found = rows(questions, texts)
+    pairs = zip(questions, found, strict=True)
+    if all(is_unread(row, q) and (q.spans or row["published"]["reading"] is None) for q, row in pairs):
         raise BadInput(
             f"{predictions}: not one of its {len(predicted)} predictions can be read as an answer to {data}; "
             "look at its first lines, and at docs/scoring.md for what is read"
         )
-    grades = [grade(t, q) for t, q in zip(texts, questions, strict=True)]
-    right = [float(is_correct(t, q)) for t, q in zip(texts, questions, strict=True)]
     metrics = score(questions, texts)
     for name, kind in (("open_ended", "qa"), ("grounded_qa", "grounded")):
         chosen = [(q, t) for q, t in zip(questions, texts, strict=True) if is_open(q) and task(q) == kind]
         if judged and chosen:
             metrics[name]["judged"] = judged(*zip(*chosen, strict=True))
     if rows_path:
-        lines = (json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows(questions, texts))
+        lines = (json.dumps(finite(row), ensure_ascii=False) + "\n" for row in found)
         write_whole(rows_path, "".join(lines).encode(errors="replace"))
+    grades = [grade(t, q) for t, q in zip(texts, questions, strict=True)]
+    right = [float(is_correct(t, q)) for t, q in zip(texts, questions, strict=True)]
     missing = len(questions) - len(predicted)
     return summarize(questions, right, grades) | {"missing": missing, "metrics": metrics}

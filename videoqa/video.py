@@ -9,11 +9,13 @@ import os
 import re
 from bisect import bisect_right, insort
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
+from threading import Lock
 
 import av
+import av.logging
 import numpy as np
 import torch
 from av.format import Flags
@@ -34,14 +36,13 @@ TAIL_BYTES = 44  # what of a packet's frame, or of a mark of the end, follows th
 # What may follow a file's last packet in Matroska: its index, tags, attachments, chapters, table of contents
 MATROSKA_ENDS = [bytes.fromhex(x) for x in ("1c53bb6b", "1254c367", "1941a469", "1043a770", "114d9b74")]
 GAPLESS = {"matroska", "avi", "flv"}
-REORDERED = (
-    16  # packets at most by which FFmpeg's decoding times may lag behind a jump of the pictures' times
-)
+REORDERED = 16  # packets at most by which decoding times may lag behind a jump of the pictures' times
 TS_PACKETS = (188, 192, 204)  # bytes; a file of MPEG-TS is made of packets of one of these sizes
 PLAYLISTS = {"concat", "hls", "dash", "sdp", "rtsp", "imf"}
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192
 MAX_RATE, MAX_SECONDS = 1000, 7 * 24 * 3600  # frames a second and seconds of a video
 SMALL_PIXELS = 256 * 256  # below this, starting decoder threads costs more than they save
+_ONE_AT_A_TIME = Lock()  # of `without_errors`
 
 
 class DataError(BadInput):
@@ -59,9 +60,33 @@ class VideoError(DataError):
         return f"{self.path}: {self.cause}; replace the file or drop its questions"
 
 
+def without_errors(read):
+    """read(None); where FFmpeg logs an error meanwhile, read(logs) instead, with `logs` for `open_video`.
+
+    Some damage is logged and shows nowhere else. FFmpeg's log is one for the whole process, so what was
+    logged may be of a video that another thread reads. `logs`, a list that grows, has this thread's alone.
+    """
+    if av.logging.get_level() is None:
+        av.logging.set_level(av.logging.PANIC)  # errors are counted, and nothing is printed
+    num_errors = av.logging.get_last_error()[0]
+    found = read(None)
+    if av.logging.get_last_error()[0] == num_errors:
+        return found
+    with _ONE_AT_A_TIME, av.logging.Capture(local=False), av.logging.Capture() as logs:
+        level, repeated = av.logging.get_level(), av.logging.get_skip_repeated()
+        av.logging.set_level(av.logging.ERROR)
+        av.logging.set_skip_repeated(False)
+        try:
+            return read(logs)
+        finally:
+            av.logging.set_level(level)
+            av.logging.set_skip_repeated(repeated)
+
+
 @contextmanager
-def _open_video(path: str):
-    """A `_Source`, closed afterwards. Every FFmpeg error inside becomes a VideoError."""
+def open_video(path: str, logs: list | None = None):
+    """A `_Source`, closed afterwards. Every FFmpeg error inside becomes a VideoError. logs: of
+    `without_errors`; with them one thread decodes, so that they are complete."""
     if not os.path.isfile(path):
         raise VideoError(path, "no such file")
     if os.path.getsize(path) == 0:
@@ -85,10 +110,11 @@ def _open_video(path: str):
                 raise VideoError(path, f"its pictures of {codec.width}x{codec.height} pixels are too large")
             for sound in container.streams.audio:
                 _open_sound(path, sound.codec_context)
-            codec.thread_type = "NONE" if codec.width * codec.height <= SMALL_PIXELS else "AUTO"
+            alone = logs is not None or codec.width * codec.height <= SMALL_PIXELS
+            codec.thread_type = "NONE" if alone else "AUTO"
             codec.options = {"err_detect": "explode", "max_pixels": limits["max_pixels"]}
             try:
-                yield _Source(path, container, stream)
+                yield _Source(path, container, stream, logs)
             finally:
                 # Waits for the decoder's threads without Python's lock. Freeing it waits as well, but with
                 # that lock, and for ever where a thread has an error to log, which takes the lock.
@@ -117,16 +143,16 @@ class _Source:
     whether bytes were skipped in front of the packet; holes, how often; sound_after, see `spoil`.
     """
 
-    def __init__(self, path: str, container, stream):
+    def __init__(self, path: str, container, stream, logs: list | None = None):
         self.path, self.container, self.stream, self.tick = path, container, stream, stream.time_base
-        self.second = float(self.tick)
+        self.second, self.logs = float(self.tick), [] if logs is None else logs
         start, rate = stream.start_time or 0, stream.average_rate or stream.guessed_rate
         self.zero = start if container.start_time is None else self.ticks(container.start_time)
         if self.zero < 0:  # sound may run in before 0, pictures do not
             self.zero = min(start, 0)
         self.step = round(1 / rate / self.tick) if rate else 0
-        formats = container.format.name.split(",")
-        self.gapless = bool(GAPLESS & set(formats))  # packets follow each other without a byte in between
+        formats = set(container.format.name.split(","))
+        self.gapless = bool(GAPLESS & formats)  # packets follow each other without a byte in between
         # AVI holds no presentation times: its n-th picture is shown when its n-th packet is to be decoded
         self.by_order = "avi" in formats
         self.packet_bytes = TS_PACKETS if "mpegts" in formats else ()
@@ -136,32 +162,27 @@ class _Source:
         self.first, self.last = math.inf, -math.inf
         self.restart()
         tag = re.fullmatch(r"(\d{1,9}):(\d\d):(\d\d\.\d+)", stream.metadata.get("DURATION", ""))
-        self.stated_end = None
+        self.stated_end, self.outlasting = None, False
         if tag:  # Matroska's
-            seconds = int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3])
-            self.stated_end = round(seconds / self.tick)
+            hours, minutes, seconds = map(float, tag.groups())
+            self.stated_end = round((3600 * hours + 60 * minutes + seconds) / self.tick)
         elif stream.frames and stream.duration:  # FFmpeg guesses the stream's duration where nobody counted
-            self.stated_end = start + stream.duration
-            if "avi" in formats:  # counts in ticks; FFmpeg guesses the duration where the index is cut off
-                self.stated_end = start + max(stream.duration, stream.frames)
-        self.outlasting = False
-        if container.duration:  # that of Matroska and FLV counts from 0
-            self.end = self.ticks(container.duration) + (not {"matroska", "flv"} & set(formats)) * self.zero
-            self.end = max(self.end, self.stated_end or 0)
-        elif self.stated_end:
-            self.end = self.stated_end
-        else:  # no duration anywhere (live recordings): read all packets, decode none
-            for _ in self:
-                pass
+            counted = stream.frames if self.by_order else 0  # AVI's; its index may be cut off
+            self.stated_end = start + max(stream.duration, counted)
+        self.end = self.stated_end or 0
+        if container.duration:
+            first = 0 if {"matroska", "flv"} & formats else self.zero  # where that duration begins
+            self.end = max(self.end, first + self.ticks(container.duration))
+        elif not self.end:  # no duration anywhere (live recordings): read all packets, decode none
+            deque(self, maxlen=0)
             if not self.times:
                 raise VideoError(path, "no packet has a time stamp")
             self.end = round(self.seen_end / self.tick)
             self.seek(self.zero)
         seconds = (self.end - self.zero) * self.second
         if not stream.frames / MAX_RATE <= seconds <= MAX_SECONDS:
-            raise VideoError(
-                path, f"its clock is damaged: {stream.frames or 'its'} frames in {seconds:.4g} s"
-            )
+            count = stream.frames or "its"
+            raise VideoError(path, f"its clock is damaged: {count} frames in {seconds:.4g} s")
 
     def damage(self, target: int) -> VideoError:
         return VideoError(self.path, f"damaged before {(target - self.zero) * self.second:.2f} s")
@@ -169,6 +190,18 @@ class _Source:
     def goes_back(self, before: int, after: int) -> bool:
         """Whether these times of two frames are out of order. MPEG-PS states few; FFmpeg guesses the rest."""
         return after < before - 1.5 * self.step
+
+    def decode(self, packet) -> list:
+        """The packet's frames; `spoil` where it cannot be decoded, or not without an error that is logged."""
+        self.logs.clear()
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            frames = []
+            self.spoil()
+        if self.logs:
+            self.spoil()
+        return frames
 
     def spoil(self) -> None:
         """Something could not be decoded: no frame is sound until a key frame that has not been read yet."""
@@ -201,7 +234,7 @@ class _Source:
         for packet in self.packets:
             ours = packet.stream is self.stream
             time = packet.dts if packet.pts is None or self.by_order else packet.pts
-            if packet.pos is not None and packet.pos >= 0:
+            if packet.pos is not None:
                 if self.position is not None and packet.pos - self.position > max(self.skipped, HEADER_BYTES):
                     self.skipped, self.since = packet.pos - self.position, 0
                 self.position = packet.pos + packet.size
@@ -240,11 +273,8 @@ class _Source:
 
     def read_on(self) -> None:
         """Reads the packets that are left, so that seen_end and file_end are those of the whole file."""
-        try:
-            for _ in self:
-                pass
-        except av.FFmpegError:
-            pass  # what lies behind cannot be read: `fault` says whether that is too much
+        with suppress(av.FFmpegError):  # `fault` says whether what cannot be read is too much
+            deque(self, maxlen=0)
 
     def outlasted(self) -> bool:
         """Whether pictures begin after the stated end, once all packets are read. If so the end is put behind
@@ -288,14 +318,13 @@ class _Source:
 def _to_square(frame, size: int, scaler: VideoReformatter, framing: str) -> np.ndarray:
     """(size, size, 3) uint8 RGB: shorter side to size (bicubic, in FFmpeg), centre crop, turned upright.
 
-    framing crop | pad: the whole frame to RGB, then `resize_frames`. Pixels are taken as square: the
-    sample aspect ratio is not applied. Mirrorings are not undone.
+    framing crop | pad: the whole frame to RGB, then `resize_frame`. Pixels are taken as square: the sample
+    aspect ratio is not applied. Mirrorings are not undone.
     """
     turns = round(frame.rotation / 90)  # both count counter-clockwise
     if framing != "ffmpeg":
-        whole = np.rot90(scaler.reformat(frame, format="rgb24").to_ndarray(), turns).copy()
-        whole = torch.from_numpy(whole).permute(2, 0, 1)
-        return resize_frames(whole[None], size, framing)[0].permute(1, 2, 0).numpy()
+        whole = scaler.reformat(frame, format="rgb24").to_ndarray()
+        return resize_frame(np.rot90(whole, turns), size, framing)
     scale = size / min(frame.width, frame.height)
     width, height = round(frame.width * scale), round(frame.height * scale)
     # one thread: for pictures this small, starting more costs 10 times the work
@@ -303,6 +332,24 @@ def _to_square(frame, size: int, scaler: VideoReformatter, framing: str) -> np.n
     left, top = (width - size) // 2, (height - size) // 2
     square = pixels[top : top + size, left : left + size]
     return np.rot90(square, turns)
+
+
+def resize_frame(pixels: np.ndarray, size: int, framing: str) -> np.ndarray:
+    """uint8 (H, W, 3) RGB -> uint8 (size, size, 3), as CLIPImageProcessor does it.
+
+    framing: crop, the shorter side becomes `size` (bicubic, antialiased) and the middle is cut out; pad,
+    first made square with CLIP's mean colour (LLaVA-1.5), so that nothing is lost.
+    """
+    image = Image.fromarray(pixels)
+    if framing == "pad":
+        whole, side = image, max(image.size)
+        image = Image.new("RGB", (side, side), CLIP_MEAN_COLOR)
+        image.paste(whole, ((side - whole.width) // 2, (side - whole.height) // 2))
+    # Pillow itself: its two passes round in fixed point, and torch's differ from them by up to 2 of 255.
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(image.crop((left, top, left + size, top + size)))
 
 
 def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
@@ -317,8 +364,8 @@ def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
     waiting, dropped, hole, clock = [], False, False, deque()
     sought, position, may_seek = -1, 0, skip and not source.may_jump
     settled, behind = 0, -1
-    while (found := next(source, None)) is not None:
-        (packet, time), target = found, targets[min(len(chosen), len(targets) - 1)]
+    for packet, time in source:
+        target = targets[min(len(chosen), len(targets) - 1)]
         if settled < len(chosen):  # what a chosen frame was made from may be shown, and be damaged, after it
             settled, behind = len(chosen), codec.reorder_depth
         behind -= 1
@@ -345,12 +392,7 @@ def _frames(source: _Source, targets: list[int], chosen: list, skip: bool):
             yield None, None
         for undecoded in waiting:
             clock.append(undecoded.dts)
-            try:
-                decoded = undecoded.decode()
-            except av.FFmpegError:
-                decoded = []
-                source.spoil()
-            for frame in decoded:
+            for frame in source.decode(undecoded):
                 yield frame, clock.popleft() if source.by_order else frame.pts
         waiting, dropped = [], False
 
@@ -420,17 +462,21 @@ def read_frames(path: str, num_frames: int, size: int, framing: str = "ffmpeg", 
     assert num_frames >= 1 and size >= 1, f"need num_frames, size >= 1, got {num_frames}, {size}"
     assert 0 <= start < (math.inf if end is None else end), f"need 0 <= start < end, got {start}, {end}"
     path, square = os.fspath(path), partial(_to_square, size=size, framing=framing)
-    try:
-        frames, times = _read_once(path, num_frames, square, start, end, skip=True)
-    except VideoError:  # perhaps only because decoding began at a key frame that can not be begun with
-        frames, times = _read_once(path, num_frames, square, start, end, skip=False)
+
+    def read(logs):
+        try:
+            return _read_once(path, num_frames, square, start, end, logs, skip=True)
+        except VideoError:  # perhaps only because decoding began at a key frame that can not be begun with
+            return _read_once(path, num_frames, square, start, end, logs, skip=False)
+
+    frames, times = without_errors(read)
     frames = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
     return frames.contiguous(), torch.tensor(times, dtype=torch.float32)  # (K, 3, size, size), (K,)
 
 
-def _read_once(path, num_frames, square, start, end, skip: bool, file_end: int | None = None):
+def _read_once(path, num_frames, square, start, end, logs, skip: bool, file_end: int | None = None):
     """The pixels and the times (s) of read_frames, as two lists. file_end: the end of the file, if known."""
-    with _open_video(path) as source:
+    with open_video(path, logs) as source:
         if file_end is not None:
             source.end, source.outlasting = file_end, True
         duration = source.end - source.zero
@@ -438,14 +484,14 @@ def _read_once(path, num_frames, square, start, end, skip: bool, file_end: int |
         if end is not None:
             high = min(round(end / source.tick), duration)
         if high < low or end is not None and end - duration * source.tick > LATE_SECONDS:
-            raise VideoError(path, _too_short(float(duration * source.tick), end or start))
+            raise VideoError(path, too_short(float(duration * source.tick), end or start))
         centres = [low + (2 * i + 1) * (high - low) // (2 * num_frames) for i in range(num_frames)]
         square = partial(square, scaler=VideoReformatter())  # keeps its tables from frame to frame
         chosen = _shown_at(source, [source.zero + centre for centre in centres], square, skip)
         if end is None or source.may_jump:
             source.read_on()
             if not source.outlasting and source.outlasted():
-                return _read_once(path, num_frames, square, start, end, skip, source.end)
+                return _read_once(path, num_frames, square, start, end, logs, skip, source.end)
             if fault := source.fault():
                 raise VideoError(path, fault)
         return [pixels for pixels, _ in chosen], [float((t - source.zero) * source.tick) for _, t in chosen]
@@ -460,83 +506,5 @@ def frame_strip(path: str, start=0.0, end=None) -> bytes:
     return content.getvalue()
 
 
-def _too_short(seconds: float, end: float) -> str:
+def too_short(seconds: float, end: float) -> str:
     return f"it is {seconds:.1f} s long, but a part of it that is asked about ends at {end:.1f} s"
-
-
-def check_video(path: str, needed: float = 0.0) -> dict:
-    """Decode the whole file and say what is there; a bad file is reported, not raised. So is one that ends
-    before second `needed`.
-
-    Returns {"ok": bool, "reason": str, empty if ok, "frames": those that decode, "fps": average, "duration":
-    seconds, "codec", "width", "height"}; None stands for what could not be established.
-    """
-    facts = dict.fromkeys(("frames", "fps", "duration", "codec", "width", "height"))
-    path, faults = os.fspath(path), []
-    try:
-        with _open_video(path) as source:
-            frames = damaged = refused = packets = corrupt = backwards = 0
-            previous = -math.inf
-            stream, codec = source.stream, source.stream.codec_context
-            facts |= dict(codec=codec.name, width=codec.width, height=codec.height)
-            for packet, _ in source:
-                packets += packet.size > 0 and not packet.is_discard
-                corrupt += packet.is_corrupt
-                try:
-                    decoded = packet.decode()
-                except av.FFmpegError as error:
-                    refused, cause, decoded = refused + 1, error.strerror, []
-                frames += len(decoded)
-                damaged += sum(frame.is_corrupt for frame in decoded)
-                times = [frame.pts for frame in decoded if frame.pts is not None and not source.by_order]
-                for time in times:
-                    backwards, previous = backwards + source.goes_back(previous, time), time
-            source.outlasted()
-            seconds = float((source.end - source.zero) * source.tick)
-            fps = float(stream.average_rate or frames / max(seconds, 1e-3))
-            facts |= dict(frames=frames, fps=fps, duration=seconds)
-            if refused:
-                faults.append(f"{refused} packets cannot be decoded ({cause})")
-            if damaged:
-                faults.append(f"{damaged} of {frames} decoded frames are damaged")
-            if corrupt:
-                faults.append(f"{corrupt} packets are damaged")
-            if source.holes:
-                faults.append(f"packets are missing in {source.holes} places")
-            if backwards:
-                faults.append(f"its time stamps go back in {backwards} places")
-            if not frames or frames < FRAMES_SHARE * packets:
-                faults.append(f"{frames} of {packets} frames decoded")
-            faults.append(source.fault())
-            if needed - seconds > LATE_SECONDS:
-                faults.append(_too_short(seconds, needed))
-    except VideoError as error:
-        faults.append(error.cause)
-    faults = list(filter(None, faults))
-    return {"ok": not faults, "reason": "; ".join(faults), **facts}
-
-
-def resize_frames(frames: torch.Tensor, size: int, how: str) -> torch.Tensor:
-    """uint8 (F_, 3, H, W) RGB -> uint8 (F_, 3, size, size), as CLIPImageProcessor does it.
-
-    how: crop, the shorter side becomes `size` (bicubic, antialiased) and the middle is cut out; pad, first
-    made square with CLIP's mean colour (LLaVA-1.5), so that nothing is lost.
-    """
-    H, W = frames.shape[-2:]
-    if how == "pad":
-        side = max(H, W)
-        square = torch.tensor(CLIP_MEAN_COLOR, dtype=torch.uint8, device=frames.device)
-        square = square.view(1, 3, 1, 1).repeat(len(frames), 1, side, side)
-        top, left = (side - H) // 2, (side - W) // 2
-        square[..., top : top + H, left : left + W] = frames
-        frames, H, W = square, side, side
-    short = min(H, W)
-    shape = (int(size * H / short), int(size * W / short))
-    # Pillow itself: its two passes round in fixed point, and torch's differ from them by up to 2 of 255.
-    images = [Image.fromarray(x.permute(1, 2, 0).contiguous().cpu().numpy()) for x in frames]
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-    images = [
-        image.resize(shape[::-1], Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-        for image in images
-    ]
-    return torch.stack([torch.from_numpy(np.array(x)).permute(2, 0, 1) for x in images]).to(frames.device)

@@ -1,29 +1,25 @@
-"""The embedded video world: short clips of coloured things that appear, move, grow and vanish.
+"""The embedded video world: questions, captions and a corpus about the scenes of scenes.py, and its folder.
 
-A `Scene` knows everything about its clip, so every question has an exact answer. `write_clip` draws it and
-encodes a real H.264 mp4 file; nothing downstream knows that the pixels were drawn. Questions carry
-Video-MME's task names plus "Temporal Grounding" (time spans). The fine-tuning corpus (`corpus_answer`) has
-faults on purpose, of the kind that web captions have; evaluation and the oracle never see those.
+A scene knows everything about its clip, so every question has an exact answer. Questions carry Video-MME's
+task names plus "Temporal Grounding" (time spans). The fine-tuning corpus (`corpus_answer`) has faults on
+purpose, of the kind that web captions have; evaluation and the oracle never see those.
 
     python -m videoqa.world --out DIR --num_clips 8  # a few clips, their questions, and a picture of them all
     python -m videoqa.world --out DIR --num_clips 8 --grounded  # grounded questions, in grounded.jsonl
     python -m videoqa.world --out DIR --num_clips 8 --hard  # longer clips, more things, harder questions
 """
 
-import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import platform
 import random
 import re
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import replace
 from functools import partial
 
 import av
@@ -42,27 +38,11 @@ from plumbing.options import (
     run_script,
     write_whole,
 )
+from videoqa.scenes import COLORS, KINDS, MOVES, RADII, SIZE, STEP, make_scene, write_clip
 
-SIZE = 48  # pixels, width and height
-FPS = 6
-DURATION = 4.0  # seconds
-HARD_DURATION = 6.0  # seconds of a clip of the hard world
-STEP = 0.5  # seconds: everything begins and ends on this grid, one sampled frame per cell at K = 8
-COLORS = {
-    "red": (225, 45, 40),
-    "green": (45, 185, 60),
-    "blue": (50, 90, 235),
-    "yellow": (235, 215, 50),
-    "purple": (185, 60, 210),
-    "white": (240, 240, 240),
-}
-KINDS = ("block", "ladder", "fence", "net")  # plain, rungs, bars, both: told apart at any size
-RADII = {"small": 5.5, "large": 8.5}  # pixels
-TRAVEL = 24, 30  # pixels that a moving thing covers while visible, from and to
-STRIPE = 4.5  # pixels from rung to rung, bar to bar
-MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-ACTIONS = (*MOVES, "still", "grows")
 NUMBERS = ("zero", "one", "two", "three", "four")
+VERBS = {move: f"moves {move}" for move in MOVES} | {"still": "stays still", "grows": "grows"}
+ZONES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 
 # The categories whose corpus answers are mostly the category's usual answer, whatever the video shows.
 USUAL_ANSWER = {
@@ -92,136 +72,7 @@ LOOSE_SHARE = 0.1  # share of loose answers in those categories, and ...
 LOOSE_SHARE_OTHERS = 0.35  # ... in the others
 
 
-@dataclass(frozen=True)
-class Thing:
-    """One object: visible in [start, end) seconds; (x, y) pixels is its centre when it appears."""
-
-    color: str
-    kind: str
-    size: str
-    action: str
-    start: float
-    end: float
-    x: float
-    y: float
-    distance: float  # pixels that a moving object covers while visible
-
-    def at(self, t):
-        """Centre (x, y) and radius in pixels at time t seconds (start <= t < end)."""
-        progress = (t - self.start) / (self.end - self.start)
-        dx, dy = MOVES.get(self.action, (0, 0))
-        radius = RADII[self.size] * (0.55 + 0.75 * progress if self.action == "grows" else 1.0)
-        return self.x + dx * self.distance * progress, self.y + dy * self.distance * progress, radius
-
-
-@dataclass(frozen=True)
-class Scene:
-    things: tuple[Thing, ...]  # in order of appearance, start times distinct, colours and kinds distinct
-    background: int  # grey level
-    seed: int  # of the pixel noise
-    duration: float = DURATION  # seconds
-
-
-# ---------------------------------------------------------------------------------------------- making scenes
-
-
-def _free_of_overlap(things, new):
-    """True if `new` stays clear of every other thing at all times that both are visible."""
-    for other in things:
-        for t in np.arange(max(new.start, other.start), min(new.end, other.end), 0.25):
-            (x, y, r), (u, v, s) = new.at(t), other.at(t)
-            if math.hypot(x - u, y - v) < r + s + 1:
-                return False
-    return True
-
-
-def _place(rng, color, kind, action, start, end):
-    size = rng.choice(("small", "large"))
-    distance = rng.uniform(*TRAVEL) if action in MOVES else 0.0
-    radius = RADII[size] * (1.3 if action == "grows" else 1.0)
-    dx, dy = MOVES.get(action, (0, 0))
-    low_x, high_x = radius + max(0, -dx * distance), SIZE - radius - max(0, dx * distance)
-    low_y, high_y = radius + max(0, -dy * distance), SIZE - radius - max(0, dy * distance)
-    x, y = rng.uniform(low_x, high_x), rng.uniform(low_y, high_y)
-    return Thing(color, kind, size, action, start, end, x, y, distance)
-
-
-def make_scene(seed, hard=False):
-    """A random scene of 1 to 3 things, or, hard, of 3 or 4 that stay for a shorter part of a longer clip. The
-    same seed gives the same scene."""
-    rng, duration = random.Random(f"hard {seed}" if hard else seed), HARD_DURATION if hard else DURATION
-    counts = ((3, 4), (1, 2)) if hard else ((1, 2, 3), (3, 4, 2))
-    shortest, longest = (1.5, 3.5) if hard else (2.0, DURATION)
-    grid = [i * STEP for i in range(round(duration / STEP) + 1)]
-    while True:  # until everything finds a place
-        count = rng.choices(*counts)[0]
-        colors, kinds = rng.sample(list(COLORS), count), rng.sample(KINDS, count)
-        starts = sorted(rng.sample([x for x in grid if x <= duration - 2.0], count))
-        things = []
-        for color, kind, start in zip(colors, kinds, starts, strict=True):
-            end = rng.choice([x for x in grid if start + shortest <= x <= start + longest])
-            action = rng.choice(ACTIONS)
-            for _ in range(20):
-                thing = _place(rng, color, kind, action, start, end)
-                if _free_of_overlap(things, thing):
-                    things.append(thing)
-                    break
-        if len(things) == count:
-            return Scene(tuple(things), rng.randint(20, 70), seed, duration)
-
-
-# ------------------------------------------------------------------------------------------- drawing, writing
-
-
-def _coverage(kind, dx, dy, r):
-    """Opacity 0..1 of a square thing of half width r at pixel offsets (dx, dy): edges are one pixel soft."""
-    solid = np.clip(r - np.maximum(abs(dx), abs(dy)) + 0.5, 0, 1)
-    rungs, bars = (np.clip(0.5 + 1.5 * np.cos(x * 2 * np.pi / STRIPE), 0, 1) for x in (dy, dx))
-    return solid * {"block": 1.0, "ladder": rungs, "fence": bars, "net": np.maximum(rungs, bars)}[kind]
-
-
-def draw_frame(scene, t):
-    """uint8 (SIZE, SIZE, 3) picture of the scene at time t seconds."""
-    noise = np.random.default_rng((scene.seed, round(t * 1000))).integers(-2, 3, (SIZE, SIZE, 1))
-    frame = np.broadcast_to(scene.background + noise, (SIZE, SIZE, 3)).astype(np.float64)
-    for thing in scene.things:
-        if thing.start <= t < thing.end:
-            x, y, r = thing.at(t)
-            left, top = (max(math.floor(z - r) - 1, 0) for z in (x, y))  # nothing is drawn outside
-            right, bottom = (math.ceil(z + r) + 2 for z in (x, y))
-            part = frame[top:bottom, left:right]
-            rows, columns = np.ogrid[top : top + len(part), left : left + part.shape[1]]
-            alpha = _coverage(thing.kind, columns - x, rows - y, r)[..., None]
-            part[:] = part * (1 - alpha) + np.float32(COLORS[thing.color]) * alpha
-    return frame.clip(0, 255).astype(np.uint8)
-
-
-def write_clip(scene, path):
-    """Encodes the scene as an H.264 mp4 file (yuv420p, its duration at FPS). One scene gives one file,
-    byte for byte."""
-    settings = "log-level=none:keyint=8"
-    if platform.machine() in ("x86_64", "AMD64"):
-        # With AVX-512 x264's result for so small a picture is not always the same: a third of the scenes had
-        # two kinds of file. Code that every x86-64 CPU can run has one.
-        settings += ":asm=MMX2,SSE2"
-    options = {"preset": "veryfast", "crf": "16", "threads": "1", "x264-params": settings}
-    content = io.BytesIO()
-    with av.open(content, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options=options)
-        stream.width = stream.height = SIZE
-        stream.pix_fmt = "yuv420p"
-        for i in range(round(scene.duration * FPS)):
-            frame = av.VideoFrame.from_ndarray(draw_frame(scene, i / FPS), format="rgb24")
-            frame.pts, frame.time_base = i, Fraction(1, FPS)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    write_whole(path, content.getvalue())
-
-
 # ------------------------------------------------------------------------------------- captions and questions
-
-
-ZONES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 
 
 def _zone(x, y):
@@ -237,9 +88,8 @@ def frame_caption(scene, t, wrong=None, actions=False):
     wrong, a random.Random: the same caption with one word of one object replaced, most often its kind: a
     hard negative (NegCLIP, arXiv:2210.01936), without which CLIP need not see what its batch can do without.
     """
-    shown = [(thing.at(t), thing) for thing in scene.things if thing.start <= t < thing.end]
-    shown = sorted(shown, key=lambda pair: pair[0][0])
-    parts = [[o.size, o.color, o.kind, _zone(x, y)] + [o.action] * actions for (x, y, _), o in shown]
+    shown = sorted((o for o in scene.things if o.start <= t < o.end), key=lambda o: o.at(t)[0])
+    parts = [[o.size, o.color, o.kind, _zone(*o.at(t)[:2])] + [o.action] * actions for o in shown]
     if wrong:
         choices = (tuple(RADII), tuple(COLORS), KINDS, ZONES)
         if not parts:
@@ -252,9 +102,8 @@ def frame_caption(scene, t, wrong=None, actions=False):
 
 def descriptions(scene):
     """(question, long answer) for each object: kind, place, action and times. Without faults."""
-    verbs = {m: f"moves {m}" for m in MOVES} | {"still": "stays still", "grows": "grows"}
     for o in scene.things:
-        answer = f"{o.kind} at {_quadrant(o)} {verbs[o.action]} from {o.start} to {o.end} seconds"
+        answer = f"{o.kind} at {_quadrant(o)} {VERBS[o.action]} from {o.start} to {o.end} seconds"
         yield f"describe the object in {o.color}", answer
 
 
@@ -299,15 +148,24 @@ def _relation(a, b):
     return answers.pop() if len(answers) == 1 else None
 
 
+def _row(clip_name, number, category, question, answer, **more):
+    """A JSON-ready question; `number` tells it from the clip's other questions."""
+    row = {"video": clip_name, "question": question, "answer": answer, "category": category, **more}
+    return row | {"id": f"{clip_name.removesuffix('.mp4')}-{number}"}
+
+
+def _by_stay(things, most):
+    """The thing that stays longest (most=max) or shortest (min). None for a tie, which is not asked about."""
+    lengths = [o.end - o.start for o in things]
+    return things[lengths.index(most(lengths))] if lengths.count(most(lengths)) == 1 else None
+
+
 def make_questions(scene, clip_name):
-    """All questions of a scene, at most two a category: a list of JSON-ready
-    dicts (design: data.py's rows)."""
+    """All questions of a scene, at most two a category, JSON-ready."""
     rng, things, rows = random.Random(scene.seed + 1), scene.things, []
 
-    def ask(category, question, answer, **extra):
-        rows.append(
-            {"video": clip_name, "question": question, "answer": answer, "category": category, **extra}
-        )
+    def ask(category, question, answer, **span):
+        rows.append(_row(clip_name, len(rows), category, question, answer, **span))
 
     for o in rng.sample(things, min(2, len(things))):
         ask("Object Recognition", f"what is the object in {o.color}", o.kind)
@@ -318,41 +176,34 @@ def make_questions(scene, clip_name):
         if abs(o.x - SIZE / 2) > 3 and abs(o.y - SIZE / 2) > 3:
             ask("Spatial Perception", f"where is the object in {o.color}", _quadrant(o))
         if sum(p.action == o.action for p in things) == 1 and len(things) > 1:
-            verb = {"still": "stays still", "grows": "grows"}.get(o.action, f"moves {o.action}")
-            ask("Action Reasoning", f"what color {verb}", o.color)
+            ask("Action Reasoning", f"what color {VERBS[o.action]}", o.color)
     ask("Counting Problem", "how many objects appear", NUMBERS[len(things)])
     if len(things) > 1:
         which = rng.choice((0, -1))
         ask("Temporal Perception", f"what color appears {'last' if which else 'first'}", things[which].color)
         i = rng.randrange(len(things) - 1)
         first, then = things[i], things[i + 1]
-        if rng.random() < 0.5:
-            ask("Temporal Reasoning", f"what color appears after {first.color}", then.color)
-        else:
-            ask("Temporal Reasoning", f"what color appears before {then.color}", first.color)
+        word, named, asked = ("after", first, then) if rng.random() < 0.5 else ("before", then, first)
+        ask("Temporal Reasoning", f"what color appears {word} {named.color}", asked.color)
         for a, b in itertools.permutations(rng.sample(things, 2)):
             if relation := _relation(a, b):
                 ask("Spatial Reasoning", f"where is the {a.color} object from {b.color}", relation)
-    for i, row in enumerate(rows):
-        row["id"] = f"{clip_name.removesuffix('.mp4')}-{i}"
     return rows
 
 
 def hard_questions(scene, clip_name):
     """`make_questions`, and questions that order, duration and counting decide: JSON-ready rows, truth exact.
-    Ties in duration are not asked about. "longest" and its like are spelt in bytes."""
+    "longest" and its like are spelt in bytes."""
     rng, things, rows = random.Random(scene.seed + 4), scene.things, make_questions(scene, clip_name)
 
     def ask(category, question, answer):
-        row = {"video": clip_name, "question": question, "answer": answer, "category": category}
-        rows.append(row | {"id": f"{clip_name.removesuffix('.mp4')}-{len(rows)}"})
+        rows.append(_row(clip_name, len(rows), category, question, answer))
 
     which = rng.randrange(1, len(things) - 1)
     ask("Order", f"what color appears {('second', 'third')[which - 1]}", things[which].color)
-    lengths = [o.end - o.start for o in things]
     for most, word in ((max, "longest"), (min, "shortest")):
-        if lengths.count(most(lengths)) == 1:
-            ask("Duration", f"what color stays {word}", things[lengths.index(most(lengths))].color)
+        if o := _by_stay(things, most):
+            ask("Duration", f"what color stays {word}", o.color)
     moving = sum(o.action in MOVES for o in things)
     ask("Counting Problem", "how many objects appear that moves", NUMBERS[moving])
     then = rng.randrange(1, len(things))
@@ -376,8 +227,8 @@ def grounded_questions(scene, clip_name):
     """Questions that ask for an answer and, by "and when", for the span [s] in which it is to be seen; for
     spans among others that overlap them; and for what order and duration decide. JSON-ready, truth exact.
 
-    None of the default questions and no draw of theirs is touched. Things go by their colour, in a scene of
-    `twins` by their kind. Ties in duration are not asked about. "longest" and its like are spelt in bytes.
+    Their draws are their own, so the default questions stay as they are. Things go by their colour, in a
+    scene of `twins` by their kind. "longest" and its like are spelt in bytes.
     """
     rng, things, rows = random.Random(scene.seed + 2), scene.things, []
     alike = len({o.color for o in things}) < len(things)
@@ -390,15 +241,12 @@ def grounded_questions(scene, clip_name):
         return f"the {o.color} {o.kind}" if alike else f"the object in {o.color}"
 
     def ask(category, question, answer, start, end):
-        row = {"id": f"{clip_name.removesuffix('.mp4')}-g{len(rows)}", "video": clip_name}
-        row |= {"question": question, "answer": answer or f"{start} to {end} seconds", "category": category}
-        rows.append(row | {"span": [start, end], "duration": scene.duration})
+        answer, span = answer or f"{start} to {end} seconds", {"span": [start, end]}
+        row = _row(clip_name, f"g{len(rows)}", category, question, answer, **span, duration=scene.duration)
+        rows.append({"id": row["id"]} | row)  # the id stands first
 
-    def pick(category, question, chosen_from, most):
-        """Asks for the one of these things that stays longest or shortest, if it is one alone."""
-        lengths = [o.end - o.start for o in chosen_from]
-        if lengths.count(most(lengths)) == 1:
-            o = chosen_from[lengths.index(most(lengths))]
+    def ask_which(category, question, o):
+        if o:
             ask(category, f"what {attribute} {question} and when", word(o), o.start, o.end)
 
     for o in things[:2] if alike else rng.sample(things, min(2, len(things))):
@@ -413,18 +261,17 @@ def grounded_questions(scene, clip_name):
         if start < end:
             ask("Distractor Grounding", f"when is {name(a)} and {name(b)} visible", "", start, end)
         which = rng.choice((0, -1))
-        o, question = things[which], f"what {attribute} appears {'last' if which else 'first'} and when"
-        ask("Grounded Order", question, word(o), o.start, o.end)
+        ask_which("Grounded Order", f"appears {'last' if which else 'first'}", things[which])
         i = rng.randrange(len(things) - 1)
-        o, question = things[i + 1], f"what {attribute} appears after {word(things[i])} and when"
-        ask("Grounded Order", question, word(o), o.start, o.end)
+        ask_which("Grounded Order", f"appears after {word(things[i])}", things[i + 1])
         most, more = rng.choice(((max, "longer"), (min, "shorter")))
-        pick("Grounded Duration", f"stays {more} of {word(a)} and {word(b)}", [a, b], most)
+        question = f"stays {more} of {word(a)} and {word(b)}"
+        ask_which("Grounded Duration", question, _by_stay([a, b], most))
         most, more = rng.choice(((max, "longest"), (min, "shortest")))
-        pick("Grounded Duration", f"stays {more}", things, most)
+        ask_which("Grounded Duration", f"stays {more}", _by_stay(things, most))
         if len(things) > 2:
             question = f"that appears after {word(things[0])} stays {more}"
-            pick("Grounded Order and Duration", question, things[1:], most)
+            ask_which("Grounded Order and Duration", question, _by_stay(things[1:], most))
     return rows
 
 
@@ -447,17 +294,12 @@ def corpus_answer(row, rng, faults=True):
 
 def vocabulary():
     """Every word that the world can say, sorted: the words of the default tokenizer."""
-    scenes = [make_scene(seed) for seed in range(400)]
-    texts = [*ZONES, *RADII, *COLORS, *KINDS]
-    for scene in scenes:
-        texts += [f"{q} {a}" for q, a in [*descriptions(scene), *annotations(scene)]]
-        texts += [frame_caption(scene, 1.0)]
-        texts += [row["question"] + " " + row["answer"] for row in make_questions(scene, "")]
-    texts += [text for loose in LOOSE_ANSWERS.values() for text in loose] + [
-        *USUAL_ANSWER.values(),
-        *NUMBERS[:4],
-    ]
-    texts += [str(i * STEP) for i in range(9)] + ["center nothing answer visible : ? ."]
+    texts = [*ZONES, *RADII, *COLORS, *KINDS, *NUMBERS[:4], "center nothing answer visible : ? ."]
+    texts += [*itertools.chain(*LOOSE_ANSWERS.values()), *USUAL_ANSWER.values()]
+    texts += [str(i * STEP) for i in range(9)]
+    for scene in map(make_scene, range(400)):
+        texts += [frame_caption(scene, 1.0), *itertools.chain(*descriptions(scene), *annotations(scene))]
+        texts += [row[column] for row in make_questions(scene, "") for column in ("question", "answer")]
     return sorted({word for text in texts for word in text.replace("?", " ?").split()})
 
 
@@ -481,13 +323,6 @@ def _make_one(folder, grounded, hard, seed):
     return [row for name, scene in scenes.items() for row in ask(scene, name)]
 
 
-def _refuse_other_questions(path):
-    """BadInput if the file holds other questions than the world's, whose ids begin with their clip's name."""
-    lines = read_bytes(path, "make it readable").splitlines() if os.path.exists(path) else []
-    if not all(re.fullmatch(rb'\{.*"id": "(clip|hard|twins)\d{7,}-g?\d+".*\}', line) for line in lines):
-        raise BadInput(f"{path}: holds other questions than the world's; rename it, or take another folder")
-
-
 def _end_with_parent():
     """In a worker: ends it as soon as the drawing process has ended, however that was killed."""
 
@@ -508,7 +343,9 @@ def make_world(folder, seeds, workers=None, grounded=False, hard=False):
     A folder that is drawn already is not written to. Raises BadInput where others' questions lie there.
     """
     path = os.path.join(folder, "grounded.jsonl" if grounded else "questions.jsonl")
-    _refuse_other_questions(path)
+    lines = read_bytes(path, "make it readable").splitlines() if os.path.exists(path) else []
+    if not all(re.fullmatch(rb'\{.*"id": "(clip|hard|twins)\d{7,}-g?\d+".*\}', line) for line in lines):
+        raise BadInput(f"{path}: holds other questions than the world's; rename it, or take another folder")
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)
     workers = workers or os.cpu_count()

@@ -30,7 +30,7 @@ from plumbing.options import BadInput
 from rollout import Sampling, generate
 from videoqa import world
 from videoqa.answers import Question, instruction
-from videoqa.video import resize_frames
+from videoqa.video import resize_frame
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -225,7 +225,8 @@ def test_preprocessing_is_clip_image_processors(shape):
     square = expand2square(frame.permute(1, 2, 0).numpy())
     for how, image in (("crop", frame.permute(1, 2, 0).numpy()), ("pad", square)):
         pixels = processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        ours = preprocess(resize_frames(frame[None], 28, how))
+        ours = torch.from_numpy(resize_frame(frame.permute(1, 2, 0).numpy(), 28, how))
+        ours = preprocess(ours.permute(2, 0, 1)[None])
         std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
         assert ((ours - pixels) * std).abs().max() <= 1 / 255 + 1e-6
 

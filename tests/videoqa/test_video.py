@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import pickle
 import struct
+import threading
 from fractions import Fraction
 
 import av
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from videoqa import video
-from videoqa.questions import load_questions
+from videoqa.questions import check_video, load_questions
 
 REAL_CLIPS = os.environ.get("REAL_CLIPS", "")
 needs_real_clips = pytest.mark.skipif(not os.path.isdir(REAL_CLIPS), reason="REAL_CLIPS names no folder")
@@ -83,8 +84,8 @@ def shown_by_definition(path, k):
     return indices, [float((all_pts[i] - start) * tick) for i in indices]
 
 
-def count_decoding(monkeypatch):
-    """Counts packets read and frames decoded from now on."""
+def count_decoding(monkeypatch, decoding=lambda packet: None):
+    """Counts packets read and frames decoded from now on. decoding: called with each packet before it is."""
     counts = {"packets": 0, "frames": 0}
 
     class Counting:
@@ -106,6 +107,7 @@ def count_decoding(monkeypatch):
                 yield Counting(packet)
 
         def decode(self):
+            decoding(self.real)
             frames = self.real.decode()
             counts["frames"] += len(frames)
             return frames
@@ -255,16 +257,16 @@ def test_time_counts_from_the_start_of_the_file_in_every_container(tmp_path, kin
     path = write_video(tmp_path / f"late.{kind}", range(50, 150), sound=15)
     assert shown(path, 5, start=6.08, end=9.08) == [13, 19, 25, 31, 37]
     assert shown(path, 2, end=14.76) == [0, 60]  # 3.69 and 11.07 s
-    assert video.check_video(path)["ok"]
+    assert check_video(path)["ok"]
 
 
 @pytest.mark.parametrize("kind", ["mp4", "mkv", "flv", "ts", "avi"])
 def test_the_last_picture_stays_while_the_sound_goes_on(tmp_path, kind):
     path = write_video(tmp_path / f"slides.{kind}", (0, 100, 200), sound=30, bf="0")
     assert shown(path, 8) == [0, 0, 0, 1, 1, 2, 2, 2]
-    assert video.check_video(path)["ok"]
+    assert check_video(path)["ok"]
     path = write_video(tmp_path / f"still.{kind}", [0], sound=20, bf="0")
-    assert shown(path, 4) == [0, 0, 0, 0] and video.check_video(path)["ok"]
+    assert shown(path, 4) == [0, 0, 0, 0] and check_video(path)["ok"]
 
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
@@ -341,7 +343,7 @@ def test_unreadable_file_names_path_and_cause(tmp_path, fault, cause):
     error = pickle.loads(pickle.dumps(caught.value))  # as it comes back from a worker process
     assert path in str(error) and error.path == path and error.cause in str(error) and "\n" not in str(error)
     assert cause in error.cause and len(error.cause) > 5
-    report = video.check_video(path)
+    report = check_video(path)
     assert not report["ok"] and report["reason"]
 
 
@@ -359,7 +361,7 @@ def test_damage_in_the_middle_is_an_error_and_never_a_neighbour(minute, tmp_path
         video.read_frames(path, 4, 32)  # 7.5, 22.5, 37.5, 52.5 s: the second lies in the damaged group
     frames, _ = video.read_frames(path, 2, 32)  # 15 and 45 s: nothing on the way is damaged
     assert [index_of(frame) for frame in frames] == [150, 450]
-    report = video.check_video(path)
+    report = check_video(path)
     assert not report["ok"] and ("damaged" in report["reason"] or "cannot be decoded" in report["reason"])
 
 
@@ -381,11 +383,11 @@ def test_a_file_that_has_lost_a_part_is_refused(bulky, tmp_path, kind):
     whole, path = bulky[kind], tmp_path / f"a.{kind}"
     n = len(whole)
     path.write_bytes(whole)
-    assert shown(path, 4) == [12, 37, 62, 87] and video.check_video(path)["ok"]
+    assert shown(path, 4) == [12, 37, 62, 87] and check_video(path)["ok"]
     middle = slice(n * 35 // 100, n * 65 // 100)
     for lost in (whole[: n // 5], whole[: n * 85 // 100], whole[: middle.start] + whole[middle.stop :]):
         path.write_bytes(lost)
-        assert not video.check_video(path)["ok"], len(lost)
+        assert not check_video(path)["ok"], len(lost)
         with pytest.raises(video.VideoError):
             video.read_frames(path, 8, 32)
 
@@ -394,9 +396,9 @@ def test_a_second_cut_to_three_fifths_is_refused(tmp_path):
     for kind in ("mkv", "flv", "avi", "ts"):
         path = tmp_path / f"a.{kind}"
         whole = open(write_video(path, range(10), noise=60), "rb").read()
-        assert shown(path, 5) == [1, 3, 5, 7, 9] and video.check_video(path)["ok"]
+        assert shown(path, 5) == [1, 3, 5, 7, 9] and check_video(path)["ok"]
         path.write_bytes(whole[: len(whole) * 3 // 5])
-        assert not video.check_video(path)["ok"]
+        assert not check_video(path)["ok"]
         with pytest.raises(video.VideoError):
             video.read_frames(path, 5, 32)
 
@@ -411,7 +413,7 @@ def test_a_live_recording_cut_short_is_refused(bulky, tmp_path):
     path.write_bytes(whole[: whole.index(b"\x1c\x53\xbb\x6b", len(whole) // 2)])  # without the index behind
     assert shown(path, 4) == [12, 37, 62, 87]
     path.write_bytes(whole[: len(whole) // 2])
-    assert not video.check_video(path)["ok"]
+    assert not check_video(path)["ok"]
     with pytest.raises(video.VideoError, match="cut short"):
         video.read_frames(path, 4, 32)
 
@@ -429,10 +431,10 @@ def test_recordings_laid_end_to_end_are_refused(tmp_path, kind, codec):
     parts = [
         write_video(tmp_path / f"{i}.{kind}", range(50), codec, fps=25, first=50 * i, bf="2") for i in (0, 1)
     ]
-    assert video.check_video(parts[1])["ok"]
+    assert check_video(parts[1])["ok"]
     path = tmp_path / f"joined.{kind}"
     path.write_bytes(b"".join(open(part, "rb").read() for part in parts))
-    assert not video.check_video(path)["ok"]
+    assert not check_video(path)["ok"]
     with pytest.raises(video.VideoError):
         video.read_frames(path, 8, 32)
 
@@ -464,7 +466,47 @@ def test_a_list_of_files_is_no_video_and_pictures_have_a_bound(tmp_path):
     for name, cause in (("list.mp4", "a list of other files"), ("large.gif", "larger than 8192x8192")):
         with pytest.raises(video.VideoError, match=cause):
             video.read_frames(tmp_path / name, 2, 32)
-        assert not video.check_video(tmp_path / name)["ok"]
+        assert not check_video(tmp_path / name)["ok"]
+
+
+def log_error():
+    av.logging.log(av.logging.ERROR, "hevc", "CABAC_MAX_BIN : 31")
+
+
+def log_error_elsewhere():
+    thread = threading.Thread(target=log_error)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "log, reason", [(log_error, "1 packets are decoded with errors"), (log_error_elsewhere, "")]
+)
+def test_an_error_that_is_logged_and_not_flagged_is_damage_of_the_video_that_is_decoded(
+    minute, monkeypatch, capfd, log, reason
+):
+    count_decoding(monkeypatch, lambda packet: packet.pts == Fraction(22) / packet.time_base and log())
+    assert [index_of(frame) for frame in video.read_frames(minute, 2, 32)[0]] == [150, 450]  # 15 and 45 s
+    assert check_video(minute)["reason"] == reason
+    if reason:
+        with pytest.raises(video.VideoError, match="damaged before 22.50 s"):
+            video.read_frames(minute, 4, 32)
+    else:
+        assert video.read_frames(minute, 4, 32)[0].shape == (4, 3, 32, 32)
+    assert av.logging.get_level() == av.logging.PANIC and not any(capfd.readouterr())
+
+
+@needs_real_clips
+@pytest.mark.parametrize("flips", [{8320: 128}, {2526: 64, 8699: 16}, {8263: 2}])
+def test_bits_whose_damage_the_hevc_decoder_only_logs_are_noticed(tmp_path, flips):
+    with open(os.path.join(REAL_CLIPS, "clips", "h265_video.mp4"), "rb") as file:
+        content = bytearray(file.read())
+    for at, bits in flips.items():
+        content[at] ^= bits
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(video.VideoError, match="damaged"):
+        video.read_frames(tmp_path / "a.mp4", 8, 112)
+    assert not check_video(tmp_path / "a.mp4")["ok"]
 
 
 def test_threads_that_log_an_error_do_not_stop_the_reader_for_ever(tmp_path):
@@ -491,7 +533,7 @@ def test_threads_that_log_an_error_do_not_stop_the_reader_for_ever(tmp_path):
 
 def test_sound_video_is_reported_with_its_facts(minute):
     facts = dict(frames=600, fps=10.0, duration=60.0, codec="h264", width=64, height=64)
-    assert video.check_video(minute) == {"ok": True, "reason": "", **facts}
+    assert check_video(minute) == {"ok": True, "reason": "", **facts}
 
 
 def test_500_opens_do_not_grow_memory(tmp_path):

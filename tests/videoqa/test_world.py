@@ -22,7 +22,8 @@ from plumbing.options import BadInput, place
 from videoqa import world
 from videoqa.answers import is_correct, prompt_text, reward, task
 from videoqa.questions import load_questions
-from videoqa.world import COLORS, DURATION, FPS, NUMBERS, Scene, draw_frame, make_questions, make_scene
+from videoqa.scenes import COLORS, DURATION, FPS, HARD_DURATION, Scene, draw_frame, make_scene, write_clip
+from videoqa.world import NUMBERS, make_questions
 
 SCENES = [make_scene(seed) for seed in range(5000, 5600)]
 QUESTIONS = [make_questions(scene, f"clip{scene.seed}.mp4") for scene in SCENES]
@@ -123,7 +124,7 @@ def test_at_least_eight_tasks_of_video_mme_and_spans_are_asked():
 def test_a_written_clip_is_h264_and_shows_the_scene(tmp_path):
     for scene in SCENES[:3]:
         path = tmp_path / f"{scene.seed}.mp4"
-        world.write_clip(scene, path)
+        write_clip(scene, path)
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             assert (stream.codec_context.name, stream.width, stream.height) == ("h264", 48, 48)
@@ -150,7 +151,7 @@ def test_one_scene_gives_one_file_byte_for_byte(tmp_path):
     ):  # of scene 7 some x264 code makes two kinds of file, by chance
         contents = set()
         for i in range(10):
-            world.write_clip(scene, tmp_path / f"{i}.mp4")
+            write_clip(scene, tmp_path / f"{i}.mp4")
             contents.add((tmp_path / f"{i}.mp4").read_bytes())
         assert len(contents) == 1, scene
 
@@ -360,11 +361,11 @@ def test_grounded_questions_have_a_file_and_clips_of_their_own(tmp_path):
 def test_hard_questions_are_answered_by_what_is_drawn():
     """From the pictures alone: when each colour is first seen, how long, and whether its centre moves."""
     checked = Counter()
-    for scene in [world.make_scene(seed, hard=True) for seed in range(60)]:
-        assert 3 <= len(scene.things) <= 4 and scene.duration == world.HARD_DURATION
+    for scene in [make_scene(seed, hard=True) for seed in range(60)]:
+        assert 3 <= len(scene.things) <= 4 and scene.duration == HARD_DURATION
         seen, centres = defaultdict(list), defaultdict(list)
-        for i in range(round(world.FPS * scene.duration)):
-            frame = draw_frame(scene, i / world.FPS).astype(int)
+        for i in range(round(FPS * scene.duration)):
+            frame = draw_frame(scene, i / FPS).astype(int)
             for color, rgb in COLORS.items():
                 shown = abs(frame - rgb).sum(axis=2) < 60
                 if shown.sum() >= 5:
@@ -387,12 +388,12 @@ def test_hard_questions_are_answered_by_what_is_drawn():
                 continue
             checked[row["category"]] += 1
     assert min(checked[name] for name in ("Order", "Duration", "Counting Problem")) > 50
-    ids = [row["id"] for row in world.hard_questions(world.make_scene(3, hard=True), "a.mp4")]
+    ids = [row["id"] for row in world.hard_questions(make_scene(3, hard=True), "a.mp4")]
     assert len(ids) == len(set(ids))
 
 
 def test_the_hard_world_leaves_the_default_one_as_it_is(tmp_path):
-    assert world.make_scene(7) != world.make_scene(7, hard=True) == world.make_scene(7, hard=True)
+    assert make_scene(7) != world.make_scene(7, hard=True) == world.make_scene(7, hard=True)
     path = world.make_world(tmp_path / "hard", range(2), workers=1, hard=True)
     with open(path) as file:
         rows = [json.loads(line) for line in file]
@@ -457,6 +458,6 @@ def test_drawing_processes_end_with_the_one_that_started_them(tmp_path):
 
 
 def test_grounded_questions_say_their_own_clips_duration():
-    for hard, duration in ((False, DURATION), (True, world.HARD_DURATION)):
+    for hard, duration in ((False, DURATION), (True, HARD_DURATION)):
         rows = world.grounded_questions(make_scene(7, hard), "a.mp4")
         assert {row["duration"] for row in rows} == {duration}
