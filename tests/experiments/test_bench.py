@@ -9,7 +9,8 @@ from experiments import step as whole_step
 from model import ModelConfig
 from plumbing.options import BadInput
 from plumbing.progress import markdown
-from videoqa.video import check_video, read_frames
+from videoqa.questions import check_video
+from videoqa.video import read_frames
 
 TINY = ModelConfig(vocab_size=32, dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=16)
 PARTS = {"load": {"map", "read"}, "clip": {"encode"}, "decoder": {"prefill", "whole"}}
