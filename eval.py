@@ -91,27 +91,29 @@ def gains(questions, before: dict, after: dict) -> dict:
 
 def table(before: dict, after: dict | None = None) -> str:
     """Before and after side by side, a row a category, in percent, as the paper's table has it."""
+    from plumbing.progress import markdown
+
     columns = [("greedy", before), ("sampled", before)]
     if after:
         columns = [("greedy", before), ("greedy", after), ("sampled", before), ("sampled", after)]
     heads = [f"{mode} {'before' if e is before else 'after'}" if after else mode for mode, e in columns]
-    lines = ["| category | n | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(columns)]
-    for name, row in before["greedy"]["by_category"].items():
+    rows, of_all = [], before["greedy"]
+    for name, row in of_all["by_category"].items():
         cells = [f"{100 * e[mode]['by_category'][name]['accuracy']:.1f}" for mode, e in columns]
-        lines.append(f"| {cell(name) or '(none)'} | {row['n']} | " + " | ".join(cells) + " |")
+        rows.append([cell(name) or "(none)", row["n"], *cells])
     cells = []
     for mode, e in columns:
         low, high = (f"{100 * x:.1f}" for x in e[mode]["ci95"])
         cells.append(f"{100 * e[mode]['accuracy']:.1f} [{low}, {high}]")
-    lines.append(f"| **all** | {before['greedy']['n']} | " + " | ".join(cells) + " |")
-    if before["greedy"]["mean_iou"] is not None:
+    rows.append(["**all**", of_all["n"], *cells])
+    if of_all["mean_iou"] is not None:
         cells = [f"{100 * e[mode]['mean_iou']:.1f}" for mode, e in columns]
-        lines.append("| mean IoU of spans | | " + " | ".join(cells) + " |")
-    if before["greedy"].get("judged"):
+        rows.append(["mean IoU of spans", "", *cells])
+    if of_all.get("judged"):
         verdicts = [e[mode].get("judged") for mode, e in columns]
         cells = [f"{verdict['accuracy']:.1f}" if verdict else "" for verdict in verdicts]
-        lines.append(f"| judge's verdict, open answers | {verdicts[0]['n']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(["judge's verdict, open answers", verdicts[0]["n"], *cells])
+    return markdown(["category", "n", *heads], rows)
 
 
 def evaluate_run(folder: str, data: str, videos: str) -> str:

@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 from experiments.study import RUN_WANTS, begin, ended_runs, settings, study_run, train_lines, train_run
 from plumbing import page
 from plumbing.options import BadInput, is_kind, read_jsonl, write_json, write_whole
-from plumbing.progress import read_results
+from plumbing.progress import markdown, read_results
 
 RATES = (3e-4, 1e-3, 3e-3)
 RATE_SEEDS = (100, 101)  # the rates are found on them, and no table shows them
@@ -183,8 +183,7 @@ def rivals_table(lines: dict[str, str], folder: str, seeds: int) -> str:
         if not rows:
             rows.append(["nothing yet: the start", "", "", f"{mean['before']:.1f}", *[""] * 7])
         rows.append(cells)
-    body = ["| " + " | ".join(row) + " |" for row in [heads, *rows]]
-    return "\n".join([body[0], "|---" * len(heads) + "|", *body[1:]])
+    return markdown(heads, rows)
 
 
 def curves(lines: dict[str, str], folder: str, seeds: int) -> str:
