@@ -23,7 +23,7 @@ from clip import Clip, ClipConfig
 from lora import DECODER_LINEARS
 from model import Decoder, ModelConfig
 from plumbing.machine import show_progress
-from plumbing.options import PICKLES, BadInput, read_json, refuse_pickles, write_json, write_whole
+from plumbing.options import PICKLES, BadInput, one_line, read_json, refuse_pickles, write_json, write_whole
 
 FOLDER = "name a folder in the Hugging Face layout"
 TOGETHER = "use files that belong together"
@@ -41,7 +41,6 @@ DECODERS = {  # model_type: defaults. Vicuna, TinyLlama and SmolLM2 are of type 
     },
 }  # fmt: skip
 LARGEST = 2**53  # what a config's number lies below: above it not every whole number is a float
-SUPPORTED = f"{', '.join(DECODERS)}, clip, llava"
 # ModelConfig's field: the key in config.json. Read in both directions.
 DECODER_KEYS = {
     "vocab_size": "vocab_size", "dim": "hidden_size", "num_layers": "num_hidden_layers",
@@ -82,10 +81,11 @@ class Source:
     third: int | None = None  # 0, 1, 2: q, k, v of OpenAI's fused in_proj
     transposed: bool = False  # OpenAI stores projections as (in, out)
 
-    def shape(self, stored: tuple) -> tuple:
+    def stored(self, shape: tuple) -> tuple:
+        """The shape of the file's tensor, where the parameter's is `shape`."""
         if self.third is not None:
-            return (stored[0] / 3, *stored[1:])
-        return stored[::-1] if self.transposed else stored
+            return (3 * shape[0], *shape[1:])
+        return shape[::-1] if self.transposed else shape
 
     def take(self, tensor: Tensor) -> Tensor:
         if self.third is not None:
@@ -103,22 +103,19 @@ def weight_files(folder: str) -> list[str]:
 
 
 class Tensors:
-    """The tensors of a safetensors file, or of a folder with one file or shards, by name. Read when asked."""
+    """The tensors of a safetensors file, or of a folder with one file or shards, by name. Read when asked.
+    path "": there are none, and `fill` draws all that it is asked for."""
 
     def __init__(self, path: str):
         self.file_of, self.handles = {}, {}
-        index = os.path.join(path, "model.safetensors.index.json")
         self.path = path  # the file that names all tensors
-        if os.path.isfile(path):
-            self.open(path)
-        elif os.path.exists(index):
-            self.path = index
-            self.open_shards(path, index)
-        else:
+        if os.path.isdir(path):
+            index = os.path.join(path, "model.safetensors.index.json")
+            self.path = index if os.path.exists(index) else os.path.join(path, "model.safetensors")
+        if self.path.endswith(".json"):
+            self.open_shards(path, self.path)
+        elif path:
             refuse_pickles(path)
-            self.path = os.path.join(path, "model.safetensors")
-            if not os.path.exists(self.path):
-                raise BadInput(f"{self.path}: no such file; copy the weights there, or give --random_weights")
             self.open(self.path)
 
     def open_shards(self, folder: str, index: str):
@@ -132,15 +129,15 @@ class Tensors:
                 raise BadInput(f"{index}: {name} is not in {file}; copy index and shards again, together")
 
     def open(self, file: str):
-        refuse_pickles(file)
+        if not os.path.exists(file):
+            raise BadInput(f"{file}: no such file; copy the weights there, or give --random_weights")
+        with open(file, "rb") as content:
+            if content.read(40).startswith(b"version https://git-lfs"):
+                raise BadInput(f"{file}: a pointer of Git LFS; git lfs pull fetches it")
         try:
             self.handles[file] = safe_open(file, "pt")
         except (OSError, SafetensorError) as error:
-            if os.path.isfile(file) and os.path.getsize(file) < 1000:
-                with open(file, "rb") as content:
-                    if content.read(40).startswith(b"version https://git-lfs"):
-                        raise BadInput(f"{file}: a pointer of Git LFS; git lfs pull fetches it") from error
-            raise BadInput(f"{file}: {error}; missing, cut short or damaged: copy it again") from error
+            raise BadInput(f"{file}: {error}; cut short or damaged: copy it again") from error
         for name in self.handles[file].keys():
             self.file_of[name] = file
 
@@ -159,9 +156,9 @@ class Tensors:
         return self.handles[self.file_of[name]].get_tensor(name)
 
 
-def fill(model, tensors, sources: dict[str, Source], device, dtype, spare=(), base="", seed=0):
-    """Reads the parameters named in `sources` into a model on the meta device; without `tensors` (None) draws
-    them (`drawn`).
+def fill(model, tensors: Tensors, sources: dict[str, Source], device, dtype, spare=(), base="", seed=0):
+    """Reads the parameters named in `sources` into a model, which may be on the meta device, or draws them
+    where there are no tensors (`drawn`).
 
     dtype: of all parameters but a VideoLM's decoder, which is held in `base` (float32 | bfloat16 | nf4) if
     given. A layer is quantised as soon as it is there. A projector is held in 16 bits beside the last two.
@@ -171,9 +168,9 @@ def fill(model, tensors, sources: dict[str, Source], device, dtype, spare=(), ba
     with a prefix in `spare`. Raises it too for a weight that is NaN or infinite.
     """
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name in sources}
-    if tensors is not None:
+    if tensors.path:
         check_tensors(shapes, tensors, sources, spare)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if tensors.path else torch.Generator(device).manual_seed(seed)
     layers = itertools.groupby(shapes, key=lambda name: name.rpartition(".")[0])
     num_layers = len({name.rpartition(".")[0] for name in shapes})
     for path, names in show_progress(layers, "loading weights", num_layers):
@@ -181,10 +178,10 @@ def fill(model, tensors, sources: dict[str, Source], device, dtype, spare=(), ba
         in_16_bits = base in ("bfloat16", "nf4") and path.startswith(("decoder.", "bridge."))
         kept_in = torch.bfloat16 if in_16_bits else dtype
         for name in names:
-            if tensors is None:
-                value = drawn(name, shapes[name], generator, kept_in)
-            else:
+            if tensors.path:
                 value = read_tensor(tensors, sources[name]).to(device, kept_in).contiguous()
+            else:
+                value = drawn(name, shapes[name], generator, kept_in)
             setattr(module, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
             del value  # or it would outlive its layer's quantisation, until the next one is read
         owner, _, last = path.rpartition(".")
@@ -192,6 +189,16 @@ def fill(model, tensors, sources: dict[str, Source], device, dtype, spare=(), ba
             from checkpoints import nf4
 
             setattr(model.get_submodule(owner), last, nf4.quantise_linear(module))
+
+
+def read_own(make, path: str, device="cpu") -> nn.Module:
+    """make()'s model with the tensors of a file or folder that this repository wrote: float32, frozen."""
+    try:
+        model = make()
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise BadInput(f"{path}: config.json makes no model ({one_line(error)}); {TOGETHER}") from error
+    fill(model, Tensors(path), {name: Source(name) for name in model.state_dict()}, device, torch.float32)
+    return model.requires_grad_(False).eval()
 
 
 def read_tensor(tensors: Tensors, source: Source) -> Tensor:
@@ -203,16 +210,16 @@ def read_tensor(tensors: Tensors, source: Source) -> Tensor:
 
 
 def check_tensors(shapes: dict[str, tuple], tensors: Tensors, sources: dict[str, Source], spare: tuple):
-    wrapped = next((name for name in tensors.file_of if ".base_layer." in name), None)
-    if wrapped:
-        words = "was saved with PEFT's adapters around it; merge_and_unload() first"
-        raise BadInput(f"{tensors.path}: {wrapped} {words}")
+    for name in tensors.file_of:
+        if ".base_layer." in name:
+            words = "was saved with PEFT's adapters around it; merge_and_unload() first"
+            raise BadInput(f"{tensors.path}: {name} {words}")
     for name, wanted in shapes.items():
         source = sources[name]
         if source.name not in tensors.file_of:
             raise BadInput(f"{tensors.path}: tensor {source.name} is missing; {TOGETHER}")
-        stored = tensors.shape(source.name)
-        if source.shape(stored) != wanted:
+        stored, wanted = tensors.shape(source.name), source.stored(wanted)
+        if stored != wanted:
             words = f"tensor {source.name} has shape {stored}, config.json's sizes make it {wanted}"
             raise BadInput(f"{tensors.file_of[source.name]}: {words}; {TOGETHER}")
         if (dtype := tensors.header(source.name).get_dtype()) not in FLOATS:
@@ -259,7 +266,8 @@ def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
     does not know. BadInput: not supported, or no number where one is needed."""
     kind = str(config.get("model_type"))
     if kind not in DECODERS:
-        raise BadInput(f"{where}: model_type {kind} is not supported; those that are: {SUPPORTED}")
+        supported = ", ".join([*DECODERS, "clip", "llava"])
+        raise BadInput(f"{where}: model_type {kind} is not supported; those that are: {supported}")
     config = DECODERS[kind] | config
     rope = entry(config, "rope_parameters", where) or entry(config, "rope_scaling", where)
     scaling = str(rope.get("rope_type", rope.get("type", "default")))
@@ -414,12 +422,16 @@ OPENAI_CLIP = {
 }
 
 
-def clip_source(name: str, path: str) -> Source:
-    """Where a parameter of our Clip lies in that folder, or in that file under OpenAI's names."""
+def clip_sources(names, path: str) -> dict[str, Source]:
+    """Where our Clip's parameters lie in that folder, or in that file under OpenAI's names."""
+    if os.path.isfile(path):
+        return {name: openai_source(name) for name in names}
     if is_embedded(path):
-        return Source(f"clip.{name}")
-    if not os.path.isfile(path):
-        return Source(renamed(name, HF_CLIP))
+        return {name: Source(f"clip.{name}") for name in names}
+    return {name: Source(renamed(name, HF_CLIP)) for name in names}
+
+
+def openai_source(name: str) -> Source:
     if name.endswith("projection.weight"):
         return Source("visual.proj" if "vision" in name else "text_projection", transposed=True)
     name = renamed(name, OPENAI_CLIP)
@@ -434,26 +446,26 @@ HEAD = "lm_head.weight"
 EMBEDDED = ("clip.", "bridge.", "decoder.")  # the parts of a folder that pretrain.py made
 
 
-def decoder_sources(names, tensors: Tensors | None) -> dict[str, Source]:
+def decoder_sources(names, tensors: Tensors) -> dict[str, Source]:
     """Where our Decoder's parameters lie, whatever stands before their names: model. in a causal language
     model, model.language_model. or language_model.model. where it was part of a larger model."""
-    body = tensors.prefix("embed_tokens.weight", "model.") if tensors else "model."
-    head = tensors.prefix(HEAD, "") if tensors else ""
+    body, head = tensors.prefix("embed_tokens.weight", "model."), tensors.prefix(HEAD, "")
     return {name: Source((head if name == HEAD else body) + name) for name in names}
 
 
-def with_own_head(cfg: ModelConfig, tensors: Tensors | None) -> ModelConfig:
+def with_own_head(cfg: ModelConfig, tensors: Tensors) -> ModelConfig:
     """Not tied where config.json says so but the files hold a head that differs from the embedding, which
     transformers then takes. BadInput: there should be a head of its own, and there is none."""
-    head = decoder_sources([HEAD], tensors)[HEAD].name
-    if tensors is None or (head in tensors.file_of) != cfg.tied:
+    sources = decoder_sources([HEAD, "embed_tokens.weight"], tensors)
+    head = sources[HEAD].name
+    if not tensors.path or (head in tensors.file_of) != cfg.tied:
         return cfg
     if not cfg.tied:
         raise BadInput(
             f"{tensors.path}: tensor {HEAD} is missing and config.json says tie_word_embeddings false: no"
             " language model's head was saved; use a checkpoint that a ..ForCausalLM class saved"
         )
-    embedding = decoder_sources(["embed_tokens.weight"], tensors)["embed_tokens.weight"].name
+    embedding = sources["embed_tokens.weight"].name
     same = embedding in tensors.file_of and torch.equal(tensors[head], tensors[embedding])
     return cfg if same else replace(cfg, tied=False)
 
@@ -476,7 +488,8 @@ def load_decoder(folder: str, device="cpu", dtype=torch.float32) -> Decoder:
 
 def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32):
     """Writes a decoder as config.json and model.safetensors, as transformers reads them."""
-    sources, state = decoder_sources(decoder.state_dict(), None), decoder.state_dict()
+    state = decoder.state_dict()
+    sources = decoder_sources(state, Tensors(""))
     tensors = {sources[name].name: x.to("cpu", dtype).contiguous() for name, x in state.items()}
     os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, "model.safetensors"), save(tensors, metadata={"format": "pt"}))
@@ -498,10 +511,9 @@ def read_clip_config(path: str) -> ClipConfig:
         return read_configs(path)[1]
     if config.get("model_type") != "clip":
         raise BadInput(f"{where}: model_type {config.get('model_type')} is no clip: name CLIP's folder")
+    vision, text = entry(config, "vision_config", where), entry(config, "text_config", where)
     embed_dim = number({"projection_dim": 512} | config, "projection_dim", where)
-    return clip_config(
-        entry(config, "vision_config", where), where, entry(config, "text_config", where), embed_dim
-    )
+    return clip_config(vision, where, text, embed_dim)
 
 
 def load_clip(path: str, device="cpu", dtype=torch.float32) -> Clip:
@@ -509,6 +521,6 @@ def load_clip(path: str, device="cpu", dtype=torch.float32) -> Clip:
     pretrain.py made; frozen."""
     with torch.device("meta"):
         model = Clip(read_clip_config(path))
-    sources = {name: clip_source(name, path) for name in model.state_dict()}
-    fill(model, Tensors(path), sources, device, dtype, spare=EMBEDDED if is_embedded(path) else ())
+    sources, spare = clip_sources(model.state_dict(), path), EMBEDDED if is_embedded(path) else ()
+    fill(model, Tensors(path), sources, device, dtype, spare)
     return model.eval()

@@ -17,15 +17,18 @@ from checkpoints.huggingface import (
     EMBEDDED,
     FOLDER,
     HEAD,
+    HF_CLIP,
     Source,
     Tensors,
     clip_config,
-    clip_source,
+    clip_sources,
     decoder_config,
     decoder_sources,
     entry,
     fill,
     read_clip_config,
+    read_own,
+    renamed,
     weight_files,
     with_own_head,
 )
@@ -116,45 +119,36 @@ def load_pretrained(options, device="cpu", own_bridge: bool = False) -> VideoLM:
     with torch.device("meta"):
         model = VideoLM(cfg, clip_cfg)
     has_bridge = isinstance(model.bridge, Bridge)
-    parts = {part: list(getattr(model, part).state_dict()) for part in ("clip", "bridge", "decoder")}
-    in_decoder = decoder_sources(parts["decoder"], tensors)
+    in_decoder, tower = decoder_sources(model.decoder.state_dict(), tensors), list(model.clip.state_dict())
     sources = {f"decoder.{name}": source for name, source in in_decoder.items()}
-    spare = (tensors.prefix(HEAD, "") + HEAD,) if tensors else ()
+    spare = (tensors.prefix(HEAD, "") + HEAD,)
     if options.clip:
-        tower = {f"clip.{name}": clip_source(name, options.clip) for name in parts["clip"]}
-        clip_tensors = open_weights(options.clip, options)
-        fill(model, clip_tensors, tower, device, torch.float32, CLIP_TEXT + EMBEDDED, seed=options.seed)
-    else:
-        sources |= llava_sources(parts, tensors, has_bridge)
-        projector = tensors.prefix("linear_1.weight", "multi_modal_projector.") if tensors else ""
-        spare += (projector,) * has_bridge
+        clip_tensors, in_clip = open_weights(options.clip, options), clip_sources(tower, options.clip)
+        fill(
+            model.clip, clip_tensors, in_clip, device, torch.float32, CLIP_TEXT + EMBEDDED, seed=options.seed
+        )
+    else:  # published files say vision_tower.vision_model., newer ones only the first word
+        before = tensors.prefix("embeddings.patch_embedding.weight", "vision_tower.")
+        theirs = {name: renamed(name, HF_CLIP).removeprefix("vision_model.") for name in tower}
+        sources |= {f"clip.{name}": Source(before + theirs[name]) for name in tower}
+        projector = tensors.prefix("linear_1.weight", "multi_modal_projector.")
+        if has_bridge:
+            spare += (projector,)
+        else:
+            sources |= {f"bridge.{name}": Source(projector + name) for name in model.bridge.state_dict()}
     fill(model, tensors, sources, device, torch.float32, spare, options.base, options.seed)
     if has_bridge:
         model.bridge = load_bridge(options.policy, cfg, clip_cfg, options.seed, not own_bridge).to(device)
     return model.eval()
 
 
-def open_weights(path: str, options) -> Tensors | None:
-    """None, and a note, where there are none and --random_weights is given."""
+def open_weights(path: str, options) -> Tensors:
+    """Empty, and a note, where there are none and --random_weights is given."""
     if not options.random_weights or os.path.isfile(path) or weight_files(path):
         return Tensors(path)
     drawn = f"--random_weights draws them, seed {options.seed}; answers will mean nothing"
     say(f"{path} holds no weights: {drawn}")
-    return None
-
-
-def llava_sources(parts: dict[str, list[str]], tensors: Tensors | None, own_bridge: bool) -> dict:
-    """Where a LLaVA's image tower and projector lie. Published files say vision_tower.vision_model., newer
-    ones leave the second word out, and a trainer's state_dict has model. before all."""
-    tower, projector = "vision_tower.", "multi_modal_projector."
-    if tensors:
-        tower = tensors.prefix("embeddings.patch_embedding.weight", tower)
-        projector = tensors.prefix("linear_1.weight", projector)
-    theirs = {name: clip_source(name, "").name.removeprefix("vision_model.") for name in parts["clip"]}
-    sources = {f"clip.{name}": Source(tower + place) for name, place in theirs.items()}
-    if own_bridge:
-        return sources
-    return sources | {f"bridge.{name}": Source(projector + name) for name in parts["bridge"]}
+    return Tensors("")
 
 
 def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, told: bool) -> Bridge:
@@ -167,9 +161,7 @@ def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, 
         torch.manual_seed(seed)
         bridge = Bridge(cfg, clip_cfg).requires_grad_(False)
     if os.path.exists(path):
-        sources = {name: Source(name) for name in bridge.state_dict()}
-        fill(bridge, Tensors(path), sources, "cpu", torch.float32)
-        return bridge
+        return read_own(lambda: bridge, path)
     if not told:
         return bridge
     name = "Q-Former" if cfg.bridge == "qformer" else f"projector ({cfg.bridge} video tokens)"
