@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from checkpoints.policies import read_configs
@@ -23,7 +22,7 @@ from clip import Clip, ClipConfig
 from lora import DECODER_LINEARS
 from model import Decoder, ModelConfig
 from plumbing.machine import show_progress
-from plumbing.options import PICKLES, BadInput, one_line, read_json, refuse_pickles, write_json, write_whole
+from plumbing.options import BadInput, one_line, read_json, refuse_pickles
 
 FOLDER = "name a folder in the Hugging Face layout"
 TOGETHER = "use files that belong together"
@@ -45,8 +44,9 @@ LARGEST = 2**53  # what a config's number lies below: above it not every whole n
 DECODER_KEYS = {
     "vocab_size": "vocab_size", "dim": "hidden_size", "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
-    "ffn_dim": "intermediate_size", "norm_eps": "rms_norm_eps",
+    "ffn_dim": "intermediate_size",
 }  # fmt: skip
+MAY_LACK = {"head_dim": "head_dim", "max_positions": "max_position_embeddings"}
 ROPE_KEYS = {  # of ModelConfig's fields, by the type of rope
     "default": {},
     "linear": {"rope_factor": "factor"},
@@ -94,12 +94,6 @@ class Source:
 
 
 # ------------------------------------------------------------------------------------------------- the files
-
-
-def weight_files(folder: str) -> list[str]:
-    """Names of the files that could hold a model's weights, of a kind that is read or one that is refused."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [n for n in names if n.startswith("model") and ".safetensors" in n or n.endswith(PICKLES)]
 
 
 class Tensors:
@@ -274,30 +268,27 @@ def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
     refuse_unsupported(config, where, kind, scaling)
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
-    kinds = {"norm_eps": float}
-    sizes = {name: number(config, key, where, kinds.get(name, int)) for name, key in DECODER_KEYS.items()}
-    if config.get("head_dim") is not None:
-        sizes["head_dim"] = number(config, "head_dim", where)
-    elif sizes["dim"] % sizes["num_heads"]:
-        raise BadInput(f"{where}: hidden_size {sizes['dim']} is no multiple of {sizes['num_heads']} heads")
-    if (head_dim := sizes.get("head_dim", sizes["dim"] // sizes["num_heads"])) % 2:
+    sizes = {name: number(config, key, where) for name, key in DECODER_KEYS.items()}
+    may_lack = MAY_LACK | ({"sliding_window": "sliding_window"} if kind == "mistral" else {})
+    for name, key in may_lack.items():
+        if config.get(key) is not None:
+            sizes[name] = number(config, key, where)
+    heads, kv_heads = sizes["num_heads"], sizes["num_kv_heads"]
+    if "head_dim" not in sizes and sizes["dim"] % heads:
+        raise BadInput(f"{where}: hidden_size {sizes['dim']} is no multiple of {heads} heads")
+    if (head_dim := sizes.get("head_dim", sizes["dim"] // heads)) % 2:
         raise BadInput(f"{where}: head_dim {head_dim} is odd, and RoPE turns pairs of channels")
-    if sizes["num_heads"] % sizes["num_kv_heads"]:
-        heads = f"num_attention_heads {sizes['num_heads']}"
-        words = f"{heads} is no multiple of num_key_value_heads {sizes['num_kv_heads']}"
+    if heads % kv_heads:
+        words = f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         raise BadInput(f"{where}: {words}; copy the model's own config.json")
-    for field, key in ROPE_KEYS[scaling].items():
-        sizes[field] = number(rope, key, where, float)
+    for name, key in ROPE_KEYS[scaling].items():
+        sizes[name] = number(rope, key, where, float)
     sizes["rope_theta"] = number(rope if "rope_theta" in rope else config, "rope_theta", where, float)
-    if config.get("max_position_embeddings") is not None:
-        sizes["max_positions"] = number(config, "max_position_embeddings", where)
-    if kind == "mistral" and config["sliding_window"] is not None:
-        sizes["sliding_window"] = number(config, "sliding_window", where)
+    sizes["norm_eps"] = number(config, "rms_norm_eps", where, float)
     sizes["tied"] = entry(config, "tie_word_embeddings", where, bool)
+    of_family = dict(qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", rope_scaling=scaling)
     try:
-        return ModelConfig(
-            qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", rope_scaling=scaling, **sizes, **ours
-        )
+        return ModelConfig(**sizes, **of_family, **ours)
     except ValueError as error:
         raise BadInput(f"{where}: {error}; copy the model's own config.json") from error
 
@@ -350,40 +341,18 @@ def openai_clip_config(tensors: Tensors) -> ClipConfig:
     try:
         width, _, patch_size, _ = tensors.shape("visual.conv1.weight")
         places = tensors.shape("visual.positional_embedding")[0]
-        text_width = tensors.shape("ln_final.weight")[0]
+        vocab_size, text_width = tensors.shape("token_embedding.weight")
         return ClipConfig(
-            image_size=math.isqrt(places - 1) * patch_size,
-            patch_size=patch_size,
-            width=width,
-            num_layers=layers("visual.transformer.resblocks."),
-            num_heads=width // 64,
-            text_width=text_width,
-            text_layers=layers("transformer.resblocks."),
-            text_heads=text_width // 64,
-            text_length=tensors.shape("positional_embedding")[0],
-            vocab_size=tensors.shape("token_embedding.weight")[0],
-            embed_dim=tensors.shape("visual.proj")[1],
-            activation="quick_gelu",
-        )
+            image_size=math.isqrt(places - 1) * patch_size, patch_size=patch_size, width=width,
+            num_layers=layers("visual.transformer.resblocks."), num_heads=width // 64, text_width=text_width,
+            text_layers=layers("transformer.resblocks."), text_heads=text_width // 64,
+            text_length=tensors.shape("positional_embedding")[0], vocab_size=vocab_size,
+            embed_dim=tensors.shape("visual.proj")[1], activation="quick_gelu",
+        )  # fmt: skip
     except KeyError as error:
         raise BadInput(f"{tensors.path}: tensor {error} is missing; this is no OpenAI CLIP ViT") from error
     except (ValueError, IndexError, ArithmeticError) as error:
         raise BadInput(f"{tensors.path}: its shapes ({error}) are not those of an OpenAI CLIP ViT") from error
-
-
-def hf_config(cfg: ModelConfig, dtype=torch.float32) -> dict:
-    """The config.json of a decoder, as transformers reads it."""
-    kind = "mistral" if cfg.sliding_window else "llama"
-    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else kind
-    rope = {"rope_type": cfg.rope_scaling, "rope_theta": cfg.rope_theta}
-    rope |= {key: getattr(cfg, field) for field, key in ROPE_KEYS[cfg.rope_scaling].items()}
-    config = {key: getattr(cfg, field) for field, key in DECODER_KEYS.items()} | {
-        "architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind,
-        "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
-        "head_dim": cfg.head_dim or cfg.dim // cfg.num_heads, "tie_word_embeddings": cfg.tied,
-        "rope_parameters": rope, "rope_theta": cfg.rope_theta,  # readers before rope_parameters look here
-    }  # fmt: skip
-    return config | ({"sliding_window": cfg.sliding_window} if cfg.sliding_window else {})
 
 
 # ------------------------------------------------------------------------------------------------- the names
@@ -484,16 +453,6 @@ def load_decoder(folder: str, device="cpu", dtype=torch.float32) -> Decoder:
     sources = decoder_sources(model.state_dict(), tensors)
     fill(model, tensors, sources, device, dtype, spare=(tensors.prefix(HEAD, "") + HEAD,))
     return model.eval()
-
-
-def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32):
-    """Writes a decoder as config.json and model.safetensors, as transformers reads them."""
-    state = decoder.state_dict()
-    sources = decoder_sources(state, Tensors(""))
-    tensors = {sources[name].name: x.to("cpu", dtype).contiguous() for name, x in state.items()}
-    os.makedirs(folder, exist_ok=True)
-    write_whole(os.path.join(folder, "model.safetensors"), save(tensors, metadata={"format": "pt"}))
-    write_json(os.path.join(folder, "config.json"), hf_config(decoder.cfg, dtype))
 
 
 def is_embedded(path: str) -> bool:

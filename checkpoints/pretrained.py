@@ -12,31 +12,12 @@ from dataclasses import replace
 import torch
 from safetensors.torch import save, save_file
 
-from checkpoints.huggingface import (
-    DECODERS,
-    EMBEDDED,
-    FOLDER,
-    HEAD,
-    HF_CLIP,
-    Source,
-    Tensors,
-    clip_config,
-    clip_sources,
-    decoder_config,
-    decoder_sources,
-    entry,
-    fill,
-    read_clip_config,
-    read_own,
-    renamed,
-    weight_files,
-    with_own_head,
-)
+from checkpoints import huggingface as hf
 from checkpoints.policies import POLICIES
 from clip import ClipConfig
-from model import Bridge, ModelConfig, VideoLM
+from model import Bridge, Decoder, ModelConfig, VideoLM
 from plumbing.machine import say
-from plumbing.options import BadInput, read_json, write_json, write_whole
+from plumbing.options import PICKLES, BadInput, read_json, write_json, write_whole
 
 FRAMES = 50  # K of a pretrained policy, as VLM-RLAIF was tuned
 BRIDGE_FILE = "bridge.safetensors"  # a Bridge beside a pretrained decoder's weights
@@ -59,20 +40,20 @@ def pretrained_configs(options) -> tuple[ModelConfig, ClipConfig]:
     """The sizes of what `load_pretrained` would load, from the config files. BadInput: not supported."""
     folder, num_frames = options.policy, options.num_frames or FRAMES
     where = os.path.join(folder, "config.json")
-    config = read_json(where, FOLDER)
+    config = read_json(where, hf.FOLDER)
     kind = str(config.get("model_type"))
     if kind == "llava":
         if options.clip:
-            words = f"{folder} is no text decoder and has its own; leave --clip out"
-            raise BadInput(f"--clip {options.clip}: {words}")
+            words = "is no text decoder and has its own; leave --clip out"
+            raise BadInput(f"--clip {options.clip}: {folder} {words}")
         return llava_configs(config, where, num_frames, options.video_tokens)
-    if kind not in DECODERS:
-        raise BadInput(f"{where}: model_type {kind} is no policy; {POLICIES} ({', '.join(DECODERS)})")
+    if kind not in hf.DECODERS:
+        raise BadInput(f"{where}: model_type {kind} is no policy; {POLICIES} ({', '.join(hf.DECODERS)})")
     if not options.clip:
         raise BadInput(f"{where}: model_type {kind} is a text decoder: name its CLIP with --clip; {POLICIES}")
     bridge = "qformer" if options.video_tokens == "auto" else options.video_tokens
     ours = dict(bridge=bridge, num_frames=num_frames, framing=framing(options.clip))
-    return decoder_config(config, where, **ours), replace(read_clip_config(options.clip), embed_dim=0)
+    return hf.decoder_config(config, where, **ours), replace(hf.read_clip_config(options.clip), embed_dim=0)
 
 
 def llava_configs(config: dict, where: str, num_frames: int, video_tokens: str):
@@ -87,24 +68,24 @@ def llava_configs(config: dict, where: str, num_frames: int, video_tokens: str):
     layer = config.get("vision_feature_layer", -2)
     if type(layer) is not int:
         raise BadInput(f"{where}: vision_feature_layer {layer} is not supported; one layer, a whole number")
-    text, vision = entry(config, "text_config", where), entry(config, "vision_config", where) or LLAVA_VISION
+    text = {"model_type": "llama"} | hf.entry(config, "text_config", where)
+    vision = hf.entry(config, "vision_config", where) or LLAVA_VISION
     if vision.get("model_type", "clip_vision_model") != "clip_vision_model":
         raise BadInput(f"{where}: an image tower {vision['model_type']} is not supported; CLIP's is")
-    text = {"model_type": "llama"} | text
-    text["tie_word_embeddings"] = any(entry(c, "tie_word_embeddings", where, bool) for c in (config, text))
+    text["tie_word_embeddings"] = any(hf.entry(c, "tie_word_embeddings", where, bool) for c in (config, text))
     bridge = {"qformer": "qformer", "patches": "llava"}.get(video_tokens, "llava_pooled")
     ours = dict(bridge=bridge, framing=framing(os.path.dirname(where)), clip_layer=layer)
-    clip = clip_config(vision, where)
+    clip = hf.clip_config(vision, where)
     if not clip.has_layer(layer):
         raise BadInput(f"{where}: vision_feature_layer {layer}, and the image tower has {clip.num_layers}")
-    return decoder_config(text, where, num_frames=num_frames, **ours), clip
+    return hf.decoder_config(text, where, num_frames=num_frames, **ours), clip
 
 
 def framing(folder: str) -> str:
     """How CLIP was shown its pictures in training. do_pad is LlavaImageProcessor's name for it."""
     path = os.path.join(folder, "preprocessor_config.json")
-    config = read_json(path, FOLDER) if os.path.exists(path) else {}
-    return "pad" if entry(config, "do_pad", path, bool) else "crop"
+    config = read_json(path, hf.FOLDER) if os.path.exists(path) else {}
+    return "pad" if hf.entry(config, "do_pad", path, bool) else "crop"
 
 
 # --------------------------------------------------------------------------------------------------- reading
@@ -115,40 +96,47 @@ def load_pretrained(options, device="cpu", own_bridge: bool = False) -> VideoLM:
     the decoder held in options.base (`fill`). options: PolicyOptions. BadInput: see `fill`."""
     cfg, clip_cfg = pretrained_configs(options)
     tensors = open_weights(options.policy, options)
-    cfg = with_own_head(cfg, tensors)
+    cfg = hf.with_own_head(cfg, tensors)
     with torch.device("meta"):
         model = VideoLM(cfg, clip_cfg)
-    has_bridge = isinstance(model.bridge, Bridge)
-    in_decoder, tower = decoder_sources(model.decoder.state_dict(), tensors), list(model.clip.state_dict())
-    sources = {f"decoder.{name}": source for name, source in in_decoder.items()}
-    spare = (tensors.prefix(HEAD, "") + HEAD,)
+    has_bridge, seed = isinstance(model.bridge, Bridge), options.seed
+    in_decoder, in_clip = (part.state_dict() for part in (model.decoder, model.clip))
+    places = hf.decoder_sources(in_decoder, tensors)
+    sources = {f"decoder.{name}": place for name, place in places.items()}
+    spare = (tensors.prefix(hf.HEAD, "") + hf.HEAD,)
     if options.clip:
-        clip_tensors, in_clip = open_weights(options.clip, options), clip_sources(tower, options.clip)
-        fill(
-            model.clip, clip_tensors, in_clip, device, torch.float32, CLIP_TEXT + EMBEDDED, seed=options.seed
-        )
-    else:  # published files say vision_tower.vision_model., newer ones only the first word
+        clip_tensors, others = open_weights(options.clip, options), CLIP_TEXT + hf.EMBEDDED
+        places = hf.clip_sources(in_clip, options.clip)
+        hf.fill(model.clip, clip_tensors, places, device, torch.float32, others, seed=seed)
+    else:
         before = tensors.prefix("embeddings.patch_embedding.weight", "vision_tower.")
-        theirs = {name: renamed(name, HF_CLIP).removeprefix("vision_model.") for name in tower}
-        sources |= {f"clip.{name}": Source(before + theirs[name]) for name in tower}
+        for name in in_clip:  # published files say vision_tower.vision_model., newer ones only the first word
+            theirs = hf.renamed(name, hf.HF_CLIP).removeprefix("vision_model.")
+            sources[f"clip.{name}"] = hf.Source(before + theirs)
         projector = tensors.prefix("linear_1.weight", "multi_modal_projector.")
         if has_bridge:
             spare += (projector,)
         else:
-            sources |= {f"bridge.{name}": Source(projector + name) for name in model.bridge.state_dict()}
-    fill(model, tensors, sources, device, torch.float32, spare, options.base, options.seed)
+            sources |= {f"bridge.{name}": hf.Source(projector + name) for name in model.bridge.state_dict()}
+    hf.fill(model, tensors, sources, device, torch.float32, spare, options.base, seed)
     if has_bridge:
-        model.bridge = load_bridge(options.policy, cfg, clip_cfg, options.seed, not own_bridge).to(device)
+        model.bridge = load_bridge(options.policy, cfg, clip_cfg, seed, not own_bridge).to(device)
     return model.eval()
 
 
-def open_weights(path: str, options) -> Tensors:
+def open_weights(path: str, options) -> hf.Tensors:
     """Empty, and a note, where there are none and --random_weights is given."""
     if not options.random_weights or os.path.isfile(path) or weight_files(path):
-        return Tensors(path)
-    drawn = f"--random_weights draws them, seed {options.seed}; answers will mean nothing"
-    say(f"{path} holds no weights: {drawn}")
-    return Tensors("")
+        return hf.Tensors(path)
+    words = f"--random_weights draws them, seed {options.seed}; answers will mean nothing"
+    say(f"{path} holds no weights: {words}")
+    return hf.Tensors("")
+
+
+def weight_files(folder: str) -> list[str]:
+    """Names of the files that could hold a model's weights, of a kind that is read or one that is refused."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [n for n in names if n.startswith("model") and ".safetensors" in n or n.endswith(PICKLES)]
 
 
 def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, told: bool) -> Bridge:
@@ -161,7 +149,7 @@ def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, 
         torch.manual_seed(seed)
         bridge = Bridge(cfg, clip_cfg).requires_grad_(False)
     if os.path.exists(path):
-        return read_own(lambda: bridge, path)
+        return hf.read_own(lambda: bridge, path)
     if not told:
         return bridge
     name = "Q-Former" if cfg.bridge == "qformer" else f"projector ({cfg.bridge} video tokens)"
@@ -175,6 +163,30 @@ def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, 
 
 
 # --------------------------------------------------------------------------------------------------- writing
+
+
+def hf_config(cfg: ModelConfig, dtype=torch.float32) -> dict:
+    """The config.json of a decoder, as transformers reads it."""
+    kind = "mistral" if cfg.sliding_window else "llama"
+    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else kind
+    rope = {"rope_type": cfg.rope_scaling, "rope_theta": cfg.rope_theta}
+    rope |= {key: getattr(cfg, field) for field, key in hf.ROPE_KEYS[cfg.rope_scaling].items()}
+    config = {key: getattr(cfg, field) for field, key in hf.DECODER_KEYS.items()} | {
+        "rms_norm_eps": cfg.norm_eps, "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind, "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
+        "head_dim": cfg.head_dim or cfg.dim // cfg.num_heads, "tie_word_embeddings": cfg.tied,
+        "rope_parameters": rope, "rope_theta": cfg.rope_theta,  # readers before rope_parameters look here
+    }  # fmt: skip
+    return config | ({"sliding_window": cfg.sliding_window} if cfg.sliding_window else {})
+
+
+def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32) -> None:
+    """Writes a decoder as config.json and model.safetensors, as transformers reads them."""
+    names = {name: name if name == hf.HEAD else f"model.{name}" for name in decoder.state_dict()}
+    tensors = {names[name]: x.to("cpu", dtype).contiguous() for name, x in decoder.state_dict().items()}
+    os.makedirs(folder, exist_ok=True)
+    write_whole(os.path.join(folder, "model.safetensors"), save(tensors, metadata={"format": "pt"}))
+    write_json(os.path.join(folder, "config.json"), hf_config(decoder.cfg, dtype))
 
 
 def save_bridge(bridge: Bridge, folder: str) -> None:
@@ -192,10 +204,10 @@ def save_pretrained(model: VideoLM, source: str, folder: str, end_ids) -> None:
     """
     if not weight_files(source):
         raise BadInput(f"{source}: holds no weights (--random_weights drew them); there is nothing to merge")
-    tensors = Tensors(source)
+    tensors = hf.Tensors(source)
     os.makedirs(folder)
     state = model.decoder.state_dict()
-    changed = {place.name: state[name] for name, place in decoder_sources(state, tensors).items()}
+    changed = {place.name: state[name] for name, place in hf.decoder_sources(state, tensors).items()}
     for file in sorted(tensors.handles):
         content = {name: tensors[name] for name, of in tensors.file_of.items() if of == file}
         for name in content.keys() & changed.keys():
@@ -213,9 +225,9 @@ def know_ends(folder: str, end_ids) -> None:
     """Adds end ids to generation_config.json, where neither it nor, in its absence, config.json has them."""
     path, config = os.path.join(folder, "generation_config.json"), os.path.join(folder, "config.json")
     if os.path.exists(path):
-        generation = read_json(path, FOLDER)
+        generation = read_json(path, hf.FOLDER)
     else:
-        defaults = read_json(config, FOLDER)
+        defaults = read_json(config, hf.FOLDER)
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: defaults[key] for key in keys if defaults.get(key) is not None}
     known = generation.get("eos_token_id")
