@@ -123,12 +123,7 @@ class ChatTokenizer:
             path = os.path.join(folder, name)
             config = read_json(path, COPY_AGAIN) if os.path.exists(path) else {}
             for part in (config, config.get("text_config")):
-                found = part.get("eos_token_id") if isinstance(part, dict) else None
-                ids = [] if found is None else found if isinstance(found, list) else [found]
-                if not is_kind(ids, list[int]):
-                    words = f"eos_token_id is {found!r}; give one id or a list of ids, whole numbers"
-                    raise DataError(f"{path}: {words}")
-                ends += ids
+                ends += stored_ends(part, path) if isinstance(part, dict) else []
         ends.append(known(self.names.get("eos_token", "")))
         ends = [i for i in dict.fromkeys(ends) if i is not None and 0 <= i < self.vocab_size]
         ends = ends or [i for i in map(known, END_TOKENS) if i is not None]
@@ -195,17 +190,15 @@ class ChatTokenizer:
             raise DataError(f"question {shown}: holds the special token {special}; take it out")
         rendered = self.render(text)
         before, after = rendered.split(self.video)
-        # An own template of a text decoder spells its BOS itself, or means that there is none.
-        begun = self.own is not None and (not self.processor or self.begins_with_bos(rendered))
+        # A text decoder's own template spells its BOS itself, or means that there is none
+        bos = self.names.get("bos_token")
+        begun = self.own is not None and (not self.processor or bool(bos) and rendered.startswith(bos))
         opening, video = [] if begun else self.opening, [self.placeholder_id] * num_video_tokens
         if self.tokenizer.id_to_token(self.placeholder_id) is None:
             return opening + self.encode(before) + video + self.encode(after)
         ids = opening + self.encode(rendered)
         place = ids.index(self.placeholder_id)
         return ids[:place] + video + ids[place + 1 :]
-
-    def begins_with_bos(self, rendered: str) -> bool:
-        return bool(self.names.get("bos_token")) and rendered.startswith(self.names["bos_token"])
 
 
 # ------------------------------------------------------------------------------------------------- the files
@@ -225,6 +218,16 @@ def read_tokenizer(path: str):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def stored_ends(config: dict, path: str) -> list[int]:
+    """eos_token_id of a config: one id, a list of ids, or none."""
+    found = config.get("eos_token_id")
+    ids = found if isinstance(found, list) else [found]
+    if found is not None and not is_kind(ids, list[int]):
+        words = f"eos_token_id is {found!r}; give one id or a list of ids, whole numbers"
+        raise DataError(f"{path}: {words}")
+    return [] if found is None else ids
 
 
 def special_names(folder: str) -> dict[str, str]:

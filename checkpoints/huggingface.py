@@ -125,10 +125,10 @@ class Tensors:
     def open(self, file: str):
         if not os.path.exists(file):
             raise BadInput(f"{file}: no such file; copy the weights there, or give --random_weights")
-        with open(file, "rb") as content:
-            if content.read(40).startswith(b"version https://git-lfs"):
-                raise BadInput(f"{file}: a pointer of Git LFS; git lfs pull fetches it")
         try:
+            with open(file, "rb") as content:
+                if content.read(40).startswith(b"version https://git-lfs"):
+                    raise BadInput(f"{file}: a pointer of Git LFS; git lfs pull fetches it")
             self.handles[file] = safe_open(file, "pt")
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{file}: {error}; cut short or damaged: copy it again") from error
@@ -168,7 +168,7 @@ def fill(model, tensors: Tensors, sources: dict[str, Source], device, dtype, spa
     layers = itertools.groupby(shapes, key=lambda name: name.rpartition(".")[0])
     num_layers = len({name.rpartition(".")[0] for name in shapes})
     for path, names in show_progress(layers, "loading weights", num_layers):
-        module, in_decoder = model.get_submodule(path), bool(base) and path.startswith("decoder.")
+        module = model.get_submodule(path)
         in_16_bits = base in ("bfloat16", "nf4") and path.startswith(("decoder.", "bridge."))
         kept_in = torch.bfloat16 if in_16_bits else dtype
         for name in names:
@@ -179,7 +179,7 @@ def fill(model, tensors: Tensors, sources: dict[str, Source], device, dtype, spa
             setattr(module, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
             del value  # or it would outlive its layer's quantisation, until the next one is read
         owner, _, last = path.rpartition(".")
-        if in_decoder and base == "nf4" and last in DECODER_LINEARS:
+        if base == "nf4" and path.startswith("decoder.") and last in DECODER_LINEARS:
             from checkpoints import nf4
 
             setattr(model.get_submodule(owner), last, nf4.quantise_linear(module))
@@ -297,7 +297,8 @@ def refuse_unsupported(config: dict, where: str, kind: str, scaling: str):
     """BadInput for what would make our decoder compute something else than the checkpoint's own code."""
     layer_types = entry(config, "layer_types", where, list)
     if entry(config, "use_sliding_window", where, bool) and config.get("sliding_window", 4096) is not None:
-        layers, first = (number({"max_window_layers": 28} | config, key, where) for key in WINDOW_KEYS)
+        layers = number(config, "num_hidden_layers", where)
+        first = number({"max_window_layers": 28} | config, "max_window_layers", where)
         layer_types = layer_types or ["sliding_attention"] * (layers > first)
     packed = config.get("quantization_config")
     causes = {
@@ -410,7 +411,6 @@ def openai_source(name: str) -> Source:
     return Source(name)
 
 
-WINDOW_KEYS = ("num_hidden_layers", "max_window_layers")
 HEAD = "lm_head.weight"
 EMBEDDED = ("clip.", "bridge.", "decoder.")  # the parts of a folder that pretrain.py made
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save, save_file
 
 from checkpoints import huggingface as hf
+from checkpoints.chat_tokenizer import stored_ends
 from checkpoints.policies import POLICIES
 from clip import ClipConfig
 from model import Bridge, Decoder, ModelConfig, VideoLM
@@ -230,7 +231,6 @@ def know_ends(folder: str, end_ids) -> None:
         defaults = read_json(config, hf.FOLDER)
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: defaults[key] for key in keys if defaults.get(key) is not None}
-    known = generation.get("eos_token_id")
-    known = known if isinstance(known, list) else [] if known is None else [known]
+    known = stored_ends(generation, path)
     if not set(end_ids) <= set(known):
         write_json(path, generation | {"eos_token_id": [*known, *(i for i in end_ids if i not in known)]})

@@ -153,8 +153,7 @@ class Lessons:
             raise BadInput(f"{data}: questions about {len(clips)} clips; give 3 or more, 2 are held out")
         lengths = {q.id: len(tokenizer.encode(q.answer)) for part in self.by_clip.values() for q in part}
         middle = sorted(lengths.values())[len(lengths) // 2]
-        brief = {q_id for q_id, length in lengths.items() if length <= middle}
-        self.short = {clip: [q for q in part if q.id in brief] for clip, part in self.by_clip.items()}
+        self.short = {c: [q for q in part if lengths[q.id] <= middle] for c, part in self.by_clip.items()}
         self.opening = tokenizer.prompt("", 1)[: model.cfg.video_start]
         self.folder = os.path.join(cfg.out, "features")
         os.makedirs(self.folder, exist_ok=True)
