@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 import torch
-from safetensors.torch import save
 
 import lora
 from clip import ClipConfig
@@ -28,7 +27,6 @@ from plumbing.options import (
     remove_leftovers_of,
     temporary_name,
     write_json,
-    write_whole,
 )
 from plumbing.run_folder import fingerprint
 
@@ -249,11 +247,12 @@ def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
 
 def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):
     """Writes config.json and model.safetensors."""
+    from checkpoints.weight_files import write_own
+
     os.makedirs(folder, exist_ok=True)
     sizes = {"model": asdict(model.cfg), "clip": asdict(model.clip_cfg)}
     write_json(os.path.join(folder, "config.json"), sizes)
-    tensors = {name: x.detach().to("cpu", dtype).contiguous() for name, x in model.state_dict().items()}
-    write_whole(os.path.join(folder, "model.safetensors"), save(tensors))
+    write_own(model, os.path.join(folder, "model.safetensors"), dtype)
 
 
 def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipConfig]:
@@ -282,7 +281,7 @@ def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipCon
 
 def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
     """The model of a folder that `save_model` wrote, float32, frozen. BadInput: a file is missing or odd."""
-    from checkpoints.huggingface import read_own
+    from checkpoints.weight_files import read_own
 
     configs = read_configs(folder, num_frames)
     return read_own(lambda: VideoLM(*configs), folder, device)

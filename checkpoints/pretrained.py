@@ -15,10 +15,11 @@ from safetensors.torch import save, save_file
 from checkpoints import huggingface as hf
 from checkpoints.chat_tokenizer import stored_ends
 from checkpoints.policies import POLICIES
+from checkpoints.weight_files import Source, Tensors, fill, has_weights, read_own, write_own
 from clip import ClipConfig
 from model import Bridge, Decoder, ModelConfig, VideoLM
 from plumbing.machine import say
-from plumbing.options import PICKLES, BadInput, read_json, write_json, write_whole
+from plumbing.options import BadInput, read_json, write_json, write_whole
 
 FRAMES = 50  # K of a pretrained policy, as VLM-RLAIF was tuned
 BRIDGE_FILE = "bridge.safetensors"  # a Bridge beside a pretrained decoder's weights
@@ -108,36 +109,30 @@ def load_pretrained(options, device="cpu", own_bridge: bool = False) -> VideoLM:
     if options.clip:
         clip_tensors, others = open_weights(options.clip, options), CLIP_TEXT + hf.EMBEDDED
         places = hf.clip_sources(in_clip, options.clip)
-        hf.fill(model.clip, clip_tensors, places, device, torch.float32, others, seed=seed)
+        fill(model.clip, clip_tensors, places, device, torch.float32, others, seed=seed)
     else:
         before = tensors.prefix("embeddings.patch_embedding.weight", "vision_tower.")
         for name in in_clip:  # published files say vision_tower.vision_model., newer ones only the first word
             theirs = hf.renamed(name, hf.HF_CLIP).removeprefix("vision_model.")
-            sources[f"clip.{name}"] = hf.Source(before + theirs)
+            sources[f"clip.{name}"] = Source(before + theirs)
         projector = tensors.prefix("linear_1.weight", "multi_modal_projector.")
         if has_bridge:
             spare += (projector,)
         else:
-            sources |= {f"bridge.{name}": hf.Source(projector + name) for name in model.bridge.state_dict()}
-    hf.fill(model, tensors, sources, device, torch.float32, spare, options.base, seed)
+            sources |= {f"bridge.{name}": Source(projector + name) for name in model.bridge.state_dict()}
+    fill(model, tensors, sources, device, torch.float32, spare, options.base, seed)
     if has_bridge:
         model.bridge = load_bridge(options.policy, cfg, clip_cfg, seed, not own_bridge).to(device)
     return model.eval()
 
 
-def open_weights(path: str, options) -> hf.Tensors:
+def open_weights(path: str, options) -> Tensors:
     """Empty, and a note, where there are none and --random_weights is given."""
-    if not options.random_weights or os.path.isfile(path) or weight_files(path):
-        return hf.Tensors(path)
+    if not options.random_weights or os.path.isfile(path) or has_weights(path):
+        return Tensors(path)
     words = f"--random_weights draws them, seed {options.seed}; answers will mean nothing"
     say(f"{path} holds no weights: {words}")
-    return hf.Tensors("")
-
-
-def weight_files(folder: str) -> list[str]:
-    """Names of the files that could hold a model's weights, of a kind that is read or one that is refused."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [n for n in names if n.startswith("model") and ".safetensors" in n or n.endswith(PICKLES)]
+    return Tensors("")
 
 
 def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, told: bool) -> Bridge:
@@ -150,7 +145,7 @@ def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, 
         torch.manual_seed(seed)
         bridge = Bridge(cfg, clip_cfg).requires_grad_(False)
     if os.path.exists(path):
-        return hf.read_own(lambda: bridge, path)
+        return read_own(lambda: bridge, path)
     if not told:
         return bridge
     name = "Q-Former" if cfg.bridge == "qformer" else f"projector ({cfg.bridge} video tokens)"
@@ -190,11 +185,6 @@ def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32) -> None:
     write_json(os.path.join(folder, "config.json"), hf_config(decoder.cfg, dtype))
 
 
-def save_bridge(bridge: Bridge, folder: str) -> None:
-    tensors = {name: x.detach().cpu().contiguous() for name, x in bridge.state_dict().items()}
-    write_whole(os.path.join(folder, BRIDGE_FILE), save(tensors))
-
-
 def save_pretrained(model: VideoLM, source: str, folder: str, end_ids) -> None:
     """Writes a policy, its LoRA merged, as the folder that it was read from: the same files, names, shards
     and dtypes, with the decoder's weights replaced, and the bridge beside them if it is ours.
@@ -203,9 +193,9 @@ def save_pretrained(model: VideoLM, source: str, folder: str, end_ids) -> None:
     added to it, so that the model ends its turns wherever it is served. `folder` must not exist. Raises
     BadInput for a source without weights.
     """
-    if not weight_files(source):
+    if not has_weights(source):
         raise BadInput(f"{source}: holds no weights (--random_weights drew them); there is nothing to merge")
-    tensors = hf.Tensors(source)
+    tensors = Tensors(source)
     os.makedirs(folder)
     state = model.decoder.state_dict()
     changed = {place.name: state[name] for name, place in hf.decoder_sources(state, tensors).items()}
@@ -218,7 +208,7 @@ def save_pretrained(model: VideoLM, source: str, folder: str, end_ids) -> None:
         if name.endswith(COPIED) and os.path.isfile(os.path.join(source, name)):
             shutil.copy(os.path.join(source, name), folder)
     if isinstance(model.bridge, Bridge):
-        save_bridge(model.bridge, folder)
+        write_own(model.bridge, os.path.join(folder, BRIDGE_FILE))
     know_ends(folder, end_ids)
 
 

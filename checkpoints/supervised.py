@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 import lora
 from checkpoints import peft_files
-from checkpoints.huggingface import read_own
 from checkpoints.policies import SUPERVISED, PolicyOptions, kind_of, load_policy, merge_adapter
-from checkpoints.pretrained import BRIDGE_FILE, save_bridge
+from checkpoints.pretrained import BRIDGE_FILE
+from checkpoints.weight_files import read_own, write_own
 from data import VIDEO_ID, build_prompt, collate_completions, load_clips
 from model import Bridge, ModelConfig, VideoLM
 from plumbing.fitting import adamw, descend
@@ -324,7 +324,7 @@ def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict])
     training = save(content, {"history": json.dumps(finite(history))})
     write_whole(os.path.join(cfg.out, "training.safetensors"), training)
     if isinstance(model.bridge, Bridge):
-        save_bridge(model.bridge, cfg.out)
+        write_own(model.bridge, os.path.join(cfg.out, BRIDGE_FILE))
     if cfg.stage == "sft":
         path = "model.language_model." if kind_of(beneath["decoder"]) == "llava" else "model."
         peft_files.save_adapter(model.decoder, os.path.join(cfg.out, "adapter"), path)

@@ -14,7 +14,7 @@ from test_policies import folders  # noqa: F401 (a fixture)
 
 import lora
 import pretrain
-from checkpoints import pretrained, supervised
+from checkpoints import supervised, weight_files
 from checkpoints.policies import PolicyOptions, load_model, load_policy, save_model
 from checkpoints.supervised import answer_batch, answer_loss
 from clip import ClipConfig
@@ -196,7 +196,7 @@ def test_a_training_killed_at_any_write_ends_as_one_that_was_not(
         return write_or_die
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        for module in (supervised, pretrained):  # the latter writes the bridge
+        for module in (supervised, weight_files):  # the latter writes the bridge
             patch.setattr(module, "write_whole", dying(module.write_whole))
         patch.setattr(supervised, "write_json", dying(supervised.write_json))
         train(monkeypatch, *options, "--out", killed)
