@@ -344,18 +344,20 @@ def read_jsonl(path: str, wants: str) -> Iterator[tuple[str, dict]]:
 
 def read_tensors(path: str, wants: str) -> tuple[dict, dict[str, str]]:
     """(tensors by name, metadata) of a safetensors file. Raises BadInput if it is missing or damaged, and for
-    a number that is NaN or infinite."""
+    numbers that are no floats, NaN or infinite."""
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such file; {wants}")
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             metadata = file.metadata() or {}
-        unsound = next((name for name, x in tensors.items() if not x.float().isfinite().all()), None)
+        for name, x in tensors.items():
+            if not x.is_floating_point():
+                raise BadInput(f"{path}: {name} is not stored as floats; use a sound copy of this file")
+            if not x.float().isfinite().all():
+                raise BadInput(f"{path}: {name} holds NaN or infinity; use a sound copy of this file")
     except (OSError, SafetensorError, NotImplementedError) as error:  # the last for numbers of 4 bits
         raise BadInput(f"{path}: {one_line(error)}; {wants}") from error
-    if unsound:
-        raise BadInput(f"{path}: {unsound} holds NaN or infinity; use a sound copy of this file")
     return tensors, metadata
 
 
