@@ -201,9 +201,6 @@ class ChatTokenizer:
         return ids[:place] + video + ids[place + 1 :]
 
 
-# ------------------------------------------------------------------------------------------------- the files
-
-
 def read_tokenizer(path: str):
     try:
         import tokenizers

@@ -293,7 +293,7 @@ def read_clip_config(path: str) -> ClipConfig:
         return openai_clip_config(Tensors(path))
     where = os.path.join(path, "config.json")
     config = read_json(where, FOLDER)
-    if is_embedded(path):
+    if "clip" in config:
         return read_configs(path)[1]
     if config.get("model_type") != "clip":
         raise BadInput(f"{where}: model_type {config.get('model_type')} is no clip: name CLIP's folder")

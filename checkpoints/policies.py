@@ -104,13 +104,10 @@ def load_tokenizer(options: PolicyOptions, V: int):
 
 
 def load_policy(options: PolicyOptions, device="cpu", own_bridge: bool = False):
-    """(VideoLM, tokenizer): the frozen policy of a folder that pretrain.py made or, in the Hugging Face
-    layout, of LLaVA-1.5 or a text decoder with its CLIP. own_bridge: the caller has a bridge for it, so a new
-    one needs no note.
+    """(VideoLM, tokenizer): the frozen policy of a folder, options.adapter merged, its decoder held in
+    options.base. own_bridge: the caller has a bridge for it, so a new one needs no note.
 
-    An adapter is merged into the decoder. Then the decoder's weights are held in options.base; without an
-    adapter pretrained ones are held so from the start, tensor by tensor. Raises BadInput if a file is missing
-    or unsound, or an option does not apply to this policy.
+    Raises BadInput if a file is missing or unsound, or an option does not apply to this policy.
     """
     kind = kind_of(options.policy)
     if kind == SUPERVISED:
@@ -176,14 +173,9 @@ def merge_adapter(policy: VideoLM, folder: str) -> None:
         lora.merge(policy.decoder)
 
 
-# ------------------------------------------------------------------------------------------------------ runs
-
-
 def load_run(folder: str, device="cpu"):
-    """(policy with the adapter that the run keeps, tokenizer, config) of a folder that train.py made.
-
-    config: the run's config.json. Raises BadInput for a run of an earlier version, and for options out of
-    bounds; for other weights than the run's."""
+    """(policy with the adapter that the run keeps, tokenizer, config.json) of a folder that train.py made.
+    Raises BadInput for a run of an earlier version, options out of bounds, other weights than the run's."""
     path = os.path.join(folder, "config.json")
     config, names = read_json(path, RUN), [field.name for field in fields(PolicyOptions)]
     missing = [name for name in (*names, *RUN_KINDS, "made") if name not in config]
@@ -221,9 +213,8 @@ def refuse_changed(path: str, config: dict, now: dict[str, str], remedy: str) ->
 
 
 def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
-    """Writes a policy, its LoRA merged, as a folder like the one that it was read from: pretrained ones in
-    their own dtypes, with supervised training's bridge beside them; pretrain.py's small ones in float32. The
-    folder appears whole, or not at all."""
+    """Writes a policy, its LoRA merged, as a folder like `source`, which it was read from: pretrained ones in
+    their own dtypes, pretrain.py's small ones in float32. The folder appears whole, or not at all."""
     if kind_of(source) == SUPERVISED:
         source = read_json(os.path.join(source, "config.json"), POLICIES)["decoder"]
     folder = os.path.normpath(folder)
@@ -240,9 +231,6 @@ def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
         os.rename(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-# -------------------------------------------------------------------------- the files that pretrain.py writes
 
 
 def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):

@@ -35,9 +35,6 @@ LLAVA_VISION = {  # what LLaVA's config takes where it has no vision_config at a
 COPIED = (".json", ".jinja", ".model", ".txt")  # a policy's files beside its weights
 
 
-# ----------------------------------------------------------------------------------------------- the configs
-
-
 def pretrained_configs(options) -> tuple[ModelConfig, ClipConfig]:
     """The sizes of what `load_pretrained` would load, from the config files. BadInput: not supported."""
     folder, num_frames = options.policy, options.num_frames or FRAMES
@@ -90,9 +87,6 @@ def framing(folder: str) -> str:
     return "pad" if hf.entry(config, "do_pad", path, bool) else "crop"
 
 
-# --------------------------------------------------------------------------------------------------- reading
-
-
 def load_pretrained(options, device="cpu", own_bridge: bool = False) -> VideoLM:
     """LLaVA-1.5, or a text decoder with the image tower of options.clip, as a frozen VideoLM: float32, but
     the decoder held in options.base (`fill`). options: PolicyOptions. BadInput: see `fill`."""
@@ -136,8 +130,7 @@ def open_weights(path: str, options) -> Tensors:
 
 
 def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, told: bool) -> Bridge:
-    """The folder's bridge; where it has none a new one, the same for the same seed, and a note if `told`.
-    Frozen."""
+    """The folder's bridge, frozen. Where it has none, a new one drawn from the seed; `told`: with a note."""
     path, old = os.path.join(folder, BRIDGE_FILE), os.path.join(folder, OLD_BRIDGE_FILE)
     if os.path.exists(old) and not os.path.exists(path):
         raise BadInput(f"{old}: an earlier version's name for the bridge; rename the file to {BRIDGE_FILE}")
@@ -156,9 +149,6 @@ def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, 
         " has aligned it with this decoder, and --policy names that FOLDER, noise stands in the video's place"
     )
     return bridge
-
-
-# --------------------------------------------------------------------------------------------------- writing
 
 
 def hf_config(cfg: ModelConfig, dtype=torch.float32) -> dict:
@@ -186,13 +176,9 @@ def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32) -> None:
 
 
 def save_pretrained(model: VideoLM, source: str, folder: str, end_ids) -> None:
-    """Writes a policy, its LoRA merged, as the folder that it was read from: the same files, names, shards
-    and dtypes, with the decoder's weights replaced, and the bridge beside them if it is ours.
-
-    end_ids: the ids that end an answer. Those that the source's generation_config.json does not know are
-    added to it, so that the model ends its turns wherever it is served. `folder` must not exist. Raises
-    BadInput for a source without weights.
-    """
+    """Writes a policy, its LoRA merged, into a new folder like the one that it was read from: the same files,
+    names, shards and dtypes, with the decoder's weights replaced, and the bridge beside them if it is ours.
+    end_ids: the ids that end an answer (`know_ends`). Raises BadInput for a source without weights."""
     if not has_weights(source):
         raise BadInput(f"{source}: holds no weights (--random_weights drew them); there is nothing to merge")
     tensors = Tensors(source)
@@ -213,12 +199,13 @@ def save_pretrained(model: VideoLM, source: str, folder: str, end_ids) -> None:
 
 
 def know_ends(folder: str, end_ids) -> None:
-    """Adds end ids to generation_config.json, where neither it nor, in its absence, config.json has them."""
-    path, config = os.path.join(folder, "generation_config.json"), os.path.join(folder, "config.json")
+    """Adds end ids to generation_config.json, where neither it nor, in its absence, config.json has them, so
+    that the model ends its turns wherever it is served."""
+    path = os.path.join(folder, "generation_config.json")
     if os.path.exists(path):
         generation = read_json(path, hf.FOLDER)
     else:
-        defaults = read_json(config, hf.FOLDER)
+        defaults = read_json(os.path.join(folder, "config.json"), hf.FOLDER)
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: defaults[key] for key in keys if defaults.get(key) is not None}
     known = stored_ends(generation, path)

@@ -109,8 +109,8 @@ def answer_batch(rows: list[list], limit: int, rng: random.Random) -> tuple[Tens
 
 
 def states_behind(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The states (P, G, T, D) that predict ids (P, G, T), of which mask (P, G, T) bool leaves out the end;
-    they stand behind the opening and the video tokens (P, N_video, D)."""
+    """The states (P, G, T, D) that predict ids (P, G, T) after the opening and the video tokens
+    (P, N_video, D). mask (P, G, T) bool: False where a row of ids has ended."""
     prompt_ids = torch.tensor([*opening] + [VIDEO_ID] * video.shape[1], device=video.device)
     prompt_ids = prompt_ids.expand(len(video), -1)
     prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
@@ -281,8 +281,8 @@ def check_out(cfg) -> None:
 
 
 def take_bridge(model: VideoLM, folder: str) -> None:
-    """Gives the model the bridge of another policy folder, written by pretrain.py. Where the decoders differ
-    in width, the last two linear layers start anew. Raises BadInput if it is of another CLIP."""
+    """Gives the model the bridge of another folder that pretrain.py wrote. If the decoders differ in width,
+    its last two linear layers start anew. Raises BadInput if it was made for another CLIP."""
     config = read_json(os.path.join(folder, "config.json"), WANTS)
     sizes = config.get("model", config.get("sizes"))
     if not isinstance(sizes, dict):

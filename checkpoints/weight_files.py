@@ -79,7 +79,8 @@ class Tensors:
 
     def open(self, file: str):
         if not os.path.exists(file):
-            raise BadInput(f"{file}: no such file; copy the weights there, or give --random_weights")
+            words = "copy the weights there; those of a pretrained layout can be drawn: --random_weights"
+            raise BadInput(f"{file}: no such file; {words}")
         try:
             with open(file, "rb") as content:
                 if content.read(40).startswith(b"version https://git-lfs"):
@@ -91,7 +92,7 @@ class Tensors:
             self.file_of[name] = file
 
     def prefix(self, ending: str, usual: str) -> str:
-        """What stands before `ending` in the one name that ends so; `usual` where there is none such."""
+        """What stands before `ending` in the only name that ends so; `usual` where none or several do."""
         found = [name.removesuffix(ending) for name in self.file_of if name.endswith(ending)]
         return found[0] if len(found) == 1 else usual
 
@@ -106,15 +107,14 @@ class Tensors:
 
 
 def fill(model, tensors: Tensors, sources: dict[str, Source], device, dtype, spare=(), base="", seed=0):
-    """Reads the parameters named in `sources` into a model, which may be on the meta device, or draws them
-    where there are no tensors (`drawn`).
+    """Reads the parameters named in `sources` into a model, or draws them where there are no tensors.
 
-    dtype: of all parameters but a VideoLM's decoder, which is held in `base` (float32 | bfloat16 | nf4) if
-    given. A layer is quantised as soon as it is there. A projector is held in 16 bits beside the last two.
+    base: how a VideoLM's decoder is held (float32 | bfloat16 | nf4); its projector is then held in 16 bits
+    beside the last two. All else is held in `dtype`. A layer is quantised as soon as it is there.
 
     Raises BadInput, before reading any tensor, if one is missing, has the wrong shape, is not stored as
-    floating-point numbers, or is not expected. Extra tensors are allowed if named in CONSTANTS or starting
-    with a prefix in `spare`. Raises it too for a weight that is NaN or infinite.
+    floating-point numbers, or is not expected: neither named in CONSTANTS nor starting with a prefix in
+    `spare`. Raises it too for a weight that is NaN or infinite.
     """
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name in sources}
     if tensors.path:
