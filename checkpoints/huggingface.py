@@ -272,8 +272,7 @@ def with_own_head(cfg: ModelConfig, tensors: Tensors) -> ModelConfig:
 def load_decoder(folder: str, device="cpu", dtype=torch.float32) -> Decoder:
     """A decoder in the Hugging Face layout, frozen. BadInput: see `fill` and `decoder_config`."""
     where = os.path.join(folder, "config.json")
-    cfg = decoder_config(read_json(where, FOLDER), where)
-    tensors = Tensors(folder)
+    cfg, tensors = decoder_config(read_json(where, FOLDER), where), Tensors(folder)
     cfg = with_own_head(cfg, tensors)
     with torch.device("meta"):
         model = Decoder(cfg)
