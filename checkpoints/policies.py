@@ -109,23 +109,25 @@ def load_policy(options: PolicyOptions, device="cpu", own_bridge: bool = False):
 
     Raises BadInput if a file is missing or unsound, or an option does not apply to this policy.
     """
-    kind = kind_of(options.policy)
+    kind, merged_first = kind_of(options.policy), options.adapter and options.base == "nf4"
+    held = replace(options, base="bfloat16") if merged_first else options
     if kind == SUPERVISED:
         from checkpoints.supervised import load_supervised
 
-        return load_supervised(options, device)
-    if kind:
+        model, tokenizer = load_supervised(held, device)
+    elif kind:
         from checkpoints.pretrained import load_pretrained
 
-        merged_first = options.adapter and options.base == "nf4"
-        held = replace(options, base="bfloat16") if merged_first else options
         model = load_pretrained(held, device, own_bridge)
+        tokenizer = load_tokenizer(options, model.cfg.vocab_size)
+        model.cfg = replace(model.cfg, video_start=tokenizer.video_start)
     else:
         refuse_pretrained_options(options)
         model = load_model(options.policy, device, options.num_frames)
-    tokenizer = load_tokenizer(options, model.cfg.vocab_size)
-    model.cfg = replace(model.cfg, video_start=tokenizer.video_start if kind else 1)
-    merge_adapter(model, options.adapter)
+        tokenizer = load_tokenizer(options, model.cfg.vocab_size)
+    if options.adapter:
+        load_adapter_of(model, options.adapter)
+        lora.merge(model.decoder)
     freeze_base(model.decoder, options.base)
     return model, tokenizer
 
@@ -164,13 +166,6 @@ def load_adapter_of(policy: VideoLM, folder: str) -> None:
     from checkpoints.peft_files import load_adapter
 
     load_adapter(policy.decoder, folder)
-
-
-def merge_adapter(policy: VideoLM, folder: str) -> None:
-    """Folds a saved adapter into the decoder's weights; "" is none."""
-    if folder:
-        load_adapter_of(policy, folder)
-        lora.merge(policy.decoder)
 
 
 def load_run(folder: str, device="cpu"):

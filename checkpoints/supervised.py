@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import lora
 from checkpoints import peft_files
-from checkpoints.policies import SUPERVISED, PolicyOptions, kind_of, load_policy, merge_adapter
+from checkpoints.policies import SUPERVISED, PolicyOptions, kind_of, load_policy
 from checkpoints.pretrained import BRIDGE_FILE
 from checkpoints.weight_files import read_own, write_own
 from data import VIDEO_ID, build_prompt, collate_completions, load_clips
@@ -389,12 +389,11 @@ def resized(cfg: ModelConfig, sizes: dict, folder: str) -> ModelConfig:
 
 
 def load_supervised(options: PolicyOptions, device):
-    """(VideoLM, tokenizer) of a folder that `train_supervised` wrote; then options.adapter is merged too."""
+    """(VideoLM, tokenizer) of a folder that `train_supervised` wrote, its own adapter merged."""
     beneath, config = decoder_options(options)
     path = os.path.join(options.policy, BRIDGE_FILE)
     model, tokenizer = load_policy(beneath, device, own_bridge=os.path.exists(path))
     if os.path.exists(path):
         model.cfg = resized(model.cfg, config["sizes"], options.policy)
         model.bridge = read_own(lambda: Bridge(model.cfg, model.clip_cfg), path, device)
-    merge_adapter(model, options.adapter)
     return model, tokenizer
