@@ -10,12 +10,13 @@ import os
 from dataclasses import replace
 
 import torch
+from safetensors.torch import save
 
 from checkpoints.policies import read_configs
 from checkpoints.weight_files import Source, Tensors, fill
 from clip import Clip, ClipConfig
 from model import Decoder, ModelConfig
-from plumbing.options import BadInput, read_json
+from plumbing.options import BadInput, read_json, write_json, write_whole
 
 FOLDER = "name a folder in the Hugging Face layout"
 # A config.json may leave out what equals its class's default, and a nested text_config leaves out much.
@@ -183,6 +184,21 @@ def openai_clip_config(tensors: Tensors) -> ClipConfig:
         raise BadInput(f"{tensors.path}: its shapes ({error}) are not those of an OpenAI CLIP ViT") from error
 
 
+def hf_config(cfg: ModelConfig, dtype=torch.float32) -> dict:
+    """The config.json of a decoder, as transformers reads it."""
+    kind = "mistral" if cfg.sliding_window else "llama"
+    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else kind
+    rope = {"rope_type": cfg.rope_scaling, "rope_theta": cfg.rope_theta}
+    rope |= {key: getattr(cfg, field) for field, key in ROPE_KEYS[cfg.rope_scaling].items()}
+    config = {key: getattr(cfg, field) for field, key in DECODER_KEYS.items()} | {
+        "rms_norm_eps": cfg.norm_eps, "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind, "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
+        "head_dim": cfg.head_dim or cfg.dim // cfg.num_heads, "tie_word_embeddings": cfg.tied,
+        "rope_parameters": rope, "rope_theta": cfg.rope_theta,  # readers before rope_parameters look here
+    }  # fmt: skip
+    return config | ({"sliding_window": cfg.sliding_window} if cfg.sliding_window else {})
+
+
 # ------------------------------------------------------------------------------------------------- the names
 
 
@@ -279,6 +295,15 @@ def load_decoder(folder: str, device="cpu", dtype=torch.float32) -> Decoder:
     sources = decoder_sources(model.state_dict(), tensors)
     fill(model, tensors, sources, device, dtype, spare=(tensors.prefix(HEAD, "") + HEAD,))
     return model.eval()
+
+
+def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32) -> None:
+    """Writes a decoder as config.json and model.safetensors, as transformers reads them."""
+    names = {name: name if name == HEAD else f"model.{name}" for name in decoder.state_dict()}
+    tensors = {names[name]: x.to("cpu", dtype).contiguous() for name, x in decoder.state_dict().items()}
+    os.makedirs(folder, exist_ok=True)
+    write_whole(os.path.join(folder, "model.safetensors"), save(tensors, metadata={"format": "pt"}))
+    write_json(os.path.join(folder, "config.json"), hf_config(decoder.cfg, dtype))
 
 
 def is_embedded(path: str) -> bool:

@@ -10,16 +10,16 @@ import shutil
 from dataclasses import replace
 
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
 from checkpoints import huggingface as hf
 from checkpoints.chat_tokenizer import stored_ends
 from checkpoints.policies import POLICIES
 from checkpoints.weight_files import Source, Tensors, fill, has_weights, read_own, write_own
 from clip import ClipConfig
-from model import Bridge, Decoder, ModelConfig, VideoLM
+from model import Bridge, ModelConfig, VideoLM
 from plumbing.machine import say
-from plumbing.options import BadInput, read_json, write_json, write_whole
+from plumbing.options import BadInput, read_json, write_json
 
 FRAMES = 50  # K of a pretrained policy, as VLM-RLAIF was tuned
 BRIDGE_FILE = "bridge.safetensors"  # a Bridge beside a pretrained decoder's weights
@@ -149,30 +149,6 @@ def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, 
         " has aligned it with this decoder, and --policy names that FOLDER, noise stands in the video's place"
     )
     return bridge
-
-
-def hf_config(cfg: ModelConfig, dtype=torch.float32) -> dict:
-    """The config.json of a decoder, as transformers reads it."""
-    kind = "mistral" if cfg.sliding_window else "llama"
-    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else kind
-    rope = {"rope_type": cfg.rope_scaling, "rope_theta": cfg.rope_theta}
-    rope |= {key: getattr(cfg, field) for field, key in hf.ROPE_KEYS[cfg.rope_scaling].items()}
-    config = {key: getattr(cfg, field) for field, key in hf.DECODER_KEYS.items()} | {
-        "rms_norm_eps": cfg.norm_eps, "architectures": [f"{kind.capitalize()}ForCausalLM"],
-        "model_type": kind, "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
-        "head_dim": cfg.head_dim or cfg.dim // cfg.num_heads, "tie_word_embeddings": cfg.tied,
-        "rope_parameters": rope, "rope_theta": cfg.rope_theta,  # readers before rope_parameters look here
-    }  # fmt: skip
-    return config | ({"sliding_window": cfg.sliding_window} if cfg.sliding_window else {})
-
-
-def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32) -> None:
-    """Writes a decoder as config.json and model.safetensors, as transformers reads them."""
-    names = {name: name if name == hf.HEAD else f"model.{name}" for name in decoder.state_dict()}
-    tensors = {names[name]: x.to("cpu", dtype).contiguous() for name, x in decoder.state_dict().items()}
-    os.makedirs(folder, exist_ok=True)
-    write_whole(os.path.join(folder, "model.safetensors"), save(tensors, metadata={"format": "pt"}))
-    write_json(os.path.join(folder, "config.json"), hf_config(decoder.cfg, dtype))
 
 
 def save_pretrained(model: VideoLM, source: str, folder: str, end_ids) -> None:

@@ -31,10 +31,9 @@ import torch
 
 import lora
 import train
-from checkpoints.huggingface import load_decoder
+from checkpoints.huggingface import hf_config, load_decoder, save_decoder
 from checkpoints.memory import Live
 from checkpoints.policies import freeze_base
-from checkpoints.pretrained import hf_config, save_decoder
 from clip import ClipConfig, ImageTower
 from data import Prompts
 from experiments import gpu

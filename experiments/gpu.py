@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
+from checkpoints.huggingface import hf_config
 from checkpoints.policies import freeze_base
-from checkpoints.pretrained import hf_config
 from data import Prompts
 from experiments import step
 from model import ModelConfig

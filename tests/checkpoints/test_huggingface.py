@@ -18,10 +18,10 @@ import lora
 import train
 from checkpoints import huggingface, nf4, peft_files
 from checkpoints.chat_tokenizer import ChatTokenizer
-from checkpoints.huggingface import decoder_config, load_clip, load_decoder
+from checkpoints.huggingface import decoder_config, load_clip, load_decoder, save_decoder
 from checkpoints.nf4 import NF4Linear
 from checkpoints.policies import PolicyOptions, load_policy, load_run, policy_configs
-from checkpoints.pretrained import load_pretrained, save_decoder, save_pretrained
+from checkpoints.pretrained import load_pretrained, save_pretrained
 from clip import Clip, ClipConfig, preprocess
 from data import Prompts, PromptSet
 from eval import merge_run

@@ -20,10 +20,10 @@ import pretrain
 import selection
 import train
 from checkpoints import weight_files
-from checkpoints.huggingface import decoder_config
+from checkpoints.huggingface import decoder_config, hf_config
 from checkpoints.peft_files import read_adapter
 from checkpoints.policies import PolicyOptions, load_policy, load_run
-from checkpoints.pretrained import hf_config, llava_configs
+from checkpoints.pretrained import llava_configs
 from checkpoints.supervised import check_out, decoder_options, load_supervised, load_training, take_bridge
 from clip import ClipConfig
 from data import Prompts, Tokenizer
