@@ -123,7 +123,7 @@ def save_stage(model, tokenizer, made: dict, folder: str):
 def finish_save(folder: str) -> bool:
     """Whether a save that was killed behind the model's rename is whole now, its record written."""
     path = os.path.join(folder, "saving.json")
-    saving = read_json(path, f"remove it, or {ANOTHER_OUT}") if os.path.exists(path) else {}
+    saving = read_json(path, f"remove it, or {ANOTHER_OUT}", optional=True)
     renamed = bool(saving) and saving.get("from") != digest_of(folder)
     if renamed:
         write_json(os.path.join(folder, "made.json"), saving.get("made"))

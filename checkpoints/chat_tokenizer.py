@@ -121,7 +121,7 @@ class ChatTokenizer:
             ends += [i for i in self.encode(self.behind_answer()) if i in special][:1]
         for name in ("generation_config.json", "config.json"):
             path = os.path.join(folder, name)
-            config = read_json(path, COPY_AGAIN) if os.path.exists(path) else {}
+            config = read_json(path, COPY_AGAIN, optional=True)
             for part in (config, config.get("text_config")):
                 ends += stored_ends(part, path) if isinstance(part, dict) else []
         ends.append(known(self.names.get("eos_token", "")))
@@ -231,8 +231,8 @@ def special_names(folder: str) -> dict[str, str]:
     """bos_token, eos_token and the like, as chat templates ask for them."""
     names = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = os.path.join(folder, file)
-        for name, value in (read_json(path, COPY_AGAIN) if os.path.exists(path) else {}).items():
+        found = read_json(os.path.join(folder, file), COPY_AGAIN, optional=True)
+        for name, value in found.items():
             text = value.get("content") if isinstance(value, dict) else value
             if name.endswith("_token") and isinstance(text, str):
                 names[name] = text
@@ -246,7 +246,7 @@ def own_template(folder: str) -> str:
         return read_text(path, COPY_AGAIN)
     for name in ("chat_template.json", "tokenizer_config.json"):  # a processor's file, the tokenizer's
         path = os.path.join(folder, name)
-        found = (read_json(path, COPY_AGAIN) if os.path.exists(path) else {}).get("chat_template")
+        found = read_json(path, COPY_AGAIN, optional=True).get("chat_template")
         if found is None:
             continue
         if isinstance(found, dict):

@@ -60,8 +60,8 @@ class PolicyOptions(Options):
 
 def kind_of(folder: str) -> str:
     """config.json's model_type; empty for a folder that pretrain.py wrote, or that is none at all."""
-    path = os.path.join(folder, "config.json")
-    return str(read_json(path, POLICIES).get("model_type") or "") if os.path.exists(path) else ""
+    config = read_json(os.path.join(folder, "config.json"), POLICIES, optional=True)
+    return str(config.get("model_type") or "")
 
 
 def policy_configs(options: PolicyOptions) -> tuple[ModelConfig, ClipConfig]:

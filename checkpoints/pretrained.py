@@ -83,7 +83,7 @@ def llava_configs(config: dict, where: str, num_frames: int, video_tokens: str):
 def framing(folder: str) -> str:
     """How CLIP was shown its pictures in training. do_pad is LlavaImageProcessor's name for it."""
     path = os.path.join(folder, "preprocessor_config.json")
-    config = read_json(path, hf.FOLDER) if os.path.exists(path) else {}
+    config = read_json(path, hf.FOLDER, optional=True)
     return "pad" if hf.entry(config, "do_pad", path, bool) else "crop"
 
 

@@ -322,8 +322,11 @@ def read_text(path: str, wants: str) -> str:
         raise BadInput(f"{path}: not a UTF-8 text ({error.reason}); {wants}") from error
 
 
-def read_json(path: str, wants: str) -> dict:
-    """The JSON object in a file. Raises BadInput if there is none."""
+def read_json(path: str, wants: str, optional: bool = False) -> dict:
+    """The JSON object in a file; an empty one where an optional file is not there. Raises BadInput if there
+    is none."""
+    if optional and not os.path.exists(path):
+        return {}
     value = parse_json(read_bytes(path, wants), path, wants)
     if not isinstance(value, dict):
         raise BadInput(f"{path}: not a JSON object; {wants}")
