@@ -6,7 +6,7 @@ all of them agree, so nothing is ever half-loaded. A model on the meta device ho
 
 import itertools
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,8 +25,7 @@ CONSTANTS = (
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes of weights, as safetensors names them
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """Where a parameter lies: a tensor of the files, whole, or a third of its rows, or transposed."""
 
     name: str
@@ -64,7 +63,7 @@ class Tensors:
         if self.path.endswith(".json"):
             self.open_shards(path, self.path)
         elif path:
-            refuse_pickles(path)
+            refuse_pickles(path)  # a folder's, in place of model.safetensors
             self.open(self.path)
 
     def open_shards(self, folder: str, index: str):
@@ -78,6 +77,7 @@ class Tensors:
                 raise BadInput(f"{index}: {name} is not in {file}; copy index and shards again, together")
 
     def open(self, file: str):
+        refuse_pickles(file)
         if not os.path.exists(file):
             words = "copy the weights there; those of a pretrained layout can be drawn: --random_weights"
             raise BadInput(f"{file}: no such file; {words}")
@@ -87,7 +87,7 @@ class Tensors:
                     raise BadInput(f"{file}: a pointer of Git LFS; git lfs pull fetches it")
             self.handles[file] = safe_open(file, "pt")
         except (OSError, SafetensorError) as error:
-            raise BadInput(f"{file}: {error}; cut short or damaged: copy it again") from error
+            raise BadInput(f"{file}: {one_line(error)}; cut short or damaged: copy it again") from error
         for name in self.handles[file].keys():
             self.file_of[name] = file
 
