@@ -62,6 +62,7 @@ FIRST_SCENE = 4_000_000  # seed of the first scene of the embedded world's clips
 KINDS = dict.fromkeys(("decoder", "clip", "template", "video_tokens"), str) | {"fingerprints": dict}
 SIZES = ("bridge", "bridge_width", "bridge_heads", "num_queries", "qformer_layers", "num_frames")
 SAVED_FIRST = ("training.safetensors", BRIDGE_FILE, "adapter", "metrics.jsonl")  # before config.json
+LOSSES = "loss {loss:.3f}, held out {held_loss:.3f}, other video {held_loss_other_video:.3f}"  # printed
 HELD_CLIPS = 32  # held-out clips that the loss is measured on
 
 
@@ -248,14 +249,11 @@ def train_supervised(cfg) -> None:
     for step, loss in descend(cfg.stage, lessons.loss, optimizer, **options):
         losses.append(loss)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            row = {"step": step + 1, "loss": sum(losses) / len(losses), **lessons.held_losses()}
-            history.append(row)
+            mean = sum(losses) / len(losses)
+            history.append({"step": step + 1, "loss": mean, **lessons.held_losses()})
             losses = []
             save_result(cfg, model, parameters, optimizer, history)
-            held, other = row["held_loss"], row["held_loss_other_video"]
-            tqdm.write(
-                f"step {step + 1}: loss {row['loss']:.3f}, held out {held:.3f}, other video {other:.3f}"
-            )
+            tqdm.write(f"step {step + 1}: {LOSSES.format(**history[-1])}")
     say(f"{cfg.out}: a policy for --policy {cfg.out}")
 
 
