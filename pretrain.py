@@ -74,18 +74,13 @@ class Config(WorldOptions, RankerOptions, SupervisedOptions, PolicyOptions):
             raise BadInput("--stage bridge trains the bridge of a pretrained decoder: name it with --policy")
         if self.pairs and self.stage != "ranker":
             raise BadInput(f"--pairs {self.pairs}: belongs to --stage ranker; leave it out")
-        if not self.policy:
-            self.refuse_supervised_options()
-        named = self.data if self.policy else self.pairs
-        if bool(named) != bool(self.videos):
-            raise BadInput(f"--{'data' if self.policy else 'pairs'} and --videos go together; give both")
-
-    def refuse_supervised_options(self):
-        """BadInput for an option that only a pretrained decoder's training has."""
-        for field in {x.name: x for x in fields(SupervisedOptions) + fields(PolicyOptions)}.values():
+        for field in () if self.policy else fields(SupervisedOptions) + fields(PolicyOptions):
             value = getattr(self, field.name)
             if field.name not in WORLD_HAS and value != field.default:
                 raise BadInput(f"--{field.name} {value}: needs --policy; leave it out, or give that too")
+        named = self.data if self.policy else self.pairs
+        if bool(named) != bool(self.videos):
+            raise BadInput(f"--{'data' if self.policy else 'pairs'} and --videos go together; give both")
 
 
 PRESETS = {
@@ -128,7 +123,7 @@ def save_stage(model, tokenizer, made: dict, folder: str):
 def finish_save(folder: str) -> bool:
     """Whether a save that was killed behind the model's rename is whole now, its record written."""
     path = os.path.join(folder, "saving.json")
-    saving = read_json(path, f"remove it, or {ANOTHER_OUT}") if os.path.exists(path) else {}
+    saving = read_json(path, f"remove it, or {ANOTHER_OUT}", optional=True)
     renamed = bool(saving) and saving.get("from") != digest_of(folder)
     if renamed:
         write_json(os.path.join(folder, "made.json"), saving.get("made"))

@@ -121,14 +121,9 @@ class ChatTokenizer:
             ends += [i for i in self.encode(self.behind_answer()) if i in special][:1]
         for name in ("generation_config.json", "config.json"):
             path = os.path.join(folder, name)
-            config = read_json(path, COPY_AGAIN) if os.path.exists(path) else {}
+            config = read_json(path, COPY_AGAIN, optional=True)
             for part in (config, config.get("text_config")):
-                found = part.get("eos_token_id") if isinstance(part, dict) else None
-                ids = [] if found is None else found if isinstance(found, list) else [found]
-                if not is_kind(ids, list[int]):
-                    words = f"eos_token_id is {found!r}; give one id or a list of ids, whole numbers"
-                    raise DataError(f"{path}: {words}")
-                ends += ids
+                ends += stored_ends(part, path) if isinstance(part, dict) else []
         ends.append(known(self.names.get("eos_token", "")))
         ends = [i for i in dict.fromkeys(ends) if i is not None and 0 <= i < self.vocab_size]
         ends = ends or [i for i in map(known, END_TOKENS) if i is not None]
@@ -195,20 +190,15 @@ class ChatTokenizer:
             raise DataError(f"question {shown}: holds the special token {special}; take it out")
         rendered = self.render(text)
         before, after = rendered.split(self.video)
-        # An own template of a text decoder spells its BOS itself, or means that there is none.
-        begun = self.own is not None and (not self.processor or self.begins_with_bos(rendered))
+        # A text decoder's own template spells its BOS itself, or means that there is none
+        bos = self.names.get("bos_token")
+        begun = self.own is not None and (not self.processor or bool(bos) and rendered.startswith(bos))
         opening, video = [] if begun else self.opening, [self.placeholder_id] * num_video_tokens
         if self.tokenizer.id_to_token(self.placeholder_id) is None:
             return opening + self.encode(before) + video + self.encode(after)
         ids = opening + self.encode(rendered)
         place = ids.index(self.placeholder_id)
         return ids[:place] + video + ids[place + 1 :]
-
-    def begins_with_bos(self, rendered: str) -> bool:
-        return bool(self.names.get("bos_token")) and rendered.startswith(self.names["bos_token"])
-
-
-# ------------------------------------------------------------------------------------------------- the files
 
 
 def read_tokenizer(path: str):
@@ -227,12 +217,22 @@ def read_tokenizer(path: str):
     return tokenizer
 
 
+def stored_ends(config: dict, path: str) -> list[int]:
+    """eos_token_id of a config: one id, a list of ids, or none."""
+    found = config.get("eos_token_id")
+    ids = found if isinstance(found, list) else [found]
+    if found is not None and not is_kind(ids, list[int]):
+        words = f"eos_token_id is {found!r}; give one id or a list of ids, whole numbers"
+        raise DataError(f"{path}: {words}")
+    return [] if found is None else ids
+
+
 def special_names(folder: str) -> dict[str, str]:
     """bos_token, eos_token and the like, as chat templates ask for them."""
     names = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = os.path.join(folder, file)
-        for name, value in (read_json(path, COPY_AGAIN) if os.path.exists(path) else {}).items():
+        found = read_json(os.path.join(folder, file), COPY_AGAIN, optional=True)
+        for name, value in found.items():
             text = value.get("content") if isinstance(value, dict) else value
             if name.endswith("_token") and isinstance(text, str):
                 names[name] = text
@@ -246,7 +246,7 @@ def own_template(folder: str) -> str:
         return read_text(path, COPY_AGAIN)
     for name in ("chat_template.json", "tokenizer_config.json"):  # a processor's file, the tokenizer's
         path = os.path.join(folder, name)
-        found = (read_json(path, COPY_AGAIN) if os.path.exists(path) else {}).get("chat_template")
+        found = read_json(path, COPY_AGAIN, optional=True).get("chat_template")
         if found is None:
             continue
         if isinstance(found, dict):

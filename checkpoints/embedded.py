@@ -46,11 +46,8 @@ class WorldOptions(Options):
 def train_clip(cfg, clip: Clip, tokenizer: Tokenizer, frames, times, generator):
     """frames (C, K, 3, H, W) uint8 of scene seeds 0 .. C-1, times (C, K) seconds. Half of the captions in a
     batch are hard negatives. Reports retrieval: the share of frames that find their caption among all."""
-    scenes, rng = (
-        [world.make_scene(c, cfg.world == "hard") for c in range(len(frames))],
-        random.Random(cfg.seed + 1),
-    )
-    device = clip.logit_scale.device
+    scenes = [world.make_scene(c, cfg.world == "hard") for c in range(len(frames))]
+    rng, device = random.Random(cfg.seed + 1), clip.logit_scale.device
 
     def encode(texts):
         ids, mask = collate_completions([tokenizer.encode(text) + [EOS_ID] for text in texts])

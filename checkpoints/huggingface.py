@@ -3,30 +3,22 @@
 Read: folders (config.json beside model.safetensors, or shards with an index) of CLIP and of LLaMA, Mistral,
 Qwen2 and Qwen3 decoders; and CLIP under OpenAI's names in one safetensors file. pretrained.py makes whole
 policies of them, and writes them back.
-
-A model is first built on the meta device, where it holds no memory. Every name and shape is compared with the
-files' headers. The tensors are read, one by one, when all of them agree, so nothing is ever half-loaded.
 """
 
-import itertools
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
 
 from checkpoints.policies import read_configs
+from checkpoints.weight_files import Source, Tensors, fill
 from clip import Clip, ClipConfig
-from lora import DECODER_LINEARS
 from model import Decoder, ModelConfig
-from plumbing.machine import show_progress
-from plumbing.options import PICKLES, BadInput, read_json, refuse_pickles, write_json, write_whole
+from plumbing.options import BadInput, read_json, write_json, write_whole
 
 FOLDER = "name a folder in the Hugging Face layout"
-TOGETHER = "use files that belong together"
 # A config.json may leave out what equals its class's default, and a nested text_config leaves out much.
 COMMON = {
     "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -41,13 +33,13 @@ DECODERS = {  # model_type: defaults. Vicuna, TinyLlama and SmolLM2 are of type 
     },
 }  # fmt: skip
 LARGEST = 2**53  # what a config's number lies below: above it not every whole number is a float
-SUPPORTED = f"{', '.join(DECODERS)}, clip, llava"
 # ModelConfig's field: the key in config.json. Read in both directions.
 DECODER_KEYS = {
     "vocab_size": "vocab_size", "dim": "hidden_size", "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
-    "ffn_dim": "intermediate_size", "norm_eps": "rms_norm_eps",
+    "ffn_dim": "intermediate_size",
 }  # fmt: skip
+MAY_LACK = {"head_dim": "head_dim", "max_positions": "max_position_embeddings"}
 ROPE_KEYS = {  # of ModelConfig's fields, by the type of rope
     "default": {},
     "linear": {"rope_factor": "factor"},
@@ -67,169 +59,6 @@ TEXT_KEYS = {
     "text_heads": ("num_attention_heads", 8), "text_length": ("max_position_embeddings", 77),
     "vocab_size": ("vocab_size", 49408), "text_mlp_width": ("intermediate_size", 2048),
 }  # fmt: skip
-# Constants that older writers stored beside the weights; ours are computed.
-CONSTANTS = (
-    "position_ids", "rotary_emb.inv_freq", "input_resolution", "context_length", "vocab_size",
-)  # fmt: skip
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # dtypes of weights, as safetensors names them
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a parameter lies: a tensor of the files, whole, or a third of its rows, or transposed."""
-
-    name: str
-    third: int | None = None  # 0, 1, 2: q, k, v of OpenAI's fused in_proj
-    transposed: bool = False  # OpenAI stores projections as (in, out)
-
-    def shape(self, stored: tuple) -> tuple:
-        if self.third is not None:
-            return (stored[0] / 3, *stored[1:])
-        return stored[::-1] if self.transposed else stored
-
-    def take(self, tensor: Tensor) -> Tensor:
-        if self.third is not None:
-            return tensor.chunk(3)[self.third]
-        return tensor.T if self.transposed else tensor
-
-
-# ------------------------------------------------------------------------------------------------- the files
-
-
-def weight_files(folder: str) -> list[str]:
-    """Names of the files that could hold a model's weights, of a kind that is read or one that is refused."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [n for n in names if n.startswith("model") and ".safetensors" in n or n.endswith(PICKLES)]
-
-
-class Tensors:
-    """The tensors of a safetensors file, or of a folder with one file or shards, by name. Read when asked."""
-
-    def __init__(self, path: str):
-        self.file_of, self.handles = {}, {}
-        index = os.path.join(path, "model.safetensors.index.json")
-        self.path = path  # the file that names all tensors
-        if os.path.isfile(path):
-            self.open(path)
-        elif os.path.exists(index):
-            self.path = index
-            self.open_shards(path, index)
-        else:
-            refuse_pickles(path)
-            self.path = os.path.join(path, "model.safetensors")
-            if not os.path.exists(self.path):
-                raise BadInput(f"{self.path}: no such file; copy the weights there, or give --random_weights")
-            self.open(self.path)
-
-    def open_shards(self, folder: str, index: str):
-        weight_map = read_json(index, "copy the file again").get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise BadInput(f"{index}: weight_map is no table of file names; copy the file again")
-        for file in sorted(set(weight_map.values())):
-            self.open(os.path.join(folder, os.path.basename(file)))
-        for name, file in weight_map.items():
-            if self.file_of.get(name) != os.path.join(folder, os.path.basename(file)):
-                raise BadInput(f"{index}: {name} is not in {file}; copy index and shards again, together")
-
-    def open(self, file: str):
-        refuse_pickles(file)
-        try:
-            self.handles[file] = safe_open(file, "pt")
-        except (OSError, SafetensorError) as error:
-            if os.path.isfile(file) and os.path.getsize(file) < 1000:
-                with open(file, "rb") as content:
-                    if content.read(40).startswith(b"version https://git-lfs"):
-                        raise BadInput(f"{file}: a pointer of Git LFS; git lfs pull fetches it") from error
-            raise BadInput(f"{file}: {error}; missing, cut short or damaged: copy it again") from error
-        for name in self.handles[file].keys():
-            self.file_of[name] = file
-
-    def prefix(self, ending: str, usual: str) -> str:
-        """What stands before `ending` in the one name that ends so; `usual` where there is none such."""
-        found = [name.removesuffix(ending) for name in self.file_of if name.endswith(ending)]
-        return found[0] if len(found) == 1 else usual
-
-    def header(self, name: str):
-        return self.handles[self.file_of[name]].get_slice(name)
-
-    def shape(self, name: str) -> tuple:
-        return tuple(self.header(name).get_shape())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.handles[self.file_of[name]].get_tensor(name)
-
-
-def fill(model, tensors, sources: dict[str, Source], device, dtype, spare=(), base="", seed=0):
-    """Reads the parameters named in `sources` into a model on the meta device; without `tensors` (None) draws
-    them (`drawn`).
-
-    dtype: of all parameters but a VideoLM's decoder, which is held in `base` (float32 | bfloat16 | nf4) if
-    given. A layer is quantised as soon as it is there. A projector is held in 16 bits beside the last two.
-
-    Raises BadInput, before reading any tensor, if one is missing, has the wrong shape, is not stored as
-    floating-point numbers, or is not expected. Extra tensors are allowed if named in CONSTANTS or starting
-    with a prefix in `spare`. Raises it too for a weight that is NaN or infinite.
-    """
-    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name in sources}
-    if tensors is not None:
-        check_tensors(shapes, tensors, sources, spare)
-    generator = torch.Generator(device).manual_seed(seed)
-    layers = itertools.groupby(shapes, key=lambda name: name.rpartition(".")[0])
-    num_layers = len({name.rpartition(".")[0] for name in shapes})
-    for path, names in show_progress(layers, "loading weights", num_layers):
-        module, in_decoder = model.get_submodule(path), bool(base) and path.startswith("decoder.")
-        in_16_bits = base in ("bfloat16", "nf4") and path.startswith(("decoder.", "bridge."))
-        kept_in = torch.bfloat16 if in_16_bits else dtype
-        for name in names:
-            if tensors is None:
-                value = drawn(name, shapes[name], generator, kept_in)
-            else:
-                value = read_tensor(tensors, sources[name]).to(device, kept_in).contiguous()
-            setattr(module, name.rpartition(".")[2], nn.Parameter(value, requires_grad=False))
-            del value  # or it would outlive its layer's quantisation, until the next one is read
-        owner, _, last = path.rpartition(".")
-        if in_decoder and base == "nf4" and last in DECODER_LINEARS:
-            from checkpoints import nf4
-
-            setattr(model.get_submodule(owner), last, nf4.quantise_linear(module))
-
-
-def read_tensor(tensors: Tensors, source: Source) -> Tensor:
-    value = source.take(tensors[source.name])
-    if not value.sum(dtype=torch.float32).isfinite():
-        file = tensors.file_of[source.name]
-        raise BadInput(f"{file}: {source.name} holds NaN or infinity; use a sound copy of these weights")
-    return value
-
-
-def check_tensors(shapes: dict[str, tuple], tensors: Tensors, sources: dict[str, Source], spare: tuple):
-    wrapped = next((name for name in tensors.file_of if ".base_layer." in name), None)
-    if wrapped:
-        words = "was saved with PEFT's adapters around it; merge_and_unload() first"
-        raise BadInput(f"{tensors.path}: {wrapped} {words}")
-    for name, wanted in shapes.items():
-        source = sources[name]
-        if source.name not in tensors.file_of:
-            raise BadInput(f"{tensors.path}: tensor {source.name} is missing; {TOGETHER}")
-        stored = tensors.shape(source.name)
-        if source.shape(stored) != wanted:
-            words = f"tensor {source.name} has shape {stored}, config.json's sizes make it {wanted}"
-            raise BadInput(f"{tensors.file_of[source.name]}: {words}; {TOGETHER}")
-        if (dtype := tensors.header(source.name).get_dtype()) not in FLOATS:
-            words = f"tensor {source.name} is stored as {dtype}, not as floating-point numbers"
-            raise BadInput(f"{tensors.file_of[source.name]}: {words}; use a checkpoint in float32 or 16 bits")
-    used = {source.name for source in sources.values()}
-    for name, file in tensors.file_of.items():
-        if name not in used and not name.startswith(spare) and not name.endswith(CONSTANTS):
-            raise BadInput(f"{file}: tensor {name} is extra, config.json has no place for it; {TOGETHER}")
-
-
-def drawn(name: str, shape: tuple, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """A parameter as published models start: gains 1, biases 0, all else normal with deviation 0.02. It is
-    drawn on the generator's device, and another device gives other draws."""
-    if len(shape) == 1 and name.endswith((".weight", ".bias")):
-        return torch.full(shape, float(name.endswith(".weight")), device=generator.device, dtype=dtype)
-    return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype).mul_(0.02)
 
 
 # ----------------------------------------------------------------------------------------------- the configs
@@ -259,37 +88,35 @@ def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
     does not know. BadInput: not supported, or no number where one is needed."""
     kind = str(config.get("model_type"))
     if kind not in DECODERS:
-        raise BadInput(f"{where}: model_type {kind} is not supported; those that are: {SUPPORTED}")
+        supported = ", ".join([*DECODERS, "clip", "llava"])
+        raise BadInput(f"{where}: model_type {kind} is not supported; those that are: {supported}")
     config = DECODERS[kind] | config
     rope = entry(config, "rope_parameters", where) or entry(config, "rope_scaling", where)
     scaling = str(rope.get("rope_type", rope.get("type", "default")))
     refuse_unsupported(config, where, kind, scaling)
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
-    kinds = {"norm_eps": float}
-    sizes = {name: number(config, key, where, kinds.get(name, int)) for name, key in DECODER_KEYS.items()}
-    if config.get("head_dim") is not None:
-        sizes["head_dim"] = number(config, "head_dim", where)
-    elif sizes["dim"] % sizes["num_heads"]:
-        raise BadInput(f"{where}: hidden_size {sizes['dim']} is no multiple of {sizes['num_heads']} heads")
-    if (head_dim := sizes.get("head_dim", sizes["dim"] // sizes["num_heads"])) % 2:
+    sizes = {name: number(config, key, where) for name, key in DECODER_KEYS.items()}
+    may_lack = MAY_LACK | ({"sliding_window": "sliding_window"} if kind == "mistral" else {})
+    for name, key in may_lack.items():
+        if config.get(key) is not None:
+            sizes[name] = number(config, key, where)
+    heads, kv_heads = sizes["num_heads"], sizes["num_kv_heads"]
+    if "head_dim" not in sizes and sizes["dim"] % heads:
+        raise BadInput(f"{where}: hidden_size {sizes['dim']} is no multiple of {heads} heads")
+    if (head_dim := sizes.get("head_dim", sizes["dim"] // heads)) % 2:
         raise BadInput(f"{where}: head_dim {head_dim} is odd, and RoPE turns pairs of channels")
-    if sizes["num_heads"] % sizes["num_kv_heads"]:
-        heads = f"num_attention_heads {sizes['num_heads']}"
-        words = f"{heads} is no multiple of num_key_value_heads {sizes['num_kv_heads']}"
+    if heads % kv_heads:
+        words = f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         raise BadInput(f"{where}: {words}; copy the model's own config.json")
-    for field, key in ROPE_KEYS[scaling].items():
-        sizes[field] = number(rope, key, where, float)
+    for name, key in ROPE_KEYS[scaling].items():
+        sizes[name] = number(rope, key, where, float)
     sizes["rope_theta"] = number(rope if "rope_theta" in rope else config, "rope_theta", where, float)
-    if config.get("max_position_embeddings") is not None:
-        sizes["max_positions"] = number(config, "max_position_embeddings", where)
-    if kind == "mistral" and config["sliding_window"] is not None:
-        sizes["sliding_window"] = number(config, "sliding_window", where)
+    sizes["norm_eps"] = number(config, "rms_norm_eps", where, float)
     sizes["tied"] = entry(config, "tie_word_embeddings", where, bool)
+    of_family = dict(qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", rope_scaling=scaling)
     try:
-        return ModelConfig(
-            qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", rope_scaling=scaling, **sizes, **ours
-        )
+        return ModelConfig(**sizes, **of_family, **ours)
     except ValueError as error:
         raise BadInput(f"{where}: {error}; copy the model's own config.json") from error
 
@@ -298,7 +125,8 @@ def refuse_unsupported(config: dict, where: str, kind: str, scaling: str):
     """BadInput for what would make our decoder compute something else than the checkpoint's own code."""
     layer_types = entry(config, "layer_types", where, list)
     if entry(config, "use_sliding_window", where, bool) and config.get("sliding_window", 4096) is not None:
-        layers, first = (number({"max_window_layers": 28} | config, key, where) for key in WINDOW_KEYS)
+        layers = number(config, "num_hidden_layers", where)
+        first = number({"max_window_layers": 28} | config, "max_window_layers", where)
         layer_types = layer_types or ["sliding_attention"] * (layers > first)
     packed = config.get("quantization_config")
     causes = {
@@ -342,21 +170,14 @@ def openai_clip_config(tensors: Tensors) -> ClipConfig:
     try:
         width, _, patch_size, _ = tensors.shape("visual.conv1.weight")
         places = tensors.shape("visual.positional_embedding")[0]
-        text_width = tensors.shape("ln_final.weight")[0]
+        vocab_size, text_width = tensors.shape("token_embedding.weight")
         return ClipConfig(
-            image_size=math.isqrt(places - 1) * patch_size,
-            patch_size=patch_size,
-            width=width,
-            num_layers=layers("visual.transformer.resblocks."),
-            num_heads=width // 64,
-            text_width=text_width,
-            text_layers=layers("transformer.resblocks."),
-            text_heads=text_width // 64,
-            text_length=tensors.shape("positional_embedding")[0],
-            vocab_size=tensors.shape("token_embedding.weight")[0],
-            embed_dim=tensors.shape("visual.proj")[1],
-            activation="quick_gelu",
-        )
+            image_size=math.isqrt(places - 1) * patch_size, patch_size=patch_size, width=width,
+            num_layers=layers("visual.transformer.resblocks."), num_heads=width // 64, text_width=text_width,
+            text_layers=layers("transformer.resblocks."), text_heads=text_width // 64,
+            text_length=tensors.shape("positional_embedding")[0], vocab_size=vocab_size,
+            embed_dim=tensors.shape("visual.proj")[1], activation="quick_gelu",
+        )  # fmt: skip
     except KeyError as error:
         raise BadInput(f"{tensors.path}: tensor {error} is missing; this is no OpenAI CLIP ViT") from error
     except (ValueError, IndexError, ArithmeticError) as error:
@@ -370,8 +191,8 @@ def hf_config(cfg: ModelConfig, dtype=torch.float32) -> dict:
     rope = {"rope_type": cfg.rope_scaling, "rope_theta": cfg.rope_theta}
     rope |= {key: getattr(cfg, field) for field, key in ROPE_KEYS[cfg.rope_scaling].items()}
     config = {key: getattr(cfg, field) for field, key in DECODER_KEYS.items()} | {
-        "architectures": [f"{kind.capitalize()}ForCausalLM"], "model_type": kind,
-        "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
+        "rms_norm_eps": cfg.norm_eps, "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind, "dtype": str(dtype).removeprefix("torch."), "hidden_act": "silu",
         "head_dim": cfg.head_dim or cfg.dim // cfg.num_heads, "tie_word_embeddings": cfg.tied,
         "rope_parameters": rope, "rope_theta": cfg.rope_theta,  # readers before rope_parameters look here
     }  # fmt: skip
@@ -414,12 +235,16 @@ OPENAI_CLIP = {
 }
 
 
-def clip_source(name: str, path: str) -> Source:
-    """Where a parameter of our Clip lies in that folder, or in that file under OpenAI's names."""
+def clip_sources(names, path: str) -> dict[str, Source]:
+    """Where our Clip's parameters lie in that folder, or in that file under OpenAI's names."""
+    if os.path.isfile(path):
+        return {name: openai_source(name) for name in names}
     if is_embedded(path):
-        return Source(f"clip.{name}")
-    if not os.path.isfile(path):
-        return Source(renamed(name, HF_CLIP))
+        return {name: Source(f"clip.{name}") for name in names}
+    return {name: Source(renamed(name, HF_CLIP)) for name in names}
+
+
+def openai_source(name: str) -> Source:
     if name.endswith("projection.weight"):
         return Source("visual.proj" if "vision" in name else "text_projection", transposed=True)
     name = renamed(name, OPENAI_CLIP)
@@ -429,31 +254,30 @@ def clip_source(name: str, path: str) -> Source:
     return Source(name)
 
 
-WINDOW_KEYS = ("num_hidden_layers", "max_window_layers")
 HEAD = "lm_head.weight"
 EMBEDDED = ("clip.", "bridge.", "decoder.")  # the parts of a folder that pretrain.py made
 
 
-def decoder_sources(names, tensors: Tensors | None) -> dict[str, Source]:
+def decoder_sources(names, tensors: Tensors) -> dict[str, Source]:
     """Where our Decoder's parameters lie, whatever stands before their names: model. in a causal language
     model, model.language_model. or language_model.model. where it was part of a larger model."""
-    body = tensors.prefix("embed_tokens.weight", "model.") if tensors else "model."
-    head = tensors.prefix(HEAD, "") if tensors else ""
+    body, head = tensors.prefix("embed_tokens.weight", "model."), tensors.prefix(HEAD, "")
     return {name: Source((head if name == HEAD else body) + name) for name in names}
 
 
-def with_own_head(cfg: ModelConfig, tensors: Tensors | None) -> ModelConfig:
+def with_own_head(cfg: ModelConfig, tensors: Tensors) -> ModelConfig:
     """Not tied where config.json says so but the files hold a head that differs from the embedding, which
     transformers then takes. BadInput: there should be a head of its own, and there is none."""
-    head = decoder_sources([HEAD], tensors)[HEAD].name
-    if tensors is None or (head in tensors.file_of) != cfg.tied:
+    sources = decoder_sources([HEAD, "embed_tokens.weight"], tensors)
+    head = sources[HEAD].name
+    if not tensors.path or (head in tensors.file_of) != cfg.tied:
         return cfg
     if not cfg.tied:
         raise BadInput(
             f"{tensors.path}: tensor {HEAD} is missing and config.json says tie_word_embeddings false: no"
             " language model's head was saved; use a checkpoint that a ..ForCausalLM class saved"
         )
-    embedding = decoder_sources(["embed_tokens.weight"], tensors)["embed_tokens.weight"].name
+    embedding = sources["embed_tokens.weight"].name
     same = embedding in tensors.file_of and torch.equal(tensors[head], tensors[embedding])
     return cfg if same else replace(cfg, tied=False)
 
@@ -464,8 +288,7 @@ def with_own_head(cfg: ModelConfig, tensors: Tensors | None) -> ModelConfig:
 def load_decoder(folder: str, device="cpu", dtype=torch.float32) -> Decoder:
     """A decoder in the Hugging Face layout, frozen. BadInput: see `fill` and `decoder_config`."""
     where = os.path.join(folder, "config.json")
-    cfg = decoder_config(read_json(where, FOLDER), where)
-    tensors = Tensors(folder)
+    cfg, tensors = decoder_config(read_json(where, FOLDER), where), Tensors(folder)
     cfg = with_own_head(cfg, tensors)
     with torch.device("meta"):
         model = Decoder(cfg)
@@ -474,10 +297,10 @@ def load_decoder(folder: str, device="cpu", dtype=torch.float32) -> Decoder:
     return model.eval()
 
 
-def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32):
+def save_decoder(decoder: Decoder, folder: str, dtype=torch.float32) -> None:
     """Writes a decoder as config.json and model.safetensors, as transformers reads them."""
-    sources, state = decoder_sources(decoder.state_dict(), None), decoder.state_dict()
-    tensors = {sources[name].name: x.to("cpu", dtype).contiguous() for name, x in state.items()}
+    names = {name: name if name == HEAD else f"model.{name}" for name in decoder.state_dict()}
+    tensors = {names[name]: x.to("cpu", dtype).contiguous() for name, x in decoder.state_dict().items()}
     os.makedirs(folder, exist_ok=True)
     write_whole(os.path.join(folder, "model.safetensors"), save(tensors, metadata={"format": "pt"}))
     write_json(os.path.join(folder, "config.json"), hf_config(decoder.cfg, dtype))
@@ -494,14 +317,13 @@ def read_clip_config(path: str) -> ClipConfig:
         return openai_clip_config(Tensors(path))
     where = os.path.join(path, "config.json")
     config = read_json(where, FOLDER)
-    if is_embedded(path):
+    if "clip" in config:
         return read_configs(path)[1]
     if config.get("model_type") != "clip":
         raise BadInput(f"{where}: model_type {config.get('model_type')} is no clip: name CLIP's folder")
+    vision, text = entry(config, "vision_config", where), entry(config, "text_config", where)
     embed_dim = number({"projection_dim": 512} | config, "projection_dim", where)
-    return clip_config(
-        entry(config, "vision_config", where), where, entry(config, "text_config", where), embed_dim
-    )
+    return clip_config(vision, where, text, embed_dim)
 
 
 def load_clip(path: str, device="cpu", dtype=torch.float32) -> Clip:
@@ -509,6 +331,6 @@ def load_clip(path: str, device="cpu", dtype=torch.float32) -> Clip:
     pretrain.py made; frozen."""
     with torch.device("meta"):
         model = Clip(read_clip_config(path))
-    sources = {name: clip_source(name, path) for name in model.state_dict()}
-    fill(model, Tensors(path), sources, device, dtype, spare=EMBEDDED if is_embedded(path) else ())
+    sources, spare = clip_sources(model.state_dict(), path), EMBEDDED if is_embedded(path) else ()
+    fill(model, Tensors(path), sources, device, dtype, spare)
     return model.eval()

@@ -71,8 +71,8 @@ def plan(
         whole = VideoLM(cfg, clip)
         if isinstance(whole.bridge, Projector) and run.base != "float32":
             whole.bridge.bfloat16()  # as checkpoint.fill holds it
-    names = [name for name in lora.linears(whole.decoder) if name.split(".")[-1] in lora.DECODER_LINEARS]
-    linears = [whole.decoder.get_submodule(name) for name in names]
+    layers = whole.decoder.named_modules()
+    linears = [layer for name, layer in layers if name.split(".")[-1] in lora.DECODER_LINEARS]
     quantised = sum(x.weight.numel() for x in linears) if run.base == "nf4" else 0
     rest = sum(p.numel() for p in whole.decoder.parameters()) - quantised
     num_adapters = sum(run.lora_r * (x.in_features + x.out_features) for x in linears)
@@ -182,10 +182,6 @@ def logits_peak(cfg: ModelConfig, run) -> int:
     return live.peak - (num_bytes([head]) if run.base == "float32" else 0)
 
 
-def table(lines: dict[str, int]) -> str:
-    return "\n".join(f"{size / 1e9:8.2f} GB  {name}" for name, size in lines.items())
-
-
 def print_plan(cfg, device: torch.device, sets):
     """Prints the plan of a run, before its policy is loaded. sets: its training and held-out questions."""
     model_config, clip_config = policy_configs(cfg)
@@ -194,7 +190,8 @@ def print_plan(cfg, device: torch.device, sets):
     num_videos = sum(len({question.shown for question in questions}) for questions in sets)
     dtype = getattr(torch, pick_dtype(cfg.dtype, device, model_config.dim))
     say(f"memory plan, before anything is allocated, for {longest} tokens of text:")
-    say(table(plan(model_config, clip_config, cfg, dtype, num_videos, longest)))
+    for name, size in plan(model_config, clip_config, cfg, dtype, num_videos, longest).items():
+        say(f"{size / 1e9:8.2f} GB  {name}")
 
 
 def rehearse(cfg, policy, learner, batches, sampling, update):

@@ -85,14 +85,13 @@ class NF4Linear(nn.Module):
         codes, absmax_codes, scale, mean = quantise(weight)
         levels = torch.tensor(LEVELS)
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
-        tables = {"pairs": pairs.to(codes.device), "dynamic": dynamic_levels().to(codes.device)}
         self.register_buffer("codes", codes)
         self.register_buffer("absmax_codes", absmax_codes)
         # The bits of float32 numbers as integers: what casts a model to 16 bits must not round these.
         self.register_buffer("absmax_scale", scale.view(torch.int32))
         self.register_buffer("absmax_mean", mean.view(torch.int32))
-        for name, table in tables.items():
-            self.register_buffer(name, table.view(torch.int32), persistent=False)
+        for name, table in {"pairs": pairs, "dynamic": dynamic_levels()}.items():
+            self.register_buffer(name, table.to(codes.device).view(torch.int32), persistent=False)
 
     def stored(self) -> tuple[Tensor, ...]:
         """What `dequantise` reads. pairs (256, 2): a byte's two levels."""

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 import torch
-from safetensors.torch import save
 
 import lora
 from clip import ClipConfig
@@ -25,12 +24,9 @@ from plumbing.options import (
     is_kind,
     read_from,
     read_json,
-    read_tensors,
-    refuse_pickles,
     remove_leftovers_of,
     temporary_name,
     write_json,
-    write_whole,
 )
 from plumbing.run_folder import fingerprint
 
@@ -43,8 +39,6 @@ POLICIES = (
     "a policy is what pretrain.py wrote or, in the Hugging Face layout, LLaVA-1.5 (model_type llava) or a"
     " text decoder with --clip"
 )
-
-
 SUPERVISED = "supervised_policy"  # model_type of what checkpoints/supervised.py writes
 
 
@@ -66,19 +60,20 @@ class PolicyOptions(Options):
 
 def kind_of(folder: str) -> str:
     """config.json's model_type; empty for a folder that pretrain.py wrote, or that is none at all."""
-    path = os.path.join(folder, "config.json")
-    return str(read_json(path, POLICIES).get("model_type") or "") if os.path.exists(path) else ""
+    config = read_json(os.path.join(folder, "config.json"), POLICIES, optional=True)
+    return str(config.get("model_type") or "")
 
 
 def policy_configs(options: PolicyOptions) -> tuple[ModelConfig, ClipConfig]:
     """The sizes of what `load_policy` would load, from the config files. BadInput: not supported."""
-    if kind_of(options.policy) == SUPERVISED:
+    kind = kind_of(options.policy)
+    if kind == SUPERVISED:
         from checkpoints.supervised import decoder_options, resized
 
         beneath, config = decoder_options(options)
         cfg, clip_cfg = policy_configs(beneath)
         return resized(cfg, config["sizes"], options.policy), clip_cfg
-    if kind_of(options.policy):
+    if kind:
         from checkpoints.pretrained import pretrained_configs
 
         return pretrained_configs(options)
@@ -88,41 +83,41 @@ def policy_configs(options: PolicyOptions) -> tuple[ModelConfig, ClipConfig]:
 
 def load_tokenizer(options: PolicyOptions, V: int):
     """The tokenizer of the policy. V: rows of its embedding."""
-    if not kind_of(options.policy):
+    kind = kind_of(options.policy)
+    if not kind:
         return Tokenizer.load(os.path.join(options.policy, "tokenizer.json"), V)
-    if kind_of(options.policy) == SUPERVISED:
+    if kind == SUPERVISED:
         from checkpoints.supervised import decoder_options
 
         return load_tokenizer(decoder_options(options)[0], V)
     from checkpoints.chat_tokenizer import ChatTokenizer
 
-    config = read_json(os.path.join(options.policy, "config.json"), "name a policy's folder")
-    placeholder_id = config.get("image_token_index", config.get("image_token_id", 32000))
-    if config["model_type"] != "llava":
-        placeholder_id = None
-    elif type(placeholder_id) is not int:
-        raise BadInput(f"{options.policy}/config.json: image_token_index is {placeholder_id!r}; {POLICIES}")
+    placeholder_id = None
+    if kind == "llava":
+        config = read_json(os.path.join(options.policy, "config.json"), POLICIES)
+        placeholder_id = config.get("image_token_index", config.get("image_token_id", 32000))
+        if type(placeholder_id) is not int:
+            raise BadInput(
+                f"{options.policy}/config.json: image_token_index is {placeholder_id!r}; {POLICIES}"
+            )
     return ChatTokenizer(options.policy, options.template, placeholder_id, V, options.think)
 
 
 def load_policy(options: PolicyOptions, device="cpu", own_bridge: bool = False):
-    """(VideoLM, tokenizer): the frozen policy of a folder that pretrain.py made or, in the Hugging Face
-    layout, of LLaVA-1.5 or a text decoder with its CLIP. own_bridge: the caller has a bridge for it, so a new
-    one needs no note.
+    """(VideoLM, tokenizer): the frozen policy of a folder, options.adapter merged, its decoder held in
+    options.base. own_bridge: the caller has a bridge for it, so a new one needs no note.
 
-    An adapter is merged into the decoder. Then the decoder's weights are held in options.base; without an
-    adapter pretrained ones are held so from the start, tensor by tensor. Raises BadInput if a file is missing
-    or unsound, or an option does not apply to this policy.
+    Raises BadInput if a file is missing or unsound, or an option does not apply to this policy.
     """
-    if kind_of(options.policy) == SUPERVISED:
+    kind, merged_first = kind_of(options.policy), options.adapter and options.base == "nf4"
+    held = replace(options, base="bfloat16") if merged_first else options
+    if kind == SUPERVISED:
         from checkpoints.supervised import load_supervised
 
-        return load_supervised(options, device)
-    if kind_of(options.policy):
+        model, tokenizer = load_supervised(held, device)
+    elif kind:
         from checkpoints.pretrained import load_pretrained
 
-        merged_first = options.adapter and options.base == "nf4"
-        held = replace(options, base="bfloat16") if merged_first else options
         model = load_pretrained(held, device, own_bridge)
         tokenizer = load_tokenizer(options, model.cfg.vocab_size)
         model.cfg = replace(model.cfg, video_start=tokenizer.video_start)
@@ -131,9 +126,7 @@ def load_policy(options: PolicyOptions, device="cpu", own_bridge: bool = False):
         model = load_model(options.policy, device, options.num_frames)
         tokenizer = load_tokenizer(options, model.cfg.vocab_size)
     if options.adapter:
-        from checkpoints.peft_files import load_adapter
-
-        load_adapter(model.decoder, options.adapter)
+        load_adapter_of(model, options.adapter)
         lora.merge(model.decoder)
     freeze_base(model.decoder, options.base)
     return model, tokenizer
@@ -169,20 +162,15 @@ def save_adapter_of(policy: VideoLM, folder: str) -> None:
 
 
 def load_adapter_of(policy: VideoLM, folder: str) -> None:
-    """Reads a saved adapter into the policy's own."""
+    """Reads a saved adapter into the policy's own, or puts it on a policy that has none."""
     from checkpoints.peft_files import load_adapter
 
     load_adapter(policy.decoder, folder)
 
 
-# ------------------------------------------------------------------------------------------------------ runs
-
-
 def load_run(folder: str, device="cpu"):
-    """(policy with the adapter that the run keeps, tokenizer, config) of a folder that train.py made.
-
-    config: the run's config.json. Raises BadInput for a run of an earlier version, and for options out of
-    bounds; for other weights than the run's."""
+    """(policy with the adapter that the run keeps, tokenizer, config.json) of a folder that train.py made.
+    Raises BadInput for a run of an earlier version, options out of bounds, other weights than the run's."""
     path = os.path.join(folder, "config.json")
     config, names = read_json(path, RUN), [field.name for field in fields(PolicyOptions)]
     missing = [name for name in (*names, *RUN_KINDS, "made") if name not in config]
@@ -227,9 +215,8 @@ def refuse_changed(path: str, config: dict, now: dict[str, str], remedy: str) ->
 
 
 def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
-    """Writes a policy, its LoRA merged, as a folder like the one that it was read from: pretrained ones in
-    their own dtypes, with supervised training's bridge beside them; pretrain.py's small ones in float32. The
-    folder appears whole, or not at all."""
+    """Writes a policy, its LoRA merged, as a folder like `source`, which it was read from: pretrained ones in
+    their own dtypes, pretrain.py's small ones in float32. The folder appears whole, or not at all."""
     if kind_of(source) == SUPERVISED:
         source = read_json(os.path.join(source, "config.json"), POLICIES)["decoder"]
     folder = os.path.normpath(folder)
@@ -248,26 +235,20 @@ def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-# -------------------------------------------------------------------------- the files that pretrain.py writes
-
-
 def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):
     """Writes config.json and model.safetensors."""
+    from checkpoints.weight_files import write_own
+
     os.makedirs(folder, exist_ok=True)
     sizes = {"model": asdict(model.cfg), "clip": asdict(model.clip_cfg)}
     write_json(os.path.join(folder, "config.json"), sizes)
-    tensors = {name: x.detach().to("cpu", dtype).contiguous() for name, x in model.state_dict().items()}
-    write_whole(os.path.join(folder, "model.safetensors"), save(tensors))
+    write_own(model, os.path.join(folder, "model.safetensors"), dtype)
 
 
 def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipConfig]:
     """The sizes of a folder that `save_model` wrote. num_frames: K, where it is to be another. BadInput: a
     file is missing or odd."""
-    config, path = os.path.join(folder, "config.json"), os.path.join(folder, "model.safetensors")
-    refuse_pickles(folder)
-    for file in (config, path):
-        if not os.path.exists(file):
-            raise BadInput(f"{file}: no such file; {POLICIES}")
+    config = os.path.join(folder, "config.json")
     sizes = read_json(config, POLICIES)
     if not is_kind([sizes.get("model"), sizes.get("clip")], list[dict]):
         raise BadInput(f"{config}: 'model' and 'clip' must be objects {{..}}; {POLICIES}")
@@ -290,20 +271,7 @@ def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipCon
 
 def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
     """The model of a folder that `save_model` wrote, float32, frozen. BadInput: a file is missing or odd."""
-    path, configs = os.path.join(folder, "model.safetensors"), read_configs(folder, num_frames)
-    stored, _ = read_tensors(path, "make it anew with pretrain.py")
-    try:
-        model = VideoLM(*configs)
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise BadInput(
-            f"{folder}: not what save_model wrote ({error}); make it anew with pretrain.py"
-        ) from error
-    shapes, wanted = ({k: tuple(x.shape) for k, x in d.items()} for d in (stored, model.state_dict()))
-    odd = sorted(k for k in shapes.keys() | wanted.keys() if shapes.get(k) != wanted.get(k))
-    if odd:
-        raise BadInput(
-            f"{path}: {odd[0]} is {shapes.get(odd[0])}, config.json wants {wanted.get(odd[0])}"
-            f" (and {len(odd) - 1} more): use files that belong together"
-        )
-    model.load_state_dict(stored)
-    return model.to(device).float().eval().requires_grad_(False)
+    from checkpoints.weight_files import read_own
+
+    configs = read_configs(folder, num_frames)
+    return read_own(lambda: VideoLM(*configs), folder, device)

@@ -15,7 +15,6 @@ The result is a policy folder of its own. The decoder's folder and CLIP's are on
 
 import hashlib
 import json
-import math
 import os
 import random
 from dataclasses import asdict, dataclass, fields, replace
@@ -29,10 +28,12 @@ from tqdm import tqdm
 import lora
 from checkpoints import peft_files
 from checkpoints.policies import SUPERVISED, PolicyOptions, kind_of, load_policy
+from checkpoints.pretrained import BRIDGE_FILE
+from checkpoints.weight_files import read_own, write_own
 from data import VIDEO_ID, build_prompt, collate_completions, load_clips
 from model import Bridge, ModelConfig, VideoLM
-from plumbing.fitting import MAX_NORM, adamw, learning_rate
-from plumbing.machine import hold, optimizer_step, pick_device, pick_dtype, say
+from plumbing.fitting import adamw, descend
+from plumbing.machine import MachineOptions, pick_device, say, set_up
 from plumbing.options import (
     LEFT,
     Alpha,
@@ -60,7 +61,8 @@ WANTS = "name a folder that pretrain.py --stage bridge or sft wrote"
 FIRST_SCENE = 4_000_000  # seed of the first scene of the embedded world's clips for pretrained policies
 KINDS = dict.fromkeys(("decoder", "clip", "template", "video_tokens"), str) | {"fingerprints": dict}
 SIZES = ("bridge", "bridge_width", "bridge_heads", "num_queries", "qformer_layers", "num_frames")
-SAVED_FIRST = ("training.safetensors", "bridge.safetensors", "adapter", "metrics.jsonl")  # before config.json
+SAVED_FIRST = ("training.safetensors", BRIDGE_FILE, "adapter", "metrics.jsonl")  # before config.json
+LOSSES = "loss {loss:.3f}, held out {held_loss:.3f}, other video {held_loss_other_video:.3f}"  # printed
 HELD_CLIPS = 32  # held-out clips that the loss is measured on
 
 
@@ -108,8 +110,8 @@ def answer_batch(rows: list[list], limit: int, rng: random.Random) -> tuple[Tens
 
 
 def states_behind(model: VideoLM, opening: list[int], video: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """The states (P, G, T, D) that predict ids (P, G, T), of which mask (P, G, T) bool leaves out the end;
-    they stand behind the opening and the video tokens (P, N_video, D)."""
+    """The states (P, G, T, D) that predict ids (P, G, T) after the opening and the video tokens
+    (P, N_video, D). mask (P, G, T) bool: False where a row of ids has ended."""
     prompt_ids = torch.tensor([*opening] + [VIDEO_ID] * video.shape[1], device=video.device)
     prompt_ids = prompt_ids.expand(len(video), -1)
     prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool)
@@ -152,8 +154,7 @@ class Lessons:
             raise BadInput(f"{data}: questions about {len(clips)} clips; give 3 or more, 2 are held out")
         lengths = {q.id: len(tokenizer.encode(q.answer)) for part in self.by_clip.values() for q in part}
         middle = sorted(lengths.values())[len(lengths) // 2]
-        brief = {q_id for q_id, length in lengths.items() if length <= middle}
-        self.short = {clip: [q for q in part if q.id in brief] for clip, part in self.by_clip.items()}
+        self.short = {c: [q for q in part if lengths[q.id] <= middle] for c, part in self.by_clip.items()}
         self.opening = tokenizer.prompt("", 1)[: model.cfg.video_start]
         self.folder = os.path.join(cfg.out, "features")
         os.makedirs(self.folder, exist_ok=True)
@@ -238,31 +239,21 @@ def train_supervised(cfg) -> None:
         if not isinstance(model.bridge, Bridge):
             raise BadInput(f"--policy {cfg.policy}: has a projector; a bridge needs --video_tokens qformer")
         parameters += [p.requires_grad_(True) for p in model.bridge.parameters()]
-    model.decoder.compute_dtype = getattr(torch, pick_dtype("auto", device, model.cfg.dim))
-    model.decoder.checkpointing = cfg.checkpointing
-    if model.decoder.compute_dtype != torch.float32:
-        hold(model.decoder, model.decoder.compute_dtype)
+    set_up(model.decoder, MachineOptions(checkpointing=cfg.checkpointing), device)
     lessons, optimizer = Lessons(cfg, model, tokenizer), adamw(parameters, cfg.lr)
     history = load_training(cfg.out, parameters, optimizer) if cfg.resume else []
     first, warmup = history[-1]["step"] if history else 0, max(1, round(cfg.warmup_share * cfg.steps))
     if history:  # of a save that was cut short only the first file may be there
         save_result(cfg, model, parameters, optimizer, history)
-    bar, losses = tqdm(range(first, cfg.steps), cfg.stage, initial=first, total=cfg.steps), []
-    for step in bar:
-        loss = lessons.loss(step)
-        loss.backward()
-        norm = optimizer_step(optimizer, learning_rate(step, cfg.steps, cfg.lr, warmup), MAX_NORM)
-        losses.append(loss.item())
-        if not math.isfinite(norm + losses[-1]):
-            raise BadInput(f"--lr {cfg.lr}: {cfg.stage} diverged at step {step + 1}; take a lower one")
+    losses, options = [], dict(first=first, steps=cfg.steps, rate="lr", lr=cfg.lr, warmup=warmup)
+    for step, loss in descend(cfg.stage, lessons.loss, optimizer, **options):
+        losses.append(loss)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            row = {"step": step + 1, "loss": sum(losses) / len(losses), **lessons.held_losses()}
-            history.append(row)
+            mean = sum(losses) / len(losses)
+            history.append({"step": step + 1, "loss": mean, **lessons.held_losses()})
             losses = []
             save_result(cfg, model, parameters, optimizer, history)
-            held, other = row["held_loss"], row["held_loss_other_video"]
-            losses_of = f"loss {row['loss']:.3f}, held out {held:.3f}, other video {other:.3f}"
-            bar.write(f"step {step + 1}: {losses_of}")
+            tqdm.write(f"step {step + 1}: {LOSSES.format(**history[-1])}")
     say(f"{cfg.out}: a policy for --policy {cfg.out}")
 
 
@@ -288,29 +279,29 @@ def check_out(cfg) -> None:
 
 
 def take_bridge(model: VideoLM, folder: str) -> None:
-    """Gives the model the bridge of another policy folder, written by pretrain.py. Where the decoders differ
-    in width, the last two linear layers start anew. Raises BadInput if it is of another CLIP."""
-    config, name = read_json(os.path.join(folder, "config.json"), WANTS), "model.safetensors"
+    """Gives the model the bridge of another folder that pretrain.py wrote. If the decoders differ in width,
+    its last two linear layers start anew. Raises BadInput if it was made for another CLIP."""
+    config = read_json(os.path.join(folder, "config.json"), WANTS)
     sizes = config.get("model", config.get("sizes"))
     if not isinstance(sizes, dict):
         raise BadInput(f"--bridge_from {folder}: holds no bridge; {WANTS}")
+    name, before = "model.safetensors", "bridge."  # in a whole model its names begin so
     if config.get("model_type") == SUPERVISED:
-        name = "bridge.safetensors"
+        name, before = BRIDGE_FILE, ""
     stored, _ = read_tensors(os.path.join(folder, name), WANTS)
-    if name == "model.safetensors":
-        stored = {key.removeprefix("bridge."): x for key, x in stored.items() if key.startswith("bridge.")}
+    stored = {key.removeprefix(before): x for key, x in stored.items() if key.startswith(before)}
     sizes = {key: sizes[key] for key in SIZES if key in sizes and key != "num_frames"}
     model.cfg = resized(model.cfg, sizes, folder)
-    bridge, device = Bridge(model.cfg, model.clip_cfg), model.decoder.head.device
+    bridge = Bridge(model.cfg, model.clip_cfg)
     new = bridge.state_dict()
     kept = {key: x.float() for key, x in stored.items() if key in new and x.shape == new[key].shape}
-    unfit = sorted(key for key in new if key not in kept and not key.startswith(("fc1.", "fc2.")))
+    anew = sorted(new.keys() - kept.keys())
+    unfit = [key for key in anew if not key.startswith(("fc1.", "fc2."))]
     if unfit:
         raise BadInput(f"--bridge_from {folder}: {unfit[0]} is of another CLIP; name one of the same CLIP")
     bridge.load_state_dict(kept, strict=False)
-    model.bridge = bridge.requires_grad_(False).to(device)
-    anew = sorted(key for key in new if key not in kept)
-    say(f"bridge from {folder}; {'all of it' if not anew else ', '.join(anew) + ' start anew'}")
+    model.bridge = bridge.requires_grad_(False).to(model.decoder.head.device)
+    say(f"bridge from {folder}; {', '.join(anew) + ' start anew' if anew else 'all of it'}")
 
 
 # -------------------------------------------------------------------------------------------------- the files
@@ -331,8 +322,7 @@ def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict])
     training = save(content, {"history": json.dumps(finite(history))})
     write_whole(os.path.join(cfg.out, "training.safetensors"), training)
     if isinstance(model.bridge, Bridge):
-        bridge = {name: x.detach().cpu().contiguous() for name, x in model.bridge.state_dict().items()}
-        write_whole(os.path.join(cfg.out, "bridge.safetensors"), save(bridge))
+        write_own(model.bridge, os.path.join(cfg.out, BRIDGE_FILE))
     if cfg.stage == "sft":
         path = "model.language_model." if kind_of(beneath["decoder"]) == "llava" else "model."
         peft_files.save_adapter(model.decoder, os.path.join(cfg.out, "adapter"), path)
@@ -372,7 +362,7 @@ def decoder_options(options: PolicyOptions) -> tuple[PolicyOptions, dict]:
     for name, kind in (KINDS | {"sizes": dict}).items():
         if type(config.get(name)) is not kind:
             raise BadInput(f"{path}: {name} is missing or damaged; {WANTS}")
-    fixed = {"clip": config["clip"], "template": config["template"], "video_tokens": config["video_tokens"]}
+    fixed = {name: config[name] for name in ("clip", "template", "video_tokens")}
     fixed["num_frames"] = config["sizes"].get("num_frames")
     for name, value in fixed.items():
         if getattr(options, name) not in (value, getattr(PolicyOptions, name)):
@@ -381,10 +371,9 @@ def decoder_options(options: PolicyOptions) -> tuple[PolicyOptions, dict]:
         if fingerprint(config[name]) != config["fingerprints"].get(name):
             raise BadInput(f"{config[name]}: not the {name} that {folder} was trained with; put it back")
     adapter = os.path.join(folder, "adapter")
-    adapter = adapter if os.path.isdir(adapter) else ""
-    names = [field.name for field in fields(PolicyOptions)]
-    own = {name: getattr(options, name) for name in names}
-    return PolicyOptions(**own | fixed | {"policy": config["decoder"], "adapter": adapter}), config
+    fixed |= {"policy": config["decoder"], "adapter": adapter if os.path.isdir(adapter) else ""}
+    own = {field.name: getattr(options, field.name) for field in fields(PolicyOptions)}
+    return PolicyOptions(**own | fixed), config
 
 
 def resized(cfg: ModelConfig, sizes: dict, folder: str) -> ModelConfig:
@@ -398,20 +387,11 @@ def resized(cfg: ModelConfig, sizes: dict, folder: str) -> ModelConfig:
 
 
 def load_supervised(options: PolicyOptions, device):
-    """(VideoLM, tokenizer) of a folder that `train_supervised` wrote; then options.adapter is merged too."""
+    """(VideoLM, tokenizer) of a folder that `train_supervised` wrote, its own adapter merged."""
     beneath, config = decoder_options(options)
-    path = os.path.join(options.policy, "bridge.safetensors")
+    path = os.path.join(options.policy, BRIDGE_FILE)
     model, tokenizer = load_policy(beneath, device, own_bridge=os.path.exists(path))
     if os.path.exists(path):
-        stored = read_tensors(path, WANTS)[0]
         model.cfg = resized(model.cfg, config["sizes"], options.policy)
-        try:
-            bridge = Bridge(model.cfg, model.clip_cfg)
-            bridge.load_state_dict(stored)
-        except (TypeError, RuntimeError, ArithmeticError) as error:
-            raise BadInput(f"{path}: does not fit config.json ({one_line(error)}); {WANTS}") from error
-        model.bridge = bridge.requires_grad_(False).eval().to(device)
-    if options.adapter:
-        peft_files.load_adapter(model.decoder, options.adapter)
-        lora.merge(model.decoder)
+        model.bridge = read_own(lambda: Bridge(model.cfg, model.clip_cfg), path, device)
     return model, tokenizer

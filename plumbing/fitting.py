@@ -11,6 +11,7 @@ from plumbing.machine import optimizer_step
 from plumbing.options import BadInput
 
 MAX_NORM = 1.0  # of the gradient of all parameters together
+PRINT_EVERY = 50  # steps
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -27,22 +28,33 @@ def adamw(parameters, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
 
 
-def fit(name: str, loss_of_batch, parameters, *, steps: int, cfg, rate: str, print_every: int = 50) -> None:
-    """Takes `steps` optimizer steps at the rate of cfg's option `rate`. loss_of_batch() draws the next batch
-    and returns its loss, a scalar with gradient, and a dict of numbers to report. Prints their means over
-    every `print_every` steps. Raises BadInput as soon as loss or gradient is not finite."""
-    lr = getattr(cfg, rate)
-    optimizer, warmup = adamw(parameters, lr), max(1, min(100, steps // 3))
-    bar, sums, began = tqdm(range(steps), name), defaultdict(float), time.time()
-    for step in bar:
-        loss, numbers = loss_of_batch()
+def descend(name: str, loss_of, optimizer, *, steps: int, rate: str, lr: float, warmup: int, first=0):
+    """Optimizer steps `first` .. `steps` - 1 on loss_of(step), a scalar with gradient; yields (step, loss)
+    after each. lr: the highest rate, which the option named `rate` gave. Raises BadInput as soon as loss or
+    gradient is not finite."""
+    for step in tqdm(range(first, steps), name, initial=first, total=steps):
+        loss = loss_of(step)
         loss.backward()
         norm = optimizer_step(optimizer, learning_rate(step, steps, lr, warmup), MAX_NORM)
         if not math.isfinite(norm + loss.item()):
             raise BadInput(f"--{rate} {lr}: {name} diverged at step {step + 1}; take a lower one")
+        yield step, loss.item()
+
+
+def fit(name: str, loss_of_batch, parameters, *, steps: int, cfg, rate: str) -> None:
+    """Takes `steps` optimizer steps at the rate of cfg's option `rate`. loss_of_batch() draws the next batch
+    and returns its loss, a scalar with gradient, and a dict of numbers to report. Prints their means."""
+    lr, sums, began = getattr(cfg, rate), defaultdict(float), time.time()
+
+    def loss_of(step):
+        loss, numbers = loss_of_batch()
         for key, value in {"loss": loss.item(), **numbers}.items():
             sums[key] += value
-        if (step + 1) % print_every == 0:
-            means = "  ".join(f"{key} {total / print_every:.4f}" for key, total in sums.items())
-            bar.write(f"{name} step {step + 1}  {means}  {(time.time() - began) / (step + 1):.2f} s a step")
+        return loss
+
+    options = dict(steps=steps, rate=rate, lr=lr, warmup=max(1, min(100, steps // 3)))
+    for step, _ in descend(name, loss_of, adamw(parameters, lr), **options):
+        if (step + 1) % PRINT_EVERY == 0:
+            means = "  ".join(f"{key} {total / PRINT_EVERY:.4f}" for key, total in sums.items())
+            tqdm.write(f"{name} step {step + 1}  {means}  {(time.time() - began) / (step + 1):.2f} s a step")
             sums.clear()

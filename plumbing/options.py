@@ -308,8 +308,11 @@ def read_text(path: str, wants: str) -> str:
         raise BadInput(f"{path}: not a UTF-8 text ({error.reason}); {wants}") from error
 
 
-def read_json(path: str, wants: str) -> dict:
-    """The JSON object in a file. Raises BadInput if there is none."""
+def read_json(path: str, wants: str, optional: bool = False) -> dict:
+    """The JSON object in a file; an empty one where an optional file is not there. Raises BadInput if there
+    is none."""
+    if optional and not os.path.exists(path):
+        return {}
     value = parse_json(read_bytes(path, wants), path, wants)
     if not isinstance(value, dict):
         raise BadInput(f"{path}: not a JSON object; {wants}")
@@ -330,18 +333,20 @@ def read_jsonl(path: str, wants: str) -> Iterator[tuple[str, dict]]:
 
 def read_tensors(path: str, wants: str) -> tuple[dict, dict[str, str]]:
     """(tensors by name, metadata) of a safetensors file. Raises BadInput if it is missing or damaged, and for
-    a number that is NaN or infinite."""
+    numbers that are no floats, NaN or infinite."""
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such file; {wants}")
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             metadata = file.metadata() or {}
-        unsound = next((name for name, x in tensors.items() if not x.float().isfinite().all()), None)
+        for name, x in tensors.items():
+            if not x.is_floating_point():
+                raise BadInput(f"{path}: {name} is not stored as floats; use a sound copy of this file")
+            if not x.float().isfinite().all():
+                raise BadInput(f"{path}: {name} holds NaN or infinity; use a sound copy of this file")
     except (OSError, SafetensorError, NotImplementedError) as error:  # the last for numbers of 4 bits
         raise BadInput(f"{path}: {one_line(error)}; {wants}") from error
-    if unsound:
-        raise BadInput(f"{path}: {unsound} holds NaN or infinity; use a sound copy of this file")
     return tensors, metadata
 
 

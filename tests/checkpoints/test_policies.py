@@ -277,6 +277,26 @@ def test_what_supervised_training_writes_is_a_policy_that_trains_and_merges(
         torch.testing.assert_close(again.state_dict(), ranked.state_dict(), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("base", ["bfloat16", "nf4"])
+def test_an_adapter_on_what_supervised_training_wrote_is_merged_before_the_base_takes_its_bits(
+    base, folders, tmp_path
+):
+    """It was merged into 4 bits, and left the decoder's layers in float32."""
+    config = {"decoder": folders[0], "clip": folders[1], "template": "auto", "video_tokens": "auto"}
+    config |= {"fingerprints": {name: fingerprint(config[name]) for name in ("decoder", "clip")}}
+    config |= {"model_type": "supervised_policy", "sizes": {"num_frames": 2}}
+    (tmp_path / "taught").mkdir()
+    (tmp_path / "taught" / "config.json").write_text(json.dumps(config))
+    policy, _ = load_policy(chosen(folders[0], clip=folders[1], num_frames=2))
+    for parameter in lora.add_adapters(policy.decoder, 4, 8.0):
+        parameter.data += 0.02
+    save_adapter_of(policy, str(tmp_path / "adapter"))
+    options = dict(base=base, adapter=str(tmp_path / "adapter"))
+    ours, _ = load_policy(chosen(tmp_path / "taught", **options))
+    wanted, _ = load_policy(chosen(folders[0], clip=folders[1], num_frames=2, **options))
+    torch.testing.assert_close(ours.decoder.state_dict(), wanted.decoder.state_dict(), atol=0, rtol=0)
+
+
 def refused(*words, load=load_pretrained, **options):
     with pytest.raises(BadInput) as caught:
         load(PolicyOptions(**options))

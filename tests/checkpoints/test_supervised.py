@@ -14,11 +14,12 @@ from test_policies import folders  # noqa: F401 (a fixture)
 
 import lora
 import pretrain
-from checkpoints import supervised
+from checkpoints import supervised, weight_files
 from checkpoints.policies import PolicyOptions, load_model, load_policy, save_model
 from checkpoints.supervised import answer_batch, answer_loss
 from clip import ClipConfig
 from model import ModelConfig, VideoLM
+from plumbing import fitting
 from plumbing.options import BadInput, parse_args
 from plumbing.run_folder import fingerprint
 from videoqa import world
@@ -195,7 +196,8 @@ def test_a_training_killed_at_any_write_ends_as_one_that_was_not(
         return write_or_die
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(supervised, "write_whole", dying(supervised.write_whole))
+        for module in (supervised, weight_files):  # the latter writes the bridge
+            patch.setattr(module, "write_whole", dying(module.write_whole))
         patch.setattr(supervised, "write_json", dying(supervised.write_json))
         train(monkeypatch, *options, "--out", killed)
     # killed before its first config.json it starts over
@@ -247,7 +249,7 @@ def test_a_bridge_aligned_with_one_decoder_serves_another_and_only_behind_its_ow
 def test_a_supervised_training_that_diverges_ends_before_it_saves(folders, data, tmp_path, monkeypatch):  # noqa: F811
     options = ["--stage", "sft", "--policy", folders[0], "--clip", folders[1], *data, "--steps", 3]
     options += ["--batch_clips", 2, "--lora_r", 4, "--out", tmp_path / "out"]
-    monkeypatch.setattr(supervised, "optimizer_step", lambda *given: float("nan"))
+    monkeypatch.setattr(fitting, "optimizer_step", lambda *given: float("nan"))
     with pytest.raises(BadInput, match="--lr 0.0003: sft diverged at step 1"):
         train(monkeypatch, *options)
     assert not (tmp_path / "out" / "config.json").exists()

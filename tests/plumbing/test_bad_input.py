@@ -19,6 +19,7 @@ import lora
 import pretrain
 import selection
 import train
+from checkpoints import weight_files
 from checkpoints.huggingface import decoder_config, hf_config
 from checkpoints.peft_files import read_adapter
 from checkpoints.policies import PolicyOptions, load_policy, load_run
@@ -75,6 +76,38 @@ def test_no_reader_of_weights_takes_a_number_that_is_not_finite(tmp_path, value)
     for name, read in readers.items():
         with pytest.raises(BadInput, match=rf"{name}: \S+ holds NaN or infinity"):
             read()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_no_reader_of_weights_takes_integers(tmp_path, dtype):
+    policy, bridge = tmp_path / "w", tmp_path / "bridge"
+    shutil.copytree(WEIGHTS, policy)
+    for path in (policy / "model.safetensors", policy / "ranker" / "ranker.safetensors"):
+        tensors = load_file(path)
+        save_file(tensors | {name: x.to(dtype) for name, x in list(tensors.items())[-1:]}, path)
+    config = json.loads((WEIGHTS / "config.json").read_text())
+    bridge.mkdir()
+    (bridge / "config.json").write_text(
+        json.dumps({"model_type": "supervised_policy", "sizes": config["model"]})
+    )
+    save_file({"x": torch.ones(2).to(dtype)}, bridge / "bridge.safetensors")
+    readers = {
+        "model.safetensors": lambda: load_policy(PolicyOptions(policy=str(policy))),
+        "ranker.safetensors": lambda: load_ranker(str(policy / "ranker")),
+        "bridge.safetensors": lambda: take_bridge(VideoLM(TINY, CLIP), str(bridge)),
+    }
+    for name, read in readers.items():
+        with pytest.raises(BadInput, match=rf"{name}: .*(is not stored as float|, not as floating-point)"):
+            read()
+
+
+def test_a_fused_projection_of_another_shape_in_an_openai_file_is_named(tmp_path):
+    pieces = weight_files.Source("in_proj", third=0)
+    for shape in ((), (7,), (9, 2)):
+        save_file({"in_proj": torch.zeros(shape)}, tmp_path / "x.safetensors")
+        tensors = weight_files.Tensors(str(tmp_path / "x.safetensors"))
+        with pytest.raises(BadInput, match="x.safetensors: tensor in_proj has shape "):
+            weight_files.check_tensors({"q": (3,)}, tensors, {"q": pieces}, ())
 
 
 @pytest.mark.parametrize("vocab_size", [16, 18])  # of 18 a draw from NaN lies behind the last id
