@@ -588,6 +588,7 @@ class VideoLM(nn.Module):
         self.clip = Clip(clip_cfg).requires_grad_(False)
         self.bridge = (Projector if cfg.bridge.startswith("llava") else Bridge)(cfg, clip_cfg)
         self.decoder = Decoder(cfg)
+        self.decoder_path = "model."  # of the decoder's layers in the model that PEFT would wrap
 
     @torch.no_grad()
     def patch_tokens(self, frames: Tensor) -> Tensor:

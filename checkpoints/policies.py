@@ -19,13 +19,12 @@ from plumbing.options import (
     Options,
     Positive,
     Seed,
+    becoming,
     check_record,
     checked,
     is_kind,
     read_from,
     read_json,
-    remove_leftovers_of,
-    temporary_name,
     write_json,
 )
 from plumbing.run_folder import fingerprint
@@ -121,6 +120,7 @@ def load_policy(options: PolicyOptions, device="cpu", own_bridge: bool = False):
         model = load_pretrained(held, device, own_bridge)
         tokenizer = load_tokenizer(options, model.cfg.vocab_size)
         model.cfg = replace(model.cfg, video_start=tokenizer.video_start)
+        model.decoder_path = "model.language_model." if kind == "llava" else "model."
     else:
         refuse_pretrained_options(options)
         model = load_model(options.policy, device, options.num_frames)
@@ -157,8 +157,7 @@ def save_adapter_of(policy: VideoLM, folder: str) -> None:
     """Writes the policy's adapter as PEFT does, under the names of the model that PEFT would wrap."""
     from checkpoints.peft_files import save_adapter
 
-    llava = policy.cfg.bridge.startswith("llava")
-    save_adapter(policy.decoder, folder, "model.language_model." if llava else "model.")
+    save_adapter(policy.decoder, folder, policy.decoder_path)
 
 
 def load_adapter_of(policy: VideoLM, folder: str) -> None:
@@ -219,9 +218,7 @@ def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
     their own dtypes, pretrain.py's small ones in float32. The folder appears whole, or not at all."""
     if kind_of(source) == SUPERVISED:
         source = read_json(os.path.join(source, "config.json"), POLICIES)["decoder"]
-    folder = os.path.normpath(folder)
-    beside = temporary_name(folder)
-    try:
+    with becoming(os.path.normpath(folder)) as beside:
         if kind_of(source):
             from checkpoints.pretrained import save_pretrained
 
@@ -229,10 +226,6 @@ def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:
         else:
             save_model(policy, beside, torch.float32)
             shutil.copy(os.path.join(source, "tokenizer.json"), beside)
-        remove_leftovers_of(folder)
-        os.rename(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):

@@ -26,8 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora
-from checkpoints import peft_files
-from checkpoints.policies import SUPERVISED, PolicyOptions, kind_of, load_policy
+from checkpoints.policies import SUPERVISED, PolicyOptions, kind_of, load_policy, save_adapter_of
 from checkpoints.pretrained import BRIDGE_FILE
 from checkpoints.weight_files import read_own, write_own
 from data import VIDEO_ID, build_prompt, collate_completions, load_clips
@@ -324,8 +323,7 @@ def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict])
     if isinstance(model.bridge, Bridge):
         write_own(model.bridge, os.path.join(cfg.out, BRIDGE_FILE))
     if cfg.stage == "sft":
-        path = "model.language_model." if kind_of(beneath["decoder"]) == "llava" else "model."
-        peft_files.save_adapter(model.decoder, os.path.join(cfg.out, "adapter"), path)
+        save_adapter_of(model, os.path.join(cfg.out, "adapter"))
     rows = "".join(json.dumps(row) + "\n" for row in finite(history))
     write_whole(os.path.join(cfg.out, "metrics.jsonl"), rows.encode())
     config = {name: beneath[name] for name in KINDS}

@@ -493,9 +493,11 @@ def llava_folder(tokenizer_files, tmp_path):
     return tmp_path / "llava"
 
 
-@pytest.mark.parametrize("base", ["float32", "bfloat16", "nf4"])
+@pytest.mark.parametrize(
+    ("base", "bridge"), [("float32", "auto"), ("float32", "qformer"), ("bfloat16", "auto"), ("nf4", "auto")]
+)
 def test_train_takes_a_step_on_a_llava_in_every_base_and_peft_reads_its_adapter(
-    base, llava_folder, tmp_path, monkeypatch
+    base, bridge, llava_folder, tmp_path, monkeypatch
 ):
     (tmp_path / "longest.py").write_text(
         "def first(question, texts, *, video, reference):\n"
@@ -506,7 +508,7 @@ def test_train_takes_a_step_on_a_llava_in_every_base_and_peft_reads_its_adapter(
     options += ["--world_dir", tmp_path / "world", "--num_train_clips", 2, "--num_eval_clips", 1]
     options += ["--batch_prompts", 2, "--micro_batch_prompts", 1, "--eval_samples", 1, "--lora_r", 4]
     options += ["--max_new_tokens", 4, "--oracle", "longest:first", "--out", tmp_path / "run"]
-    options += ["--dtype", "float32" if base == "float32" else "bfloat16"]
+    options += ["--dtype", "float32" if base == "float32" else "bfloat16", "--video_tokens", bridge]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
     assert train.main() == 0
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
