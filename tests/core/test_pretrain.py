@@ -2,19 +2,17 @@
 
 import json
 import sys
-from contextlib import nullcontext
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import MetaDevice, made_up
 
 import pretrain
 from checkpoints import embedded
 from checkpoints.policies import PolicyOptions, load_model, load_policy
 from clip import ClipConfig
 from data import Tokenizer
-from model import Bridge, Decoder, ModelConfig
+from model import Bridge, ModelConfig
 from plumbing.options import BadInput
 from videoqa import world
 
@@ -53,18 +51,6 @@ def test_stages_one_by_one_make_the_weights_of_one_command_and_train_their_own_p
     assert changed == [set(), {"bridge", "decoder"}, {"decoder"}]
     whole = load_file(run(monkeypatch, home, "at_once") / "model.safetensors")
     assert all(torch.equal(x, before[name]) for name, x in whole.items())
-
-
-def test_no_stage_on_another_device_mixes_it_with_the_cpu(home, monkeypatch):
-    read_back = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read_back(made_up(x) if x.is_meta else x))
-    monkeypatch.setattr(embedded, "pick_device", lambda wanted: "meta")
-    monkeypatch.setattr(Decoder, "autocast", lambda self: nullcontext())  # there is none for meta
-    with MetaDevice():
-        run(monkeypatch, home, "meta")
-        ranker = "--stage ranker --ranker_clips 4 --ranker_steps 1 --ranker_batch 2".split()
-        run(monkeypatch, home, "meta", *ranker)
-    assert (home / "meta" / "ranker" / "made.json").exists()
 
 
 @pytest.mark.parametrize("bridge", ["patches", "pooled"])

@@ -13,25 +13,20 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import eval as evaluation
 import lora
 import train
 from checkpoints.policies import load_model, save_model
 from data import Prompts
-from model import Decoder
 from oracle import Ranking
-from oracles import feedback
-from plumbing import run_folder
 from rollout import Sampling, answer, generate
 from videoqa import world
 
@@ -236,54 +231,6 @@ def test_a_run_of_non_finite_losses_skips_saves_counts_and_stops(home, script):
     batches = sorted((home / "nan" / "bad_batches").iterdir())
     assert len(batches) == 3 and "completion_ids" in load_file(batches[0])
     assert all(t.abs().max() == 0 for key, t in adapter(home, "nan").items() if "lora_B" in key)
-
-
-def made_up(x):
-    """What the host reads of a tensor on the meta device, which holds nothing: True, 1 or 0.5."""
-    return torch.full(x.shape, {torch.bool: True, torch.int64: 1}.get(x.dtype, 0.5), dtype=x.dtype)
-
-
-class MetaDevice(TorchDispatchMode):
-    """Lets the meta device stand for a GPU: what mixes it with the CPU raises as it would there."""
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        aten, first, kwargs = torch.ops.aten, args[0] if args else None, kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.dim()]
-        across = (aten.copy_, aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
-        if len({x.device for x in tensors}) > 1 and op.overloadpacket not in across:
-            raise RuntimeError(f"{op} is given tensors of two devices")
-        if isinstance(first, torch.Tensor) and first.is_meta:
-            if op is aten._local_scalar_dense.default:
-                return made_up(first).item()
-            if op is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
-                return made_up(first).to(kwargs.get("dtype") or first.dtype)
-            if op is aten.nonzero.default:
-                return torch.zeros(1, first.dim(), dtype=torch.int64, device="meta")
-            if op is aten.index.Tensor and args[1][0].dtype == torch.bool:  # as if one were true
-                args = first, list(torch.zeros(args[1][0].dim(), 1, dtype=torch.int64, device="meta"))
-        return op(*args, **kwargs)
-
-
-@pytest.mark.parametrize("options", ["--oracle trained", "--base nf4 --top_p 0.9 --checkpointing true"])
-def test_no_step_on_another_device_mixes_it_with_the_cpu(home, monkeypatch, options):
-    read_back = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: read_back(made_up(x) if x.is_meta else x))
-    monkeypatch.setattr(train, "start_processes", lambda wanted: torch.device("meta"))
-    adamw = torch.optim.AdamW  # fused there is none for meta
-    monkeypatch.setattr(torch.optim, "AdamW", lambda given, **more: adamw(given, **more | {"fused": False}))
-    monkeypatch.setattr(train, "describe", str)
-    monkeypatch.setattr(run_folder.RunFolder, "save", lambda self: None)
-    for room in (train, feedback, run_folder):
-        monkeypatch.setattr(room, "reduce_sum", lambda *values, device: [*map(float, values)])
-    monkeypatch.setattr(Decoder, "autocast", lambda self: nullcontext())  # there is none for meta
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # in it, reading back passes the mode by
-    argv = command(home, "meta" + options[:8], "--num_steps", "2", *options.split())
-    monkeypatch.setattr(sys, "argv", argv)
-    handler = signal.getsignal(signal.SIGINT)
-    with MetaDevice():
-        assert train.main() == 0
-    signal.signal(signal.SIGINT, handler)
 
 
 def test_a_run_without_any_order_of_answers_ends_well_and_says_what_helps(home, script):
