@@ -3,6 +3,7 @@
 import signal
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import test_pretrain
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import train
 from checkpoints import embedded
 from model import Decoder
-from oracles import feedback
+from oracles import choose, feedback
 from plumbing import run_folder
 
 
@@ -37,10 +38,11 @@ class MetaDevice(TorchDispatchMode):
                 return made_up(first).item()
             if op is aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
                 return made_up(first).to(kwargs.get("dtype") or first.dtype)
-            if op is aten.nonzero.default:
-                return torch.zeros(1, first.dim(), dtype=torch.int64, device="meta")
-            if op is aten.index.Tensor and args[1][0].dtype == torch.bool:  # as if one were true
-                args = first, list(torch.zeros(args[1][0].dim(), 1, dtype=torch.int64, device="meta"))
+            if op is aten.nonzero.default:  # as if all were true
+                return torch.zeros(first.numel(), first.dim(), dtype=torch.int64, device="meta")
+            if op is aten.index.Tensor and args[1][0].dtype == torch.bool:
+                where = torch.zeros(args[1][0].numel(), dtype=torch.int64, device="meta")
+                args = first, [where] * args[1][0].dim()
         return op(*args, **kwargs)
 
 
@@ -52,7 +54,14 @@ def reading_back(monkeypatch):
     monkeypatch.setattr(Decoder, "autocast", lambda self: nullcontext())  # there is none for meta
 
 
-@pytest.mark.parametrize("options", ["--oracle trained", "--base nf4 --top_p 0.9 --checkpointing true"])
+OPTIONS = ["--oracle trained", "--base nf4 --top_p 0.9 --checkpointing true"]
+OPTIONS += [
+    "--objective dpo --sample_prompts 20 --micro_batch_prompts 3",
+    "--objective ppo --fill 2 --norm token",
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_no_step_on_another_device_mixes_it_with_the_cpu(tmp_path, monkeypatch, reading_back, options):
     monkeypatch.setattr(train, "start_processes", lambda wanted: torch.device("meta"))
     adamw = torch.optim.AdamW  # fused there is none for meta
@@ -63,7 +72,14 @@ def test_no_step_on_another_device_mixes_it_with_the_cpu(tmp_path, monkeypatch, 
         monkeypatch.setattr(room, "reduce_sum", lambda *values, device: [*map(float, values)])
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # in it, reading back passes the mode by
-    argv = test_train.command(tmp_path, "meta", "--num_steps", "2", *options.split())
+    ask = choose.PatientOracle.rank
+
+    def rank(oracle, batch, texts):  # what is made up ties: an order, so that the groups are live
+        ranking = ask(oracle, batch, texts)
+        return replace(ranking, ranks=torch.arange(5).expand(ranking.ranks.shape))
+
+    monkeypatch.setattr(choose.PatientOracle, "rank", rank)
+    argv = test_train.command(tmp_path, "meta", "--num_steps", "1", *options.split())
     monkeypatch.setattr(sys, "argv", argv)
     handler = signal.getsignal(signal.SIGINT)
     with MetaDevice():
