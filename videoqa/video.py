@@ -41,7 +41,6 @@ TS_PACKETS = (188, 192, 204)  # bytes; a file of MPEG-TS is made of packets of o
 PLAYLISTS = {"concat", "hls", "dash", "sdp", "rtsp", "imf"}
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192
 MAX_RATE, MAX_SECONDS = 1000, 7 * 24 * 3600  # frames a second and seconds of a video
-SMALL_PIXELS = 256 * 256  # below this, starting decoder threads costs more than they save
 _ONE_AT_A_TIME = Lock()  # of `without_errors`
 
 
@@ -86,7 +85,11 @@ def without_errors(read):
 @contextmanager
 def open_video(path: str, logs: list | None = None):
     """A `_Source`, closed afterwards. Every FFmpeg error inside becomes a VideoError. logs: of
-    `without_errors`; with them one thread decodes, so that they are complete."""
+    `without_errors`.
+
+    One thread decodes: with several, whether a damaged picture is marked as such depends on which of them is
+    first, and what they log is not this thread's. Several videos are read at once instead (data.load_clips).
+    """
     if not os.path.isfile(path):
         raise VideoError(path, "no such file")
     if os.path.getsize(path) == 0:
@@ -110,15 +113,9 @@ def open_video(path: str, logs: list | None = None):
                 raise VideoError(path, f"its pictures of {codec.width}x{codec.height} pixels are too large")
             for sound in container.streams.audio:
                 _open_sound(path, sound.codec_context)
-            alone = logs is not None or codec.width * codec.height <= SMALL_PIXELS
-            codec.thread_type = "NONE" if alone else "AUTO"
+            codec.thread_type, codec.thread_count = "NONE", 1
             codec.options = {"err_detect": "explode", "max_pixels": limits["max_pixels"]}
-            try:
-                yield _Source(path, container, stream, logs)
-            finally:
-                # Waits for the decoder's threads without Python's lock. Freeing it waits as well, but with
-                # that lock, and for ever where a thread has an error to log, which takes the lock.
-                codec.flush_buffers()
+            yield _Source(path, container, stream, logs)
     except av.FFmpegError as error:
         raise VideoError(path, f"FFmpeg cannot read it as video ({error.strerror})") from error
 

@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import struct
 import threading
 from fractions import Fraction
@@ -507,6 +508,18 @@ def test_bits_whose_damage_the_hevc_decoder_only_logs_are_noticed(tmp_path, flip
     with pytest.raises(video.VideoError, match="damaged"):
         video.read_frames(tmp_path / "a.mp4", 8, 112)
     assert not check_video(tmp_path / "a.mp4")["ok"]
+
+
+@needs_real_clips
+def test_damage_is_noticed_every_time(tmp_path):
+    """With several decoding threads 4 of 12 readings of this file went through."""
+    with open(os.path.join(REAL_CLIPS, "clips", "demo_spatiotemporal_det.mp4"), "rb") as file:
+        content = bytearray(file.read())
+    content[178860:178924] = random.Random(4).randbytes(64)
+    (tmp_path / "a.mp4").write_bytes(content)
+    for _ in range(12):
+        with pytest.raises(video.VideoError, match="damaged"):
+            video.read_frames(tmp_path / "a.mp4", 8, 64)
 
 
 def test_threads_that_log_an_error_do_not_stop_the_reader_for_ever(tmp_path):
