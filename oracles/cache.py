@@ -17,6 +17,7 @@ OF_THE_DISK = {
     sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN,
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
 }  # fmt: skip
+DAMAGED = (sqlite3.Error, UnicodeDecodeError)  # the latter where the error's words quote bytes of the file
 CACHE_VERSION = 1  # of the file's layout and of the wording of judge.py's prompts
 
 
@@ -53,7 +54,7 @@ class Cache:
             if version == CACHE_VERSION:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.execute("PRAGMA synchronous = NORMAL")
-        except sqlite3.Error as error:
+        except DAMAGED as error:
             raise BadInput(f"{self.option} {self.path}: {error}; name another file") from error
         if version != CACHE_VERSION:
             wanted = f"is of version {version}, this code reads version {CACHE_VERSION}"
@@ -68,7 +69,7 @@ class Cache:
                 return []
             try:
                 return self.db.execute(line, values).fetchall()
-            except sqlite3.Error as error:
+            except DAMAGED as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF in OF_THE_DISK:
                     raise OSError(f"{self.path}: {error}") from error
                 raise BadInput(f"{self.path}: damaged ({error}); name another file") from error

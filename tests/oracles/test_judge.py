@@ -422,6 +422,19 @@ def test_a_text_of_the_cache_that_is_not_utf_8_is_damage(tmp_path):
         cache.get("key")
 
 
+@pytest.mark.parametrize("at", [b"CREATE TABLE rankings", b"rankings", b"PRIMARY"])
+def test_a_damaged_name_in_the_cache_that_its_error_quotes_is_one_line(tmp_path, at):
+    path = tmp_path / "c.sqlite"
+    cache = Cache(str(path))
+    cache.put("key", "me", "q", [0, 1], "reply")
+    cache.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    cache.db.close()
+    data = path.read_bytes()
+    path.write_bytes(data.replace(at, at[:2] + b"\x90" + at[3:]))
+    with pytest.raises(BadInput, match=r"c\.sqlite: .*; name another file"):
+        Cache(str(path)).get("key")
+
+
 def test_a_cache_without_room_is_told_as_the_disk(tmp_path):
     cache = Cache(str(tmp_path / "c.sqlite"))
     cache.put("key", "me", "q", [0, 1], "reply")
