@@ -15,7 +15,6 @@ from videoqa.video import (
     VideoError,
     open_video,
     too_short,
-    without_errors,
 )
 
 NEEDED = ("id", "video", "question", "answer")
@@ -121,13 +120,10 @@ def check_video(path: str, needed: float = 0.0) -> dict:
     Returns {"ok": bool, "reason": str, empty if ok, "frames": those that decode, "fps": average, "duration":
     seconds, "codec", "width", "height"}; None stands for what could not be established.
     """
-    return without_errors(lambda logs: _check_once(os.fspath(path), needed, logs))
-
-
-def _check_once(path: str, needed: float, logs: list | None) -> dict:
+    path = os.fspath(path)
     facts = dict.fromkeys(("frames", "fps", "duration", "codec", "width", "height"))
     try:
-        with open_video(path, logs) as source:
+        with open_video(path) as source:
             frames = damaged = refused = packets = corrupt = backwards = logged = 0
             cause, previous = "", -math.inf
             stream, codec = source.stream, source.stream.codec_context

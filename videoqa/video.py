@@ -4,6 +4,7 @@ VideoError.
 """
 
 import io
+import logging
 import math
 import os
 import re
@@ -12,7 +13,6 @@ from collections import deque
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
-from threading import Lock
 
 import av
 import av.logging
@@ -41,7 +41,8 @@ TS_PACKETS = (188, 192, 204)  # bytes; a file of MPEG-TS is made of packets of o
 PLAYLISTS = {"concat", "hls", "dash", "sdp", "rtsp", "imf"}
 MAX_PIXELS = 2**26  # of a picture: 8192 x 8192
 MAX_RATE, MAX_SECONDS = 1000, 7 * 24 * 3600  # frames a second and seconds of a video
-_ONE_AT_A_TIME = Lock()  # of `without_errors`
+# What FFmpeg logs where no `Capture` takes it goes nowhere, unless the program that runs this wants it
+logging.getLogger("libav").addHandler(logging.NullHandler())
 
 
 class DataError(BadInput):
@@ -59,33 +60,9 @@ class VideoError(DataError):
         return f"{self.path}: {self.cause}; replace the file or drop its questions"
 
 
-def without_errors(read):
-    """read(None); where FFmpeg logs an error meanwhile, read(logs) instead, with `logs` for `open_video`.
-
-    Some damage is logged and shows nowhere else. FFmpeg's log is one for the whole process, so what was
-    logged may be of a video that another thread reads. `logs`, a list that grows, has this thread's alone.
-    """
-    if av.logging.get_level() is None:
-        av.logging.set_level(av.logging.PANIC)  # errors are counted, and nothing is printed
-    num_errors = av.logging.get_last_error()[0]
-    found = read(None)
-    if av.logging.get_last_error()[0] == num_errors:
-        return found
-    with _ONE_AT_A_TIME, av.logging.Capture(local=False), av.logging.Capture() as logs:
-        level, repeated = av.logging.get_level(), av.logging.get_skip_repeated()
-        av.logging.set_level(av.logging.ERROR)
-        av.logging.set_skip_repeated(False)
-        try:
-            return read(logs)
-        finally:
-            av.logging.set_level(level)
-            av.logging.set_skip_repeated(repeated)
-
-
 @contextmanager
-def open_video(path: str, logs: list | None = None):
-    """A `_Source`, closed afterwards. Every FFmpeg error inside becomes a VideoError. logs: of
-    `without_errors`.
+def open_video(path: str):
+    """A `_Source`, closed afterwards. Every FFmpeg error inside becomes a VideoError.
 
     One thread decodes: with several, whether a damaged picture is marked as such depends on which of them is
     first, and what they log is not this thread's. Several videos are read at once instead (data.load_clips).
@@ -94,10 +71,13 @@ def open_video(path: str, logs: list | None = None):
         raise VideoError(path, "no such file")
     if os.path.getsize(path) == 0:
         raise VideoError(path, "file is empty (0 bytes)")
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
     limits = {"max_pixels": str(MAX_PIXELS), "protocol_whitelist": "file"}
     try:
         # an absolute path, as FFmpeg takes "a:b.mp4" for a protocol; tags in odd encodings must not stop us
-        with av.open(os.path.abspath(path), options=limits, metadata_errors="ignore") as container:
+        file = av.open(os.path.abspath(path), options=limits, metadata_errors="ignore")
+        with file as container, av.logging.Capture() as logs:  # of this thread
             if container.format.name in PLAYLISTS:
                 raise VideoError(path, f"a list of other files ({container.format.name}), not a video")
             cover = av.stream.Disposition.attached_pic  # the cover of an audio file poses as a video stream
@@ -140,9 +120,9 @@ class _Source:
     whether bytes were skipped in front of the packet; holes, how often; sound_after, see `spoil`.
     """
 
-    def __init__(self, path: str, container, stream, logs: list | None = None):
+    def __init__(self, path: str, container, stream, logs: list):
         self.path, self.container, self.stream, self.tick = path, container, stream, stream.time_base
-        self.second, self.logs = float(self.tick), [] if logs is None else logs
+        self.second, self.logs = float(self.tick), logs
         start, rate = stream.start_time or 0, stream.average_rate or stream.guessed_rate
         self.zero = start if container.start_time is None else self.ticks(container.start_time)
         if self.zero < 0:  # sound may run in before 0, pictures do not
@@ -460,20 +440,17 @@ def read_frames(path: str, num_frames: int, size: int, framing: str = "ffmpeg", 
     assert 0 <= start < (math.inf if end is None else end), f"need 0 <= start < end, got {start}, {end}"
     path, square = os.fspath(path), partial(_to_square, size=size, framing=framing)
 
-    def read(logs):
-        try:
-            return _read_once(path, num_frames, square, start, end, logs, skip=True)
-        except VideoError:  # perhaps only because decoding began at a key frame that can not be begun with
-            return _read_once(path, num_frames, square, start, end, logs, skip=False)
-
-    frames, times = without_errors(read)
+    try:
+        frames, times = _read_once(path, num_frames, square, start, end, skip=True)
+    except VideoError:  # perhaps only because decoding began at a key frame that can not be begun with
+        frames, times = _read_once(path, num_frames, square, start, end, skip=False)
     frames = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
     return frames.contiguous(), torch.tensor(times, dtype=torch.float32)  # (K, 3, size, size), (K,)
 
 
-def _read_once(path, num_frames, square, start, end, logs, skip: bool, file_end: int | None = None):
+def _read_once(path, num_frames, square, start, end, skip: bool, file_end: int | None = None):
     """The pixels and the times (s) of read_frames, as two lists. file_end: the end of the file, if known."""
-    with open_video(path, logs) as source:
+    with open_video(path) as source:
         if file_end is not None:
             source.end, source.outlasting = file_end, True
         duration = source.end - source.zero
@@ -488,7 +465,7 @@ def _read_once(path, num_frames, square, start, end, logs, skip: bool, file_end:
         if end is None or source.may_jump:
             source.read_on()
             if not source.outlasting and source.outlasted():
-                return _read_once(path, num_frames, square, start, end, logs, skip, source.end)
+                return _read_once(path, num_frames, square, start, end, skip, source.end)
             if fault := source.fault():
                 raise VideoError(path, fault)
         return [pixels for pixels, _ in chosen], [float((t - source.zero) * source.tick) for _, t in chosen]

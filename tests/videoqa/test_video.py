@@ -422,7 +422,7 @@ def test_a_live_recording_cut_short_is_refused(bulky, tmp_path):
 def test_a_stated_duration_of_thousands_of_digits_is_passed_over(tmp_path):
     with av.open(write_video(tmp_path / "a.mkv", range(4))) as container:
         container.streams.video[0].metadata["DURATION"] = "9" * 5000 + ":00:00.0"
-        assert video._Source("a.mkv", container, container.streams.video[0]).stated_end is None
+        assert video._Source("a.mkv", container, container.streams.video[0], []).stated_end is None
 
 
 @pytest.mark.parametrize(
@@ -494,7 +494,7 @@ def test_an_error_that_is_logged_and_not_flagged_is_damage_of_the_video_that_is_
             video.read_frames(minute, 4, 32)
     else:
         assert video.read_frames(minute, 4, 32)[0].shape == (4, 3, 32, 32)
-    assert av.logging.get_level() == av.logging.PANIC and not any(capfd.readouterr())
+    assert not any(capfd.readouterr())
 
 
 @needs_real_clips
