@@ -140,7 +140,7 @@ def made_from(cfg) -> dict[str, str]:
     """The fingerprint of the files that the oracle is made of: a resume on others is refused."""
     paths = {"trained": [cfg.ranker], "replay": [cfg.oracle_cache]}.get(cfg.oracle, [])
     if ":" in cfg.oracle:
-        paths = [getattr(sys.modules[cfg.oracle.partition(":")[0]], "__file__", None) or ""]
+        paths = [getattr(sys.modules.get(cfg.oracle.partition(":")[0]), "__file__", None) or ""]
     return {"--oracle": fingerprint(*paths)}
 
 
