@@ -131,6 +131,7 @@ def check_video(path: str, needed: float = 0.0) -> dict:
             for packet, _ in source:
                 packets += packet.size > 0 and not packet.is_discard
                 corrupt += packet.is_corrupt
+                logged += bool(source.reported())
                 source.logs.clear()
                 try:
                     decoded = packet.decode()
@@ -150,7 +151,7 @@ def check_video(path: str, needed: float = 0.0) -> dict:
             fault = source.fault()
             found = {
                 f"{refused} packets cannot be decoded ({cause})": refused,
-                f"{logged} packets are decoded with errors": logged,
+                f"{logged} packets are read or decoded with errors": logged,
                 f"{damaged} of {frames} decoded frames are damaged": damaged,
                 f"{corrupt} packets are damaged": corrupt,
                 f"packets are missing in {source.holes} places": source.holes,

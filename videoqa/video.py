@@ -22,7 +22,7 @@ from av.format import Flags
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from plumbing.options import BadInput
+from plumbing.options import BadInput, one_line
 
 CLIP_MEAN_COLOR = (122, 116, 104)  # CLIP's mean of RGB, in 0..255: what LLaVA-1.5 pads with
 SEEK_SECONDS = 10.0  # jump to a target farther away than this, else read on: most key frames come more often
@@ -76,8 +76,8 @@ def open_video(path: str):
     limits = {"max_pixels": str(MAX_PIXELS), "protocol_whitelist": "file"}
     try:
         # an absolute path, as FFmpeg takes "a:b.mp4" for a protocol; tags in odd encodings must not stop us
-        file = av.open(os.path.abspath(path), options=limits, metadata_errors="ignore")
-        with file as container, av.logging.Capture() as logs:  # of this thread
+        options = dict(options=limits, metadata_errors="ignore")
+        with av.logging.Capture() as logs, av.open(os.path.abspath(path), **options) as container:
             if container.format.name in PLAYLISTS:
                 raise VideoError(path, f"a list of other files ({container.format.name}), not a video")
             cover = av.stream.Disposition.attached_pic  # the cover of an audio file poses as a video stream
@@ -123,6 +123,8 @@ class _Source:
     def __init__(self, path: str, container, stream, logs: list):
         self.path, self.container, self.stream, self.tick = path, container, stream, stream.time_base
         self.second, self.logs = float(self.tick), logs
+        if reported := self.reported():
+            raise VideoError(path, f"damaged: {one_line(reported[0])}")
         start, rate = stream.start_time or 0, stream.average_rate or stream.guessed_rate
         self.zero = start if container.start_time is None else self.ticks(container.start_time)
         if self.zero < 0:  # sound may run in before 0, pictures do not
@@ -156,6 +158,7 @@ class _Source:
                 raise VideoError(path, "no packet has a time stamp")
             self.end = round(self.seen_end / self.tick)
             self.seek(self.zero)
+            self.logs.clear()  # an end that was cut off is told by `fault`
         seconds = (self.end - self.zero) * self.second
         if not stream.frames / MAX_RATE <= seconds <= MAX_SECONDS:
             count = stream.frames or "its"
@@ -169,16 +172,22 @@ class _Source:
         return after < before - 1.5 * self.step
 
     def decode(self, packet) -> list:
-        """The packet's frames; `spoil` where it cannot be decoded, or not without an error that is logged."""
+        """The packet's frames; `spoil` where it cannot be read or decoded without an error that is logged."""
+        reported = self.reported()
         self.logs.clear()
         try:
             frames = packet.decode()
         except av.FFmpegError:
             frames = []
             self.spoil()
-        if self.logs:
+        if self.logs or reported:
             self.spoil()
         return frames
+
+    def reported(self) -> list[str]:
+        """The errors that the container's reader has logged; that a field stands there twice is none."""
+        name = self.container.format.name
+        return [words for _, who, words in self.logs if who == name and "Duplicate element" not in words]
 
     def spoil(self) -> None:
         """Something could not be decoded: no frame is sound until a key frame that has not been read yet."""

@@ -481,7 +481,7 @@ def log_error_elsewhere():
 
 
 @pytest.mark.parametrize(
-    "log, reason", [(log_error, "1 packets are decoded with errors"), (log_error_elsewhere, "")]
+    "log, reason", [(log_error, "1 packets are read or decoded with errors"), (log_error_elsewhere, "")]
 )
 def test_an_error_that_is_logged_and_not_flagged_is_damage_of_the_video_that_is_decoded(
     minute, monkeypatch, capfd, log, reason
@@ -508,6 +508,19 @@ def test_bits_whose_damage_the_hevc_decoder_only_logs_are_noticed(tmp_path, flip
     with pytest.raises(video.VideoError, match="damaged"):
         video.read_frames(tmp_path / "a.mp4", 8, 112)
     assert not check_video(tmp_path / "a.mp4")["ok"]
+
+
+@needs_real_clips
+@pytest.mark.parametrize("flips", [{0x64: 0x80}, {0x66: 0x3F}, {0x67: 0x80}])
+def test_a_head_that_the_containers_reader_finds_damaged_is_refused_with_its_words(tmp_path, flips):
+    with open(os.path.join(REAL_CLIPS, "clips", "flipping_a_pancake.mkv"), "rb") as file:
+        content = bytearray(file.read())
+    for at, bits in flips.items():
+        content[at] ^= bits
+    (tmp_path / "a.mkv").write_bytes(content)
+    with pytest.raises(video.VideoError, match="damaged: Element at .* exceeds containing"):
+        video.read_frames(tmp_path / "a.mkv", 8, 64)
+    assert not check_video(tmp_path / "a.mkv")["ok"]
 
 
 @needs_real_clips
