@@ -357,6 +357,11 @@ def make_world(folder, seeds, workers=None, grounded=False, hard=False):
             content = "".join(json.dumps(row) + "\n" for clip in shown for row in clip)
     except BrokenProcessPool as error:
         raise BadInput(f"{folder}: a drawing process was killed; run again, what is drawn is kept") from error
+    except RuntimeError as error:  # Python would wait for the processes for ever
+        for process in multiprocessing.active_children():
+            process.kill()
+        words = "its drawing processes cannot be watched: no thread can be started"
+        raise BadInput(f"{folder}: {words}; free memory and run again") from error
     write_whole(path, content.encode())
     return path
 

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from types import SimpleNamespace
@@ -119,6 +120,22 @@ def test_at_least_eight_tasks_of_video_mme_and_spans_are_asked():
     assert len(asked & tasks) >= 8 and asked - tasks == {"Temporal Grounding"}
     ids = [row["id"] for rows in QUESTIONS for row in rows]
     assert len(set(ids)) == len(ids)
+
+
+def test_without_a_thread_for_the_drawing_processes_none_is_left_to_be_waited_for(tmp_path, monkeypatch):
+    me, real = os.getpid(), threading.Thread.start
+
+    def start(thread):
+        if os.getpid() == me:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(BadInput, match="no thread can be started; free memory"):
+        world.make_world(tmp_path, range(2), workers=2)
+    for process in multiprocessing.active_children():
+        process.join(20)
+        assert process.exitcode is not None
 
 
 def test_a_written_clip_is_h264_and_shows_the_scene(tmp_path):
