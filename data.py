@@ -1,13 +1,11 @@
-"""Questions, tokens and batches: everything between files on disk and tensors. Rows are read by
+"""Questions, prompts and batches: everything between files on disk and tensors. Rows are read by
 videoqa/questions.py, videos by videoqa/video.py.
 
 python data.py check FILE.jsonl --videos DIR    # every clip: ok or reason, frames, fps, duration, codec
 python data.py convert NAME ANNOTATIONS .. --videos DIR --out FILE.jsonl    # public data sets
 """
 
-import math
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -21,10 +19,7 @@ from plumbing.options import (
     Count,
     Options,
     PositiveShare,
-    is_kind,
-    read_json,
     run_script,
-    write_json,
 )
 from videoqa.answers import Question, instruction, prompt_text
 from videoqa.video import read_frames
@@ -33,7 +28,6 @@ PAD_ID, BOS_ID, EOS_ID, VIDEO_ID = 0, 1, 2, 3  # VIDEO_ID: placeholder for one v
 # The longest vector of a processor's sums: so a prompt's sums are taken in the same order in every batch. In
 # products of 16 bits another order moved log-probabilities of an update from those sampled by up to 0.14
 PROMPT_BLOCK = 16
-FIRST_BYTE = 4  # ids 4..259 are the bytes, then come the words
 
 
 # ---- the sets of a run ----
@@ -98,71 +92,6 @@ def load_sets(options: DataOptions, seed: int) -> tuple[list[Question], list[Que
     order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(seed)).tolist()
     held = {videos[i] for i in order[: max(1, min(len(videos) - 1, round(options.eval_share * len(videos))))]}
     return [q for q in questions if q.video not in held], [q for q in questions if q.video in held]
-
-
-# ---- tokens ----
-
-
-class Tokenizer:
-    """Whole words where the vocabulary has them, UTF-8 bytes elsewhere: decode(encode(text)) == text for all.
-
-    ids: 0..3 special, 4..259 the bytes, from 260 the words. A word stands for itself with a space before it;
-    the text gets a space in front for its first word's sake, which decode takes off again.
-    """
-
-    instructed = False  # its policy knows the answer format from its training
-    pieces = re.compile(r" ?\d+\.\d+| ?\w+| ?[^\w\s]|\s")  # every character falls in exactly one piece
-
-    def __init__(self, words: list[str]):
-        assert len(set(words)) == len(words) and all(words), "words must be distinct and not empty"
-        self.words = list(words)
-        self.id_of = {f" {word}": FIRST_BYTE + 256 + i for i, word in enumerate(self.words)}
-        singles = [bytes([i]) for i in range(256)]
-        self.bytes_of = [b""] * FIRST_BYTE + singles + [piece.encode() for piece in self.id_of]
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.bytes_of)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids without BOS and EOS; never a special id, whatever the text says."""
-        ids = []
-        for piece in self.pieces.findall(f" {text}"):
-            word = self.id_of.get(piece)
-            ids += [FIRST_BYTE + byte for byte in piece.encode()] if word is None else [word]
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """The text; special ids are skipped, bytes that are no UTF-8 (a cut character) become U+FFFD."""
-        return b"".join(self.bytes_of[i] for i in ids).decode(errors="replace").removeprefix(" ")
-
-    def banned_ids(self, V: int) -> torch.Tensor:
-        """(V,) bool: ids that a policy must never produce: padding, start, placeholder, unused rows."""
-        ids = torch.arange(V)
-        return (ids == PAD_ID) | (ids == BOS_ID) | (ids == VIDEO_ID) | (ids >= self.vocab_size)
-
-    end_ids = (EOS_ID,)
-
-    def prompt(self, text: str, num_video_tokens: int) -> list[int]:
-        return [BOS_ID] + [VIDEO_ID] * num_video_tokens + self.encode(text)
-
-    def save(self, path: str) -> None:
-        write_json(path, {"type": "words+bytes", "words": self.words})
-
-    @classmethod
-    def load(cls, path: str, V: float = math.inf) -> "Tokenizer":
-        """Raises BadInput if the file is not one that save() wrote, or has more ids than the model's V."""
-        wants = "give a file written by Tokenizer.save"
-        saved = read_json(path, wants)
-        if saved.get("type") != "words+bytes":
-            raise BadInput(f"{path}: field 'type' is not words+bytes; {wants}")
-        words = saved.get("words")
-        if not is_kind(words, list[str]) or not all(words) or len(set(words)) < len(words):
-            raise BadInput(f"{path}: field 'words' is no list of texts, each there once; {wants}")
-        tokenizer = cls(words)
-        if tokenizer.vocab_size > V:
-            raise BadInput(f"{path}: {tokenizer.vocab_size} ids, the model has {V}; use files of one model")
-        return tokenizer
 
 
 # ---- batches ----
@@ -251,7 +180,7 @@ class PromptSet:
     """Questions with their videos embedded: each video, or part of one, is decoded and sent through the
     frozen CLIP and bridge once. Holds (number of videos, N_video, D) on the model's device."""
 
-    def __init__(self, model, tokenizer: Tokenizer, questions: list[Question]):
+    def __init__(self, model, tokenizer, questions: list[Question]):
         self.questions, self.tokenizer = questions, tokenizer
         videos = sorted({question.shown for question in questions})
         self.video_embeds, times = embed_videos(model, videos)

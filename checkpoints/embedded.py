@@ -13,8 +13,9 @@ import torch
 
 from checkpoints.policies import load_model
 from checkpoints.supervised import answer_batch, answer_loss
+from checkpoints.word_tokenizer import WordTokenizer
 from clip import Clip, ClipConfig, contrastive_loss, preprocess
-from data import BOS_ID, EOS_ID, Tokenizer, collate_completions
+from data import BOS_ID, EOS_ID, collate_completions
 from model import ModelConfig, VideoLM
 from plumbing.fitting import fit
 from plumbing.machine import pick_device
@@ -43,7 +44,7 @@ class WorldOptions(Options):
     faults: bool = True  # False: a corpus without faults, to see how much the model can perceive at best
 
 
-def train_clip(cfg, clip: Clip, tokenizer: Tokenizer, frames, times, generator):
+def train_clip(cfg, clip: Clip, tokenizer: WordTokenizer, frames, times, generator):
     """frames (C, K, 3, H, W) uint8 of scene seeds 0 .. C-1, times (C, K) seconds. Half of the captions in a
     batch are hard negatives. Reports retrieval: the share of frames that find their caption among all."""
     scenes = [world.make_scene(c, cfg.world == "hard") for c in range(len(frames))]
@@ -72,7 +73,7 @@ def train_clip(cfg, clip: Clip, tokenizer: Tokenizer, frames, times, generator):
     fit("clip", batch_loss, clip.parameters(), steps=cfg.clip_steps, cfg=cfg, rate="clip_lr")
 
 
-def train_align(cfg, model: VideoLM, patches, times, tokenizer: Tokenizer, generator):
+def train_align(cfg, model: VideoLM, patches, times, tokenizer: WordTokenizer, generator):
     """Bridge and decoder learn to describe, before any question is asked (as LLaVA and BLIP-2 begin).
 
     patches (C, K, N, clip width), times (C, K) seconds. Captions of single frames, predicted from only the
@@ -109,12 +110,12 @@ def trainable(model: VideoLM, *parts) -> list[torch.nn.Parameter]:
     return [p.requires_grad_(True) for part in parts for p in part.parameters()]
 
 
-def token_pairs(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+def token_pairs(tokenizer: WordTokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """(question ids, answer ids) of questions with their answers."""
     return [(tokenizer.encode(question), tokenizer.encode(answer) + [EOS_ID]) for question, answer in texts]
 
 
-def corpus(cfg, tokenizer: Tokenizer):
+def corpus(cfg, tokenizer: WordTokenizer):
     """(short, long): for each clip a list of (question ids, answer ids). Faults are drawn once, as in a file.
     Long answers are spans and descriptions."""
     rng, short, long = random.Random(cfg.seed + 17), [], []
@@ -130,7 +131,7 @@ def corpus(cfg, tokenizer: Tokenizer):
     return short, long
 
 
-def train_sft(cfg, model: VideoLM, video_embeds, tokenizer: Tokenizer, generator):
+def train_sft(cfg, model: VideoLM, video_embeds, tokenizer: WordTokenizer, generator):
     """The decoder learns answers; video_embeds (C, N_video, D) are fixed. The questions of a clip share its
     video tokens. In the second half batches of long and short answers take turns, so that a batch holds
     answers of similar length."""
@@ -149,7 +150,7 @@ def train_sft(cfg, model: VideoLM, video_embeds, tokenizer: Tokenizer, generator
         fit(name, batch_loss, trainable(model, model.decoder), steps=steps, cfg=cfg, rate="sft_lr")
 
 
-def run_stage(stage: str, cfg, tokenizer: Tokenizer, frames, times) -> VideoLM:
+def run_stage(stage: str, cfg, tokenizer: WordTokenizer, frames, times) -> VideoLM:
     """The model after one stage; every stage but the first starts from the model in --out."""
     torch.manual_seed(cfg.seed)
     generator, device = torch.Generator().manual_seed(cfg.seed), pick_device(cfg.device)
@@ -171,13 +172,13 @@ def run_stage(stage: str, cfg, tokenizer: Tokenizer, frames, times) -> VideoLM:
     return model
 
 
-def folder_tokenizer(cfg) -> Tokenizer:
+def folder_tokenizer(cfg) -> WordTokenizer:
     """The tokenizer of --out, the world's new words behind its old ones, so that no id changes its word; of
     a folder without one, the world's words. Raises BadInput if a later stage finds no tokenizer, or more
     words than the model has embeddings for."""
     path, begins = os.path.join(cfg.out, "tokenizer.json"), cfg.stage in ("all", "clip")
-    known = Tokenizer.load(path).words if os.path.exists(path) or not begins else []
-    tokenizer = Tokenizer(known + [word for word in world.vocabulary() if word not in set(known)])
+    known = WordTokenizer.load(path).words if os.path.exists(path) or not begins else []
+    tokenizer = WordTokenizer(known + [word for word in world.vocabulary() if word not in set(known)])
     if not begins and tokenizer.vocab_size > (rows := load_model(cfg.out).cfg.vocab_size):
         raise BadInput(
             f"{path}: with the world's new words {tokenizer.vocab_size} tokens, but the model has {rows}"

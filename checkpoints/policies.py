@@ -10,7 +10,6 @@ import torch
 
 import lora
 from clip import ClipConfig
-from data import Tokenizer
 from model import ModelConfig, VideoLM
 from plumbing.options import (
     BadInput,
@@ -84,7 +83,9 @@ def load_tokenizer(options: PolicyOptions, V: int):
     """The tokenizer of the policy. V: rows of its embedding."""
     kind = kind_of(options.policy)
     if not kind:
-        return Tokenizer.load(os.path.join(options.policy, "tokenizer.json"), V)
+        from checkpoints.word_tokenizer import WordTokenizer
+
+        return WordTokenizer.load(os.path.join(options.policy, "tokenizer.json"), V)
     if kind == SUPERVISED:
         from checkpoints.supervised import decoder_options
 

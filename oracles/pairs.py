@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints.policies import load_model
-from data import Tokenizer, embed_videos
+from checkpoints.word_tokenizer import WordTokenizer
+from data import embed_videos
 from oracles.ranker import Ranker, load_ranker, save_ranker
 from plumbing.fitting import fit
 from plumbing.machine import pick_device
@@ -159,7 +160,7 @@ def train_ranker(cfg) -> dict:
     torch.manual_seed(cfg.seed)
     device = pick_device(cfg.device)
     model = load_model(cfg.out, device)
-    tokenizer = Tokenizer.load(os.path.join(cfg.out, "tokenizer.json"), model.cfg.vocab_size)
+    tokenizer = WordTokenizer.load(os.path.join(cfg.out, "tokenizer.json"), model.cfg.vocab_size)
     pairs = pairs_to_learn(cfg)
     videos = sorted({pair.video for pair in pairs})
     embeds, _ = embed_videos(model, [(video,) for video in videos])

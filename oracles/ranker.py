@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from checkpoints.policies import load_model
 from checkpoints.supervised import states_behind
-from data import BOS_ID, EOS_ID, Tokenizer, collate_completions, embed_videos
+from checkpoints.word_tokenizer import WordTokenizer
+from data import BOS_ID, EOS_ID, collate_completions, embed_videos
 from model import VideoLM
 from oracle import Ranking, checked_groups, competition_ranks
 from plumbing.options import BadInput, read_tensors, write_whole
@@ -27,7 +28,7 @@ from videoqa.answers import Question, prompt_text
 class Ranker(nn.Module):
     """A VideoLM and one linear layer, no bias, on the state of the end token."""
 
-    def __init__(self, model: VideoLM, tokenizer: Tokenizer):
+    def __init__(self, model: VideoLM, tokenizer: WordTokenizer):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.head = nn.Linear(model.cfg.dim, 1, bias=False)
@@ -68,7 +69,7 @@ def load_ranker(folder: str, device="cpu") -> Ranker:
     if os.path.exists(os.path.join(base, "model.safetensors")) and metadata.get("base") != _digest(base):
         raise BadInput(f"{path}: was trained from another {base}/model.safetensors; {remedy}")
     model = load_model(base)
-    ranker = Ranker(model, Tokenizer.load(os.path.join(base, "tokenizer.json"), model.cfg.vocab_size))
+    ranker = Ranker(model, WordTokenizer.load(os.path.join(base, "tokenizer.json"), model.cfg.vocab_size))
     try:
         ranker.head.weight.data.copy_(tensors.pop("head"))
         ranker.model.decoder.load_state_dict({k.removeprefix("decoder."): x for k, x in tensors.items()})

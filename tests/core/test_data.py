@@ -1,16 +1,14 @@
-import json
 import os
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from test_questions import GOOD, write_lines
 from test_video import REAL_CLIPS, index_of, make_broken, needs_real_clips, write_video
 
 import data
+from checkpoints.word_tokenizer import WordTokenizer
 from plumbing.options import BadInput
 from videoqa.answers import Question, prompt_text
 
@@ -63,44 +61,13 @@ def test_check_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
         data.run_script(data.main)
 
 
-# ---- tokens and batches ----
+# ---- batches ----
 
 WORDS = ["the", "cat", "sat", "1.5", "answer", "7", "ü", "("]
 
 
-@given(
-    st.text(st.characters(exclude_categories=["Cs"]))
-    | st.lists(st.sampled_from([*WORDS, " ", "\n"])).map("".join)
-)
-def test_decoding_an_encoding_gives_the_text_back(text):
-    tokenizer = data.Tokenizer(WORDS)
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert all(4 <= i < tokenizer.vocab_size for i in ids)  # no text can spell a special token
-
-
-def test_words_are_one_id_and_the_rest_is_bytes():
-    tokenizer = data.Tokenizer(WORDS)
-    assert tokenizer.vocab_size == 260 + len(WORDS)
-    assert tokenizer.encode("the cat, 1.5") == [260, 261, 4 + ord(","), 263]
-    assert tokenizer.encode("cats") == [4 + byte for byte in b" cats"]
-    ids = [data.BOS_ID, data.VIDEO_ID, 260, 261, data.EOS_ID, data.PAD_ID]
-    assert tokenizer.decode(ids) == "the cat"
-    assert tokenizer.decode([4 + 0xC3]) == "\ufffd"  # half a character
-
-
-def test_saved_tokenizer_is_loaded_as_it_was(tmp_path):
-    path = str(tmp_path / "tokenizer.json")
-    data.Tokenizer(WORDS).save(path)
-    assert data.Tokenizer.load(path).words == WORDS and os.listdir(tmp_path) == ["tokenizer.json"]
-    assert json.load(open(path, encoding="utf-8")) == {"type": "words+bytes", "words": WORDS}
-    (tmp_path / "tokenizer.json").write_text('{"type": "bpe"}')
-    with pytest.raises(BadInput, match="field 'type'"):
-        data.Tokenizer.load(path)
-
-
 def test_prompt_is_begin_video_question_answer():
-    tokenizer = data.Tokenizer(WORDS)
+    tokenizer = WordTokenizer(WORDS)
     question = Question("a", "v", "the cat?", "red", options=("the", "cat"), answer_index=0)
     prompt = data.build_prompt(tokenizer, question, 5, [0.5])
     assert prompt[:6] == [data.BOS_ID] + [data.VIDEO_ID] * 5
@@ -120,7 +87,7 @@ def test_a_question_about_a_part_sees_no_more_and_each_part_is_embedded_once(tmp
     video = write_video(tmp_path / "a.mp4", range(40))
     parts = [None, (1.0, 2.0), None, (1.0, 2.0), (3.0, 4.0)]
     questions = [Question(str(i), video, "the cat?", "red", clip=part) for i, part in enumerate(parts)]
-    prompts = data.PromptSet(Model(), data.Tokenizer(WORDS), questions)
+    prompts = data.PromptSet(Model(), WordTokenizer(WORDS), questions)
     embeds = prompts[torch.arange(5)].video_embeds[..., 0]
     (times,) = Model.calls
     assert len(times) == 3 and torch.equal(embeds[0], embeds[2]) and torch.equal(embeds[1], embeds[3])

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import pretrain
 from checkpoints import embedded
 from checkpoints.policies import PolicyOptions, load_model, load_policy
+from checkpoints.word_tokenizer import WordTokenizer
 from clip import ClipConfig
-from data import Tokenizer
 from model import Bridge, ModelConfig
 from plumbing.options import BadInput
 from videoqa import world
@@ -76,7 +76,7 @@ def test_a_frames_own_tokens_depend_on_no_other_frame():
 
 def test_new_words_of_the_world_get_new_ids_and_old_ones_keep_theirs(home, monkeypatch):
     out = run(monkeypatch, home, "words")
-    old = Tokenizer.load(str(out / "tokenizer.json"))
+    old = WordTokenizer.load(str(out / "tokenizer.json"))
     monkeypatch.setattr(world, "vocabulary", lambda: sorted([*old.words, "aardvark"]))
     again, cfg = (pretrain.Config(out=str(out), stage=stage) for stage in ("clip", "sft"))
     assert embedded.folder_tokenizer(again).words == [*old.words, "aardvark"]

@@ -12,7 +12,7 @@ import torch
 import pretrain
 import train
 from checkpoints.policies import load_model
-from data import Tokenizer
+from checkpoints.word_tokenizer import WordTokenizer
 from oracles import ranker as ranker_room
 from oracles.pairs import Pair, bradley_terry, draw_pairs, load_pairs, pair_report, train_ranker
 from oracles.ranker import (
@@ -58,7 +58,7 @@ def made(home):
 
 def fresh():
     torch.manual_seed(0)
-    return Ranker(load_model(ROOT / "weights"), Tokenizer.load(ROOT / "weights" / "tokenizer.json"))
+    return Ranker(load_model(ROOT / "weights"), WordTokenizer.load(ROOT / "weights" / "tokenizer.json"))
 
 
 # ---- pairs

@@ -25,8 +25,9 @@ from checkpoints.peft_files import read_adapter
 from checkpoints.policies import PolicyOptions, load_policy, load_run
 from checkpoints.pretrained import llava_configs
 from checkpoints.supervised import check_out, decoder_options, load_supervised, load_training, take_bridge
+from checkpoints.word_tokenizer import WordTokenizer
 from clip import ClipConfig
-from data import Prompts, Tokenizer
+from data import Prompts
 from experiments import tour
 from model import ModelConfig, VideoLM
 from oracle import load_function
@@ -188,14 +189,14 @@ def test_a_damaged_tokenizer_is_refused(tmp_path, words):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"type": "words+bytes", "words": words}))
     with pytest.raises(BadInput, match=r"tokenizer.json: field 'words' is no list of texts"):
-        Tokenizer.load(str(path))
+        WordTokenizer.load(str(path))
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
-    Tokenizer(["red", "blue"]).save(tmp_path / "tokenizer.json")
-    assert Tokenizer.load(tmp_path / "tokenizer.json", 262).vocab_size == 262
+    WordTokenizer(["red", "blue"]).save(tmp_path / "tokenizer.json")
+    assert WordTokenizer.load(tmp_path / "tokenizer.json", 262).vocab_size == 262
     with pytest.raises(BadInput, match="262 ids, the model has 261"):
-        Tokenizer.load(tmp_path / "tokenizer.json", 261)
+        WordTokenizer.load(tmp_path / "tokenizer.json", 261)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import av
 import numpy as np
 import pytest
 
-from data import FIRST_BYTE, Tokenizer
+from checkpoints.word_tokenizer import FIRST_BYTE, WordTokenizer
 from oracles.pairs import pairs_to_learn
 from plumbing.options import BadInput, place
 from videoqa import world
@@ -242,7 +242,7 @@ def test_annotations_give_the_answer_of_every_question_in_other_words():
 
 
 def test_the_vocabulary_has_every_word():
-    tokenizer = Tokenizer(world.vocabulary())
+    tokenizer = WordTokenizer(world.vocabulary())
     texts = [row[key] for rows in QUESTIONS for row in rows for key in ("question", "answer")]
     texts += [text for scene in SCENES for pair in world.descriptions(scene) for text in pair]
     texts += [text for scene in SCENES for pair in world.annotations(scene) for text in pair]
@@ -371,7 +371,7 @@ def test_grounded_questions_have_a_file_and_clips_of_their_own(tmp_path):
     rows = [json.loads(line) for line in open(grounded)]
     assert {row["video"] for row in rows} == {path.name for path in (tmp_path / "a").glob("*.mp4")}
     assert any(row["video"].startswith("twins") for row in rows)
-    spelled = Tokenizer(world.vocabulary()).encode(" ".join(world.grounded_answer(row) for row in rows))
+    spelled = WordTokenizer(world.vocabulary()).encode(" ".join(world.grounded_answer(row) for row in rows))
     assert min(spelled) >= FIRST_BYTE + 256  # answers are words of the default tokenizer
 
 
