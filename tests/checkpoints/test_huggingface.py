@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import ROOT, in_terminal
+from test_terminal import in_terminal
+from test_train import ROOT
 
 import lora
 import train
