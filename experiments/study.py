@@ -16,6 +16,7 @@ from dataclasses import fields
 from functools import partial
 from statistics import fmean
 
+from checkpoints.policies import PolicyOptions
 from data import DataOptions, draw_world, world_folders
 from plumbing import report
 from plumbing.options import (
@@ -141,7 +142,8 @@ def selection_study(folder: str, seeds: int, options: list[str], page: str, clip
     The supervised start disagrees with itself nearly everywhere; so all lines start after `warm_up` steps on
     the whole data, when about a third of it is left to disagree on. 0: from the supervised start.
     """
-    half = settings(options)["num_steps"] // 2
+    chosen = settings(options)
+    half = chosen["num_steps"] // 2
     if half < 1:
         raise BadInput("selection: half of --num_steps is trained too; give at least 2 behind --")
     common, train, held = world_options(folder, clips)
@@ -154,10 +156,12 @@ def selection_study(folder: str, seeds: int, options: list[str], page: str, clip
         start, out, blind = (os.path.join(folder, f"{x}_{seed}") for x in ("start", "selected", "random"))
         command = ["selection.py", data, "--videos", train, "--out", f"{out}.jsonl", "--seed", str(seed)]
         command += ["--k", "8", "--share", "0.3333"]
+        policy = {field.name: chosen[field.name] for field in fields(PolicyOptions) if field.name != "seed"}
         if warm_up:
             steps = ["--objective", "grpo", "--num_steps", str(warm_up)]
             train_run(start, ["--seed", str(seed), *options, *steps])
-            command += ["--adapter", os.path.join(start, "adapter")]
+            policy["adapter"] = os.path.join(start, "adapter")
+        command += [f"--{name}={value}" for name, value in policy.items()]  # selected by what is trained
         if not os.path.exists(f"{out}.jsonl"):
             started("selection", out, command)
         with open(data, "rb") as every, open(f"{out}.jsonl", "rb") as chosen:

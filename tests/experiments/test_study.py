@@ -154,7 +154,8 @@ def test_the_selection_study_learns_from_selected_questions_and_is_measured_on_t
 ):
     page, folder = tmp_path / "page.md", tmp_path / "a study"
     page.write_text("<!-- selection_study -->\n<!-- /selection_study -->\n")
-    found = study.selection_study(str(folder), 1, TINY, str(page), clips=(6, 3), warm_up=warm_up)
+    options = [*TINY, "--num_frames", "7"]
+    found = study.selection_study(str(folder), 1, options, str(page), clips=(6, 3), warm_up=warm_up)
     assert first_cells(found) == ["nothing yet: the start", *study.SELECTED] and found in page.read_text()
     paths = [path for path in sorted(folder.glob("*_0/results.json")) if "start" not in str(path)]
     runs = [json.loads(path.read_text()) for path in paths]
@@ -165,6 +166,7 @@ def test_the_selection_study_learns_from_selected_questions_and_is_measured_on_t
     report, *kept = map(json.loads, (folder / "selected_0.jsonl").read_text().splitlines())
     policy = fingerprint("weights", "", starts.pop())
     assert report["selection"]["policy"] == policy  # selected by the policy that goes on
+    assert report["selection"]["num_frames"] == 7
     drawn = [json.loads(line) for line in (folder / "random_0.jsonl").read_text().splitlines()]
     assert report["selection"]["share"] == 0.3333 and len(kept) <= report["selection"]["questions"] / 3 + 1
     assert len(drawn) == len(kept) > 0 and drawn != kept
