@@ -124,6 +124,7 @@ def load_policy(options: PolicyOptions, device="cpu", own_bridge: bool = False):
         model.decoder_path = "model.language_model." if kind == "llava" else "model."
     else:
         refuse_pretrained_options(options)
+        refuse_untrained(options.policy)
         model = load_model(options.policy, device, options.num_frames)
         tokenizer = load_tokenizer(options, model.cfg.vocab_size)
     if options.adapter:
@@ -141,6 +142,16 @@ def refuse_pretrained_options(options: PolicyOptions) -> None:
                 f"--{name} {getattr(options, name)}: pretrain.py wrote {options.policy}, and such a policy"
                 f" has no choice of it; leave --{name} out"
             )
+
+
+def refuse_untrained(folder: str) -> None:
+    """BadInput for a folder of which pretrain.py noted nothing but stage clip: its decoder is random."""
+    path = os.path.join(folder, "made.json")
+    made = read_json(path, "it only tells how the weights were made: remove it", optional=True)
+    stages = made.get("seconds")
+    if is_kind(stages, dict) and stages and not {"align", "sft"} & stages.keys():
+        words = f"its decoder is not trained ({path}: {', '.join(stages)})"
+        raise BadInput(f"{folder}: {words}; run pretrain.py --stage align and --stage sft with this --out")
 
 
 def freeze_base(decoder: torch.nn.Module, base: str) -> None:

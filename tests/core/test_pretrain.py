@@ -45,6 +45,9 @@ def test_stages_one_by_one_make_the_weights_of_one_command_and_train_their_own_p
     changed, before = [], {}
     for stage in ("clip", "align", "sft"):
         out = run(monkeypatch, home, "parts", "--stage", stage)
+        if stage == "clip":
+            with pytest.raises(BadInput, match=r"parts: its decoder is not trained .*--stage align and"):
+                load_policy(PolicyOptions(policy=str(out)))
         after = load_file(out / "model.safetensors")
         moved = {name.split(".")[0] for name, x in after.items() if before and not x.equal(before[name])}
         changed, before = [*changed, moved], after
