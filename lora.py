@@ -193,9 +193,10 @@ class Learner:
                 raise ValueError(f"{name} does not fit the policy")
             wanted.copy_(stored)
         moments = {}
-        for name in (name for name in tensors if name.startswith("optimizer.")):
-            _, i, key = name.split(".")
-            moments.setdefault(int(i), {})[key] = tensors[name]
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, i, key = name.split(".")
+                moments.setdefault(int(i), {})[key] = tensor
         for i, p in enumerate(self.optimizer.param_groups[0]["params"] if moments else ()):
             shapes = {key: x.shape for key, x in moments.get(i, {}).items()}
             if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:

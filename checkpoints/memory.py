@@ -70,7 +70,7 @@ def plan(
     with torch.device("meta"):
         whole = VideoLM(cfg, clip)
         if isinstance(whole.bridge, Projector) and run.base != "float32":
-            whole.bridge.bfloat16()  # as checkpoint.fill holds it
+            whole.bridge.bfloat16()  # as weight_files.fill holds it
     layers = whole.decoder.named_modules()
     linears = [layer for name, layer in layers if name.split(".")[-1] in lora.DECODER_LINEARS]
     quantised = sum(x.weight.numel() for x in linears) if run.base == "nf4" else 0

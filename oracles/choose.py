@@ -78,10 +78,8 @@ def choose_oracle(cfg, generator: torch.Generator, device: torch.device):
     """The oracle of train.py's options. `generator` draws the noise. A judge is asked something first, so
     that a wrong address, key or model ends the run before anything is written."""
     name = "sum" if cfg.oracle == "rule" and cfg.objective in READS else cfg.oracle
-    bends, weights = (
-        cfg.score_bend or cfg.score_noise,
-        (cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef),
-    )
+    weights = cfg.discrete_coef, cfg.continuous_coef, cfg.format_coef
+    bends = cfg.score_bend or cfg.score_noise
     if bends and name != "sum":
         raise BadInput("--score_bend, --score_noise: bend the scores of --oracle sum; choose it")
     if name in ("sum", "lexicographic"):

@@ -469,8 +469,8 @@ def remove(path: str) -> None:
 def remove_leftovers_of(path: str) -> None:
     """Removes what killed processes left beside a file or folder that they were about to name `path`."""
     folder, name = os.path.split(os.path.abspath(path))
-    for becoming, left in left_in(folder):
-        if becoming == name:
+    for target, left in left_in(folder):
+        if target == name:
             remove(left)
 
 

@@ -131,14 +131,14 @@ def check_video(path: str, needed: float = 0.0) -> dict:
             for packet, _ in source:
                 packets += packet.size > 0 and not packet.is_discard
                 corrupt += packet.is_corrupt
-                logged += bool(source.reported())
+                reported = source.reported()
                 source.logs.clear()
                 try:
                     decoded = packet.decode()
                 except av.FFmpegError as error:
                     refused, cause, decoded = refused + 1, error.strerror, []
                 else:
-                    logged += bool(source.logs)
+                    logged += bool(source.logs or reported)
                 frames += len(decoded)
                 damaged += sum(frame.is_corrupt for frame in decoded)
                 times = [frame.pts for frame in decoded if frame.pts is not None and not source.by_order]

@@ -448,7 +448,6 @@ def read_frames(path: str, num_frames: int, size: int, framing: str = "ffmpeg", 
     assert num_frames >= 1 and size >= 1, f"need num_frames, size >= 1, got {num_frames}, {size}"
     assert 0 <= start < (math.inf if end is None else end), f"need 0 <= start < end, got {start}, {end}"
     path, square = os.fspath(path), partial(_to_square, size=size, framing=framing)
-
     try:
         frames, times = _read_once(path, num_frames, square, start, end, skip=True)
     except VideoError:  # perhaps only because decoding began at a key frame that can not be begun with

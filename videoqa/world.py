@@ -360,8 +360,8 @@ def make_world(folder, seeds, workers=None, grounded=False, hard=False):
     except RuntimeError as error:  # Python would wait for the processes for ever
         for process in multiprocessing.active_children():
             process.kill()
-        words = "its drawing processes cannot be watched: no thread can be started"
-        raise BadInput(f"{folder}: {words}; free memory and run again") from error
+        words = "allow more memory and threads, and run again: what is drawn is kept"
+        raise BadInput(f"{folder}: the drawing processes failed ({error}); {words}") from error
     write_whole(path, content.encode())
     return path
 

@@ -131,7 +131,7 @@ def test_without_a_thread_for_the_drawing_processes_none_is_left_to_be_waited_fo
         real(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    with pytest.raises(BadInput, match="no thread can be started; free memory"):
+    with pytest.raises(BadInput, match="drawing processes failed .*thread.*allow more memory"):
         world.make_world(tmp_path, range(2), workers=2)
     for process in multiprocessing.active_children():
         process.join(20)
@@ -375,6 +375,21 @@ def test_grounded_questions_have_a_file_and_clips_of_their_own(tmp_path):
     assert min(spelled) >= FIRST_BYTE + 256  # answers are words of the default tokenizer
 
 
+def answer_by_sight(row, seen, order, moving):
+    """The right answer by what was seen of each colour; None to what the default world asks too."""
+    question = row["question"]
+    if row["category"] == "Order":
+        return order[1 if "second" in question else 2]
+    if row["category"] == "Duration":
+        most = max if "longest" in question else min
+        return most(seen, key=lambda color: len(seen[color]))
+    if "moves" in question and row["category"] == "Counting Problem":
+        return NUMBERS[moving]
+    if question.startswith("how many objects appear before"):
+        return NUMBERS[order.index(question.split()[-1])]
+    return None
+
+
 def test_hard_questions_are_answered_by_what_is_drawn():
     """From the pictures alone: when each colour is first seen, how long, and whether its centre moves."""
     checked = Counter()
@@ -391,19 +406,9 @@ def test_hard_questions_are_answered_by_what_is_drawn():
         order = sorted(seen, key=lambda color: seen[color][0])
         moving = sum(max(abs(c[-1] - c[0])) > 12 for c in centres.values())
         for row in world.hard_questions(scene, "a.mp4"):
-            question, answer = row["question"], row["answer"]
-            if row["category"] == "Order":
-                assert answer == order[1 if "second" in question else 2]
-            elif row["category"] == "Duration":
-                most = max if "longest" in question else min
-                assert answer == most(seen, key=lambda color: len(seen[color]))
-            elif "moves" in question and row["category"] == "Counting Problem":
-                assert answer == NUMBERS[moving]
-            elif question.startswith("how many objects appear before"):
-                assert answer == NUMBERS[order.index(question.split()[-1])]
-            else:
-                continue
-            checked[row["category"]] += 1
+            wanted = answer_by_sight(row, seen, order, moving)
+            assert wanted in (None, row["answer"])
+            checked[row["category"]] += wanted is not None
     assert min(checked[name] for name in ("Order", "Duration", "Counting Problem")) > 50
     ids = [row["id"] for row in world.hard_questions(make_scene(3, hard=True), "a.mp4")]
     assert len(ids) == len(set(ids))
