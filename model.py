@@ -108,9 +108,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
 
-def bias_of(seen: Tensor) -> Tensor:
-    """What is added to scores before a softmax: 0 where seen, HIDDEN elsewhere. bool -> float32."""
-    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, HIDDEN)
+def bias_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores of this dtype before a softmax: 0 where seen (bool), HIDDEN elsewhere."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, HIDDEN)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prefix=None) -> Tensor:
@@ -126,13 +126,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prefix=None) -> Tensor
     own = q.reshape(P, kv, G, rep * T, h) @ k.transpose(-1, -2)  # (P, kv, G, rep*T, L)
     scores = own.unflatten(3, (rep, T)) + bias
     if prefix is None:
-        weights = scores.float().softmax(dim=-1).to(v.dtype)
+        weights = scores.softmax(dim=-1)
         return (weights.flatten(3, 4) @ v).unflatten(3, (rep, T))
     prefix_k, prefix_v, prefix_bias = prefix
     S = prefix_k.shape[2]
     shared = q.reshape(P, kv, G * rep * T, h) @ prefix_k.transpose(-1, -2)  # (P, kv, G*rep*T, S)
     shared = shared.view(P, kv, G, rep, T, S) + prefix_bias
-    weights = torch.cat([shared, scores], dim=-1).float().softmax(dim=-1).to(v.dtype)
+    weights = torch.cat([shared, scores], dim=-1).softmax(dim=-1)
     shared, own = weights.split([S, k.shape[3]], dim=-1)
     y = (shared.reshape(P, kv, G * rep * T, S) @ prefix_v).view(P, kv, G, rep, T, h)
     return y + (own.flatten(3, 4) @ v).unflatten(3, (rep, T))
@@ -155,7 +155,7 @@ def attend_long(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, window: int) -> T
         return y[..., :h].unflatten(1, (kv, rep))
     size = max(window, LONG)  # queries of a block; they see the window before it
     ahead = torch.arange(size, device=q.device)[:, None] - torch.arange(-window, size, device=q.device)
-    bias = bias_of((ahead >= 0) & (ahead < window)).to(q.dtype)  # (size, window + size)
+    bias = bias_of((ahead >= 0) & (ahead < window), q.dtype)  # (size, window + size)
     blocks = []
     for start in range(0, S, size):
         stop, first = min(start + size, S), max(start - window, 0)
@@ -178,11 +178,14 @@ class Packing:
     sequences. Nothing is computed for padding, and the longest sequence costs the others nothing.
     """
 
-    def __init__(self, kept: Tensor, packed: bool):
-        """kept (P, L) bool: where there is a token."""
-        self.shape = kept.shape
-        packed = packed and not kept.all()
-        self.where = kept.flatten().nonzero().squeeze(1) if packed else None  # (n,); None: all places
+    def __init__(self, kept: Tensor, block: int):
+        """kept (P, L) bool: where there is a token. With places of padding n becomes a multiple of `block`;
+        block 0: all places."""
+        self.shape, self.where = kept.shape, None  # (n,) places; None: all
+        tokens = kept.flatten()
+        n = -(-int(tokens.sum()) // block) * block if block else tokens.numel()
+        if n < tokens.numel():
+            self.where = tokens.to(torch.uint8).argsort(descending=True, stable=True)[:n]
 
     def rows(self, x: Tensor) -> Tensor:
         return chosen(x.flatten(0, 1), self.where)
@@ -195,17 +198,28 @@ class Packing:
 
 
 class KVCache:
-    """Static cache of sampling: per layer the prompt's keys and values once, (P, kv, S, h), and room for T
-    own tokens of each completion, (P, kv, G, T, h). A step writes its slot in place, reads all until it."""
+    """Keys and values of sampling. A layer has those of the prompt once, (P, kv, S, h) each, and those of its
+    G completions, token by token, in one tensor (2, P, kv, room * G, h). A step writes G of them in place and
+    reads them all, the empty ones hidden. There is room for a block of tokens, then for one more, up to T."""
+
+    BLOCK = 32
 
     def __init__(self, prompt_mask: Tensor, G: int, T: int):
         self.prompt_mask, self.G, self.T = prompt_mask, G, T
-        self.prompt, self.own = [], []  # a layer's (k, v); both of them in one tensor, (2, P, kv, G, T, h)
+        self.room, self.prompt, self.own = 0, [], []
+        self.rotary = self.prefix_bias = None  # Decoder.prepare
+
+    def make_room(self, tokens: int):
+        more = min(self.T, -(-tokens // self.BLOCK) * self.BLOCK) - self.room
+        if more > 0:
+            self.room += more
+            none = self.prompt[0][0].new_zeros(2, *self.prompt[0][0].shape)[..., :0, :]
+            self.own = [F.pad(own, (0, 0, 0, more * self.G)) for own in self.own or [none] * len(self.prompt)]
 
     def keep(self, prompts: Tensor):
         """Goes on with these prompts (m,) int64 alone."""
         self.prompt_mask = self.prompt_mask[prompts]
-        if self.own:  # Decoder.prepare was called
+        if self.rotary:
             self.prefix_bias, self.rotary = self.prefix_bias[prompts], [x[prompts] for x in self.rotary]
         for i, (k, v) in enumerate(self.prompt):  # layer by layer, so that no second cache is held
             self.prompt[i] = k[prompts], v[prompts]
@@ -288,7 +302,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.compute_dtype = torch.float32  # bfloat16: the matrix products of the layers run in it (autocast)
         self.checkpointing = False  # with gradient, keep a layer's input alone and compute the layer again
-        self.packed = True  # False: padding is computed as well (checkpoints/memory.py plans the worst)
+        self.row_block = 1  # products have a multiple of so many rows; 0: those of all padding as well
         self.captured = False  # on a GPU sampling replays one captured step (machine.Captured)
         nn.init.normal_(self.embed_tokens.weight, std=cfg.dim**-0.5)
         if not cfg.tied:
@@ -322,7 +336,7 @@ class Decoder(nn.Module):
         but its last; without completions (P, 1, 1, D). What the mask leaves out has no meaning. A `cache`
         keeps the prompt's keys and values for `step`.
         """
-        P, S, D = prompt.shape
+        (P, S, D), dtype = prompt.shape, self.compute_dtype
         if completions is None:
             completions = prompt.new_zeros(P, 1, 1, D)
         G, T = completions.shape[1], completions.shape[2] - 1  # a completion's last token predicts nothing
@@ -332,11 +346,12 @@ class Decoder(nn.Module):
         own_positions = positions[:, -1:] + 1 + torch.arange(T, device=prompt.device).repeat(G)  # (P, G*T)
         asking = positions[:, -1:] if S > LONG else positions  # the prompt's last state needs one row
         seen = prompt_mask[:, None] & self.near(asking, positions) & (asking[..., None] >= positions[:, None])
-        prompt_bias = bias_of(seen).view(P, 1, 1, 1, -1, S)
+        prompt_bias = bias_of(seen, dtype).view(P, 1, 1, 1, -1, S)
         own = own_positions[:, :T]  # (P, T), the same for all G
         own_causal = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril()
-        own_bias = bias_of(own_causal & self.near(own, own)).view(P, 1, 1, 1, T, T)
-        prefix_bias = bias_of(prompt_mask[:, None] & self.near(own, positions)).view(P, 1, 1, 1, T, S)
+        own_bias = bias_of(own_causal & self.near(own, own), dtype).view(P, 1, 1, 1, T, T)
+        prefix_seen = prompt_mask[:, None] & self.near(own, positions)
+        prefix_bias = bias_of(prefix_seen, dtype).view(P, 1, 1, 1, T, S)
         every, last, last_rows = self.packings(prompt_mask, completion_mask)
 
         def attention(q, k, v, asked: Packing):
@@ -379,43 +394,43 @@ class Decoder(nn.Module):
         its rows among those of the others. prompt_mask (P, S), completion_mask (P, G, T)."""
         S = prompt_mask.shape[1]
         kept = torch.cat([prompt_mask, completion_mask[:, :, 1:].flatten(1)], dim=1)  # (P, L)
-        every, last = Packing(kept, self.packed), Packing(kept[:, S - 1 :], self.packed)
+        every, last = Packing(kept, self.row_block), Packing(kept[:, S - 1 :], self.row_block)
         count = kept.numel() if every.where is None else len(every.where)
         numbers = every.sequences(torch.arange(count, device=kept.device))  # (P, L)
         return every, last, last.rows(numbers[:, S - 1 :])
 
     def prepare(self, cache: KVCache):
         """What the steps need beside their tokens, for all T of them at once."""
-        slots = torch.arange(cache.T, device=cache.prompt_mask.device)
-        own = cache.prompt_mask.sum(dim=1, keepdim=True) + slots  # (P, T) positions
-        cache.rotary = self.rotary(own)
-        cache.own_bias = bias_of((slots <= slots[:, None]) & self.near(slots, slots))  # (T, T)
-        near = self.near(own, cache.prompt_mask.cumsum(dim=1) - 1)
-        cache.prefix_bias = bias_of(cache.prompt_mask[:, None] & near)  # (P, T, S)
+        own = cache.prompt_mask.sum(dim=1, keepdim=True) + torch.arange(cache.T, device=self.head.device)
+        cache.rotary = self.rotary(own)  # of positions (P, T)
+        seen = cache.prompt_mask[:, None] & self.near(own, cache.prompt_mask.cumsum(dim=1) - 1)
+        cache.prefix_bias = bias_of(seen, self.compute_dtype)  # (P, T, S)
 
     def step(self, tokens: Tensor, t: int | Tensor, cache: KVCache) -> Tensor:
         """Token t of every completion in (P, G), the state that predicts token t + 1 out (P, G, D). With t an
         int64 tensor (1,) all shapes are the same at every t: the slots behind t are read too, but hidden."""
         x = self.embed_tokens(tokens)  # (P, G, D)
         P, G = tokens.shape
-        if not cache.own:
+        if cache.rotary is None:
             self.prepare(cache)
-        at, stop = (t, cache.T) if isinstance(t, Tensor) else (slice(t, t + 1), t + 1)
+        answers = torch.arange(G, device=tokens.device)
+        at, places = slice(t, t + 1), slice(t * G, t * G + G)
+        if isinstance(t, Tensor):
+            at, places = t, t * G + answers
+        cache.make_room(cache.T if isinstance(t, Tensor) else t + 1)
         cos, sin = (table[:, at].expand(P, G, -1) for table in cache.rotary)
-        own_bias = cache.own_bias[at, :stop].view(1, 1, 1, 1, 1, -1)
+        slots = torch.arange(cache.room, device=tokens.device)
+        near = (slots <= t) & self.near(torch.as_tensor(t, device=tokens.device), slots)
+        seen = near.repeat_interleave(G) & (answers[:, None] == answers.repeat(cache.room))
+        own_bias = bias_of(seen, self.compute_dtype).view(1, 1, 1, G, 1, -1)
         prefix_bias = cache.prefix_bias[:, at].view(P, 1, 1, 1, 1, -1)
-        for i, layer in enumerate(self.layers):
-            if len(cache.own) == i:
-                k0 = cache.prompt[i][0]
-                cache.own.append(k0.new_zeros(2, P, k0.shape[1], G, cache.T, k0.shape[3]))
+        for layer, own, prompt in zip(self.layers, cache.own, cache.prompt, strict=True):
 
-            def attention(q, k, v, own=cache.own[i], prompt=cache.prompt[i]):
-                k, v = (x.transpose(1, 2).unsqueeze(3) for x in (k, v))  # (P, kv, G, 1, h)
-                own[0][:, :, :, at], own[1][:, :, :, at] = k, v
-                own_k, own_v = own[..., :stop, :]
-                q = q.transpose(1, 2).unsqueeze(4)  # (P, kv, G, rep, 1, h)
-                y = attend(q, own_k, own_v, own_bias, prefix=(*prompt, prefix_bias))
-                return y[..., 0, :].transpose(1, 2).flatten(2)
+            def attention(q, k, v, own=own, prompt=prompt):
+                own[0, :, :, places], own[1, :, :, places] = k.transpose(1, 2), v.transpose(1, 2)
+                q = q.transpose(1, 2).unsqueeze(2)  # (P, kv, 1, G, rep, h): all answers see one row of keys
+                y = attend(q, *own.unsqueeze(3), own_bias, prefix=(*prompt, prefix_bias))
+                return y.squeeze(2).transpose(1, 2).flatten(2)
 
             with self.autocast():
                 x = layer(x, cos, sin, attention)

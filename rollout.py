@@ -100,7 +100,8 @@ def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """
     n, V = logprobs.shape
     block = math.ceil(V**0.5)
-    probs = logprobs.new_zeros(n, -(-V // block) * block)
+    probs = logprobs.new_empty(n, -(-V // block) * block)
+    probs[:, V:] = 0
     torch.exp(logprobs, out=probs[:, :V])
     probs = probs.view(n, -1, block)
     chosen, rest = _search(probs.sum(dim=2), uniforms.double())  # first the block, then the id in it

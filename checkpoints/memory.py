@@ -101,7 +101,7 @@ def plan(
             for parameter in lora.add_adapters(decoder, run.lora_r, run.lora_alpha):
                 parameter.grad = torch.zeros_like(parameter)
             decoder.compute_dtype, decoder.checkpointing = dtype, run.checkpointing
-            decoder.packed = False  # no sequence is shorter than another
+            decoder.row_block = 0  # no sequence is shorter than another
             return step_peaks(decoder, run, P, G, S, T, joins)
 
     parts = [partial(of_layers, 3), partial(of_layers, 2), partial(logits_peak, cfg, run)]
@@ -129,7 +129,7 @@ def step_peaks(decoder: Decoder, run, P: int, G: int, S: int, T: int, joins: boo
         decoder(prompt, cache.prompt_mask, cache=cache)
         prefill, live.peak = live.peak, live.live
         decoder.step(torch.zeros(P, G, dtype=torch.int64), T - 1, cache)
-        kept = num_bytes(x for pair in cache.prompt + cache.own for x in pair)
+        kept = num_bytes([*(x for pair in cache.prompt for x in pair), *cache.own])
     with Live() as update:
         P, G = run.micro_batch_prompts or run.batch_prompts, run.group_size
         prompt = decoder.embed_tokens(torch.zeros(P, S, dtype=torch.int64))
