@@ -141,9 +141,11 @@ class Prompts:
     prompt_ids: torch.Tensor  # (P, S) int64, padded on the left
     prompt_mask: torch.Tensor  # (P, S) bool
     video_embeds: torch.Tensor  # (P, N_video, D) float32
+    videos: torch.Tensor | None = None  # (P,) int64, equal for equal videos; None: all differ
 
     def __getitem__(self, rows):
-        return Prompts(self.prompt_ids[rows], self.prompt_mask[rows], self.video_embeds[rows])
+        videos = None if self.videos is None else self.videos[rows]
+        return Prompts(self.prompt_ids[rows], self.prompt_mask[rows], self.video_embeds[rows], videos)
 
 
 def load_clips(shown: list[tuple], num_frames: int, size: int, framing: str = "ffmpeg"):
@@ -207,8 +209,8 @@ class PromptSet:
         """The prompts of these question numbers, int64 (P,)."""
         device = self.video_embeds.device
         prompt_ids, prompt_mask = collate_prompts([self.prompts[i] for i in rows.tolist()])
-        embeds = self.video_embeds[self.video_of[rows].to(device)]
-        return Prompts(prompt_ids.to(device), prompt_mask.to(device), embeds)
+        videos = self.video_of[rows].to(device)
+        return Prompts(prompt_ids.to(device), prompt_mask.to(device), self.video_embeds[videos], videos)
 
 
 class Batches:

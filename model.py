@@ -208,6 +208,12 @@ class KVCache:
         self.prompt_mask, self.G, self.T = prompt_mask, G, T
         self.room, self.prompt, self.own = 0, [], []
         self.rotary = self.prefix_bias = None  # Decoder.prepare
+        self.source = None  # (sequence, place) of each token of the prompts, (P, 1) and (P, S), if they share
+
+    def take(self, x: Tensor, S: int) -> Tensor:
+        """A layer's keys or values (sequences, kv, L, h) -> those of the prompts, (P, kv, S, h)."""
+        own = x[:, :, :S] if self.source is None else x.transpose(1, 2)[self.source].transpose(1, 2)
+        return own.contiguous()  # read again in every step
 
     def make_room(self, tokens: int):
         more = min(self.T, -(-tokens // self.BLOCK) * self.BLOCK) - self.room
@@ -365,7 +371,7 @@ class Decoder(nn.Module):
                 bias = prompt_bias[..., -asking:, :]
                 y = attend(q0[:, :, None], k0[:, :, None], v0[:, :, None], bias)[:, :, 0]
             if cache is not None:
-                cache.prompt.append((k0.contiguous(), v0.contiguous()))  # read again in every step
+                cache.prompt.append((cache.take(k, S), cache.take(v, S)))
             if T > 0:
                 q1 = q[..., asking:, :].unflatten(3, (G, T)).transpose(2, 3)  # (P, kv, G, rep, T, h)
                 k1, v1 = k[:, :, S:].unflatten(2, (G, T)), v[:, :, S:].unflatten(2, (G, T))

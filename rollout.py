@@ -141,6 +141,40 @@ def generate(
     return Completions.joined(parts)
 
 
+def prefill(model: VideoLM, prompts: Prompts, cache: KVCache) -> Tensor:
+    """The states (P, D) behind the prompts; the cache holds their keys and values.
+
+    In float32 questions about one video share the pass over what stands before them, where videos have two or
+    more on average: they are its G completions. In 16 bits sums in another order would be another policy's.
+    """
+    decoder, (P, S), device = model.decoder, prompts.prompt_ids.shape, prompts.prompt_ids.device
+    prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
+    numbers = torch.arange(P, device=device) if prompts.videos is None else prompts.videos
+    videos, of = numbers.unique(return_inverse=True)  # (V,), (P,)
+    if 2 * len(videos) > P or decoder.compute_dtype != torch.float32:
+        return decoder(prompt, prompts.prompt_mask, cache=cache).flatten(0, 2)
+    S0 = model.cfg.video_start + prompts.video_embeds.shape[1]  # tokens up to the video's end
+    turn = (of == of[:, None]).tril(-1).sum(dim=1)  # (P,) how many before it ask about its video
+    first = (turn == 0).nonzero().squeeze(1)
+    first = first[of[first].argsort()]  # (V,) a prompt of each video
+    length = prompts.prompt_mask.sum(dim=1)
+    padding, text = (S - length)[:, None], length - S0  # (P, 1), (P,)
+    G, T = int(turn.max()) + 1, int(text.max()) + 1
+    ahead = torch.arange(T, device=device)
+    places = (padding + S0 + ahead).clamp(max=S - 1)
+    own = prompt.new_zeros(len(videos), G, T, prompt.shape[2])
+    own[of, turn] = prompt[torch.arange(P, device=device)[:, None], places]
+    mask = torch.zeros(own.shape[:3], dtype=torch.bool, device=device)
+    mask[of, turn] = ahead <= text[:, None]  # the state behind the last token is asked for
+    opening = prompt[first[:, None], padding[first] + torch.arange(S0, device=device)]
+    # where a prompt's tokens stand in their video's sequence
+    place = torch.arange(S, device=device) - padding
+    place = torch.where(place < S0, place, place + turn[:, None] * (T - 1)).clamp(min=0)
+    cache.source = of[:, None], place
+    seen = torch.ones(opening.shape[:2], dtype=torch.bool, device=device)
+    return decoder(opening, seen, own, cache=cache, completion_mask=mask)[of, turn, text]
+
+
 def generate_at_once(model: VideoLM, prompts: Prompts, G: int, sampling: Sampling, uniforms) -> Completions:
     """`generate` without parts: one prefill, then a token a step for all of them until all have ended."""
     decoder = model.decoder
@@ -148,9 +182,7 @@ def generate_at_once(model: VideoLM, prompts: Prompts, G: int, sampling: Samplin
     # Inference mode: no bookkeeping for views and versions, a tenth of the time where tensors are small.
     with torch.inference_mode(), joined(decoder):
         cache = KVCache(prompts.prompt_mask, G, T)
-        prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
-        state = decoder(prompt, prompts.prompt_mask, cache=cache).flatten(0, 2)  # (P, D)
-        state = state.repeat_interleave(G, dim=0)  # (B, D)
+        state = prefill(model, prompts, cache).repeat_interleave(G, dim=0)  # (B, D)
         ids = torch.full((P * G, T), PAD_ID, device=device)
         logprobs = torch.zeros(P * G, T, device=device)
         mask = torch.zeros(P * G, T, dtype=torch.bool, device=device)
