@@ -309,6 +309,7 @@ class Decoder(nn.Module):
         self.compute_dtype = torch.float32  # bfloat16: the matrix products of the layers run in it (autocast)
         self.checkpointing = False  # with gradient, keep a layer's input alone and compute the layer again
         self.row_block = 1  # products have a multiple of so many rows; 0: those of all padding as well
+        self.one_dnn = False  # machine.pick_products
         self.captured = False  # on a GPU sampling replays one captured step (machine.Captured)
         nn.init.normal_(self.embed_tokens.weight, std=cfg.dim**-0.5)
         if not cfg.tied:

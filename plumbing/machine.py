@@ -89,12 +89,27 @@ def pick_products(decoder: nn.Module, device: torch.device) -> None:
     """oneDNN instead of MKL for a decoder's float32 products, where MKL keeps to AVX2: it is twice as fast on
     AMD's CPUs with AVX-512. "bf16" allows it to round to bfloat16, which it does on AMX alone, not taken here.
 
-    oneDNN compiles a product for each number of rows that is new, in 4 to 8 ms: rows come in blocks."""
-    has = {name for name, has in BFLOAT16_UNITS.items() if has()} if device.type == "cpu" else ()
-    one_dnn = "AVX512-BF16" in has and "AMX" not in has and decoder.cfg.dim >= ONE_DNN_WIDE
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if one_dnn else "none"
-    narrow = decoder.compute_dtype != torch.float32
-    decoder.row_block = ROW_BLOCK if one_dnn or (device.type == "cpu" and narrow) else 1
+    oneDNN compiles a product for each number of rows that is new, in 4 to 8 ms: rows come in blocks, and a
+    narrow decoder takes it for sampling alone (`steady_products`), where their numbers hardly change."""
+    has = {name for name, has in BFLOAT16_UNITS.items() if has()} if device.type == "cpu" else set()
+    decoder.one_dnn = has == {"AVX512-BF16"}
+    wide = decoder.one_dnn and decoder.cfg.dim >= ONE_DNN_WIDE
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if wide else "none"
+    in_16_bits = device.type == "cpu" and decoder.compute_dtype != torch.float32
+    decoder.row_block = ROW_BLOCK if wide or in_16_bits else 1
+
+
+@contextmanager
+def steady_products(decoder: nn.Module):
+    """Within it a decoder's products are oneDNN's, whatever its width, if `pick_products` found that it pays."""
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision, decoder.row_block
+    if decoder.one_dnn:
+        settings.fp32_precision, decoder.row_block = "bf16", ROW_BLOCK
+    try:
+        yield
+    finally:
+        settings.fp32_precision, decoder.row_block = before
 
 
 def set_up(decoder: nn.Module, options: MachineOptions, device: torch.device) -> None:

@@ -475,6 +475,7 @@ def gold_option(question: Question) -> int:
     return question.options.index(question.answer) if gold is None else gold
 
 
+@lru_cache(maxsize=1 << 14)  # policies give the same answers again and again
 def grade(text: str, question: Question) -> float:
     """How right a completion is, in [0, 1]; 0 when it is empty or unreadable.
 
