@@ -20,7 +20,7 @@ from checkpoints.policies import PolicyOptions, data_of, load_policy, load_run, 
 from data import PromptSet
 from grpo_rank import rank_advantages, ranks_from_scores
 from oracle import FunctionOracle, RuleOracle, load_function
-from plumbing.machine import pick_device, show_progress
+from plumbing.machine import MachineOptions, pick_device, set_up, show_progress
 from plumbing.options import (
     ArgumentParser,
     BadInput,
@@ -130,17 +130,19 @@ def main() -> None:
     refuse_same(cfg.out, cfg.data, *{question.video for question in questions})
     settings = settings_of(cfg, run, questions) if cfg.out else None
     kept = Kept(cfg.out, {"prediction": str}, bool(cfg.out), settings)
-    left = [question for question in questions if question.id not in kept.of]
+    left, at_once = [q for q in questions if q.id not in kept.of], EVALUATED_AT_ONCE
     if left:
         policy, tokenizer, *made = (load_run if run else load_policy)(run or cfg, pick_device())
+        dtype = made[0]["dtype"] if run else "float32"
+        set_up(policy.decoder, MachineOptions(dtype=dtype), policy.decoder.head.device)
         if run:
-            policy.decoder.compute_dtype = getattr(torch, made[0]["dtype"])
             cfg = replace(cfg, max_new_tokens=made[0]["max_new_tokens"])
+            at_once = made[0].get("sample_prompts") or at_once
         asked, how = PromptSet(policy, tokenizer, left), {"temperature": cfg.temperature}
         sampling = Sampling.of(policy, tokenizer, max_new_tokens=cfg.max_new_tokens, **how)
     if not cfg.out:
         return show_answers(policy, asked, sampling, cfg, bool(run))
-    for rows in show_progress(torch.arange(len(left)).split(EVALUATED_AT_ONCE) if left else (), "answering"):
+    for rows in show_progress(torch.arange(len(left)).split(at_once) if left else (), "answering"):
         texts = answer(policy, asked, rows, 1, sampling, None)[1]
         kept.add([{"id": left[i].id, "prediction": text} for i, (text,) in zip(rows, texts, strict=True)])
     print(f"{len(questions)} predictions in {cfg.out}, {len(questions) - len(left)} of them from before")

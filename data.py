@@ -157,8 +157,8 @@ def load_clips(shown: list[tuple], num_frames: int, size: int, framing: str = "f
 
 
 def clips_at_once(num_frames: int, num_patches: int) -> int:
-    """Clips to embed together: the activations of 2**13 patch tokens stay in a CPU's cache. Of a large CLIP it
-    is one clip at a time."""
+    """Clips to embed together: what a small CLIP makes of 2**13 patch tokens stays in a CPU's cache. Of a
+    large one it is one clip at a time."""
     return max(1, min(64, 2**13 // (num_frames * num_patches)))
 
 

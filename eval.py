@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import lora
 from checkpoints.policies import data_of, load_run, refuse_changed, save_policy
 from data import DataOptions, PromptSet, load_sets
-from plumbing.machine import pick_device, show_progress
+from plumbing.machine import MachineOptions, pick_device, set_up, show_progress
 from plumbing.options import ArgumentParser, BadInput, cell, read_from, refuse_same, run_script, write_json
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, by_video, grade, is_correct, summarize
@@ -124,7 +124,7 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
     if videos and not data:
         raise BadInput(f"--videos {videos}: only the paths in --data are relative to it; give --data too")
     policy, tokenizer, config = load_run(folder, pick_device())
-    policy.decoder.compute_dtype = getattr(torch, config["dtype"])
+    set_up(policy.decoder, MachineOptions(dtype=config["dtype"]), policy.decoder.head.device)
     if data:
         questions = load_questions(data, videos)
     else:
@@ -138,7 +138,8 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
         refuse_changed(path, config, data_of(*sets), f"put it back, or {remedy}")
         questions = sets[1]
     prompts = PromptSet(policy, tokenizer, questions)
-    sampling = Sampling.of(policy, tokenizer, max_new_tokens=config["max_new_tokens"])
+    at_once = dict(prompts_at_once=config.get("sample_prompts", 0))
+    sampling = Sampling.of(policy, tokenizer, max_new_tokens=config["max_new_tokens"], **at_once)
     options = {"samples": config["eval_samples"], "seed": config["seed"]}
     with lora.using(policy.decoder, "off"):
         before, _ = evaluate(policy, prompts, sampling, **options)

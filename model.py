@@ -324,6 +324,10 @@ class Decoder(nn.Module):
         on = self.compute_dtype != torch.float32
         return torch.autocast(self.head.device.type, self.compute_dtype if on else torch.bfloat16, enabled=on)
 
+    def score_dtype(self, x: Tensor) -> torch.dtype:
+        """Of the layers' products, with x (..., D) coming in."""
+        return x.dtype if self.compute_dtype == torch.float32 else self.compute_dtype
+
     def rotary(self, positions: Tensor):
         return rotary(positions, periods(self.cfg, positions.device))
 
@@ -343,7 +347,7 @@ class Decoder(nn.Module):
         but its last; without completions (P, 1, 1, D). What the mask leaves out has no meaning. A `cache`
         keeps the prompt's keys and values for `step`.
         """
-        (P, S, D), dtype = prompt.shape, self.compute_dtype
+        (P, S, D), dtype = prompt.shape, self.score_dtype(prompt)
         if completions is None:
             completions = prompt.new_zeros(P, 1, 1, D)
         G, T = completions.shape[1], completions.shape[2] - 1  # a completion's last token predicts nothing
@@ -406,20 +410,20 @@ class Decoder(nn.Module):
         numbers = every.sequences(torch.arange(count, device=kept.device))  # (P, L)
         return every, last, last.rows(numbers[:, S - 1 :])
 
-    def prepare(self, cache: KVCache):
+    def prepare(self, cache: KVCache, dtype: torch.dtype):
         """What the steps need beside their tokens, for all T of them at once."""
         own = cache.prompt_mask.sum(dim=1, keepdim=True) + torch.arange(cache.T, device=self.head.device)
         cache.rotary = self.rotary(own)  # of positions (P, T)
         seen = cache.prompt_mask[:, None] & self.near(own, cache.prompt_mask.cumsum(dim=1) - 1)
-        cache.prefix_bias = bias_of(seen, self.compute_dtype)  # (P, T, S)
+        cache.prefix_bias = bias_of(seen, dtype)  # (P, T, S)
 
     def step(self, tokens: Tensor, t: int | Tensor, cache: KVCache) -> Tensor:
         """Token t of every completion in (P, G), the state that predicts token t + 1 out (P, G, D). With t an
         int64 tensor (1,) all shapes are the same at every t: the slots behind t are read too, but hidden."""
         x = self.embed_tokens(tokens)  # (P, G, D)
-        P, G = tokens.shape
+        (P, G), dtype = tokens.shape, self.score_dtype(x)
         if cache.rotary is None:
-            self.prepare(cache)
+            self.prepare(cache, dtype)
         answers = torch.arange(G, device=tokens.device)
         at, places = slice(t, t + 1), slice(t * G, t * G + G)
         if isinstance(t, Tensor):
@@ -429,7 +433,7 @@ class Decoder(nn.Module):
         slots = torch.arange(cache.room, device=tokens.device)
         near = (slots <= t) & self.near(torch.as_tensor(t, device=tokens.device), slots)
         seen = near.repeat_interleave(G) & (answers[:, None] == answers.repeat(cache.room))
-        own_bias = bias_of(seen, self.compute_dtype).view(1, 1, 1, G, 1, -1)
+        own_bias = bias_of(seen, dtype).view(1, 1, 1, G, 1, -1)
         prefix_bias = cache.prefix_bias[:, at].view(P, 1, 1, 1, 1, -1)
         for layer, own, prompt in zip(self.layers, cache.own, cache.prompt, strict=True):
 

@@ -150,19 +150,19 @@ def prefill(model: VideoLM, prompts: Prompts, cache: KVCache) -> Tensor:
     decoder, (P, S), device = model.decoder, prompts.prompt_ids.shape, prompts.prompt_ids.device
     prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
     numbers = torch.arange(P, device=device) if prompts.videos is None else prompts.videos
-    videos, of = numbers.unique(return_inverse=True)  # (V,), (P,)
-    if 2 * len(videos) > P or decoder.compute_dtype != torch.float32:
+    same = numbers == numbers[:, None]
+    turn = same.tril(-1).sum(dim=1)  # (P,) how many before it ask about its video
+    first = (turn == 0).nonzero().squeeze(1)  # (V,) a prompt of each video
+    if 2 * len(first) > P or decoder.compute_dtype != torch.float32:
         return decoder(prompt, prompts.prompt_mask, cache=cache).flatten(0, 2)
+    of = (turn == 0).cumsum(dim=0)[same.to(torch.uint8).argmax(dim=1)] - 1  # (P,) which of the V
     S0 = model.cfg.video_start + prompts.video_embeds.shape[1]  # tokens up to the video's end
-    turn = (of == of[:, None]).tril(-1).sum(dim=1)  # (P,) how many before it ask about its video
-    first = (turn == 0).nonzero().squeeze(1)
-    first = first[of[first].argsort()]  # (V,) a prompt of each video
     length = prompts.prompt_mask.sum(dim=1)
     padding, text = (S - length)[:, None], length - S0  # (P, 1), (P,)
     G, T = int(turn.max()) + 1, int(text.max()) + 1
     ahead = torch.arange(T, device=device)
     places = (padding + S0 + ahead).clamp(max=S - 1)
-    own = prompt.new_zeros(len(videos), G, T, prompt.shape[2])
+    own = prompt.new_zeros(len(first), G, T, prompt.shape[2])
     own[of, turn] = prompt[torch.arange(P, device=device)[:, None], places]
     mask = torch.zeros(own.shape[:3], dtype=torch.bool, device=device)
     mask[of, turn] = ahead <= text[:, None]  # the state behind the last token is asked for

@@ -24,7 +24,7 @@ import torch
 from checkpoints.policies import PolicyOptions, data_of, load_policy, policy_of
 from data import PromptSet
 from plumbing import options
-from plumbing.machine import pick_device, show_progress
+from plumbing.machine import MachineOptions, pick_device, set_up, show_progress
 from plumbing.options import (
     BadInput,
     Bounds,
@@ -166,7 +166,8 @@ def main() -> int:
         refuse_same(path, data)
     questions, device = load_questions(data, cfg.videos), pick_device(cfg.device)
     policy, tokenizer = load_policy(cfg, device)
-    policy.decoder.compute_dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    set_up(policy.decoder, MachineOptions(dtype=dtype), torch.device(device))
     settings = settings_of(cfg, questions, policy.decoder.compute_dtype)
     kept = Kept(f"{cfg.out}.samples", {"answers": list[str]}, settings=settings)
     texts = answers_of(policy, tokenizer, questions, kept, cfg)

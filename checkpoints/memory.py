@@ -78,7 +78,7 @@ def plan(
     num_adapters = sum(run.lora_r * (x.in_features + x.out_features) for x in linears)
     N_video = whole.bridge.num_tokens
     P = run.sample_prompts or max(run.batch_prompts, EVALUATED_AT_ONCE)
-    G, T = max(run.group_size, run.eval_samples), run.max_new_tokens
+    G, T = max(run.group_size, 1 + run.eval_samples), run.max_new_tokens  # an evaluation decodes greedily too
     S = N_video + text_tokens
     codes = quantised // 2 + quantised // nf4.BLOCK + 4 * quantised // (nf4.BLOCK * nf4.GROUP)
     # In products of 16 bits machine.hold keeps plain linear layers in 16 bits, whatever the base is

@@ -87,7 +87,7 @@ def pick_dtype(wanted: str, device: torch.device, width: int) -> str:
 
 def pick_products(decoder: nn.Module, device: torch.device) -> None:
     """oneDNN instead of MKL for a decoder's float32 products, where MKL keeps to AVX2: it is twice as fast on
-    AMD's CPUs with AVX-512. "bf16" allows it to round to bfloat16, which it does on AMX alone, not taken here.
+    AMD's CPUs with AVX-512. "bf16" allows it to round to bfloat16; it does so on AMX alone, left out here.
 
     oneDNN compiles a product for each number of rows that is new, in 4 to 8 ms: rows come in blocks, and a
     narrow decoder takes it for sampling alone (`steady_products`), where their numbers hardly change."""
@@ -101,7 +101,7 @@ def pick_products(decoder: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def steady_products(decoder: nn.Module):
-    """Within it a decoder's products are oneDNN's, whatever its width, if `pick_products` found that it pays."""
+    """Within it a decoder of any width takes oneDNN's products, if `pick_products` found that they pay."""
     settings = torch.backends.mkldnn.matmul
     before = settings.fp32_precision, decoder.row_block
     if decoder.one_dnn:

@@ -19,7 +19,7 @@ from data import Batches, Prompts
 from grpo_rank import Objective, rollout_loss
 from model import Decoder, KVCache, ModelConfig, VideoLM
 from plumbing.machine import hold
-from rollout import Sampling, completion_states, generate
+from rollout import EVALUATED_AT_ONCE, Sampling, completion_states, generate
 from videoqa import world
 
 ROOT = Path(__file__).parents[2]
@@ -123,11 +123,11 @@ def test_the_plan_knows_what_embedding_videos_takes_and_how_many_prompts_an_eval
         policy.embed_video(torch.zeros(64, 4, 3, 16, 16, dtype=torch.uint8), torch.zeros(64, 4))
     assert 0.95 < live.peak / of["embedding videos"] <= 1.02
     N_video = policy.bridge.num_tokens
-    ids = torch.ones(128, N_video + 9, dtype=torch.int64)
-    prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.zeros(128, N_video, 64))
+    ids = torch.ones(EVALUATED_AT_ONCE, N_video + 9, dtype=torch.int64)
+    prompts = Prompts(ids, torch.ones_like(ids).bool(), torch.zeros(len(ids), N_video, 64))
     no_end = torch.tensor([], dtype=torch.int64)
-    with memory.Live() as live:  # as `evaluate` samples, 128 prompts at once
-        generate(policy, prompts, 4, Sampling(7, no_end), torch.full((128, 4, 7), 0.5))
+    with memory.Live() as live:  # as `evaluate` samples: one greedy answer and four drawn ones
+        generate(policy, prompts, 5, Sampling(7, no_end), torch.full((len(ids), 5, 7), 0.5))
     assert live.peak == pytest.approx(of["KV cache"] + of["sampling, beside the cache"], rel=0.15)
     run = run_config(sample_prompts=1, micro_batch_prompts=1, group_size=2, max_new_tokens=1)
     few = memory.plan(cfg, CLIP, run, torch.float32, num_videos=2, text_tokens=9)

@@ -160,7 +160,8 @@ def test_a_runs_own_questions_and_videos_must_be_those_that_it_was_made_with(tmp
     options = DataOptions(data=str(data), videos=str(tmp_path))
     config = asdict(options) | {"seed": 0, "dtype": "float32", "max_new_tokens": 5, "eval_samples": 1}
     config["made"] = {"from": data_of(*load_sets(options, 0))}
-    policy = SimpleNamespace(decoder=SimpleNamespace())
+    policy = SimpleNamespace(decoder=SimpleNamespace(head=SimpleNamespace(device="cpu")))
+    monkeypatch.setattr(evaluation, "set_up", lambda *given: None)
     monkeypatch.setattr(evaluation, "load_run", lambda *given: (policy, None, config))
     monkeypatch.setattr(evaluation, "PromptSet", lambda *given: pytest.fail("its questions are asked"))
     with pytest.raises(BadInput, match="--videos .*give --data too"):

@@ -119,25 +119,30 @@ def test_leaving_out_the_padding_changes_no_state_and_no_gradient(limit, checkpo
     lengths = torch.tensor([[T, 1, 2], [0, 3, T]])[:, :G]  # 0: a completion that nobody asks for
     mask = torch.arange(T) < lengths[..., None]
     weights = torch.randn(P, G, T, CFG.dim, generator=torch.Generator().manual_seed(2)) * mask[..., None]
-    for decoder.packed in (True, False):
+    for decoder.row_block in (1, 4, 0):
         inputs = prompt.clone().requires_grad_(), completions.clone().requires_grad_()
         states = decoder(inputs[0], MASK, inputs[1], completion_mask=mask)
         learn = [p for name, p in decoder.named_parameters() if name != "embed_tokens.weight"]
         gradients = torch.autograd.grad((states * weights).sum(), [*inputs, *learn])
         results.append([states[mask], *gradients])
-    for packed, padded in zip(*results, strict=True):
+    for *packed, padded in zip(*results, strict=True):
         assert padded.abs().max() > 1e-3
-        torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4)
+        for values in packed:
+            torch.testing.assert_close(values, padded, atol=1e-4, rtol=1e-4)
 
 
-def test_products_run_over_tokens_alone_and_those_of_the_last_layer_over_states_that_are_asked_for():
+@pytest.mark.parametrize("block", [1, 8])
+def test_products_run_over_tokens_alone_and_those_of_the_last_layer_over_states_that_are_asked_for(block):
+    """... and over as many places of padding as a whole block needs."""
     decoder, (prompt, completions), rows = build(), embeddings(), []
+    decoder.row_block = block
     for layer in decoder.layers:
         layer.mlp.register_forward_hook(lambda mlp, args, out: rows.append(out.numel() // CFG.dim))
     mask = torch.arange(T) < torch.arange(1, P * G + 1).clamp(max=T).view(P, G, 1)
     decoder(prompt, MASK, completions, completion_mask=mask)
     own = (mask.sum() - P * G).item()  # a completion's last token predicts nothing
-    assert rows == [MASK.sum() + own] * (CFG.num_layers - 1) + [P + own]
+    tokens = [MASK.sum().item() + own] * (CFG.num_layers - 1) + [P + own]
+    assert rows == [-(-n // block) * block for n in tokens] and (block == 1 or rows != tokens)
 
 
 def test_a_state_sees_only_earlier_tokens_of_its_own_completion():
@@ -151,13 +156,16 @@ def test_a_state_sees_only_earlier_tokens_of_its_own_completion():
 
 
 @torch.no_grad()
-def test_cached_steps_give_the_full_forward():
+@pytest.mark.parametrize("block", [32, 2])
+def test_cached_steps_give_the_full_forward(block, monkeypatch):
+    monkeypatch.setattr(KVCache, "BLOCK", block)  # of tokens for which there is room at once
     decoder, (prompt, _) = build(), embeddings()
     tokens = torch.randint(0, 40, (P, G, T), generator=torch.Generator().manual_seed(3))
     full, cache = decoder(prompt, MASK, decoder.embed_tokens(tokens)), KVCache(MASK, G, T)
     states = [decoder(prompt, MASK, cache=cache).expand(P, G, 1, -1)[:, :, 0]]
     states += [decoder.step(tokens[:, :, t], t, cache) for t in range(T - 1)]
     torch.testing.assert_close(torch.stack(states, dim=2), full, atol=1e-5, rtol=0)
+    assert cache.room == min(T, -(-(T - 1) // block) * block)
 
 
 def test_grouped_queries_equal_repeated_keys():
