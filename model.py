@@ -200,7 +200,7 @@ class Packing:
 class KVCache:
     """Keys and values of sampling. A layer has those of the prompt once, (P, kv, S, h) each, and those of its
     G completions, token by token, in one tensor (2, P, kv, room * G, h). A step writes G of them in place and
-    reads them all, the empty ones hidden. There is room for a block of tokens, then for one more, up to T."""
+    reads them all, the empty ones hidden. There is room for BLOCK tokens, then for more, up to T."""
 
     BLOCK = 32
 
@@ -216,8 +216,8 @@ class KVCache:
         return own.contiguous()  # read again in every step
 
     def make_room(self, tokens: int):
-        more = min(self.T, -(-tokens // self.BLOCK) * self.BLOCK) - self.room
-        if more > 0:
+        if tokens > self.room:  # by a quarter at least, so that little is copied
+            more = min(self.T, max(tokens, self.room + max(self.BLOCK, self.room // 4))) - self.room
             self.room += more
             none = self.prompt[0][0].new_zeros(2, *self.prompt[0][0].shape)[..., :0, :]
             self.own = [F.pad(own, (0, 0, 0, more * self.G)) for own in self.own or [none] * len(self.prompt)]
