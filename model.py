@@ -199,15 +199,15 @@ class Packing:
 
 class KVCache:
     """Keys and values of sampling. A layer has those of the prompt once, (P, kv, S, h) each, and those of its
-    G completions, token by token, in one tensor (2, P, kv, room * G, h). A step writes G of them in place and
-    reads them all, the empty ones hidden. There is room for BLOCK tokens, then for more, up to T."""
+    completions in one tensor (2, P, kv, G, room, h). A step writes its slot in place and reads them all, the
+    empty ones hidden. There is room for BLOCK tokens, then for more, up to T."""
 
-    BLOCK = 32
+    BLOCK = 8
 
     def __init__(self, prompt_mask: Tensor, G: int, T: int):
         self.prompt_mask, self.G, self.T = prompt_mask, G, T
         self.room, self.prompt, self.own = 0, [], []
-        self.rotary = self.prefix_bias = None  # Decoder.prepare
+        self.rotary = None  # Decoder.prepare
         self.source = None  # (sequence, place) of each token of the prompts, (P, 1) and (P, S), if they share
 
     def take(self, x: Tensor, S: int) -> Tensor:
@@ -219,8 +219,9 @@ class KVCache:
         if tokens > self.room:  # by a quarter at least, so that little is copied
             more = min(self.T, max(tokens, self.room + max(self.BLOCK, self.room // 4))) - self.room
             self.room += more
-            none = self.prompt[0][0].new_zeros(2, *self.prompt[0][0].shape)[..., :0, :]
-            self.own = [F.pad(own, (0, 0, 0, more * self.G)) for own in self.own or [none] * len(self.prompt)]
+            P, kv, _, h = self.prompt[0][0].shape
+            none = self.prompt[0][0].new_zeros(2, P, kv, self.G, 0, h)
+            self.own = [F.pad(own, (0, 0, 0, more)) for own in self.own or [none] * len(self.prompt)]
 
     def keep(self, prompts: Tensor):
         """Goes on with these prompts (m,) int64 alone."""
@@ -412,36 +413,33 @@ class Decoder(nn.Module):
 
     def prepare(self, cache: KVCache, dtype: torch.dtype):
         """What the steps need beside their tokens, for all T of them at once."""
-        own = cache.prompt_mask.sum(dim=1, keepdim=True) + torch.arange(cache.T, device=self.head.device)
+        slots = torch.arange(cache.T, device=cache.prompt_mask.device)
+        own = cache.prompt_mask.sum(dim=1, keepdim=True) + slots
         cache.rotary = self.rotary(own)  # of positions (P, T)
-        seen = cache.prompt_mask[:, None] & self.near(own, cache.prompt_mask.cumsum(dim=1) - 1)
-        cache.prefix_bias = bias_of(seen, dtype)  # (P, T, S)
+        cache.own_bias = bias_of((slots <= slots[:, None]) & self.near(slots, slots), dtype)  # (T, T)
+        near = self.near(own, cache.prompt_mask.cumsum(dim=1) - 1)
+        cache.prefix_bias = bias_of(cache.prompt_mask[:, None] & near, dtype)  # (P, T, S)
 
     def step(self, tokens: Tensor, t: int | Tensor, cache: KVCache) -> Tensor:
         """Token t of every completion in (P, G), the state that predicts token t + 1 out (P, G, D). With t an
-        int64 tensor (1,) all shapes are the same at every t: the slots behind t are read too, but hidden."""
+        int64 tensor (1,) all shapes are the same at every t."""
         x = self.embed_tokens(tokens)  # (P, G, D)
-        (P, G), dtype = tokens.shape, self.score_dtype(x)
+        P, G = tokens.shape
         if cache.rotary is None:
-            self.prepare(cache, dtype)
-        answers = torch.arange(G, device=tokens.device)
-        at, places = slice(t, t + 1), slice(t * G, t * G + G)
-        if isinstance(t, Tensor):
-            at, places = t, t * G + answers
-        cache.make_room(cache.T if isinstance(t, Tensor) else t + 1)
+            self.prepare(cache, self.score_dtype(x))
+        at, room = (t, cache.T) if isinstance(t, Tensor) else (slice(t, t + 1), t + 1)
+        cache.make_room(room)
         cos, sin = (table[:, at].expand(P, G, -1) for table in cache.rotary)
-        slots = torch.arange(cache.room, device=tokens.device)
-        near = (slots <= t) & self.near(torch.as_tensor(t, device=tokens.device), slots)
-        seen = near.repeat_interleave(G) & (answers[:, None] == answers.repeat(cache.room))
-        own_bias = bias_of(seen, dtype).view(1, 1, 1, G, 1, -1)
+        own_bias = cache.own_bias[at, : cache.room].view(1, 1, 1, 1, 1, -1)
         prefix_bias = cache.prefix_bias[:, at].view(P, 1, 1, 1, 1, -1)
         for layer, own, prompt in zip(self.layers, cache.own, cache.prompt, strict=True):
 
             def attention(q, k, v, own=own, prompt=prompt):
-                own[0, :, :, places], own[1, :, :, places] = k.transpose(1, 2), v.transpose(1, 2)
-                q = q.transpose(1, 2).unsqueeze(2)  # (P, kv, 1, G, rep, h): all answers see one row of keys
-                y = attend(q, *own.unsqueeze(3), own_bias, prefix=(*prompt, prefix_bias))
-                return y.squeeze(2).transpose(1, 2).flatten(2)
+                k, v = (x.transpose(1, 2).unsqueeze(3) for x in (k, v))  # (P, kv, G, 1, h)
+                own[0, :, :, :, at], own[1, :, :, :, at] = k, v
+                q = q.transpose(1, 2).unsqueeze(4)  # (P, kv, G, rep, 1, h)
+                y = attend(q, *own, own_bias, prefix=(*prompt, prefix_bias))
+                return y[..., 0, :].transpose(1, 2).flatten(2)
 
             with self.autocast():
                 x = layer(x, cos, sin, attention)

@@ -165,7 +165,7 @@ def test_cached_steps_give_the_full_forward(block, monkeypatch):
     states = [decoder(prompt, MASK, cache=cache).expand(P, G, 1, -1)[:, :, 0]]
     states += [decoder.step(tokens[:, :, t], t, cache) for t in range(T - 1)]
     torch.testing.assert_close(torch.stack(states, dim=2), full, atol=1e-5, rtol=0)
-    assert cache.room == T == 4 and [own.shape[3] for own in cache.own] == [T * G] * CFG.num_layers
+    assert [own.shape for own in cache.own] == [(2, P, CFG.num_kv_heads, G, T, 8)] * CFG.num_layers
 
 
 def test_grouped_queries_equal_repeated_keys():
