@@ -17,7 +17,7 @@ import lora
 from data import PAD_ID, Prompts, PromptSet
 from grpo_rank import nucleus, pack_support, sampling_logprobs
 from model import KVCache, VideoLM
-from plumbing.machine import Captured, joined, steady_products
+from plumbing.machine import Captured, joined
 from plumbing.options import BadInput
 
 NOT_FINITE = (
@@ -180,7 +180,7 @@ def generate_at_once(model: VideoLM, prompts: Prompts, G: int, sampling: Samplin
     decoder = model.decoder
     P, T, device = len(prompts.prompt_ids), sampling.max_new_tokens, prompts.prompt_ids.device
     # Inference mode: no bookkeeping for views and versions, a tenth of the time where tensors are small.
-    with torch.inference_mode(), joined(decoder), steady_products(decoder):
+    with torch.inference_mode(), joined(decoder):
         cache = KVCache(prompts.prompt_mask, G, T)
         state = prefill(model, prompts, cache).repeat_interleave(G, dim=0)  # (B, D)
         ids = torch.full((P * G, T), PAD_ID, device=device)

@@ -34,6 +34,7 @@ from plumbing.machine import (
     say,
     set_up,
     start_processes,
+    steady_products,
 )  # fmt: skip
 from plumbing.options import (
     Alpha,
@@ -130,7 +131,7 @@ def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batch
         for attempt in range(batches.fill):  # --fill: further questions until P groups carry a signal
             # 1) the policy answers each of P questions G times
             rows, uniforms = batches.of_step(step, G, cfg.max_new_tokens, attempt)
-            with run.clock("sampling"):
+            with run.clock("sampling"), steady_products(policy.decoder):
                 rollout, texts = answer(policy, batches.asked, rows, G, sampling, uniforms)
             # 2) the oracle ranks the answers: it sees questions and texts, never log-probabilities
             with run.clock("oracle"):

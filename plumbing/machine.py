@@ -90,7 +90,7 @@ def pick_products(decoder: nn.Module, device: torch.device) -> None:
     AMD's CPUs with AVX-512. "bf16" allows it to round to bfloat16; it does so on AMX alone, left out here.
 
     oneDNN compiles a product for each number of rows that is new, in 4 to 8 ms: rows come in blocks, and a
-    narrow decoder takes it for sampling alone (`steady_products`), where their numbers hardly change."""
+    narrow decoder takes it for a step's sampling alone (`steady_products`): its shapes hardly change."""
     has = {name for name, has in BFLOAT16_UNITS.items() if has()} if device.type == "cpu" else set()
     decoder.one_dnn = has == {"AVX512-BF16"}
     wide = decoder.one_dnn and decoder.cfg.dim >= ONE_DNN_WIDE
