@@ -142,37 +142,44 @@ def generate(
 
 
 def prefill(model: VideoLM, prompts: Prompts, cache: KVCache) -> Tensor:
-    """The states (P, D) behind the prompts; the cache holds their keys and values.
-
-    In float32 questions about one video share the pass over what stands before them, where videos have two or
-    more on average: they are its G completions. In 16 bits sums in another order would be another policy's.
-    """
-    decoder, (P, S), device = model.decoder, prompts.prompt_ids.shape, prompts.prompt_ids.device
+    """The states (P, D) behind the prompts; the cache holds their keys and values. In float32 questions about
+    one video share the pass over it, where videos have two or more on average; in 16 bits its sums would be
+    in another order than in training, and round otherwise."""
+    P, device = len(prompts.prompt_ids), prompts.prompt_ids.device
     prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
-    numbers = torch.arange(P, device=device) if prompts.videos is None else prompts.videos
-    same = numbers == numbers[:, None]
+    videos = torch.arange(P, device=device) if prompts.videos is None else prompts.videos
+    same = videos == videos[:, None]  # (P, P)
     turn = same.tril(-1).sum(dim=1)  # (P,) how many before it ask about its video
-    first = (turn == 0).nonzero().squeeze(1)  # (V,) a prompt of each video
-    if 2 * len(first) > P or decoder.compute_dtype != torch.float32:
-        return decoder(prompt, prompts.prompt_mask, cache=cache).flatten(0, 2)
-    of = (turn == 0).cumsum(dim=0)[same.to(torch.uint8).argmax(dim=1)] - 1  # (P,) which of the V
-    S0 = model.cfg.video_start + prompts.video_embeds.shape[1]  # tokens up to the video's end
-    length = prompts.prompt_mask.sum(dim=1)
-    padding, text = (S - length)[:, None], length - S0  # (P, 1), (P,)
+    if model.decoder.compute_dtype == torch.float32 and 2 * (turn == 0).sum() <= P:
+        first = same.to(torch.uint8).argmax(dim=1)  # (P,) the first that asks about its video
+        end = model.cfg.video_start + prompts.video_embeds.shape[1]
+        return shared_prefill(model.decoder, prompt, prompts.prompt_mask, end, first, turn, cache)
+    return model.decoder(prompt, prompts.prompt_mask, cache=cache).flatten(0, 2)
+
+
+def shared_prefill(decoder, prompt: Tensor, mask: Tensor, end: int, first: Tensor, turn: Tensor, cache):
+    """`prefill` with the texts about a video as G completions of its `end` tokens, those up to its last one.
+
+    prompt (P, S, D), mask (P, S), left-padded; first (P,) the number of a prompt with the same video, turn
+    (P,) its place, from 0, among those that have it.
+    """
+    (P, S, D), device, rows = prompt.shape, prompt.device, torch.arange(len(prompt), device=prompt.device)
+    padding, text = (~mask).sum(dim=1, keepdim=True), mask.sum(dim=1) - end  # (P, 1), (P,) tokens
+    openers = (turn == 0).nonzero().squeeze(1)  # (V,)
+    video = torch.searchsorted(openers, first)  # (P,) of V
     G, T = int(turn.max()) + 1, int(text.max()) + 1
+    opening = prompt[openers[:, None], padding[openers] + torch.arange(end, device=device)]  # (V, end, D)
+    texts = prompt.new_zeros(len(openers), G, T, D)
+    asked = torch.zeros(len(openers), G, T, dtype=torch.bool, device=device)
     ahead = torch.arange(T, device=device)
-    places = (padding + S0 + ahead).clamp(max=S - 1)
-    own = prompt.new_zeros(len(first), G, T, prompt.shape[2])
-    own[of, turn] = prompt[torch.arange(P, device=device)[:, None], places]
-    mask = torch.zeros(own.shape[:3], dtype=torch.bool, device=device)
-    mask[of, turn] = ahead <= text[:, None]  # the state behind the last token is asked for
-    opening = prompt[first[:, None], padding[first] + torch.arange(S0, device=device)]
-    # where a prompt's tokens stand in their video's sequence
-    place = torch.arange(S, device=device) - padding
-    place = torch.where(place < S0, place, place + turn[:, None] * (T - 1)).clamp(min=0)
-    cache.source = of[:, None], place
+    texts[video, turn] = prompt[rows[:, None], (padding + end + ahead).clamp(max=S - 1)]
+    asked[video, turn] = ahead <= text[:, None]  # with the state behind the last token
+    place = torch.arange(S, device=device) - padding  # of each token in its video's sequence
+    place = torch.where(place < end, place, place + turn[:, None] * (T - 1)).clamp(min=0)
+    cache.source = video[:, None], place
     seen = torch.ones(opening.shape[:2], dtype=torch.bool, device=device)
-    return decoder(opening, seen, own, cache=cache, completion_mask=mask)[of, turn, text]
+    states = decoder(opening, seen, texts, cache=cache, completion_mask=asked)  # (V, G, T, D)
+    return states[video, turn, text]
 
 
 def generate_at_once(model: VideoLM, prompts: Prompts, G: int, sampling: Sampling, uniforms) -> Completions:
