@@ -210,28 +210,28 @@ class KVCache:
         self.rotary = None  # Decoder.prepare
         self.source = None  # (sequence, place) of each token of the prompts, (P, 1) and (P, S), if they share
 
-    def take(self, x: Tensor, S: int) -> Tensor:
-        """A layer's keys or values (sequences, kv, L, h) -> those of the prompts, (P, kv, S, h)."""
-        own = x[:, :, :S] if self.source is None else x.transpose(1, 2)[self.source].transpose(1, 2)
-        return own.contiguous()  # read again in every step
+    def begin(self, *pair: Tensor):
+        """Takes the next layer's keys and values of the prefill, (sequences, kv, L, h) each."""
+        if self.source is not None:
+            pair = (x.transpose(1, 2)[self.source].transpose(1, 2) for x in pair)
+        k, v = (x[:, :, : self.prompt_mask.shape[1]].contiguous() for x in pair)  # read in every step
+        self.prompt.append((k, v))
+        self.own.append(k.new_zeros(2, *k.shape[:2], self.G, 0, k.shape[3]))
 
     def make_room(self, tokens: int):
         if tokens > self.room:  # by a quarter at least, so that little is copied
             more = min(self.T, max(tokens, self.room + max(self.BLOCK, self.room // 4))) - self.room
             self.room += more
-            P, kv, _, h = self.prompt[0][0].shape
-            none = self.prompt[0][0].new_zeros(2, P, kv, self.G, 0, h)
-            self.own = [F.pad(own, (0, 0, 0, more)) for own in self.own or [none] * len(self.prompt)]
+            for i, own in enumerate(self.own):  # layer by layer, so that no second cache is held
+                self.own[i] = F.pad(own, (0, 0, 0, more))
 
     def keep(self, prompts: Tensor):
         """Goes on with these prompts (m,) int64 alone."""
         self.prompt_mask = self.prompt_mask[prompts]
         if self.rotary:
             self.prefix_bias, self.rotary = self.prefix_bias[prompts], [x[prompts] for x in self.rotary]
-        for i, (k, v) in enumerate(self.prompt):  # layer by layer, so that no second cache is held
-            self.prompt[i] = k[prompts], v[prompts]
-        for i, own in enumerate(self.own):
-            self.own[i] = own[:, prompts]
+        for i, ((k, v), own) in enumerate(zip(self.prompt, self.own, strict=True)):  # likewise
+            self.prompt[i], self.own[i] = (k[prompts], v[prompts]), own[:, prompts]
 
 
 class SelfAttention(nn.Module):
@@ -377,7 +377,7 @@ class Decoder(nn.Module):
                 bias = prompt_bias[..., -asking:, :]
                 y = attend(q0[:, :, None], k0[:, :, None], v0[:, :, None], bias)[:, :, 0]
             if cache is not None:
-                cache.prompt.append((cache.take(k, S), cache.take(v, S)))
+                cache.begin(k, v)
             if T > 0:
                 q1 = q[..., asking:, :].unflatten(3, (G, T)).transpose(2, 3)  # (P, kv, G, rep, T, h)
                 k1, v1 = k[:, :, S:].unflatten(2, (G, T)), v[:, :, S:].unflatten(2, (G, T))

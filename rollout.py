@@ -163,7 +163,7 @@ def shared_prefill(decoder, prompt: Tensor, mask: Tensor, end: int, first: Tenso
     prompt (P, S, D), mask (P, S), left-padded; first (P,) the number of a prompt with the same video, turn
     (P,) its place, from 0, among those that have it.
     """
-    (P, S, D), device, rows = prompt.shape, prompt.device, torch.arange(len(prompt), device=prompt.device)
+    (_, S, D), device, rows = prompt.shape, prompt.device, torch.arange(len(prompt), device=prompt.device)
     padding, text = (~mask).sum(dim=1, keepdim=True), mask.sum(dim=1) - end  # (P, 1), (P,) tokens
     openers = (turn == 0).nonzero().squeeze(1)  # (V,)
     video = torch.searchsorted(openers, first)  # (P,) of V
