@@ -147,16 +147,15 @@ def freeze_reference(model: nn.Module):
 
 @torch.no_grad()
 def merge(model: nn.Module):
-    """Folds every adapter into its base weight (computed in float32) and puts the plain linear layer back; in
-    place of a 4-bit base one in float32."""
+    """Puts plain linear layers in the place of the adapted ones, each adapter folded into the base weight
+    (computed in float32), in the base's dtype; for a 4-bit base in float32."""
     for name, layer in layers(model).items():
-        update, plain = layer.scale * layer.lora_B.float() @ layer.lora_A.float(), layer.base
-        if not isinstance(plain, nn.Linear):
-            plain = nn.Linear(plain.in_features, plain.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(layer.base.dequantised() + update, requires_grad=False)
-            plain.bias = layer.base.bias
-        else:
-            plain.weight.copy_(plain.weight.float() + update)
+        base, update = layer.base, layer.scale * layer.lora_B.float() @ layer.lora_A.float()
+        weight = base.weight if isinstance(base, nn.Linear) else base.dequantised()
+        plain = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        # New memory: the base's may be pages of a file, which are dear to write on
+        plain.weight = nn.Parameter((weight.float() + update).to(weight.dtype), requires_grad=False)
+        plain.bias = base.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain)
 
