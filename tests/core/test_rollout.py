@@ -62,6 +62,7 @@ def test_sampling_and_training_give_one_logprob(prompts, temperature, top_p, dty
     assert rollout.logprobs[rollout.completion_mask].min() > -20 and rollout.logprobs.min() < -0.5
 
 
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="the order of AMX's sums was never measured")
 def test_in_16_bits_a_step_sums_in_the_order_of_training():
     """A sum in another order rounds to another value now and then: log-probabilities off by hundredths."""
     P, G, T, lengths = 6, 5, 8, torch.tensor([[48], [29], [33], [40], [37], [31]])
