@@ -157,9 +157,9 @@ def load_clips(shown: list[tuple], num_frames: int, size: int, framing: str = "f
 
 
 def clips_at_once(num_frames: int, num_patches: int) -> int:
-    """Clips to embed together: what a small CLIP makes of 2**13 patch tokens stays in a CPU's cache. Of a
-    large one it is one clip at a time."""
-    return max(1, min(64, 2**13 // (num_frames * num_patches)))
+    """Clips to embed together: 2**15 patch tokens are 0.5 GB at width 4096, and one clip of 50 frames of CLIP
+    ViT-L/14-336. At most 28, of which what a small CLIP makes stays in a CPU's cache."""
+    return max(1, min(28, 2**15 // (num_frames * num_patches)))
 
 
 def embed_videos(model, shown: list[tuple]) -> tuple[torch.Tensor, list[list[float]]]:

@@ -175,7 +175,8 @@ class Packing:
     """Sequences (P, L, ...) with padding as rows (n, ...) of their n tokens alone, and back.
 
     All that a layer does token by token, the large products among them, runs over rows; attention alone sees
-    sequences. Nothing is computed for padding, and the longest sequence costs the others nothing.
+    sequences. Nothing is computed for padding but what fills a block; the longest sequence costs the others
+    nothing.
     """
 
     def __init__(self, kept: Tensor, block: int):
@@ -230,7 +231,7 @@ class KVCache:
         self.prompt_mask = self.prompt_mask[prompts]
         if self.rotary:
             self.prefix_bias, self.rotary = self.prefix_bias[prompts], [x[prompts] for x in self.rotary]
-        for i, ((k, v), own) in enumerate(zip(self.prompt, self.own, strict=True)):  # likewise
+        for i, ((k, v), own) in enumerate(zip(self.prompt, self.own, strict=True)):  # also one by one
             self.prompt[i], self.own[i] = (k[prompts], v[prompts]), own[:, prompts]
 
 

@@ -11,6 +11,7 @@ from data import DataOptions, load_sets
 from eval import evaluate_run, gains, main, table
 from plumbing.options import BadInput
 from plumbing.progress import compare
+from videoqa import questions
 from videoqa.answers import Question, summarize
 
 ROOT = Path(__file__).parents[2]
@@ -173,3 +174,24 @@ def test_a_runs_own_questions_and_videos_must_be_those_that_it_was_made_with(tmp
     data.write_text("\n".join(rows).replace("red", "blue"))
     with pytest.raises(BadInput, match="config.json: the data changed since .* give --data and --videos"):
         evaluate_run("run", "", "")
+
+
+@pytest.mark.parametrize(
+    ("made", "wanted"), [({"sample_prompts": 3}, 3), ({"sample_prompts": 0}, 0), ({}, 0)]
+)
+def test_a_run_is_evaluated_with_as_many_prompts_at_once_as_it_sampled(made, wanted, monkeypatch):
+    """The memory plan of a large model's run counts on it."""
+    config = made | {"dtype": "float32", "max_new_tokens": 5, "eval_samples": 1, "seed": 0}
+    decoder = SimpleNamespace(head=SimpleNamespace(device="cpu"), named_modules=lambda: [])
+    asked, given = [], (SimpleNamespace(decoder=decoder), None, config)
+    sampling = SimpleNamespace(of=lambda *policy, **options: options)
+    stubs = dict(
+        load_run=lambda *x: given, set_up=lambda *x: None, PromptSet=lambda *x: None, Sampling=sampling
+    )
+    for name, stub in stubs.items():
+        monkeypatch.setattr(evaluation, name, stub)
+    monkeypatch.setattr(questions, "load_questions", lambda *x: [])
+    monkeypatch.setattr(evaluation, "evaluate", lambda *x, **options: asked.append(x[2]) or (None, None))
+    monkeypatch.setattr(evaluation, "table", lambda *x: "")
+    evaluate_run("run", "a.jsonl", "")
+    assert [options["prompts_at_once"] for options in asked] == [wanted, wanted]
