@@ -167,7 +167,7 @@ def reduce_sum(*values: torch.Tensor | float, device) -> list[float]:
     return packed.tolist()
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float) -> float:
+def optimizer_step(optimizer, lr: float, max_norm: float) -> float:
     """One step at rate lr with the gradients of all processes, summed and clipped to max_norm; they are
     cleared. A parameter without gradient counts as one of zero. Returns the norm before clipping; if it is
     not finite, nothing but the gradients has changed."""
@@ -184,7 +184,8 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_norm: float)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     if torch.isfinite(norm):
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for p in parameters:
+        p.grad = None
     return norm.item()
 
 

@@ -256,6 +256,7 @@ def test_a_resume_finds_the_critic_as_it_was():
     first, second = learner(0), learner(1)
     for p in first.optimizer.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
+    first.optimizer.param_groups[0]["lr"] = 0.1
     first.optimizer.step()
     second.restore({name: x.clone() for name, x in first.tensors().items()})
     assert (first.critic.head.weight != 0).all()

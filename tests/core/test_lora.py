@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,6 +131,35 @@ def test_weights_held_in_16_bits_give_the_same_bits_and_are_not_copied_when_join
             joins = decoder.layers[0].mlp.joined[0].weight, decoder.layers[0].mlp.gate_proj.base.weight
             assert (joins[0].data_ptr() == joins[1].data_ptr()) == holding
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_a_learners_steps_are_those_of_torchs_adamw_and_go_on_after_a_resume():
+    ours, resumed = (lora.Learner(build(adapters=False)[0], 4, 8.0) for _ in range(2))
+    trainable, noise = ours.optimizer.param_groups[0]["params"], torch.Generator().manual_seed(0)
+    theirs = [p.detach().clone().requires_grad_() for p in trainable]
+    peer = torch.optim.AdamW(theirs, weight_decay=0.0, fused=True)
+    for step in range(6):
+        if step == 3:
+            resumed.restore({name: x.clone() for name, x in ours.tensors().items()})
+            ours, trainable = resumed, resumed.optimizer.param_groups[0]["params"]
+        for p, q in zip(trainable, theirs, strict=True):
+            p.grad = q.grad = torch.randn(p.shape, generator=noise)
+        for optimizer in (ours.optimizer, peer):
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            optimizer.step()
+        assert all(map(torch.equal, trainable, theirs))
+
+
+def test_learning_does_not_load_torchs_compiler():
+    code = """if True:
+        import sys, torch, lora
+        from plumbing.machine import optimizer_step
+        learner = lora.Learner(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)}), 2, 4.0)
+        learner.model["q_proj"](torch.ones(1, 4)).sum().backward()
+        optimizer_step(learner.optimizer, 0.1, 1.0)
+        assert learner.optimizer.steps[0] == 1 and "torch._dynamo" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(lora.__file__).parent)
 
 
 def test_the_reference_is_the_policy_when_frozen_and_then_stays():
