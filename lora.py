@@ -162,7 +162,7 @@ def merge(model: nn.Module):
 
 
 class AdamW:
-    """AdamW (arXiv:1711.05101) without weight decay, by torch's own function. `param_groups` and `step` are as
+    """AdamW (arXiv:1711.05101) without weight decay, by torch's own function. param_groups and step are as
     in torch.optim.AdamW, which would load torch's compiler first: 0.7 of a default job's 20 seconds."""
 
     def __init__(self, parameters: list[Tensor]):

@@ -110,11 +110,18 @@ def make_scene(seed, hard=False):
             return Scene(tuple(things), rng.randint(20, 70), seed, duration)
 
 
+def _stripes(x):
+    return (0.5 + 1.5 * np.cos(x * 2 * np.pi / STRIPE)).clip(0, 1)
+
+
 def _coverage(kind, dx, dy, r):
     """Opacity 0..1 of a square thing of half width r at pixel offsets (dx, dy): edges are one pixel soft."""
-    solid = np.clip(r - np.maximum(abs(dx), abs(dy)) + 0.5, 0, 1)
-    rungs, bars = (np.clip(0.5 + 1.5 * np.cos(x * 2 * np.pi / STRIPE), 0, 1) for x in (dy, dx))
-    return solid * {"block": 1.0, "ladder": rungs, "fence": bars, "net": np.maximum(rungs, bars)}[kind]
+    solid = (r - np.maximum(abs(dx), abs(dy)) + 0.5).clip(0, 1)
+    if kind == "block":
+        return solid
+    if kind == "net":
+        return solid * np.maximum(_stripes(dx), _stripes(dy))
+    return solid * _stripes(dy if kind == "ladder" else dx)
 
 
 def draw_frame(scene, t):
@@ -125,10 +132,9 @@ def draw_frame(scene, t):
         if thing.start <= t < thing.end:
             x, y, r = thing.at(t)
             left, top = (max(math.floor(z - r) - 1, 0) for z in (x, y))  # nothing is drawn outside
-            right, bottom = (math.ceil(z + r) + 2 for z in (x, y))
-            part = frame[top:bottom, left:right]
-            rows, columns = np.ogrid[top : top + len(part), left : left + part.shape[1]]
-            alpha = _coverage(thing.kind, columns - x, rows - y, r)[..., None]
+            part = frame[top : math.ceil(y + r) + 2, left : math.ceil(x + r) + 2]
+            rows, columns = (np.arange(first, first + n) for first, n in zip((top, left), part.shape))
+            alpha = _coverage(thing.kind, columns - x, rows[:, None] - y, r)[..., None]
             part[:] = part * (1 - alpha) + np.float32(COLORS[thing.color]) * alpha
     return frame.clip(0, 255).astype(np.uint8)
 
@@ -147,8 +153,9 @@ def write_clip(scene, path):
         stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"
-        for i in range(round(scene.duration * FPS)):
-            frame = av.VideoFrame.from_ndarray(draw_frame(scene, i / FPS), format="rgb24")
+        pictures = [draw_frame(scene, i / FPS) for i in range(round(scene.duration * FPS))]
+        for i, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = i, Fraction(1, FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
