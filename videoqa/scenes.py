@@ -133,8 +133,8 @@ def draw_frame(scene, t):
             x, y, r = thing.at(t)
             left, top = (max(math.floor(z - r) - 1, 0) for z in (x, y))  # nothing is drawn outside
             part = frame[top : math.ceil(y + r) + 2, left : math.ceil(x + r) + 2]
-            rows, columns = (np.arange(first, first + n) for first, n in zip((top, left), part.shape))
-            alpha = _coverage(thing.kind, columns - x, rows[:, None] - y, r)[..., None]
+            rows, columns = np.arange(top, top + len(part))[:, None], np.arange(left, left + part.shape[1])
+            alpha = _coverage(thing.kind, columns - x, rows - y, r)[..., None]
             part[:] = part * (1 - alpha) + np.float32(COLORS[thing.color]) * alpha
     return frame.clip(0, 255).astype(np.uint8)
 
