@@ -18,40 +18,18 @@ Each stage starts from the files that the stage before left in --out, and from t
 run one by one give the same weights as `all`. The clips are those of scene seeds 0 .. num_clips - 1.
 """
 
-import hashlib
 import json
-import os
-import sys
-import time
 from dataclasses import dataclass, fields
 from typing import Literal
 
-import torch
-
-from checkpoints.embedded import WorldOptions, folder_tokenizer, run_stage
-from checkpoints.policies import PolicyOptions, save_model
+from checkpoints.embedded import WorldOptions, train_world
+from checkpoints.policies import PolicyOptions
 from checkpoints.supervised import SupervisedOptions, train_supervised
-from clip import ClipConfig
-from data import load_clips
-from model import ModelConfig
 from oracles.pairs import RankerOptions, train_ranker
-from plumbing.options import (
-    LEFT,
-    BadInput,
-    is_kind,
-    parse_args,
-    read_bytes,
-    read_json,
-    remove,
-    run_script,
-    write_json,
-)
-from videoqa import world
+from plumbing.options import BadInput, parse_args, run_script
 
-STAGES = ("clip", "align", "sft")
 # Of a pretrained decoder's options those that the small model of the embedded world has too
 WORLD_HAS = ("policy", "seed", "video_tokens", "videos", "questions_per_clip")
-ANOTHER_OUT = "name another folder with --out"
 
 
 @dataclass
@@ -91,76 +69,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-def check_out(cfg: Config):
-    """Raises BadInput for an --out that holds something else than what the stages write."""
-    names = os.listdir(cfg.out) if os.path.lexists(cfg.out) else []
-    if "config.json" in names:
-        ours = {"model", "clip"} <= read_json(os.path.join(cfg.out, "config.json"), ANOTHER_OUT).keys()
-    else:
-        first = ("tokenizer.json", "made.json", "saving.json")
-        ours = all(name in first or LEFT.fullmatch(name) for name in names)
-    if not ours:
-        raise BadInput(f"--out {cfg.out}: holds something else than pretrain.py's weights; {ANOTHER_OUT}")
-
-
-def digest_of(folder: str) -> str:
-    """Of the model there; empty where there is none."""
-    path = os.path.join(folder, "model.safetensors")
-    return hashlib.sha256(read_bytes(path, ANOTHER_OUT)).hexdigest() if os.path.exists(path) else ""
-
-
-def save_stage(model, tokenizer, made: dict, folder: str):
-    """The model appears in one rename; saving.json tells a kill before it from one behind it."""
-    record, saving = (os.path.join(folder, name) for name in ("made.json", "saving.json"))
-    os.makedirs(folder, exist_ok=True)
-    tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    write_json(saving, {"from": digest_of(folder), "made": made})
-    save_model(model, folder)
-    write_json(record, made)
-    remove(saving)
-
-
-def finish_save(folder: str) -> bool:
-    """Whether a save that was killed behind the model's rename is whole now, its record written."""
-    path = os.path.join(folder, "saving.json")
-    saving = read_json(path, f"remove it, or {ANOTHER_OUT}", optional=True)
-    renamed = bool(saving) and saving.get("from") != digest_of(folder)
-    if renamed:
-        write_json(os.path.join(folder, "made.json"), saving.get("made"))
-    remove(path)
-    return renamed
-
-
-def pretrain(cfg: Config):
-    """The small model of the embedded world: all three stages, or the one that --stage names."""
-    check_out(cfg)
-    finished = finish_save(cfg.out)
-    tokenizer, began = folder_tokenizer(cfg), time.time()
-    hard, scenes = cfg.world == "hard", range(cfg.num_clips)
-    world.make_world(cfg.world_dir, scenes, hard=hard)
-    shown = [(os.path.join(cfg.world_dir, world.clip_name(seed, hard)),) for seed in scenes]
-    frames, times = load_clips(shown, ModelConfig.num_frames, ClipConfig.image_size)
-    record, made = os.path.join(cfg.out, "made.json"), {"seconds": {}, "commands": []}
-    if cfg.stage not in ("all", "clip") and os.path.exists(record):
-        wants = "remove it, it only tells how the weights were made"
-        made |= read_json(record, wants)
-        if not (is_kind(made["commands"], list[str]) and is_kind(made["seconds"], dict)):
-            raise BadInput(f"{record}: 'seconds' or 'commands' is damaged; {wants}")
-    command = " ".join(["python", *sys.argv])
-    if finished and cfg.stage != "all" and made["commands"][-1:] == [command]:
-        print(f"{cfg.out}: {cfg.stage} was killed as it ended; nothing is left to be trained")
-        return
-    made |= {"seed": cfg.seed, "faults": cfg.faults, "torch": torch.__version__, "cpus": os.cpu_count()}
-    made["commands"].append(command)
-    made["seconds"].setdefault("world", round(time.time() - began, 1))
-    for stage in STAGES if cfg.stage == "all" else [cfg.stage]:
-        began = time.time()
-        model = run_stage(stage, cfg, tokenizer, frames, times)
-        made["seconds"][stage] = round(time.time() - began, 1)
-        save_stage(model, tokenizer, made, cfg.out)
-    print(json.dumps(made))
-
-
 def main():
     cfg = parse_args(Config, PRESETS)
     if cfg.policy:
@@ -168,7 +76,7 @@ def main():
     elif cfg.stage == "ranker":
         print(json.dumps(train_ranker(cfg)))
     else:
-        pretrain(cfg)
+        train_world(cfg)
 
 
 if __name__ == "__main__":

@@ -4,23 +4,40 @@ Started by pretrain.py, which says what each learns, and in which order. cfg is 
 """
 
 import itertools
+import json
 import os
 import random
+import sys
+import time
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 
-from checkpoints.policies import load_model
+from checkpoints.policies import load_model, model_digest, save_model
 from checkpoints.supervised import answer_batch, answer_loss
 from checkpoints.word_tokenizer import WordTokenizer
 from clip import Clip, ClipConfig, contrastive_loss, preprocess
-from data import BOS_ID, EOS_ID, collate_completions
+from data import BOS_ID, EOS_ID, collate_completions, load_clips
 from model import ModelConfig, VideoLM
 from plumbing.fitting import fit
 from plumbing.machine import pick_device
-from plumbing.options import BadInput, Bounds, Count, Options, Positive
+from plumbing.options import (
+    LEFT,
+    BadInput,
+    Bounds,
+    Count,
+    Options,
+    Positive,
+    is_kind,
+    read_json,
+    remove,
+    write_json,
+)
 from videoqa import world
+
+STAGES = ("clip", "align", "sft")
+ANOTHER_OUT = "name another folder with --out"
 
 
 @dataclass
@@ -185,3 +202,67 @@ def folder_tokenizer(cfg) -> WordTokenizer:
             " embeddings; make all weights anew: python pretrain.py --out ANOTHER_FOLDER"
         )
     return tokenizer
+
+
+def check_out(cfg):
+    """Raises BadInput for an --out that holds something else than what the stages write."""
+    names = os.listdir(cfg.out) if os.path.lexists(cfg.out) else []
+    if "config.json" in names:
+        ours = {"model", "clip"} <= read_json(os.path.join(cfg.out, "config.json"), ANOTHER_OUT).keys()
+    else:
+        first = ("tokenizer.json", "made.json", "saving.json")
+        ours = all(name in first or LEFT.fullmatch(name) for name in names)
+    if not ours:
+        raise BadInput(f"--out {cfg.out}: holds something else than pretrain.py's weights; {ANOTHER_OUT}")
+
+
+def save_stage(model, tokenizer, made: dict, folder: str):
+    """The model appears in one rename; saving.json tells a kill before it from one behind it."""
+    record, saving = (os.path.join(folder, name) for name in ("made.json", "saving.json"))
+    os.makedirs(folder, exist_ok=True)
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    write_json(saving, {"from": model_digest(folder), "made": made})
+    save_model(model, folder)
+    write_json(record, made)
+    remove(saving)
+
+
+def finish_save(folder: str) -> bool:
+    """Whether a save that was killed behind the model's rename is whole now, its record written."""
+    path = os.path.join(folder, "saving.json")
+    saving = read_json(path, f"remove it, or {ANOTHER_OUT}", optional=True)
+    renamed = bool(saving) and saving.get("from") != model_digest(folder)
+    if renamed:
+        write_json(os.path.join(folder, "made.json"), saving.get("made"))
+    remove(path)
+    return renamed
+
+
+def train_world(cfg) -> None:
+    """All three stages, or the one that --stage names, with the options of pretrain.py. Writes --out."""
+    check_out(cfg)
+    finished = finish_save(cfg.out)
+    tokenizer, began = folder_tokenizer(cfg), time.time()
+    hard, scenes = cfg.world == "hard", range(cfg.num_clips)
+    world.make_world(cfg.world_dir, scenes, hard=hard)
+    shown = [(os.path.join(cfg.world_dir, world.clip_name(seed, hard)),) for seed in scenes]
+    frames, times = load_clips(shown, ModelConfig.num_frames, ClipConfig.image_size)
+    record, made = os.path.join(cfg.out, "made.json"), {"seconds": {}, "commands": []}
+    if cfg.stage not in ("all", "clip") and os.path.exists(record):
+        wants = "remove it, it only tells how the weights were made"
+        made |= read_json(record, wants)
+        if not (is_kind(made["commands"], list[str]) and is_kind(made["seconds"], dict)):
+            raise BadInput(f"{record}: 'seconds' or 'commands' is damaged; {wants}")
+    command = " ".join(["python", *sys.argv])
+    if finished and cfg.stage != "all" and made["commands"][-1:] == [command]:
+        print(f"{cfg.out}: {cfg.stage} was killed as it ended; nothing is left to be trained")
+        return
+    made |= {"seed": cfg.seed, "faults": cfg.faults, "torch": torch.__version__, "cpus": os.cpu_count()}
+    made["commands"].append(command)
+    made["seconds"].setdefault("world", round(time.time() - began, 1))
+    for stage in STAGES if cfg.stage == "all" else [cfg.stage]:
+        began = time.time()
+        model = run_stage(stage, cfg, tokenizer, frames, times)
+        made["seconds"][stage] = round(time.time() - began, 1)
+        save_stage(model, tokenizer, made, cfg.out)
+    print(json.dumps(made))

@@ -22,6 +22,7 @@ from plumbing.options import (
     check_record,
     checked,
     is_kind,
+    read_bytes,
     read_from,
     read_json,
     write_json,
@@ -280,3 +281,9 @@ def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
 
     configs = read_configs(folder, num_frames)
     return read_own(lambda: VideoLM(*configs), folder, device)
+
+
+def model_digest(folder: str) -> str:
+    """SHA-256 of the folder's model.safetensors; "" where there is none."""
+    path = os.path.join(folder, "model.safetensors")
+    return hashlib.sha256(read_bytes(path, POLICIES)).hexdigest() if os.path.exists(path) else ""

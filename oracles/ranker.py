@@ -8,14 +8,13 @@ known answer. CLIP and the bridge stay those of the folder that it started from;
     python train.py --oracle trained       # ranks with it
 """
 
-import hashlib
 import os
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from checkpoints.policies import load_model
+from checkpoints.policies import load_model, model_digest
 from checkpoints.supervised import states_behind
 from checkpoints.word_tokenizer import WordTokenizer
 from data import BOS_ID, EOS_ID, collate_completions, embed_videos
@@ -46,11 +45,6 @@ class Ranker(nn.Module):
         return self.head(states.gather(2, last)).flatten(1).float()
 
 
-def _digest(base: str) -> str:
-    with open(os.path.join(base, "model.safetensors"), "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
 def save_ranker(ranker: Ranker, base: str):
     """Writes base/ranker/ranker.safetensors: decoder and head in bfloat16, and which base they belong to."""
     os.makedirs(os.path.join(base, "ranker"), exist_ok=True)
@@ -58,7 +52,7 @@ def save_ranker(ranker: Ranker, base: str):
     tensors["head"] = ranker.head.weight.data
     tensors = {name: x.to("cpu", torch.bfloat16).contiguous() for name, x in tensors.items()}
     path = os.path.join(base, "ranker", "ranker.safetensors")
-    write_whole(path, save(tensors, metadata={"base": _digest(base)}))
+    write_whole(path, save(tensors, metadata={"base": model_digest(base)}))
 
 
 def load_ranker(folder: str, device="cpu") -> Ranker:
@@ -66,7 +60,7 @@ def load_ranker(folder: str, device="cpu") -> Ranker:
     path, base = os.path.join(folder, "ranker.safetensors"), os.path.dirname(os.path.abspath(folder))
     remedy = "make it with python pretrain.py --stage ranker"
     tensors, metadata = read_tensors(path, remedy)
-    if os.path.exists(os.path.join(base, "model.safetensors")) and metadata.get("base") != _digest(base):
+    if (digest := model_digest(base)) and metadata.get("base") != digest:
         raise BadInput(f"{path}: was trained from another {base}/model.safetensors; {remedy}")
     model = load_model(base)
     ranker = Ranker(model, WordTokenizer.load(os.path.join(base, "tokenizer.json"), model.cfg.vocab_size))

@@ -106,7 +106,7 @@ def test_a_stage_that_diverges_names_its_learning_rate_and_leaves_the_weights(ho
 @pytest.mark.parametrize("name", ["config.json", "notes.txt", "model.safetensors"])
 def test_a_folder_of_something_else_is_not_written_to(name, tmp_path, home, monkeypatch):
     (tmp_path / name).write_text('{"model_type": "llama"}')
-    monkeypatch.setattr(pretrain, "run_stage", lambda *given: pytest.fail("it must not be trained"))
+    monkeypatch.setattr(embedded, "run_stage", lambda *given: pytest.fail("it must not be trained"))
     with pytest.raises(BadInput, match=rf"^--out {tmp_path}: holds something else .*; name another folder"):
         run(monkeypatch, home, tmp_path, "--stage", "clip")
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -137,14 +137,14 @@ def test_a_stage_that_is_killed_as_it_is_saved_is_trained_once(home, monkeypatch
     def killed(*given):
         raise KeyboardInterrupt
 
-    saved, rows = pretrain.save_model, []
+    saved, rows = embedded.save_model, []
     run(monkeypatch, home, "killed", "--stage", "clip")
     for save in (killed, lambda *given: killed(saved(*given))):  # before the model's rename, and behind it
-        monkeypatch.setattr(pretrain, "save_model", save)
+        monkeypatch.setattr(embedded, "save_model", save)
         with pytest.raises(KeyboardInterrupt):
             trained()
         rows.append(load_file(home / "killed" / "model.safetensors"))
-    monkeypatch.setattr(pretrain, "save_model", saved)
+    monkeypatch.setattr(embedded, "save_model", saved)
     model, made = trained()
     assert all(torch.equal(x, rows[1][name]) for name, x in model.items())
     assert any(not torch.equal(x, rows[0][name]) for name, x in model.items())

@@ -19,7 +19,7 @@ import lora
 import pretrain
 import selection
 import train
-from checkpoints import weight_files
+from checkpoints import embedded, weight_files
 from checkpoints.huggingface import decoder_config, hf_config
 from checkpoints.peft_files import read_adapter
 from checkpoints.policies import PolicyOptions, load_policy, load_run
@@ -332,11 +332,11 @@ def test_a_damaged_record_of_how_weights_were_made_is_refused(tmp_path, monkeypa
     shutil.copytree(WEIGHTS, tmp_path, dirs_exist_ok=True)
     made = json.loads((WEIGHTS / "made.json").read_text()) | damage
     (tmp_path / "made.json").write_text(json.dumps(made))
-    monkeypatch.setattr(pretrain.world, "make_world", lambda *given, **options: None)
-    monkeypatch.setattr(pretrain, "load_clips", lambda *given: (None, None))
-    monkeypatch.setattr(pretrain, "run_stage", lambda *given: pytest.fail("it must not be trained"))
+    monkeypatch.setattr(embedded.world, "make_world", lambda *given, **options: None)
+    monkeypatch.setattr(embedded, "load_clips", lambda *given: (None, None))
+    monkeypatch.setattr(embedded, "run_stage", lambda *given: pytest.fail("it must not be trained"))
     with pytest.raises(BadInput, match=r"made.json: 'seconds' or 'commands' is damaged; remove it"):
-        pretrain.pretrain(pretrain.Config(out=str(tmp_path), stage="align", num_clips=1))
+        embedded.train_world(pretrain.Config(out=str(tmp_path), stage="align", num_clips=1))
 
 
 @pytest.mark.parametrize("options", [None, 1, [], "seed"])
