@@ -46,6 +46,11 @@ class ClipConfig:
         if self.patch_size > self.image_size:
             raise ValueError(f"CLIP's patch_size {self.patch_size} is above its image_size {self.image_size}")
 
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return (self.image_size // self.patch_size) ** 2
+
     def has_layer(self, layer: int) -> bool:
         """Whether `ImageTower.hidden` knows this layer."""
         return -self.num_layers - 1 <= layer <= self.num_layers
@@ -94,14 +99,12 @@ class Layer(nn.Module):
 class ImageTower(nn.Module):
     def __init__(self, cfg: ClipConfig):
         super().__init__()
-        self.num_patches = (cfg.image_size // cfg.patch_size) ** 2
         self.patch_embedding = nn.Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(cfg.width) * cfg.width**-0.5)
-        self.position_embedding = nn.Parameter(torch.randn(1 + self.num_patches, cfg.width) * 0.1)
+        self.position_embedding = nn.Parameter(torch.randn(1 + cfg.num_patches, cfg.width) * 0.1)
         self.pre_layernorm = nn.LayerNorm(cfg.width)
         sizes = dict(causal=False, activation=cfg.activation, mlp_width=cfg.mlp_width)
-        layers = (Layer(cfg.width, cfg.num_heads, **sizes) for _ in range(cfg.num_layers))
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(Layer(cfg.width, cfg.num_heads, **sizes) for _ in range(cfg.num_layers))
         self.post_layernorm = nn.LayerNorm(cfg.width)
         if cfg.embed_dim:
             self.projection = nn.Linear(cfg.width, cfg.embed_dim, bias=False)

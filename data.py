@@ -165,8 +165,8 @@ def clips_at_once(num_frames: int, num_patches: int) -> int:
 def embed_videos(model, shown: list[tuple]) -> tuple[torch.Tensor, list[list[float]]]:
     """Frozen (C, N_video, D) of C videos or parts of them (`Question.shown`), and their frames' times in
     seconds. model: a VideoLM (embed_video, cfg, clip_cfg)."""
-    times, (cfg, clip_cfg) = [], (model.cfg, model.clip_cfg)
-    chunk = clips_at_once(cfg.num_frames, (clip_cfg.image_size // clip_cfg.patch_size) ** 2)
+    times, cfg, clip_cfg = [], model.cfg, model.clip_cfg
+    chunk = clips_at_once(cfg.num_frames, clip_cfg.num_patches)
     for start in show_progress(range(0, len(shown), chunk), "videos"):
         part = shown[start : start + chunk]
         frames, seconds = load_clips(part, cfg.num_frames, clip_cfg.image_size, cfg.framing)

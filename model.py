@@ -450,9 +450,9 @@ class Decoder(nn.Module):
 # -------------------------------------------------------------------------------------------- video to tokens
 
 
-def time_features(seconds: Tensor, dim: int) -> Tensor:
-    """Times in seconds (...) -> (..., dim) sines and cosines, periods 0.5 s to 512 s in equal ratios."""
-    periods = torch.logspace(-1, 9, dim // 2, base=2.0, device=seconds.device)
+def time_features(seconds: Tensor) -> Tensor:
+    """Times in seconds (...) -> (..., 64): 32 sines and cosines, periods 0.5 s to 512 s in equal ratios."""
+    periods = torch.logspace(-1, 9, 32, base=2.0, device=seconds.device)
     angles = seconds[..., None].float() * (2 * math.pi / periods)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
@@ -508,12 +508,12 @@ class Bridge(nn.Module):
 
     def __init__(self, cfg: ModelConfig, clip: ClipConfig):
         super().__init__()
-        self.kind, self.num_frames, self.num_queries = cfg.bridge, cfg.num_frames, cfg.num_queries
-        self.num_patches = (clip.image_size // clip.patch_size) ** 2
-        width = cfg.bridge_width
+        self.kind, self.num_frames, width = cfg.bridge, cfg.num_frames, cfg.bridge_width
+        K, N = cfg.num_frames, clip.num_patches
+        self.num_tokens = {"qformer": cfg.num_queries, "patches": K * N}.get(self.kind, K + N)
         self.norm, self.proj = nn.LayerNorm(clip.width), nn.Linear(clip.width, width)
         self.time_proj = nn.Linear(64, width)
-        self.patch_position = nn.Parameter(torch.randn(self.num_patches, width) * 0.5)
+        self.patch_position = nn.Parameter(torch.randn(N, width) * 0.5)
         self.fc1, self.fc2 = nn.Linear(width, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
         if self.kind == "qformer":
             self.motion = nn.Linear(clip.width, width, bias=False)
@@ -521,11 +521,6 @@ class Bridge(nn.Module):
             layers = (QFormerLayer(width, cfg.bridge_heads) for _ in range(cfg.qformer_layers))
             self.layers = nn.ModuleList(layers)
             self.final_norm = nn.LayerNorm(width)
-
-    @property
-    def num_tokens(self) -> int:
-        tokens = {"qformer": self.num_queries, "patches": self.num_frames * self.num_patches}
-        return tokens.get(self.kind, self.num_frames + self.num_patches)
 
     def frame_tokens(self, video: Tensor) -> Tensor:
         """Of the video tokens (P, num_tokens, D) those of each frame: (P * K, tokens of a frame, D). With a
@@ -540,7 +535,7 @@ class Bridge(nn.Module):
         x = self.proj(patches) + self.patch_position
         if self.kind == "qformer" and K > 1:
             x = x + self.motion(torch.gradient(patches, dim=1)[0])
-        x = x + self.time_proj(time_features(frame_times, 64)).unsqueeze(2)  # (P, K, N, D)
+        x = x + self.time_proj(time_features(frame_times)).unsqueeze(2)  # (P, K, N, D)
         if self.kind == "pooled":
             x = pool(x)
         elif self.kind == "patches":
@@ -561,7 +556,7 @@ class Bridge(nn.Module):
         frames_ahead = frames_ahead.repeat_interleave(N, dim=2)  # (P, Q, K*N)
         cells_away = torch.cdist(grid(places, x.device), grid(N, x.device)) * places**0.5  # (places, N)
         cells_away = cells_away.repeat(self.NUM_TIMES, K)  # (Q, K*N)
-        queries = self.queries + self.time_proj(time_features(times, 64)).unsqueeze(2)  # (P, 8, places, D)
+        queries = self.queries + self.time_proj(time_features(times)).unsqueeze(2)  # (P, 8, places, D)
         queries, patches = queries.flatten(1, 2), x.flatten(1, 2)
         for layer in self.layers:
             queries = layer(queries, patches, frames_ahead, cells_away)
@@ -578,8 +573,8 @@ class Projector(nn.Module):
 
     def __init__(self, cfg: ModelConfig, clip: ClipConfig):
         super().__init__()
-        self.pooled, num_patches = cfg.bridge == "llava_pooled", (clip.image_size // clip.patch_size) ** 2
-        self.num_tokens = cfg.num_frames + num_patches if self.pooled else cfg.num_frames * num_patches
+        self.pooled, K, N = cfg.bridge == "llava_pooled", cfg.num_frames, clip.num_patches
+        self.num_tokens = K + N if self.pooled else K * N
         self.linear_1, self.linear_2 = nn.Linear(clip.width, cfg.dim), nn.Linear(cfg.dim, cfg.dim)
 
     def forward(self, patches: Tensor, frame_times: Tensor) -> Tensor:

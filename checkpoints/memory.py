@@ -143,7 +143,7 @@ def embedding_peak(cfg: ModelConfig, clip: ClipConfig, dtype: torch.dtype) -> in
     with FakeTensorMode():
         model = VideoLM(replace(cfg, num_layers=1), clip)
         model.decoder.compute_dtype = dtype
-        clips = clips_at_once(cfg.num_frames, model.clip.vision_model.num_patches)
+        clips = clips_at_once(cfg.num_frames, clip.num_patches)
         with Live() as live:
             size = (clips, cfg.num_frames, 3, clip.image_size, clip.image_size)
             model.embed_video(torch.zeros(size, dtype=torch.uint8), torch.zeros(size[:2]))

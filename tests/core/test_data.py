@@ -77,7 +77,7 @@ def test_prompt_is_begin_video_question_answer():
 def test_a_question_about_a_part_sees_no_more_and_each_part_is_embedded_once(tmp_path):
     class Model:
         cfg = SimpleNamespace(num_frames=4, framing="ffmpeg", max_positions=0)
-        clip_cfg = SimpleNamespace(image_size=32, patch_size=16)
+        clip_cfg = SimpleNamespace(image_size=32, num_patches=4)
         calls = []
 
         def embed_video(self, frames, times):
