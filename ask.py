@@ -27,11 +27,12 @@ from plumbing.options import (
     Count,
     Positive,
     add_options,
+    cell,
     one_line,
     refuse_same,
     run_script,
 )
-from plumbing.progress import show_table
+from plumbing.progress import markdown, show_table
 from plumbing.run_folder import Kept, fingerprint
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import Question, parse_span
@@ -73,8 +74,7 @@ def show_answers(policy, asked: PromptSet, sampling: Sampling, cfg: AskOptions, 
         columns |= {"oracle rank": ranking.ranks[0].tolist(), "policy rank": policy_ranks[0].tolist()}
         columns["advantage"] = [f"{a:+.3f}" for a in advantages]
     likeliest = logprobs.argsort(descending=True).tolist()
-    rows = [[one_line(cells[i]).replace("|", "/") for cells in columns.values()] for i in likeliest]
-    show_table("\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]))
+    show_table(markdown(columns, [[cell(values[i]) for values in columns.values()] for i in likeliest]))
 
 
 def refuse_ignored(given: dict, cfg: AskOptions, run: str) -> None:

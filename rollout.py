@@ -62,9 +62,11 @@ class Completions:
     banned: Tensor | None = None  # (V,) bool
 
     def __getitem__(self, rows):
-        support = None if self.support is None else self.support[rows]
-        grids = {name: getattr(self, name)[rows] for name in GRIDS}
-        return replace(self, support=support, **grids)
+        return replace(
+            self, completion_ids=self.completion_ids[rows], completion_mask=self.completion_mask[rows],
+            logprobs=self.logprobs[rows], ended=self.ended[rows],
+            support=None if self.support is None else self.support[rows],
+        )  # fmt: skip
 
     def of_prompts(self, chosen: Tensor) -> "Completions":
         """Those of the chosen prompts. chosen (P,) bool on any device."""
@@ -87,9 +89,6 @@ class Completions:
             parts[0], completion_ids=grid("completion_ids", PAD_ID), completion_mask=grid("completion_mask"),
             logprobs=grid("logprobs"), support=grid("support"), ended=torch.cat([x.ended for x in parts]),
         )  # fmt: skip
-
-
-GRIDS = ("completion_ids", "completion_mask", "logprobs", "ended")
 
 
 def draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:

@@ -118,8 +118,7 @@ def sample(policy, tokenizer, questions: list, first: int, cfg: Config) -> list[
     uniforms = [torch.rand(shape, generator=generator.manual_seed(seed)) for seed in seeds]
     prompts, rows = PromptSet(policy, tokenizer, questions), torch.arange(len(questions))
     sampling = Sampling.of(policy, tokenizer, max_new_tokens=cfg.max_new_tokens)
-    uniforms = torch.stack(uniforms).to(prompts.video_embeds.device)
-    return answer(policy, prompts, rows, cfg.k, sampling, uniforms)[1]
+    return answer(policy, prompts, rows, cfg.k, sampling, torch.stack(uniforms))[1]
 
 
 def answers_of(policy, tokenizer, questions: list, kept: Kept, cfg: Config) -> list[list[str]]:

@@ -13,8 +13,8 @@ from oracles.judge import LLMOracle, fence, json_value, sha256
 from oracles.remedies import remedy_of
 from plumbing.machine import say
 from plumbing.options import BadInput, is_kind, one_line
-from videoqa.answers import Question, is_correct, prompt_text, read
-from videoqa.scores import accuracy_table, grounded_qa, is_open
+from videoqa.answers import Question, is_correct, is_open, prompt_text, read
+from videoqa.scores import accuracy_table, grounded_qa
 
 VERDICT = """You decide whether an answer to a question about a video is right. It is right if it says what
 the reference answer says, in whatever words; more detail does no harm unless it contradicts the reference.
