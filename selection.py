@@ -12,7 +12,6 @@ The answers are kept in SELECTED.jsonl.samples, their settings beside them: a ki
 them, and another --share needs no new ones. The same settings give the same file, byte for byte.
 """
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from plumbing.options import (
     Bounds,
     Count,
     PositiveShare,
+    json_lines,
     read_jsonl,
     refuse_same,
     run_script,
@@ -176,8 +176,7 @@ def main() -> int:
     report = settings | {"share": cfg.share, "counts": counts, "histograms": histogram(spreads, cfg.k)}
     rows = [row for _, row in read_jsonl(data, A_FILE) if row.keys() != {"selection"}]
     rows = [row for row, why in zip(rows, reasons, strict=True) if why.startswith("kept")]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in [{"selection": report}, *rows]]
-    write_whole(cfg.out, "".join(lines).encode())
+    write_whole(cfg.out, json_lines([{"selection": report}, *rows]).encode())
     print(f"{cfg.out}: {len(rows)} of {len(questions)} questions, each answered {cfg.k} times")
     for why, count in sorted(counts.items(), key=lambda pair: -pair[1]):
         print(f"{count:8} {why}")

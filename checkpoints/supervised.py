@@ -44,6 +44,7 @@ from plumbing.options import (
     check_record,
     finite,
     is_kind,
+    json_lines,
     one_line,
     parse_json,
     read_json,
@@ -324,8 +325,7 @@ def save_result(cfg, model: VideoLM, parameters, optimizer, history: list[dict])
         write_own(model.bridge, os.path.join(cfg.out, BRIDGE_FILE))
     if cfg.stage == "sft":
         save_adapter_of(model, os.path.join(cfg.out, "adapter"))
-    rows = "".join(json.dumps(row) + "\n" for row in finite(history))
-    write_whole(os.path.join(cfg.out, "metrics.jsonl"), rows.encode())
+    write_whole(os.path.join(cfg.out, "metrics.jsonl"), json_lines(history).encode())
     config = {name: beneath[name] for name in KINDS}
     sizes = {name: getattr(model.cfg, name) for name in SIZES}
     config |= {"model_type": SUPERVISED, "sizes": sizes, "options": asdict(cfg)}

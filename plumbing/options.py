@@ -505,3 +505,8 @@ def finite(value):
 
 def write_json(path: str, value) -> None:
     write_whole(path, json.dumps(finite(value), indent=1, ensure_ascii=False).encode())
+
+
+def json_lines(rows) -> str:
+    """JSON objects as a file holds them, one a line."""
+    return "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)

@@ -38,8 +38,8 @@ from plumbing.options import (
     Options,
     becoming,
     checked,
-    finite,
     is_kind,
+    json_lines,
     naming,
     parse_json,
     read_from,
@@ -203,7 +203,7 @@ class Kept:
 
 def append_rows(path: str, rows: list[dict]):
     with naming(path), open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
+        file.write(json_lines(rows))
 
 
 class RunFolder:

@@ -14,7 +14,7 @@ import os
 import re
 from collections import defaultdict
 
-from plumbing.options import BadInput, is_kind, one_line, parse_json, read_text, write_whole
+from plumbing.options import BadInput, is_kind, json_lines, one_line, parse_json, read_text, write_whole
 from videoqa.questions import is_number, is_span, is_text
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
@@ -435,7 +435,7 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
         raise BadInput(f"{faults[0]}{more}; correct it, or --bad_spans drop|clip")
     if not rows:
         raise BadInput(f"{annotations[0]}: holds no usable question; give the annotations of {key}")
-    write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()).encode())
+    write_whole(out, json_lines(rows.values()).encode())
     report = [f"bad span, dropped: {fault}" for fault in faults]
     missing = [video for video, there in is_there.items() if not there]
     report += [f"missing video: {video}" for video in missing]

@@ -10,7 +10,7 @@ from decimal import Decimal
 from statistics import fmean
 from string import ascii_uppercase
 
-from plumbing.options import BadInput, finite, one_line, read_jsonl, write_whole
+from plumbing.options import BadInput, json_lines, one_line, read_jsonl, write_whole
 from videoqa.answers import Question, final_answer, grade, is_correct, is_open, read, summarize, task
 from videoqa.published import is_right_published, read_published, rule_of
 from videoqa.questions import load_questions
@@ -217,8 +217,7 @@ def score_file(data: str, predictions: str, judged=None, rows_path: str = "") ->
         if judged and chosen:
             metrics[name]["judged"] = judged(*zip(*chosen, strict=True))
     if rows_path:
-        lines = (json.dumps(finite(row), ensure_ascii=False) + "\n" for row in found)
-        write_whole(rows_path, "".join(lines).encode(errors="replace"))
+        write_whole(rows_path, json_lines(found).encode())
     grades = [grade(t, q) for t, q in zip(texts, questions, strict=True)]
     right = [float(is_correct(t, q)) for t, q in zip(texts, questions, strict=True)]
     missing = len(questions) - len(predicted)

@@ -33,6 +33,7 @@ from plumbing.options import (
     Count,
     Seed,
     checked,
+    json_lines,
     read_bytes,
     remove_leftovers,
     run_script,
@@ -354,7 +355,7 @@ def make_world(folder, seeds, workers=None, grounded=False, hard=False):
         with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
             rows = pool.map(partial(_make_one, folder, grounded, hard), seeds, chunksize=chunk)
             shown = show_progress(rows, "drawing clips", len(seeds))
-            content = "".join(json.dumps(row) + "\n" for clip in shown for row in clip)
+            content = json_lines(row for clip in shown for row in clip)
     except BrokenProcessPool as error:
         raise BadInput(f"{folder}: a drawing process was killed; run again, what is drawn is kept") from error
     except RuntimeError as error:  # Python would wait for the processes for ever
