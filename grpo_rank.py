@@ -409,9 +409,8 @@ def rollout_loss(
     values, gradient = walk(*rows[:2], head, Tokens(*rows[2:]), objective, *sampling, compile)
 
     def grid(values):  # (n, ..) -> (B, T, ..)
-        return (
-            values.new_zeros(B * T, *values.shape[1:]).index_copy_(0, positions, values).unflatten(0, (B, T))
-        )
+        places = values.new_zeros(B * T, *values.shape[1:])
+        return places.index_copy_(0, positions, values).unflatten(0, (B, T))
 
     logprobs, entropy, kl = map(grid, values)
     kl = None if ref_hidden is None else kl

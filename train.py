@@ -178,7 +178,7 @@ def advantages_of(cfg: Config, ranking: Ranking, policy_ranks: Tensor) -> Tensor
 
 # ------------------------------------------------------------------------------------------------ the update
 
-STATS = ("tokens", "sequences", "loss", "ratio", "surrogate", "clipped", "kl", "entropy")
+MEANS = ("kl", "entropy", "clipped", "ratio")  # over the tokens of all updates
 
 
 def update(
@@ -186,13 +186,15 @@ def update(
     advantages: Tensor, ref_states: list[Tensor], step: int, ranks: Tensor | None = None,
 ) -> dict:  # fmt: skip
     """GRPO_rank's clipped updates on one rollout, of which only live groups are left; a process without any
-    takes part with a gradient of zero. advantages, ranks (P, G). Returns the step's numbers, kl and entropy
-    None if no process had a live group; "bad": a loss or gradient was not finite, nothing was learned."""
+    takes part with a gradient of zero. advantages, ranks (P, G). Returns the step's numbers, the MEANS None
+    if no process had a live group. "bad": an update's gradient was not finite, so it and those behind it were
+    left out."""
     G, device = cfg.group_size, prompts.prompt_ids.device
     micro, advantages = micro_batches(len(prompts.prompt_ids), cfg.micro_batch_prompts), advantages.to(device)
     mask = rollout.completion_mask
     num_tokens, num_sequences = reduce_sum(mask.sum(), mask.any(dim=1).sum(), device=device)
-    sums, gap, head = dict.fromkeys(STATS, 0.0), 0.0, policy.decoder.head.float()  # logits in float32
+    sums, gap = dict.fromkeys(("tokens", "loss", *MEANS), 0.0), 0.0
+    head = policy.decoder.head.float()  # logits in float32
     kl_coef = 0.0 if cfg.objective == "ppo" else cfg.kl_coef  # ppo has it in the rewards
     objective = Objective(cfg.clip_eps, cfg.norm, cfg.max_new_tokens, kl_coef, cfg.entropy_coef)
     rival = None  # of baselines.py: gives a micro-batch its advantages at each update anew
@@ -217,7 +219,7 @@ def update(
         if not grad_norm < float("inf"):  # in one process or another
             return {"bad": True}
     totals = dict(zip(sums, reduce_sum(*sums.values(), device=device), strict=True))
-    means = {name: totals[name] / totals["tokens"] if totals["tokens"] else None for name in STATS[3:]}
+    means = {name: totals[name] / totals["tokens"] if totals["tokens"] else None for name in MEANS}
     return {
         "bad": False, "loss": totals["loss"] / cfg.updates_per_rollout, "kl": means["kl"],
         "entropy": means["entropy"], "clip_frac": means["clipped"], "ratio": means["ratio"],
