@@ -1,9 +1,11 @@
 """What a step's feedback says: numbers of metrics.jsonl (docs/metrics.md) and rows of rollouts.jsonl."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import starmap
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from grpo_rank import ranks_from_scores
 from oracle import CAUSES, Ranking
 from plumbing.machine import reduce_sum
 from rollout import Completions
-from videoqa.answers import Question, is_correct, kendall_tau, ndcg_agreement
+from videoqa.answers import Question, is_correct
 
 REFUSAL = re.compile(
     r"\b(?:i|we) (?:cannot|can't|can not|won't|am unable|am not able)\b|\bas an ai\b|^\W*(?:i'm )?sorry\b"
@@ -73,6 +75,31 @@ def feedback_numbers(groups: Groups, policy_ranks: Tensor, advantages: Tensor) -
         "cut_share": 1 - n["ended"] / n["texts"],
         "tokens": int(n["policy_tokens"]),
     } | feedback_means(n)
+
+
+def ndcg_agreement(policy_ranks_row: list[int], oracle_ranks_row: list[int]) -> float | None:
+    """How well the policy's order puts the oracle's best first, in (0, 1]; None if the oracle ties all.
+
+    DCG = sum_i gain(oracle_i) / log2(2 + position_i), gain(r) = 1 / ((1 + r) * log2(2 + r)), over the DCG of
+    the oracle's own order. Items that the policy ties share the mean discount of their positions. 0 = best.
+    """
+    gains = [1 / ((1 + r) * math.log2(2 + r)) for r in oracle_ranks_row]
+    dcgs = []
+    for order in (policy_ranks_row, oracle_ranks_row):
+        share = {r: fmean(1 / math.log2(2 + i) for i, x in enumerate(sorted(order)) if x == r) for r in order}
+        dcgs.append(sum(gain * share[r] for gain, r in zip(gains, order, strict=True)))
+    return dcgs[0] / dcgs[1] if len(set(oracle_ranks_row)) > 1 else None
+
+
+def kendall_tau(policy_ranks_row: list[int], oracle_ranks_row: list[int]) -> float | None:
+    """Kendall's tau-b of two rankings of one group, in [-1, 1]; None if either ties all.
+
+    (concordant - discordant) / sqrt(pairs untied in one * pairs untied in the other)
+    """
+    rows = (policy_ranks_row, oracle_ranks_row)
+    policy, oracle = ([(x > y) - (x < y) for i, x in enumerate(row) for y in row[:i]] for row in rows)
+    untied = sum(map(abs, policy)) * sum(map(abs, oracle))
+    return sum(p * o for p, o in zip(policy, oracle, strict=True)) / math.sqrt(untied) if untied else None
 
 
 def agreement(name: str, measure, ranks: Tensor, ranking: Ranking) -> dict[str, float]:

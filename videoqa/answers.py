@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from statistics import fmean
 
 import numpy as np
 
@@ -568,28 +567,3 @@ def summarize(questions, values, grades) -> dict:
         "by_category": {name: {"accuracy": sum(v) / len(v), "n": len(v)} for name, v in rows.items()},
         "mean_iou": sum(ious) / len(ious) if ious else None,
     }
-
-
-def ndcg_agreement(policy_ranks_row: list[int], oracle_ranks_row: list[int]) -> float | None:
-    """How well the policy's order puts the oracle's best first, in (0, 1]; None if the oracle ties all.
-
-    DCG = sum_i gain(oracle_i) / log2(2 + position_i), gain(r) = 1 / ((1 + r) * log2(2 + r)), over the DCG of
-    the oracle's own order. Items that the policy ties share the mean discount of their positions. 0 = best.
-    """
-    gains = [1 / ((1 + r) * math.log2(2 + r)) for r in oracle_ranks_row]
-    dcgs = []
-    for order in (policy_ranks_row, oracle_ranks_row):
-        share = {r: fmean(1 / math.log2(2 + i) for i, x in enumerate(sorted(order)) if x == r) for r in order}
-        dcgs.append(sum(gain * share[r] for gain, r in zip(gains, order, strict=True)))
-    return dcgs[0] / dcgs[1] if len(set(oracle_ranks_row)) > 1 else None
-
-
-def kendall_tau(policy_ranks_row: list[int], oracle_ranks_row: list[int]) -> float | None:
-    """Kendall's tau-b of two rankings of one group, in [-1, 1]; None if either ties all.
-
-    (concordant - discordant) / sqrt(pairs untied in one * pairs untied in the other)
-    """
-    rows = (policy_ranks_row, oracle_ranks_row)
-    policy, oracle = ([(x > y) - (x < y) for i, x in enumerate(row) for y in row[:i]] for row in rows)
-    untied = sum(map(abs, policy)) * sum(map(abs, oracle))
-    return sum(p * o for p, o in zip(policy, oracle, strict=True)) / math.sqrt(untied) if untied else None
