@@ -130,16 +130,18 @@ def main() -> None:
     refuse_same(cfg.out, cfg.data, *{question.video for question in questions})
     settings = settings_of(cfg, run, questions) if cfg.out else None
     kept = Kept(cfg.out, {"prediction": str}, bool(cfg.out), settings)
-    left, at_once = [q for q in questions if q.id not in kept.of], EVALUATED_AT_ONCE
+    left, dtype, at_once = [q for q in questions if q.id not in kept.of], "float32", EVALUATED_AT_ONCE
     if left:
-        policy, tokenizer, *made = (load_run if run else load_policy)(run or cfg, pick_device())
-        dtype = made[0]["dtype"] if run else "float32"
-        set_up(policy.decoder, MachineOptions(dtype=dtype), policy.decoder.head.device)
         if run:
-            cfg = replace(cfg, max_new_tokens=made[0]["max_new_tokens"])
-            at_once = made[0].get("sample_prompts") or at_once
-        asked, how = PromptSet(policy, tokenizer, left), {"temperature": cfg.temperature}
-        sampling = Sampling.of(policy, tokenizer, max_new_tokens=cfg.max_new_tokens, **how)
+            policy, tokenizer, made = load_run(run, pick_device())
+            cfg, dtype = replace(cfg, max_new_tokens=made["max_new_tokens"]), made["dtype"]
+            at_once = made.get("sample_prompts") or at_once
+        else:
+            policy, tokenizer = load_policy(cfg, pick_device())
+        set_up(policy.decoder, MachineOptions(dtype=dtype), policy.decoder.head.device)
+        asked = PromptSet(policy, tokenizer, left)
+        how = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
+        sampling = Sampling.of(policy, tokenizer, **how)
     if not cfg.out:
         return show_answers(policy, asked, sampling, cfg, bool(run))
     for rows in show_progress(torch.arange(len(left)).split(at_once) if left else (), "answering"):

@@ -13,14 +13,7 @@ from typing import Literal
 import torch
 
 from plumbing.machine import say, show_progress
-from plumbing.options import (
-    ArgumentParser,
-    BadInput,
-    Count,
-    Options,
-    PositiveShare,
-    run_script,
-)
+from plumbing.options import ArgumentParser, BadInput, Count, Options, PositiveShare, run_script
 from videoqa.answers import Question, instruction, prompt_text
 from videoqa.video import read_frames
 

@@ -22,13 +22,14 @@ import torch
 
 from checkpoints.policies import PolicyOptions, data_of, load_policy, policy_of
 from data import PromptSet
-from plumbing import options
 from plumbing.machine import MachineOptions, pick_device, set_up, show_progress
 from plumbing.options import (
+    ArgumentParser,
     BadInput,
     Bounds,
     Count,
     PositiveShare,
+    add_options,
     json_lines,
     read_jsonl,
     refuse_same,
@@ -155,9 +156,9 @@ def settings_of(cfg: Config, questions: list, dtype: torch.dtype) -> dict:
 
 
 def main() -> int:
-    parser = options.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("data", help="questions, one JSON object a line")
-    options.add_options(parser, Config)
+    add_options(parser, Config)
     given = vars(parser.parse_args())
     data = given.pop("data")
     cfg = Config(**given)

@@ -195,7 +195,7 @@ def folder_tokenizer(cfg) -> WordTokenizer:
     words than the model has embeddings for."""
     path, begins = os.path.join(cfg.out, "tokenizer.json"), cfg.stage in ("all", "clip")
     known = WordTokenizer.load(path).words if os.path.exists(path) or not begins else []
-    tokenizer = WordTokenizer(known + [word for word in world.vocabulary() if word not in set(known)])
+    tokenizer = WordTokenizer([*dict.fromkeys(known + world.vocabulary())])
     if not begins and tokenizer.vocab_size > (rows := load_model(cfg.out).cfg.vocab_size):
         raise BadInput(
             f"{path}: with the world's new words {tokenizer.vocab_size} tokens, but the model has {rows}"

@@ -8,14 +8,7 @@ import av
 
 from plumbing.options import one_line, read_jsonl
 from videoqa.answers import Question, equal_option, read
-from videoqa.video import (
-    FRAMES_SHARE,
-    LATE_SECONDS,
-    DataError,
-    VideoError,
-    open_video,
-    too_short,
-)
+from videoqa.video import FRAMES_SHARE, LATE_SECONDS, DataError, VideoError, open_video, too_short
 
 NEEDED = ("id", "video", "question", "answer")
 OPTIONAL = ("category", "duration_class", "benchmark")  # texts as well
