@@ -138,7 +138,7 @@ def main() -> None:
             at_once = made.get("sample_prompts") or at_once
         else:
             policy, tokenizer = load_policy(cfg, pick_device())
-        set_up(policy.decoder, MachineOptions(dtype=dtype), policy.decoder.head.device)
+        set_up(policy.decoder, MachineOptions(dtype=dtype))
         asked = PromptSet(policy, tokenizer, left)
         how = dict(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
         sampling = Sampling.of(policy, tokenizer, **how)

@@ -124,7 +124,7 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
     if videos and not data:
         raise BadInput(f"--videos {videos}: only the paths in --data are relative to it; give --data too")
     policy, tokenizer, config = load_run(folder, pick_device())
-    set_up(policy.decoder, MachineOptions(dtype=config["dtype"]), policy.decoder.head.device)
+    set_up(policy.decoder, MachineOptions(dtype=config["dtype"]))
     if data:
         questions = load_questions(data, videos)
     else:

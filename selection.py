@@ -167,7 +167,7 @@ def main() -> int:
     questions, device = load_questions(data, cfg.videos), pick_device(cfg.device)
     policy, tokenizer = load_policy(cfg, device)
     dtype = "float32" if device == "cpu" else "bfloat16"
-    set_up(policy.decoder, MachineOptions(dtype=dtype), torch.device(device))
+    set_up(policy.decoder, MachineOptions(dtype=dtype))
     settings = settings_of(cfg, questions, policy.decoder.compute_dtype)
     kept = Kept(f"{cfg.out}.samples", {"answers": list[str]}, settings=settings)
     texts = answers_of(policy, tokenizer, questions, kept, cfg)

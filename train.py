@@ -242,7 +242,7 @@ def load_everything(cfg: Config, device: torch.device) -> tuple[VideoLM, PromptS
         memory.print_plan(cfg, device, sets)
     say(f"loading {cfg.policy}")
     policy, tokenizer = load_policy(cfg, device)
-    set_up(policy.decoder, cfg, device)
+    set_up(policy.decoder, cfg)
     return policy, *(PromptSet(policy, tokenizer, questions) for questions in sets)
 
 

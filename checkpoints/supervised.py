@@ -226,9 +226,9 @@ def train_supervised(cfg) -> None:
         for name in SAVED_FIRST:  # of a first save that was cut short; other options might leave it there
             remove(os.path.join(cfg.out, name))
     torch.manual_seed(cfg.seed)
-    device = torch.device(pick_device(cfg.device))
     taught = cfg.stage == "bridge" or cfg.with_bridge
-    model, tokenizer = load_policy(cfg, device, own_bridge=taught or bool(cfg.bridge_from))
+    own_bridge = taught or bool(cfg.bridge_from)
+    model, tokenizer = load_policy(cfg, pick_device(cfg.device), own_bridge)
     if cfg.bridge_from:
         take_bridge(model, cfg.bridge_from)
     parameters = []
@@ -239,7 +239,7 @@ def train_supervised(cfg) -> None:
         if not isinstance(model.bridge, Bridge):
             raise BadInput(f"--policy {cfg.policy}: has a projector; a bridge needs --video_tokens qformer")
         parameters += [p.requires_grad_(True) for p in model.bridge.parameters()]
-    set_up(model.decoder, MachineOptions(checkpointing=cfg.checkpointing), device)
+    set_up(model.decoder, MachineOptions(checkpointing=cfg.checkpointing))
     lessons, optimizer = Lessons(cfg, model, tokenizer), adamw(parameters, cfg.lr)
     history = load_training(cfg.out, parameters, optimizer) if cfg.resume else []
     first, warmup = history[-1]["step"] if history else 0, max(1, round(cfg.warmup_share * cfg.steps))

@@ -91,7 +91,7 @@ def text_policy(cfg: ModelConfig, dtype: str, device) -> SimpleNamespace:
     """A VideoLM without eyes, of random weights: text alone. It computes as train.py's does (set_up)."""
     policy = SimpleNamespace(cfg=cfg, decoder=Decoder(cfg).to(device))
     policy.embed_prompt = partial(VideoLM.embed_prompt, policy)
-    set_up(policy.decoder, MachineOptions(dtype=dtype), torch.device(device))
+    set_up(policy.decoder, MachineOptions(dtype=dtype))
     return policy
 
 

@@ -112,8 +112,9 @@ def steady_products(decoder: nn.Module):
         settings.fp32_precision, decoder.row_block = before
 
 
-def set_up(decoder: nn.Module, options: MachineOptions, device: torch.device) -> None:
+def set_up(decoder: nn.Module, options: MachineOptions) -> None:
     """A model.Decoder computes as the options say. Sets options.dtype to what `auto` became."""
+    device = decoder.head.device
     options.dtype = pick_dtype(options.dtype, device, decoder.cfg.dim)
     decoder.compute_dtype = getattr(torch, options.dtype)
     decoder.checkpointing, decoder.captured = options.checkpointing, options.compile

@@ -217,7 +217,7 @@ def test_compile_reaches_every_4_bit_layer_and_changes_no_value(monkeypatch):
     monkeypatch.setattr(machine, "compiled", stand_in)
     for asked in (False, True):
         options = MachineOptions(compile=asked, dtype="float32")
-        machine.set_up(decoder, options, torch.device("cpu"))
+        machine.set_up(decoder, options)
         assert decoder.captured == asked and compiled == ["cpu"] * 7 * CFG.num_layers * asked
         torch.testing.assert_close(decoder(X, MASK), wanted, atol=1e-6, rtol=0)
 
