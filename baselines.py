@@ -11,7 +11,7 @@ By the order, with w_i = beta (s_i - s_ref,i) and s = log pi(answer):
     best_of        -s_best / its tokens: cloning of the best answer                            best_of_loss
 
 A loss of whole answers acts on the policy through its slope in each s_i, so its negative slope is an
-advantage (`Ordered`), taken anew at every update. Shape letters as in grpo_rank.py.
+advantage (`Ordered`), computed again at every update. Shape letters as in grpo_rank.py.
 """
 
 from dataclasses import replace

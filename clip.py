@@ -16,7 +16,7 @@ from torch import Tensor, nn
 # Mean and standard deviation of RGB in 0..1 that every public CLIP uses.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-MOST_LAYERS = 1000  # a file that says more is damaged; to build them would take for ever
+MOST_LAYERS = 1000  # a file that says more is damaged; building them would never end
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Layer(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.self_attn(self.layer_norm1(x)).add_(x)  # in place: new memory is dear
+        x = self.self_attn(self.layer_norm1(x)).add_(x)  # in place: new memory is costly
         y = self.fc1(self.layer_norm2(x))
         return self.fc2(y.mul_((1.702 * y).sigmoid_()) if self.quick else F.gelu(y)).add_(x)
 

@@ -172,16 +172,15 @@ def chosen(x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 class Packing:
-    """Sequences (P, L, ...) with padding as rows (n, ...) of their n tokens alone, and back.
+    """Padded sequences (P, L, ...) as rows (n, ...), one for each of their n tokens, and back.
 
-    All that a layer does token by token, the large products among them, runs over rows; attention alone sees
-    sequences. Nothing is computed for padding but what fills a block; the longest sequence costs the others
-    nothing.
+    A layer works token by token on rows, in its large products too; only attention sees sequences. So nothing
+    is computed for padding, but for what fills up a block of rows.
     """
 
     def __init__(self, kept: Tensor, block: int):
-        """kept (P, L) bool: where there is a token. With places of padding n becomes a multiple of `block`;
-        block 0: all places."""
+        """kept (P, L) bool: where there is a token. Places of padding fill n up to a multiple of `block`;
+        block 0 takes all places."""
         self.shape, self.where = kept.shape, None  # (n,) places; None: all
         tokens = kept.flatten()
         n = -(-int(tokens.sum()) // block) * block if block else tokens.numel()
@@ -227,7 +226,7 @@ class KVCache:
                 self.own[i] = F.pad(own, (0, 0, 0, more))
 
     def keep(self, prompts: Tensor):
-        """Goes on with these prompts (m,) int64 alone."""
+        """Drops all prompts but these, (m,) int64."""
         self.prompt_mask = self.prompt_mask[prompts]
         if self.rotary:
             self.prefix_bias, self.rotary = self.prefix_bias[prompts], [x[prompts] for x in self.rotary]
@@ -250,8 +249,8 @@ class SelfAttention(nn.Module):
         self.joined = None  # machine.joined: q_proj, k_proj and v_proj in one product, and o_proj
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor, asking: Tensor | None):
-        """x (..., D), cos, sin (..., h) -> q (..., kv, rep, h), k and v (..., kv, h), rotated; q of the rows
-        `asking` alone."""
+        """x (..., D), cos, sin (..., h) -> q (..., kv, rep, h), k and v (..., kv, h), rotated; q only of the
+        rows `asking`."""
         if self.joined is None:
             q, k, v = self.q_proj(chosen(x, asking)), self.k_proj(x), self.v_proj(x)
         else:
@@ -309,7 +308,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
         self.compute_dtype = torch.float32  # bfloat16: the matrix products of the layers run in it (autocast)
-        self.checkpointing = False  # with gradient, keep a layer's input alone and compute the layer again
+        self.checkpointing = False  # the backward pass keeps only a layer's input and computes it again
         self.row_block = 1  # products have a multiple of so many rows; 0: those of all padding as well
         self.one_dnn = False  # machine.pick_products
         self.captured = False  # on a GPU sampling replays one captured step (machine.Captured)
@@ -403,8 +402,8 @@ class Decoder(nn.Module):
         return torch.cat([first, own], dim=2)
 
     def packings(self, prompt_mask: Tensor, completion_mask: Tensor) -> tuple[Packing, Packing, Tensor]:
-        """For the layers; for the last one, which needs of a prompt its last state alone; and the numbers of
-        its rows among those of the others. prompt_mask (P, S), completion_mask (P, G, T)."""
+        """The packing of all layers but the last, that of the last, and the numbers of its rows in the first.
+        The last layer gives only a prompt's last state. prompt_mask (P, S), completion_mask (P, G, T)."""
         S = prompt_mask.shape[1]
         kept = torch.cat([prompt_mask, completion_mask[:, :, 1:].flatten(1)], dim=1)  # (P, L)
         every, last = Packing(kept, self.row_block), Packing(kept[:, S - 1 :], self.row_block)
@@ -497,7 +496,7 @@ class Bridge(nn.Module):
              of the picture at each. They read all patches of all frames, with a learned preference for what
              is near (locality is what resamplers lose: Honeybee, arXiv:2312.06742); then two linear layers.
              A patch also carries how it changes from frame to frame: places alone teach motion late.
-    patches  all K * N tokens, then two linear layers (LLaVA-1.5 has these two alone: `Projector`).
+    patches  all K * N tokens, then two linear layers (LLaVA-1.5 has only these two: `Projector`).
     pooled   K temporal tokens (mean over patches), N spatial tokens (mean over time), then two linear layers
              (VLM-RLAIF: K = 50, N = 576 -> 626).
     Frame-time embeddings are added in all three. All layers but the last two have the width bridge_width, so
@@ -626,7 +625,7 @@ class VideoLM(nn.Module):
 
     def embed_prompt(self, prompt_ids: Tensor, prompt_mask: Tensor, video_embeds: Tensor) -> Tensor:
         """(P, S) ids with placeholders -> (P, S, D): the video tokens stand where the prompt's layout says,
-        cfg.video_start behind the padding, whatever ids are there, even V, which has no row."""
+        cfg.video_start after the padding, whatever ids are there, even V, which has no row."""
         start = (~prompt_mask).sum(dim=1) + self.cfg.video_start  # (P,)
         slots = start[:, None] + torch.arange(video_embeds.shape[1], device=start.device)
         index = slots.unsqueeze(-1).expand(-1, -1, video_embeds.shape[2])

@@ -141,9 +141,9 @@ def generate(
 
 
 def prefill(model: VideoLM, prompts: Prompts, cache: KVCache) -> Tensor:
-    """The states (P, D) behind the prompts; the cache holds their keys and values. In float32 questions about
-    one video share the pass over it, where videos have two or more on average; in 16 bits its sums would be
-    in another order than in training, and round otherwise."""
+    """The last states (P, D) of the prompts; the cache takes their keys and values. In float32 all questions
+    about a video share one pass over it, if videos have two or more on average. In 16 bits they do not: sums
+    in another order than in training would round differently."""
     P, device = len(prompts.prompt_ids), prompts.prompt_ids.device
     prompt = model.embed_prompt(prompts.prompt_ids, prompts.prompt_mask, prompts.video_embeds)
     videos = torch.arange(P, device=device) if prompts.videos is None else prompts.videos
@@ -172,7 +172,7 @@ def shared_prefill(decoder, prompt: Tensor, mask: Tensor, end: int, first: Tenso
     asked = torch.zeros(len(openers), G, T, dtype=torch.bool, device=device)
     ahead = torch.arange(T, device=device)
     texts[video, turn] = prompt[rows[:, None], (padding + end + ahead).clamp(max=S - 1)]
-    asked[video, turn] = ahead <= text[:, None]  # with the state behind the last token
+    asked[video, turn] = ahead <= text[:, None]  # with the state after the last token
     place = torch.arange(S, device=device) - padding  # of each token in its video's sequence
     place = torch.where(place < end, place, place + turn[:, None] * (T - 1)).clamp(min=0)
     cache.source = video[:, None], place
@@ -228,7 +228,7 @@ def generate_at_once(model: VideoLM, prompts: Prompts, G: int, sampling: Samplin
             if captured and t == 0:
                 step = Captured(step, token.view(P, G))
             state = step(token.view(-1, G), t).flatten(0, 1)
-        used = mask.any(dim=0).sum().item()  # the longest completion: what lies behind it never existed
+        used = mask.any(dim=0).sum().item()  # the longest completion: nothing was sampled after it
         support = torch.stack(supports[:used], dim=1) if supports else None
     return Completions(  # clones are ordinary tensors, for the loss
         completion_ids=ids[:, :used].clone(), completion_mask=mask[:, :used].clone(),

@@ -187,7 +187,7 @@ def update(
 ) -> dict:  # fmt: skip
     """GRPO_rank's clipped updates on one rollout, of which only live groups are left; a process without any
     takes part with a gradient of zero. advantages, ranks (P, G). Returns the step's numbers, the MEANS None
-    if no process had a live group. "bad": an update's gradient was not finite, so it and those behind it were
+    if no process had a live group. "bad": an update's gradient was not finite, so it and all after it were
     left out."""
     G, device = cfg.group_size, prompts.prompt_ids.device
     micro, advantages = micro_batches(len(prompts.prompt_ids), cfg.micro_batch_prompts), advantages.to(device)
@@ -197,7 +197,7 @@ def update(
     head = policy.decoder.head.float()  # logits in float32
     kl_coef = 0.0 if cfg.objective == "ppo" else cfg.kl_coef  # ppo has it in the rewards
     objective = Objective(cfg.clip_eps, cfg.norm, cfg.max_new_tokens, kl_coef, cfg.entropy_coef)
-    rival = None  # of baselines.py: gives a micro-batch its advantages at each update anew
+    rival = None  # of baselines.py: computes a micro-batch's advantages again at each update
     if cfg.objective != "grpo_rank":
         rival = rivals().rival(cfg, policy, learner, prompts, rollout, advantages, ranks, ref_states)
     compile = compiled if cfg.compile or device.type == "cuda" else None

@@ -190,7 +190,7 @@ def run_stage(stage: str, cfg, tokenizer: WordTokenizer, frames, times) -> Video
 
 
 def folder_tokenizer(cfg) -> WordTokenizer:
-    """The tokenizer of --out, the world's new words behind its old ones, so that no id changes its word; of
+    """The tokenizer of --out, the world's new words after its old ones, so that no id changes its word; of
     a folder without one, the world's words. Raises BadInput if a later stage finds no tokenizer, or more
     words than the model has embeddings for."""
     path, begins = os.path.join(cfg.out, "tokenizer.json"), cfg.stage in ("all", "clip")
@@ -217,7 +217,7 @@ def check_out(cfg):
 
 
 def save_stage(model, tokenizer, made: dict, folder: str):
-    """The model appears in one rename; saving.json tells a kill before it from one behind it."""
+    """The model appears in one rename; saving.json tells a kill before it from one after it."""
     record, saving = (os.path.join(folder, name) for name in ("made.json", "saving.json"))
     os.makedirs(folder, exist_ok=True)
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
@@ -228,7 +228,7 @@ def save_stage(model, tokenizer, made: dict, folder: str):
 
 
 def finish_save(folder: str) -> bool:
-    """Whether a save that was killed behind the model's rename is whole now, its record written."""
+    """Whether a save had been killed after the model's rename; its record is written now."""
     path = os.path.join(folder, "saving.json")
     saving = read_json(path, f"remove it, or {ANOTHER_OUT}", optional=True)
     renamed = bool(saving) and saving.get("from") != model_digest(folder)

@@ -215,7 +215,7 @@ def rehearse(cfg, policy, learner, batches, sampling, update):
         states = reference_states(policy, part, answers, size)
         ones = torch.ones(len(part.prompt_ids), cfg.group_size)
         batch = dict(prompts=part, rollout=answers, advantages=ones, ref_states=states)
-        update(cfg, policy, learner, step=cfg.num_steps, **batch)  # the rate of the step behind the last is 0
+        update(cfg, policy, learner, step=cfg.num_steps, **batch)  # the rate of the step after the last is 0
     learner.restore(before)
     words = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in peaks.items())
     say(f"measured in a rehearsal of the longest step: {words or 'only a GPU counts its peaks'}")

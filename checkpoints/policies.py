@@ -252,8 +252,8 @@ def save_model(model: VideoLM, folder: str, dtype=torch.bfloat16):
 
 
 def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipConfig]:
-    """The sizes of a folder that `save_model` wrote. num_frames: K, where it is to be another. BadInput: a
-    file is missing or odd."""
+    """The sizes of a folder that `save_model` wrote. num_frames: another K than the file's, if not 0.
+    BadInput: a file is missing or damaged."""
     config = os.path.join(folder, "config.json")
     sizes = read_json(config, POLICIES)
     if not is_kind([sizes.get("model"), sizes.get("clip")], list[dict]):
@@ -270,13 +270,13 @@ def read_configs(folder: str, num_frames: int = 0) -> tuple[ModelConfig, ClipCon
     check_record(cfg, config, POLICIES)
     check_record(clip_cfg, config, POLICIES)
     if cfg.video_start != 1 or not clip_cfg.has_layer(cfg.clip_layer):
-        odd = f"video_start {cfg.video_start}, clip_layer {cfg.clip_layer} of {clip_cfg.num_layers}"
-        raise BadInput(f"{config}: not what save_model wrote ({odd}); {POLICIES}")
+        words = f"video_start {cfg.video_start}, clip_layer {cfg.clip_layer} of {clip_cfg.num_layers}"
+        raise BadInput(f"{config}: not what save_model wrote ({words}); {POLICIES}")
     return replace(cfg, num_frames=num_frames or cfg.num_frames), clip_cfg
 
 
 def load_model(folder: str, device="cpu", num_frames: int = 0) -> VideoLM:
-    """The model of a folder that `save_model` wrote, float32, frozen. BadInput: a file is missing or odd."""
+    """The model of a folder that `save_model` wrote, float32, frozen. BadInput: a file is missing or bad."""
     from checkpoints.weight_files import read_own
 
     configs = read_configs(folder, num_frames)

@@ -129,8 +129,8 @@ def open_weights(path: str, options) -> Tensors:
     return Tensors("")
 
 
-def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, told: bool) -> Bridge:
-    """The folder's bridge, frozen. Where it has none, a new one drawn from the seed; `told`: with a note."""
+def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, note: bool) -> Bridge:
+    """The folder's bridge, frozen. Where it has none, a new one drawn from the seed, with a note if asked."""
     path, old = os.path.join(folder, BRIDGE_FILE), os.path.join(folder, OLD_BRIDGE_FILE)
     if os.path.exists(old) and not os.path.exists(path):
         raise BadInput(f"{old}: an earlier version's name for the bridge; rename the file to {BRIDGE_FILE}")
@@ -139,7 +139,7 @@ def load_bridge(folder: str, cfg: ModelConfig, clip_cfg: ClipConfig, seed: int, 
         bridge = Bridge(cfg, clip_cfg).requires_grad_(False)
     if os.path.exists(path):
         return read_own(lambda: bridge, path)
-    if not told:
+    if not note:
         return bridge
     name = "Q-Former" if cfg.bridge == "qformer" else f"projector ({cfg.bridge} video tokens)"
     size = sum(p.numel() for p in bridge.parameters())

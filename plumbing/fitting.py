@@ -15,8 +15,8 @@ PRINT_EVERY = 50  # steps
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Rises in equal parts over `warmup` steps (the first is not 0), then falls in equal parts to 5 % of the
-    peak at the last of `steps`."""
+    """Rises in equal parts over `warmup` steps (the first is not 0), then falls in equal parts towards 0 at
+    `steps`, but never below 5 % of the peak."""
     return peak * min((step + 1) / warmup, max(0.05, 1 - step / steps))
 
 

@@ -87,10 +87,10 @@ def pick_dtype(wanted: str, device: torch.device, width: int) -> str:
 
 def pick_products(decoder: nn.Module, device: torch.device) -> None:
     """oneDNN instead of MKL for a decoder's float32 products, where MKL keeps to AVX2: it is twice as fast on
-    AMD's CPUs with AVX-512. "bf16" allows it to round to bfloat16; it does so on AMX alone, left out here.
+    AMD's CPUs with AVX-512. "bf16" allows it to round to bfloat16; it does so only on AMX, excluded here.
 
     oneDNN compiles a product for each number of rows that is new, in 4 to 8 ms: rows come in blocks, and a
-    narrow decoder takes it for a step's sampling alone (`steady_products`): its shapes hardly change."""
+    narrow decoder takes it only for a step's sampling (`steady_products`), whose shapes hardly change."""
     has = {name for name, has in BFLOAT16_UNITS.items() if has()} if device.type == "cpu" else set()
     decoder.one_dnn = has == {"AVX512-BF16"}
     wide = decoder.one_dnn and decoder.cfg.dim >= ONE_DNN_WIDE
@@ -192,7 +192,7 @@ def optimizer_step(optimizer, lr: float, max_norm: float) -> float:
 
 @functools.cache
 def compiled(fn, device_type: str):
-    """torch.compile(fn), made once; fn itself, said on stderr, where the tools are missing."""
+    """torch.compile(fn), made once; where its tools are missing fn itself, with a line on stderr."""
     compiler = os.environ.get("CC", "gcc") if device_type == "cuda" else os.environ.get("CXX", "g++")
     header = os.path.join(sysconfig.get_path("include"), "Python.h")  # of Debian's python3-dev
     tools = {
@@ -216,7 +216,7 @@ class Captured:
         self.t = torch.zeros(1, dtype=torch.int64, device=tokens.device)
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # once outside: what is made at the first call alone is not captured
+        with torch.cuda.stream(stream):  # once outside: what only a first call makes is not captured
             function(self.tokens, self.t)
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(self.graph):
@@ -231,7 +231,7 @@ class Captured:
 
 
 def same_input(decoder: nn.Module):
-    """(owner, linear layers that read one input, the one behind them) of each half of a model.Decoder's
+    """(owner, linear layers that read one input, the one after them) of each half of a model.Decoder's
     layers."""
     for layer in decoder.layers:
         attention, mlp = layer.self_attn, layer.mlp

@@ -226,8 +226,8 @@ class Stdout:
 
 
 def keep_memory() -> None:
-    """What is loaded now is not searched for garbage again, and of glibc's freed memory up to 2 GB stay with
-    the process: to get its pages anew for each step's tensors costs a tenth of a small step."""
+    """Later garbage collections skip what is loaded now, and glibc keeps up to 2 GB of freed memory: asking
+    the system for its pages again for each step's tensors would cost a tenth of a small step."""
     gc.freeze()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

@@ -167,7 +167,7 @@ def locked(path: str, refusal: str):
 
 
 class Kept:
-    """What a long job has made of each question, in a JSONL file from which the job goes on behind a kill.
+    """The results of a long job, a row a question, in a JSONL file: a job that was killed goes on from it.
     of: rows by their id. kinds: the types of a row's fields. settings: all that decides the rows. same:
     fields that all of the job's rows share."""
 
@@ -422,7 +422,7 @@ class RunFolder:
         self.write_adapter()
 
     def write_adapter(self):
-        """adapter/, and at the best evaluated step best/ too, of the checkpoint."""
+        """Writes adapter/, and best/ too if this is the best step evaluated so far."""
         best = self.progress.get("best", {}).get("step") == self.step
         for name in ["adapter"] + ["best"] * best:
             self.save_adapter(os.path.join(self.out, name))

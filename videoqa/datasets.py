@@ -132,8 +132,8 @@ def msvd_qa(path):
     mapping = os.path.join(os.path.dirname(path), "youtube_mapping.txt")
     lines = read_text(mapping, ORIGINAL).splitlines() if os.path.exists(mapping) else []
     pairs = [line.split() for line in lines]
-    if odd := [pair for pair in pairs if len(pair) != 2]:
-        raise BadInput(f"{mapping}: {' '.join(odd[0])!r} is no line <clip> <video>; give the original file")
+    if wrong := [pair for pair in pairs if len(pair) != 2]:
+        raise BadInput(f"{mapping}: {' '.join(wrong[0])!r} is no line <clip> <video>; {ORIGINAL}")
     clip_of = {name: clip for clip, name in pairs}
     for where, row in _rows(path):
         if path.endswith(".csv"):  # a re-export: question_id is <video>_<id>
