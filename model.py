@@ -529,10 +529,9 @@ class Bridge(nn.Module):
 
     def forward(self, patches: Tensor, frame_times: Tensor) -> Tensor:
         """patches (P, K, N, clip width), frame_times (P, K) seconds -> video_embeds (P, num_tokens, D)."""
-        P, K, N, _ = patches.shape
         patches = self.norm(patches)
         x = self.proj(patches) + self.patch_position
-        if self.kind == "qformer" and K > 1:
+        if self.kind == "qformer" and patches.shape[1] > 1:
             x = x + self.motion(torch.gradient(patches, dim=1)[0])
         x = x + self.time_proj(time_features(frame_times)).unsqueeze(2)  # (P, K, N, D)
         if self.kind == "pooled":

@@ -177,8 +177,7 @@ def shared_prefill(decoder, prompt: Tensor, mask: Tensor, end: int, first: Tenso
     place = torch.where(place < end, place, place + turn[:, None] * (T - 1)).clamp(min=0)
     cache.source = video[:, None], place
     seen = torch.ones(opening.shape[:2], dtype=torch.bool, device=device)
-    states = decoder(opening, seen, texts, cache=cache, completion_mask=asked)  # (V, G, T, D)
-    return states[video, turn, text]
+    return decoder(opening, seen, texts, cache, asked)[video, turn, text]  # of (V, G, T, D)
 
 
 def generate_at_once(model: VideoLM, prompts: Prompts, G: int, sampling: Sampling, uniforms) -> Completions:

@@ -42,7 +42,6 @@ from videoqa.answers import Reward, reward, task
 from videoqa.questions import load_questions
 
 FLAT = 1e-6  # a std below this is rounding noise: all overlaps are the same
-A_FILE = "give a JSONL file of questions"
 STD_BINS = 10  # of width 0.05: the std of values in [0, 1] is at most 0.5
 
 
@@ -175,7 +174,7 @@ def main() -> int:
     reasons = select(spreads, [task(q) for q in questions], cfg.k, cfg.share, cfg.seed)
     counts = dict(sorted(Counter(reasons).items()))
     report = settings | {"share": cfg.share, "counts": counts, "histograms": histogram(spreads, cfg.k)}
-    rows = [row for _, row in read_jsonl(data, A_FILE) if row.keys() != {"selection"}]
+    rows = [row for _, row in read_jsonl(data, "give questions as JSONL") if row.keys() != {"selection"}]
     rows = [row for row, why in zip(rows, reasons, strict=True) if why.startswith("kept")]
     write_whole(cfg.out, json_lines([{"selection": report}, *rows]).encode())
     print(f"{cfg.out}: {len(rows)} of {len(questions)} questions, each answered {cfg.k} times")

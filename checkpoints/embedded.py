@@ -36,7 +36,6 @@ from plumbing.options import (
 )
 from videoqa import world
 
-STAGES = ("clip", "align", "sft")
 ANOTHER_OUT = "name another folder with --out"
 
 
@@ -260,7 +259,7 @@ def train_world(cfg) -> None:
     made |= {"seed": cfg.seed, "faults": cfg.faults, "torch": torch.__version__, "cpus": os.cpu_count()}
     made["commands"].append(command)
     made["seconds"].setdefault("world", round(time.time() - began, 1))
-    for stage in STAGES if cfg.stage == "all" else [cfg.stage]:
+    for stage in ("clip", "align", "sft") if cfg.stage == "all" else (cfg.stage,):
         began = time.time()
         model = run_stage(stage, cfg, tokenizer, frames, times)
         made["seconds"][stage] = round(time.time() - began, 1)

@@ -50,8 +50,7 @@ def save_adapter(model: nn.Module, folder: str, path: str = PATHS[0]):
             tensor = getattr(layer, part).detach().cpu().contiguous()
             tensors[f"{PREFIX}{path}{name}.{part}.weight"] = tensor
     write_json(os.path.join(folder, "adapter_config.json"), config)
-    content = save(tensors, metadata={"format": "pt"})
-    write_whole(os.path.join(folder, "adapter_model.safetensors"), content)
+    write_whole(os.path.join(folder, "adapter_model.safetensors"), save(tensors, {"format": "pt"}))
 
 
 def read_adapter(folder: str) -> tuple[dict, dict[str, Tensor]]:

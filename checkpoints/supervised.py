@@ -227,8 +227,7 @@ def train_supervised(cfg) -> None:
             remove(os.path.join(cfg.out, name))
     torch.manual_seed(cfg.seed)
     taught = cfg.stage == "bridge" or cfg.with_bridge
-    own_bridge = taught or bool(cfg.bridge_from)
-    model, tokenizer = load_policy(cfg, pick_device(cfg.device), own_bridge)
+    model, tokenizer = load_policy(cfg, pick_device(cfg.device), taught or bool(cfg.bridge_from))
     if cfg.bridge_from:
         take_bridge(model, cfg.bridge_from)
     parameters = []
@@ -249,8 +248,7 @@ def train_supervised(cfg) -> None:
     for step, loss in descend(cfg.stage, lessons.loss, optimizer, **options):
         losses.append(loss)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            mean = sum(losses) / len(losses)
-            history.append({"step": step + 1, "loss": mean, **lessons.held_losses()})
+            history.append({"step": step + 1, "loss": sum(losses) / len(losses), **lessons.held_losses()})
             losses = []
             save_result(cfg, model, parameters, optimizer, history)
             tqdm.write(f"step {step + 1}: {LOSSES.format(**history[-1])}")

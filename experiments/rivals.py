@@ -12,6 +12,7 @@ RESULTS.md, the curves of `rivals` into figures/rivals.svg.
 
 import os
 from functools import partial
+from itertools import pairwise
 from statistics import fmean, stdev
 
 from experiments.study import RUN_WANTS, begin, ended_runs, settings, study_run, train_lines, train_run
@@ -128,8 +129,8 @@ def looks(run: str, mode="sampled", wants=RUN_WANTS) -> list[tuple[int, float]]:
 
 def area(points: list[tuple[int, float]]) -> float:
     """Mean height of the curve through these points: the area under it, a share of all steps."""
-    pairs = list(zip(points, points[1:], strict=False))
-    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairs) / (points[-1][0] - points[0][0])
+    whole = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points))
+    return whole / (points[-1][0] - points[0][0])
 
 
 def numbers_of(run: str) -> dict[str, float]:

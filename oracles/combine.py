@@ -247,8 +247,7 @@ class AnchoredOracle:
         if self.canary:
             errors = (planted <= gold)[ranking.ok].sum()
             sums |= {"canaries": int(ranking.ok.sum()), "canary_errors": int(errors)}
-        ranks = ranks_from_scores(-own)
-        return replace(ranking, ranks=ranks, scores=scores, below_anchor=below, sums=sums)
+        return replace(ranking, ranks=ranks_from_scores(-own), scores=scores, below_anchor=below, sums=sums)
 
 
 def wrong_answer(batch: list[Question], p: int) -> str:

@@ -202,8 +202,7 @@ def finish(run, device: str, after: dict, gain: dict, table: str) -> None:
     """Writes results.json and report.html of a run that has ended; prints its tables and gains."""
     from plumbing import report
 
-    path = os.path.join(run.out, "metrics.jsonl")
-    metrics, _ = report.sound_rows(path, {"groups": int})
+    metrics, _ = report.sound_rows(os.path.join(run.out, "metrics.jsonl"), {"groups": int})
     kept = run.progress["best"] if run.options.keep == "best" else None
     results = {
         "seed": run.options.seed, "steps": run.step, "wall_s": round(run.wall_s(), 1),

@@ -316,8 +316,7 @@ def _to_square(frame, size: int, scaler: VideoReformatter, framing: str) -> np.n
     # one thread: for pictures this small, starting more costs 10 times the work
     pixels = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
     left, top = (width - size) // 2, (height - size) // 2
-    square = pixels[top : top + size, left : left + size]
-    return np.rot90(square, turns)
+    return np.rot90(pixels[top : top + size, left : left + size], turns)
 
 
 def resize_frame(pixels: np.ndarray, size: int, framing: str) -> np.ndarray:

@@ -66,7 +66,6 @@ LOOSE_ANSWERS = {
     "Temporal Reasoning": ("one of them", "some color"),
     "Temporal Grounding": ("for a while", "some time"),
 }
-CATEGORIES = tuple(LOOSE_ANSWERS)  # of the default world
 LOOSE_ANSWERS |= dict.fromkeys(("Order", "Duration"), ("one of them", "some color"))  # of the hard one
 USUAL_SHARE = 0.5  # share of corpus answers replaced by the usual one in the categories of USUAL_ANSWER
 LOOSE_SHARE = 0.1  # share of loose answers in those categories, and ...
