@@ -10,8 +10,7 @@ from datetime import datetime
 
 import torch
 
-from plumbing.options import is_kind, read_json, read_text
-from videoqa.video import DataError
+from plumbing.options import BadInput, is_kind, read_json, read_text
 
 # What stands before the video, what stands after the question, and the token that closes an answer ("": the
 # model's own end). The systems' texts are those that LLaVA-1.5, LLaMA-2-chat and ChatML were tuned with.
@@ -62,7 +61,7 @@ class ChatTokenizer:
     think: whether the answer has a think part.
 
     end_ids holds all ids that end an answer. The first one closes a turn of the conversation; that is the one
-    to learn. Raises DataError for files and templates that do not belong together.
+    to learn. Raises BadInput for files and templates that do not belong together.
     """
 
     instructed = True  # every prompt tells the answer format
@@ -73,7 +72,7 @@ class ChatTokenizer:
         self.vocab_size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         highest = max(self.vocab_size - 1, placeholder_id or 0)
         if highest >= V:
-            raise DataError(f"{self.path}: id {highest} exceeds the model's {V} rows; use files of one model")
+            raise BadInput(f"{self.path}: id {highest} exceeds the model's {V} rows; use files of one model")
         self.processor = placeholder_id is not None  # whose template takes pictures
         self.placeholder_id = V if placeholder_id is None else placeholder_id
         self.video = self.tokenizer.id_to_token(self.placeholder_id) or "<image>"
@@ -82,7 +81,7 @@ class ChatTokenizer:
         self.names, own = special_names(folder), own_template(folder) if template == "auto" else ""
         template = "vicuna_v1" if template == "auto" else template
         if not own and template not in TEMPLATES:
-            raise DataError(f"--template {template}: choose one of auto, {', '.join(TEMPLATES)}")
+            raise BadInput(f"--template {template}: choose one of auto, {', '.join(TEMPLATES)}")
         self.own, self.named = compiled(own, folder) if own else None, TEMPLATES[template]
         after = self.named[1] + NO_THOUGHTS * (template == "qwen3" and not think)
         self.named = (self.named[0], after, self.named[2])
@@ -98,11 +97,11 @@ class ChatTokenizer:
         alone, whole = self.encode("a"), self.encode("a", whole=True)
         places = [i for i in range(len(whole)) if alone and whole[i : i + len(alone)] == alone]
         if not places:
-            raise DataError(f"{self.path}: its vocabulary cannot spell the letter a; {COPY_AGAIN}")
+            raise BadInput(f"{self.path}: its vocabulary cannot spell the letter a; {COPY_AGAIN}")
         return whole[: places[0]]
 
     def check_vocabulary(self, what: str) -> None:
-        """DataError if the conversation has a special token that the vocabulary lacks."""
+        """BadInput if the conversation has a special token that the vocabulary lacks."""
         known = self.tokenizer.token_to_id
         texts = self.render("") + self.named[2] * (self.own is None)
         wanted = [token for token in SPECIAL_FORM.findall(texts) if token != self.video]
@@ -110,7 +109,7 @@ class ChatTokenizer:
         if lack:
             needs = {name: SPECIAL_FORM.findall("".join(parts)) for name, parts in TEMPLATES.items()}
             fit = ", ".join(name for name, tokens in needs.items() if None not in map(known, tokens))
-            raise DataError(f"{self.path}: has no token {lack}, which {what} needs; those that fit: {fit}")
+            raise BadInput(f"{self.path}: has no token {lack}, which {what} needs; those that fit: {fit}")
 
     def find_ends(self, folder: str, special: dict[int, str]) -> tuple[int, ...]:
         """The end of a turn, then eos_token_id of generation_config.json and config.json, eos_token."""
@@ -129,7 +128,7 @@ class ChatTokenizer:
         ends = ends or [i for i in map(known, END_TOKENS) if i is not None]
         if not ends:
             remedy = "give eos_token_id in a generation_config.json beside it"
-            raise DataError(f"{self.path}: no end token is known; {remedy}")
+            raise BadInput(f"{self.path}: no end token is known; {remedy}")
         return tuple(ends)
 
     def render(self, text: str) -> str:
@@ -142,7 +141,7 @@ class ChatTokenizer:
             rendered = self.fill_in([{"role": "user", "content": content}], add_generation_prompt=True)
             if rendered.count(self.video) == 1:
                 return rendered
-        raise DataError(f"{self.path}: its chat template leaves the user's text out; name a --template")
+        raise BadInput(f"{self.path}: its chat template leaves the user's text out; name a --template")
 
     def behind_answer(self) -> str:
         """What the tokenizer's own template puts behind an answer; empty where it takes none."""
@@ -164,14 +163,14 @@ class ChatTokenizer:
             return ""
         except Exception as error:  # a template is foreign code, which may raise anything
             words = f"its chat template cannot be rendered ({error}); name a --template"
-            raise DataError(f"{self.path}: {words}") from error
+            raise BadInput(f"{self.path}: {words}") from error
 
     def encode(self, text: str, whole: bool = False) -> list[int]:
         """whole: with what the tokenizer puts around a text by itself."""
         try:
             return self.tokenizer.encode(text, add_special_tokens=whole).ids
         except Exception as error:  # the package raises no class of its own
-            raise DataError(f"{self.path}: cannot spell {text[:40]!r} ({error}); {COPY_AGAIN}") from error
+            raise BadInput(f"{self.path}: cannot spell {text[:40]!r} ({error}); {COPY_AGAIN}") from error
 
     def decode(self, ids: list[int]) -> str:
         words = [i for i in ids if i not in self.end_ids]
@@ -183,11 +182,11 @@ class ChatTokenizer:
         return torch.isin(ids, torch.tensor(sorted(self.banned))) | (ids >= self.vocab_size)
 
     def prompt(self, text: str, num_video_tokens: int) -> list[int]:
-        """Ids of the conversation, the placeholder repeated. DataError: text holds a special token."""
+        """Ids of the conversation, the placeholder repeated. BadInput: text holds a special token."""
         special = next((token for token in sorted(self.special_texts) if token in text), None)
         if special is not None:
             shown = json.dumps(text[:60])
-            raise DataError(f"question {shown}: holds the special token {special}; take it out")
+            raise BadInput(f"question {shown}: holds the special token {special}; take it out")
         rendered = self.render(text)
         before, after = rendered.split(self.video)
         # A text decoder's own template spells its BOS itself, or means that there is none
@@ -205,13 +204,13 @@ def read_tokenizer(path: str):
     try:
         import tokenizers
     except ImportError as error:
-        raise DataError(f"{path}: needs the package tokenizers: pip install tokenizers") from error
+        raise BadInput(f"{path}: needs the package tokenizers: pip install tokenizers") from error
     if not os.path.isfile(path):
-        raise DataError(f"{path}: no such file; copy the checkpoint's tokenizer.json there")
+        raise BadInput(f"{path}: no such file; copy the checkpoint's tokenizer.json there")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # the package raises no class of its own
-        raise DataError(f"{path}: {str(error).splitlines()[0]}; copy the file again") from error
+        raise BadInput(f"{path}: {str(error).splitlines()[0]}; copy the file again") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -223,7 +222,7 @@ def stored_ends(config: dict, path: str) -> list[int]:
     ids = found if isinstance(found, list) else [found]
     if found is not None and not is_kind(ids, list[int]):
         words = f"eos_token_id is {found!r}; give one id or a list of ids, whole numbers"
-        raise DataError(f"{path}: {words}")
+        raise BadInput(f"{path}: {words}")
     return [] if found is None else ids
 
 
@@ -254,7 +253,7 @@ def own_template(folder: str) -> str:
         elif is_kind(found, list[dict]):  # several, each with a name
             found = next((one.get("template") for one in found if one.get("name") == "default"), None)
         if not isinstance(found, str):
-            raise DataError(f"{path}: chat_template is no text, nor is one named default; name a --template")
+            raise BadInput(f"{path}: chat_template is no text, nor is one named default; name a --template")
         return found
     return ""
 
@@ -267,7 +266,7 @@ def compiled(template: str, folder: str):
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError as error:
         words = "its chat template needs the package jinja2: pip install jinja2, or name a --template"
-        raise DataError(f"{folder}: {words}") from error
+        raise BadInput(f"{folder}: {words}") from error
 
     def raise_exception(message):
         raise jinja2.TemplateError(message)
@@ -284,4 +283,4 @@ def compiled(template: str, folder: str):
     try:
         return environment.from_string(template)
     except Exception as error:  # a template is foreign code, nested or computing without end
-        raise DataError(f"{folder}: its chat template is broken ({error}); name a --template") from error
+        raise BadInput(f"{folder}: its chat template is broken ({error}); name a --template") from error

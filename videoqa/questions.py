@@ -6,9 +6,9 @@ import os
 
 import av
 
-from plumbing.options import one_line, read_jsonl
+from plumbing.options import BadInput, one_line, read_jsonl
 from videoqa.answers import Question, equal_option, read
-from videoqa.video import FRAMES_SHARE, LATE_SECONDS, DataError, VideoError, open_video, too_short
+from videoqa.video import FRAMES_SHARE, LATE_SECONDS, VideoError, open_video, too_short
 
 NEEDED = ("id", "video", "question", "answer")
 OPTIONAL = ("category", "duration_class", "benchmark")  # texts as well
@@ -35,7 +35,7 @@ def _read_question(row: dict, videos_dir: str, where: str) -> Question:
     def need(good: bool, field: str, remedy: str):
         if not good:
             what = f"is {json.dumps(row[field])[:60]}" if field in row else "is missing"
-            raise DataError(f"{where}: field '{field}' {what}; {remedy}")
+            raise BadInput(f"{where}: field '{field}' {what}; {remedy}")
 
     for field in NEEDED:
         need(is_text(row.get(field)), field, "give a text that is not empty")
@@ -90,7 +90,7 @@ def load_questions(jsonl_path: str, videos_dir: str) -> list[Question]:
     """The questions of a JSONL file, video paths joined to videos_dir; opens no video.
 
     Blank lines, unknown fields and selection.py's report in line 1 are passed over.
-    Raises DataError at the first bad line.
+    Raises BadInput at the first bad line.
     """
     questions, first_line = [], {}
     for where, row in read_jsonl(jsonl_path, "give a JSONL file of questions, one object {...} a line"):
@@ -99,10 +99,10 @@ def load_questions(jsonl_path: str, videos_dir: str) -> list[Question]:
         question = _read_question(row, videos_dir, where)
         number = where.rpartition(" ")[2]
         if (first := first_line.setdefault(question.id, number)) != number:
-            raise DataError(f"{where}: field 'id' repeats that of line {first}; make ids unique")
+            raise BadInput(f"{where}: field 'id' repeats that of line {first}; make ids unique")
         questions.append(question)
     if not questions:
-        raise DataError(f"{jsonl_path}: holds no question; write one JSON object a line")
+        raise BadInput(f"{jsonl_path}: holds no question; write one JSON object a line")
     return questions
 
 

@@ -45,11 +45,7 @@ MAX_RATE, MAX_SECONDS = 1000, 7 * 24 * 3600  # frames a second and seconds of a 
 logging.getLogger("libav").addHandler(logging.NullHandler())
 
 
-class DataError(BadInput):
-    """Bad input. The message is one line: file, line and field where known, what is wrong, the remedy."""
-
-
-class VideoError(DataError):
+class VideoError(BadInput):
     """A video that cannot be read as asked. path: the file; cause: one line."""
 
     def __init__(self, path: str, cause: str):

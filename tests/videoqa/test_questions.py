@@ -8,7 +8,6 @@ import pytest
 from plumbing.options import BadInput
 from videoqa.answers import Question
 from videoqa.questions import load_questions
-from videoqa.video import DataError
 
 GOOD = {"id": "a", "video": "v/a.mp4", "question": "What?", "answer": "red"}
 
@@ -99,7 +98,7 @@ def test_a_row_is_a_question_whatever_else_it_holds(tmp_path, more):
 def test_file_without_questions_or_in_another_encoding_is_told(tmp_path):
     with pytest.raises(BadInput, match="No such file.*give a JSONL file"):
         load_questions(str(tmp_path / "none.jsonl"), "videos")
-    with pytest.raises(DataError, match="holds no question"):
+    with pytest.raises(BadInput, match="holds no question"):
         load_questions(write_lines(tmp_path / "empty.jsonl", "", " "), "videos")
     (tmp_path / "latin.jsonl").write_bytes('{"id": "é"}\n'.encode("latin-1"))
     with pytest.raises(BadInput, match="line 1: not JSON"):
