@@ -89,14 +89,11 @@ def gains(questions, before: dict, after: dict) -> dict:
     return out
 
 
-def table(before: dict, after: dict | None = None) -> str:
+def table(before: dict, after: dict) -> str:
     """Before and after side by side, a row a category, in percent, as the paper's table has it."""
     from plumbing.progress import markdown
 
-    columns = [("greedy", before), ("sampled", before)]
-    if after:
-        columns = [("greedy", before), ("greedy", after), ("sampled", before), ("sampled", after)]
-    heads = [f"{mode} {'before' if e is before else 'after'}" if after else mode for mode, e in columns]
+    columns = [("greedy", before), ("greedy", after), ("sampled", before), ("sampled", after)]
     rows, of_all = [], before["greedy"]
     for name, row in of_all["by_category"].items():
         cells = [f"{100 * e[mode]['by_category'][name]['accuracy']:.1f}" for mode, e in columns]
@@ -113,7 +110,8 @@ def table(before: dict, after: dict | None = None) -> str:
         verdicts = [e[mode].get("judged") for mode, e in columns]
         cells = [f"{verdict['accuracy']:.1f}" if verdict else "" for verdict in verdicts]
         rows.append(["judge's verdict, open answers", verdicts[0]["n"], *cells])
-    return markdown(["category", "n", *heads], rows)
+    heads = ["category", "n", "greedy before", "greedy after", "sampled before", "sampled after"]
+    return markdown(heads, rows)
 
 
 def evaluate_run(folder: str, data: str, videos: str) -> str:

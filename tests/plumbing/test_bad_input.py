@@ -469,7 +469,8 @@ def test_a_name_that_is_no_utf_8_is_one_line(capsys):
 def test_tables_and_reports_print_no_control_characters(tmp_path, capsys):
     part = {"accuracy": 0.5, "n": 1, "ci95": [0.4, 0.6], "mean_iou": None}
     part["by_category"] = {"\x1b[2J|a\nb": {"accuracy": 0.5, "n": 1}}
-    assert evaluation.table({"greedy": part, "sampled": part}).splitlines()[2].startswith("| \ufffd[2J/a b |")
+    both = {"greedy": part, "sampled": part}
+    assert evaluation.table(both, both).splitlines()[2].startswith("| \ufffd[2J/a b |")
     row = {"id": "1", "video": "\x1b]0;t\x07\nerror: x.mp4", "question": "q", "answer": "a"}
     (tmp_path / "q.jsonl").write_text(json.dumps(row))
     assert not questions.check(str(tmp_path / "q.jsonl"), str(tmp_path))
