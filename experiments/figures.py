@@ -16,7 +16,7 @@ from html import escape
 
 from PIL import Image
 
-from experiments.rivals import looks
+from experiments.rivals import looks, mean_with_range
 from experiments.study import between
 from plumbing import page
 from plumbing.options import ArgumentParser, BadInput, cell, run_script, write_whole
@@ -30,11 +30,7 @@ def learning_curve(runs: list[Run]) -> str:
     """Of the evaluations while the runs went on, which all ask the same questions."""
     curves = []
     for mode in ("greedy", "sampled"):
-        of_step = defaultdict(list)
-        for run in runs:
-            for step, accuracy in looks(run.folder, mode, WANTS):
-                of_step[step].append(accuracy)
-        points = [(step, sum(x) / len(x), min(x), max(x)) for step, x in sorted(of_step.items())]
+        points = mean_with_range([dict(looks(run.folder, mode, WANTS)) for run in runs])
         curves.append((f"{mode} answers", points))
     return page.figure(f"held-out accuracy by step, mean and range of {len(runs)} seeds", curves)
 

@@ -196,9 +196,15 @@ def curves(lines: dict[str, str], folder: str, seeds: int) -> str:
         heights[name] = [dict(looks(run)) for run in runs if os.path.exists(run)]
     last = max(step for found in heights.values() for height in found for step in height)
     for name, found in heights.items():
-        points = []
-        for step in sorted(set.intersection(*map(set, found))):
-            at_step = [height[step] for height in found]
-            points.append((step, fmean(at_step), min(at_step), max(at_step)))
+        points = mean_with_range(found)
         series.append((name if points[-1][0] == last else f"{name}, to step {points[-1][0]}", points))
     return page.figure(f"sampled accuracy by step, mean and range of {seeds} seeds", series)
+
+
+def mean_with_range(heights: list[dict[int, float]]) -> list[tuple]:
+    """(step, mean, lowest, highest) of curves {step: height}, at the steps that all of them have."""
+    points = []
+    for step in sorted(set.intersection(*map(set, heights))):
+        at_step = [height[step] for height in heights]
+        points.append((step, fmean(at_step), min(at_step), max(at_step)))
+    return points
