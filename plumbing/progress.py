@@ -166,7 +166,7 @@ def differences(folders: list[str]) -> str:
     names = [os.path.basename(folder.rstrip("/")) for folder in folders]
     configs = [read_json(os.path.join(folder, "config.json"), "name run folders") for folder in folders]
     rows = [[*map(cell, row)] for row in options_that_differ(configs)]
-    return markdown(["option", *names], rows) if rows else ""
+    return markdown(["option", *map(cell, names)], rows) if rows else ""
 
 
 COUNTED = ("groups", "dead_groups", "failed_groups")

@@ -226,7 +226,7 @@ def strip(run: Run, name: str) -> str:
     return page.picture(content, f"frames of the video of question {name}") if is_jpeg else ""
 
 
-def spread(rows: list) -> list:
+def dozen_of(rows: list) -> list:
     """A dozen of them at most, evenly spread."""
     return rows[:: -(-len(rows) // CARDS)] if rows else []
 
@@ -234,7 +234,7 @@ def spread(rows: list) -> list:
 def prompts(run: Run) -> str:
     """A dozen prompts of several steps with pictures, answers, the oracle's order and the advantages."""
     pictured = [row for row in run.rollouts if os.path.exists(strip_path(run.folder, row["id"]))]
-    shown, cards = spread(pictured or run.rollouts), []
+    shown, cards = dozen_of(pictured or run.rollouts), []
     largest = max((abs(a) for row in shown for a in row["advantages"]), default=0)
     for row in shown:
         columns = (row[k] for k in ("oracle_ranks", "policy_ranks", "advantages", "candidates"))
@@ -254,7 +254,7 @@ def changed_answers(run: Run) -> str:
     pairs, cards = [(before[name], row) for name, row in after.items()], []
     for title, was in (("From wrong to right", False), ("From right to wrong", True)):
         found = [(old, new) for old, new in pairs if old["right"] is was and new["right"] is not was]
-        rows = [[old["question"], old["greedy"], new["greedy"], old["gold"]] for old, new in spread(found)]
+        rows = [[old["question"], old["greedy"], new["greedy"], old["gold"]] for old, new in dozen_of(found)]
         table = page.table(["question", "before", "after", "right answer"], rows)
         table = table if rows else page.note("none")
         cards.append(page.card(f"{title}: {len(found)} of {len(after)}", table))

@@ -250,8 +250,8 @@ def leading_yes_no(text: str, hedged: bool = True) -> str | None:
 
 def _grade_words(text: str, question: Question) -> float:
     gold, asked, ordered = _gold_words(question)
-    if gold in (["yes"], ["no"]) and leading_yes_no(text, hedged=False) is not None:
-        return float([leading_yes_no(text, hedged=False)] == gold)
+    if gold in (["yes"], ["no"]) and (word := leading_yes_no(text, hedged=False)):
+        return float([word] == gold)
     words = [word for word in normalize(text, gold) if word in gold or word not in asked]
     if len(set(gold)) == 1:
         return float(set(words) == set(gold))
@@ -260,7 +260,7 @@ def _grade_words(text: str, question: Question) -> float:
     return 2 * (Counter(words) & Counter(gold)).total() / max(len(words) + len(gold), 1)
 
 
-def spread(text: str) -> str:
+def latin(text: str) -> str:
     """Full-width letters, digits and signs as plain ones, and spaces for Chinese, Japanese and Korean words:
     "答案是Ｂ" becomes " B"."""
     return _CJK.sub(" ", text.translate(FULL_WIDTH))
@@ -274,7 +274,7 @@ def _letters(text: str, num_options: int) -> set[int]:
     """
     body = final_answer(text)
     if not body.isascii():
-        body = spread(body)
+        body = latin(body)
     letters = re.findall(r"\A\W*([A-Za-z])\W*\Z", body) or ["".join(found) for found in _LETTER.findall(body)]
     return {ord(letter.upper()) - ord("A") for letter in letters} & set(range(num_options))
 

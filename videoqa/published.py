@@ -15,10 +15,10 @@ from videoqa.answers import (
     final_answer,
     gold_option,
     is_refusal,
+    latin,
     leading_yes_no,
     negated_letters,
     read,
-    spread,
 )
 
 EXACT, FIRST_WORD, LAST_STATEMENT = "exact match", "first word is yes or no", "last statement"
@@ -176,7 +176,7 @@ def _last_sentence(body: str, question: Question) -> int | None:
     sentences = [part.strip() for part in _SENTENCE_END.split(body) if part.strip()]
     if not sentences:
         return None
-    last = spread(sentences[-1])
+    last = latin(sentences[-1])
     if _SO.match(sentences[-1]) or re.fullmatch(r"\W*[A-Za-z]\W*", last):
         letters = _capitals(last) - negated_letters(last)
         if len(letters) == 1:
