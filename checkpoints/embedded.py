@@ -20,7 +20,7 @@ from checkpoints.word_tokenizer import WordTokenizer
 from clip import Clip, ClipConfig, contrastive_loss, preprocess
 from data import BOS_ID, EOS_ID, collate_completions, load_clips
 from model import ModelConfig, VideoLM
-from plumbing.fitting import fit
+from plumbing.fitting import fit, unfrozen
 from plumbing.machine import pick_device
 from plumbing.options import (
     LEFT,
@@ -115,15 +115,9 @@ def train_align(cfg, model: VideoLM, patches, times, tokenizer: WordTokenizer, g
         ids, answer = answer_batch([rows[c] for c in chosen], cfg.annotations_per_clip, rng)
         return answer_loss(model, [BOS_ID], video, ids, answer), {}
 
-    parameters = trainable(model, model.bridge, model.decoder)
+    parameters = unfrozen(model.bridge, model.decoder)
     fit("captions", captions, parameters, steps=cfg.caption_steps, cfg=cfg, rate="align_lr")
     fit("annotations", annotations, parameters, steps=cfg.annotation_steps, cfg=cfg, rate="align_lr")
-
-
-def trainable(model: VideoLM, *parts) -> list[torch.nn.Parameter]:
-    """Freezes all of the model but these parts, and returns the parts' parameters."""
-    model.requires_grad_(False)
-    return [p.requires_grad_(True) for part in parts for p in part.parameters()]
 
 
 def token_pairs(tokenizer: WordTokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
@@ -163,7 +157,7 @@ def train_sft(cfg, model: VideoLM, video_embeds, tokenizer: WordTokenizer, gener
             ids, answer = answer_batch([rows[c] for c in chosen], cfg.questions_per_clip, rng)
             return answer_loss(model, [BOS_ID], video_embeds[chosen], ids, answer), {}
 
-        fit(name, batch_loss, trainable(model, model.decoder), steps=steps, cfg=cfg, rate="sft_lr")
+        fit(name, batch_loss, unfrozen(model.decoder), steps=steps, cfg=cfg, rate="sft_lr")
 
 
 def run_stage(stage: str, cfg, tokenizer: WordTokenizer, frames, times) -> VideoLM:

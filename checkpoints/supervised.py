@@ -31,7 +31,7 @@ from checkpoints.pretrained import BRIDGE_FILE
 from checkpoints.weight_files import read_own, write_own
 from data import VIDEO_ID, build_prompt, collate_completions, load_clips
 from model import Bridge, ModelConfig, VideoLM
-from plumbing.fitting import adamw, descend
+from plumbing.fitting import adamw, descend, unfrozen
 from plumbing.machine import MachineOptions, pick_device, say, set_up
 from plumbing.options import (
     LEFT,
@@ -237,7 +237,7 @@ def train_supervised(cfg) -> None:
     if taught:
         if not isinstance(model.bridge, Bridge):
             raise BadInput(f"--policy {cfg.policy}: has a projector; a bridge needs --video_tokens qformer")
-        parameters += [p.requires_grad_(True) for p in model.bridge.parameters()]
+        parameters += unfrozen(model.bridge)
     set_up(model.decoder, MachineOptions(checkpointing=cfg.checkpointing))
     lessons, optimizer = Lessons(cfg, model, tokenizer), adamw(parameters, cfg.lr)
     history = load_training(cfg.out, parameters, optimizer) if cfg.resume else []

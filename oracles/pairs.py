@@ -18,7 +18,7 @@ from checkpoints.policies import load_model
 from checkpoints.word_tokenizer import WordTokenizer
 from data import embed_videos
 from oracles.ranker import Ranker, load_ranker, save_ranker
-from plumbing.fitting import fit
+from plumbing.fitting import fit, unfrozen
 from plumbing.machine import pick_device
 from plumbing.options import BadInput, Bounds, Count, Options, Positive, Share, read_jsonl, write_json
 from videoqa import world
@@ -181,7 +181,7 @@ def train_ranker(cfg) -> dict:
         scores = score_pairs(scorer, embeds[chosen], picked)
         return bradley_terry(scores[..., 0], scores[..., 1]).mean(), {}
 
-    parameters = [p.requires_grad_(True) for part in (model.decoder, scorer.head) for p in part.parameters()]
+    parameters = unfrozen(model.decoder, scorer.head)
     fit("ranker", batch_loss, parameters, steps=cfg.ranker_steps, cfg=cfg, rate="ranker_lr")
     save_ranker(scorer, cfg.out)
     tested = [pair for pair in pairs if pair.video in held]

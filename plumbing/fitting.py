@@ -20,6 +20,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     return peak * min((step + 1) / warmup, max(0.05, 1 - step / steps))
 
 
+def unfrozen(*modules: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The modules' parameters, which learn from now on."""
+    return [p.requires_grad_(True) for module in modules for p in module.parameters()]
+
+
 def adamw(parameters, lr: float) -> torch.optim.AdamW:
     """Weight decay for matrices only: biases, norms and other vectors are left to the loss."""
     parameters = list(parameters)
