@@ -117,9 +117,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, prefix=None) -> Tensor
     """Attention of grouped completions to themselves and to one shared copy of their prompt.
 
     q (P, kv, G, rep, T, h): rep queries share a key (GQA). k, v (P, kv, G, L, h): the completions' own keys.
-    bias (P or 1, 1, 1, 1, T, L) of bias_of. prefix: (k, v, bias) of the prompt, (P, kv, S, h) twice and
-    (P, 1, 1, 1, 1 or T, S). Returns (P, kv, G, rep, T, h). One softmax over S + L scores, so the result is
-    that of the unshared pass; the products with the prefix read its keys once for all G completions.
+    bias of bias_of, broadcast to (P, 1, 1, 1, T, L). prefix: (k, v, bias) of the prompt, (P, kv, S, h) twice
+    and (P, 1, 1, 1, 1 or T, S). Returns (P, kv, G, rep, T, h). One softmax over S + L scores, so the result
+    is that of the unshared pass; the products with the prefix read its keys once for all G completions.
     """
     P, kv, G, rep, T, h = q.shape
     q = q * h**-0.5
@@ -355,13 +355,12 @@ class Decoder(nn.Module):
         if completion_mask is None:
             completion_mask = prompt_mask.new_ones(P, G, T + 1)
         positions = (prompt_mask.cumsum(dim=1) - 1).clamp(min=0)  # padding does not count
-        own_positions = positions[:, -1:] + 1 + torch.arange(T, device=prompt.device).repeat(G)  # (P, G*T)
+        slots = torch.arange(T, device=prompt.device)
+        own = positions[:, -1:] + 1 + slots  # (P, T), the same for all G
         asking = positions[:, -1:] if S > LONG else positions  # the prompt's last state needs one row
         seen = prompt_mask[:, None] & self.near(asking, positions) & (asking[..., None] >= positions[:, None])
         prompt_bias = bias_of(seen, dtype).view(P, 1, 1, 1, -1, S)
-        own = own_positions[:, :T]  # (P, T), the same for all G
-        own_causal = torch.ones(T, T, dtype=torch.bool, device=prompt.device).tril()
-        own_bias = bias_of(own_causal & self.near(own, own), dtype).view(P, 1, 1, 1, T, T)
+        own_bias = bias_of((slots <= slots[:, None]) & self.near(slots, slots), dtype)  # (T, T)
         prefix_seen = prompt_mask[:, None] & self.near(own, positions)
         prefix_bias = bias_of(prefix_seen, dtype).view(P, 1, 1, 1, T, S)
         every, last, last_rows = self.packings(prompt_mask, completion_mask)
@@ -387,7 +386,7 @@ class Decoder(nn.Module):
 
         # Prompt and completions travel as one sequence, so every matrix product of a layer is one product.
         x = every.rows(torch.cat([prompt, completions[:, :, :-1].flatten(1, 2)], dim=1))
-        cos, sin = self.rotary(every.rows(torch.cat([positions, own_positions], dim=1)))
+        cos, sin = self.rotary(every.rows(torch.cat([positions, own.repeat(1, G)], dim=1)))
         with self.autocast():
             for layer in self.layers:
                 final = layer is self.layers[-1]
