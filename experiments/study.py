@@ -164,8 +164,8 @@ def selection_study(folder: str, seeds: int, options: list[str], page: str, clip
         command += [f"--{name}={value}" for name, value in policy.items()]  # selected by what is trained
         if not os.path.exists(f"{out}.jsonl"):
             started("selection", out, command)
-        with open(data, "rb") as every, open(f"{out}.jsonl", "rb") as chosen:
-            count = len(chosen.readlines()) - 1  # less the report
+        with open(data, "rb") as every, open(f"{out}.jsonl", "rb") as kept:
+            count = len(kept.readlines()) - 1  # less the report
             rows = random.Random(seed).sample(every.readlines(), count)
         write_whole(f"{blind}.jsonl", b"".join(rows))
     study = partial(answers_table, lines), folder, seeds, options, page

@@ -155,7 +155,7 @@ def test_the_selection_study_learns_from_selected_questions_and_is_measured_on_t
     page, folder = tmp_path / "page.md", tmp_path / "a study"
     page.write_text("<!-- selection_study -->\n<!-- /selection_study -->\n")
     options = [*TINY, "--num_frames", "7"]
-    found = study.selection_study(str(folder), 1, options, str(page), clips=(6, 3), warm_up=warm_up)
+    found = study.selection_study(str(folder), 2 - warm_up, options, str(page), clips=(6, 3), warm_up=warm_up)
     assert first_cells(found) == ["nothing yet: the start", *study.SELECTED] and found in page.read_text()
     paths = [path for path in sorted(folder.glob("*_0/results.json")) if "start" not in str(path)]
     runs = [json.loads(path.read_text()) for path in paths]
