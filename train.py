@@ -138,7 +138,7 @@ def learn(cfg: Config, policy: VideoLM, learner: Learner, oracle, batches: Batch
                 questions = [batches.asked.questions[i] for i in rows]
                 ranking = oracle.rank(questions, texts)
             run.stop_if(ranking.dead)
-            groups = Groups(rows, questions, texts, rollout, ranking).behind(groups)
+            groups = Groups(rows, questions, texts, rollout, ranking).after(groups)
             if groups.fill(batches.P):
                 break
 

@@ -88,8 +88,7 @@ class Tensors:
             self.handles[file] = safe_open(file, "pt")
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{file}: {one_line(error)}; cut short or damaged: copy it again") from error
-        for name in self.handles[file].keys():
-            self.file_of[name] = file
+        self.file_of |= dict.fromkeys(self.handles[file].keys(), file)
 
     def prefix(self, ending: str, usual: str) -> str:
         """What stands before `ending` in the only name that ends so; `usual` where none or several do."""

@@ -255,10 +255,10 @@ def _parts(message: dict) -> dict[str, str]:
 
 def _status_in(error) -> int:
     """The HTTP status that an error inside a reply stands for, by a number, a text or a type; else 400."""
-    told = str([error.get(name) for name in ("code", "status", "type")]) if isinstance(error, dict) else ""
-    if found := re.search(r"\b[45]\d\d\b", told):
+    named = str([error.get(name) for name in ("code", "status", "type")]) if isinstance(error, dict) else ""
+    if found := re.search(r"\b[45]\d\d\b", named):
         return int(found[0])
-    return 429 if "rate_limit" in told else 503 if re.search("overloaded|server_error", told) else 400
+    return 429 if "rate_limit" in named else 503 if re.search("overloaded|server_error", named) else 400
 
 
 def _joined(text: str) -> dict:

@@ -174,7 +174,7 @@ class PatientOracle:
     def __init__(self, oracle, objective: str, patience: float, interrupted, device: torch.device):
         self.oracle, self.patience, self.interrupted, self.device = oracle, patience, interrupted, device
         self.reads = READS.get(objective, "order")
-        self.told, self.first = set(), True
+        self.reported, self.first = set(), True
 
     @property
     def judge(self):
@@ -222,9 +222,9 @@ class PatientOracle:
         failures = [note for note in ranking.notes if note]
         for note in failures:
             cause, remedy = note.partition(":")[0], remedy_of(note)
-            if (cause, remedy) not in self.told:
+            if (cause, remedy) not in self.reported:
                 tqdm.write(f"a ranking failed ({one_line(note)}); {remedy}", file=sys.stderr)
-                self.told.add((cause, remedy))
+                self.reported.add((cause, remedy))
         if not self.first:
             return
         self.first = False

@@ -33,7 +33,7 @@ class Groups:
     rollout: Completions
     ranking: Ranking
 
-    def behind(self, earlier: "Groups | None") -> "Groups":
+    def after(self, earlier: "Groups | None") -> "Groups":
         """These and the earlier ones of the step as one."""
         if earlier is None:
             return self

@@ -167,12 +167,12 @@ def are_scores(value, n: int) -> bool:
     return is_kind(value, list[int]) and len(value) == n and all(0 <= x <= MAX_SCORE for x in value)
 
 
-def _check_letters(said: list[str], letters: str) -> None:
-    """Raises Failed unless `said` is each of the letters once."""
+def _check_letters(given: list[str], letters: str) -> None:
+    """Raises Failed unless `given` is each of the letters once."""
     faults = {
-        "unknown": [x for x in said if len(x) != 1 or x not in letters],
-        "duplicate": [x for x, times in Counter(said).items() if times > 1],
-        "missing": [x for x in letters if x not in said],
+        "unknown": [x for x in given if len(x) != 1 or x not in letters],
+        "duplicate": [x for x, times in Counter(given).items() if times > 1],
+        "missing": [x for x in letters if x not in given],
     }
     for cause, found in faults.items():
         if found:

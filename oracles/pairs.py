@@ -80,17 +80,19 @@ def draw_pairs(questions: list[Question], per_question: int, error_rate: float, 
     people who must choose: this teaches equal scores for equally wrong answers. Some answers are true of the
     video but not what was asked: a ranker that never saw such is soon led to prefer them.
     """
-    rng, said, true, pairs = random.Random(seed), defaultdict(list), defaultdict(list), []
+    rng, pairs = random.Random(seed), []
+    of_category, of_video = defaultdict(list), defaultdict(list)  # right answers
     for question in questions:
-        said[question.category].append(question.answer)
-        true[question.video].append(question.answer)
+        of_category[question.category].append(question.answer)
+        of_video[question.video].append(question.answer)
 
     def other(question):
         vague = [*world.LOOSE_ANSWERS[question.category], world.USUAL_ANSWER.get(question.category, "")]
-        draw, text = rng.random(), rng.choice(said[question.category])
+        alike = of_category[question.category]
+        draw, text = rng.random(), rng.choice(alike)
         if draw < 0.45:
-            return rng.choice(vague if draw < 0.2 else true[question.video])
-        return f"{text} {rng.choice(said[question.category])}" if draw < 0.55 else text  # says two things
+            return rng.choice(vague if draw < 0.2 else of_video[question.video])
+        return f"{text} {rng.choice(alike)}" if draw < 0.55 else text  # says two things
 
     for question in questions:
         for _ in range(per_question):

@@ -48,11 +48,11 @@ def read_verdict(reply: str) -> dict:
     for name in ("correct", "score"):
         if name not in value:
             raise Failed("missing", f"no '{name}' in {text}")
-    said, score = value["correct"], value["score"]
-    said = said.strip().lower() if isinstance(said, str) else said
-    if said not in ("yes", "no"):
+    correct, score = value["correct"], value["score"]
+    correct = correct.strip().lower() if isinstance(correct, str) else correct
+    if correct not in ("yes", "no"):
         raise Failed("unknown", f"'correct' is neither yes nor no: {text}")
-    verdict = {"correct": said == "yes", "score": score}
+    verdict = {"correct": correct == "yes", "score": score}
     if not is_verdict(verdict):
         raise Failed("unknown", f"'score' is no whole number from 0 to 5: {text}")
     return verdict
@@ -76,8 +76,8 @@ def ask_verdicts(judge: LLMOracle, answers: list[tuple[Question, str]]) -> list[
         return judge.settle(key, question, messages, read=read_verdict, repair=REPAIR, valid=is_verdict)
 
     rows = [(prompt_text(question), question.answer, text) for question, text in answers]
-    said = judge.ask_all({row: partial(ask, *row) for row in rows})
-    return [said[row] for row in rows]
+    verdicts = judge.ask_all({row: partial(ask, *row) for row in rows})
+    return [verdicts[row] for row in rows]
 
 
 def judged(questions, texts, judge) -> dict:
@@ -90,13 +90,13 @@ def judged(questions, texts, judge) -> dict:
     and the cache file, which holds all replies, stand beside the score.
     """
     readings = [read(t, q) for t, q in zip(texts, questions, strict=True)]
-    said = [reading.rest.strip(" ,;") for reading in readings]  # what stood between answer and span
+    answers = [reading.rest.strip(" ,;") for reading in readings]  # what stood between answer and span
     right = [is_correct(t, q) for t, q in zip(texts, questions, strict=True)]
     points, matched = [TOP_SCORE * ok for ok in right], sum(right)
-    asked = [i for i, text in enumerate(said) if text and not right[i]]
+    asked = [i for i, text in enumerate(answers) if text and not right[i]]
     if asked:
         judge.check()
-    verdicts = ask_verdicts(judge, [(questions[i], said[i]) for i in asked])
+    verdicts = ask_verdicts(judge, [(questions[i], answers[i]) for i in asked])
     failures = [verdict for verdict in verdicts if isinstance(verdict, Failed)]
     if failures and len(failures) == len(verdicts):
         note = f"{failures[0].cause}: {failures[0]}"

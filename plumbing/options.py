@@ -236,7 +236,9 @@ def keep_memory() -> None:
 
 
 def run_script(main) -> None:
-    """Runs a script: status 0 done, 2 bad input, 130 Ctrl-C (one line on stderr), 1 anything else."""
+    """Runs a script and exits with its status, after one line on stderr unless it is 0. 2: what the user can
+    mend, such as bad input, a full disk or too little memory; 130: Ctrl-C; 1: an early end. Any other error
+    is a bug: its traceback, and 1."""
     keep_memory()
     fault, status = "", 2
     try:
