@@ -213,8 +213,9 @@ def rehearse(cfg, policy, learner, batches, sampling, update):
     with peak_bytes(device, peaks, "update"):
         part, answers = asked[rows[:size]], rollout[: size * cfg.group_size]
         states = reference_states(policy, part, answers, size)
-        ones = torch.ones(len(part.prompt_ids), cfg.group_size)
-        batch = dict(prompts=part, rollout=answers, advantages=ones, ref_states=states)
+        ranks = torch.arange(cfg.group_size).expand(len(part.prompt_ids), -1)
+        signal = dict(advantages=torch.ones(ranks.shape), ranks=ranks)
+        batch = dict(prompts=part, rollout=answers, ref_states=states, **signal)
         update(cfg, policy, learner, step=cfg.num_steps, **batch)  # the rate of the step after the last is 0
     learner.restore(before)
     words = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in peaks.items())

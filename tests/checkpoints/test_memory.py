@@ -250,11 +250,13 @@ def test_the_7b_preset_plans_then_rehearses_then_learns_from_a_merged_adapter(tm
     assert all(isinstance(x.base, NF4Linear) for x in lora.layers(again.decoder).values())
 
 
-def test_a_rehearsal_changes_nothing(capsys):
+@pytest.mark.parametrize("objective", ["grpo_rank", "ppo", "dpo"])
+def test_a_rehearsal_changes_nothing(capsys, objective):
     torch.manual_seed(0)
-    policy, run = VideoLM(CFG, CLIP), run_config()
+    policy, run = VideoLM(CFG, CLIP), run_config(objective=objective)
     policy.decoder.requires_grad_(False)
-    learner = lora.Learner(policy.decoder, run.lora_r, run.lora_alpha)
+    critic = train.rivals().Critic(CFG.dim) if objective == "ppo" else None
+    learner = lora.Learner(policy.decoder, run.lora_r, run.lora_alpha, critic=critic)
 
     class Set:
         prompts = [[5] * n for n in (30, 34, 32)]
