@@ -326,8 +326,9 @@ def logits_to_gradient(buffers, tokens: Tokens, objective: Objective, temperatur
     ids = tokens.ids[:, None]
     logprobs = logp.gather(1, ids).squeeze(1)
 
-    ratio, _, binds = clipped_surrogate(logprobs, *tokens[1:3], objective.clip_eps)
-    flat = binds | ((logprobs - tokens.old_logprobs).abs() > MAX_LOG_RATIO)
+    old_logprobs, clip_eps = tokens.old_logprobs, objective.clip_eps
+    ratio, _, binds = clipped_surrogate(logprobs, old_logprobs, tokens.advantages, clip_eps)
+    flat = binds | ((logprobs - old_logprobs).abs() > MAX_LOG_RATIO)
     weights = tokens.weights / temperature
     c = (-weights * tokens.advantages * ratio).masked_fill(flat, 0.0)
     slope = (objective.kl_coef * weights - c)[:, None]  # what p is multiplied by

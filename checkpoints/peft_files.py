@@ -73,10 +73,10 @@ def read_adapter(folder: str) -> tuple[dict, dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, folder: str) -> list[nn.Parameter]:
+def load_adapter(model: nn.Module, folder: str) -> None:
     """Puts an adapter that `save_adapter` or PEFT wrote on a model without adapters, or into one that has the
-    same, and returns the trainable parameters. BadInput if any key, shape or setting differs: an adapter that
-    matches nothing must never pass for one that does. Nothing is changed then."""
+    same. BadInput if any key, shape or setting differs: an adapter that matches nothing must never pass for
+    one that does. Nothing is changed then."""
     path = os.path.join(folder, "adapter_model.safetensors")
     config, stored = read_adapter(folder)
     adapted = lora.layers(model)
@@ -117,4 +117,3 @@ def load_adapter(model: nn.Module, folder: str) -> list[nn.Parameter]:
     adapted = lora.layers(model)
     for (name, part), key in key_of.items():
         getattr(adapted[name], f"lora_{part}").copy_(stored[key])
-    return [p for layer in adapted.values() for p in (layer.lora_A, layer.lora_B)]
