@@ -7,7 +7,8 @@
 
 With --gold or --oracle, sampled answers are ranked; the advantages are those of the default form and gain. A
 --gold of "1.5 to 4.0 seconds" is a time span, ranked by overlap. Predictions go on where they stopped, if
-pred.jsonl.settings says that the same questions, videos, weights and options made them.
+pred.jsonl.settings says that the same questions, videos, weights and options made them. A run's policy
+computes in the run's dtype, another one in float32.
 """
 
 import os
@@ -39,6 +40,8 @@ from videoqa.answers import Question, parse_span
 from videoqa.datasets import VIDEO_SUFFIXES
 from videoqa.questions import load_questions
 
+EMPTY = "(empty)"  # how an answer without a word is shown
+
 
 @dataclass
 class AskOptions(PolicyOptions):
@@ -59,11 +62,13 @@ def show_answers(policy, asked: PromptSet, sampling: Sampling, cfg: AskOptions, 
     G, row = cfg.group_size, torch.tensor([0])
     for when, use in {"before": "off", "after": "policy"}.items() if trained else [("without", "policy")]:
         with lora.using(policy.decoder, use):
-            print(f"{when} training: {one_line(answer(policy, asked, row, 1, sampling, None)[1][0][0])}")
+            text = answer(policy, asked, row, 1, sampling, None)[1][0][0]
+            print(f"{when} training: {one_line(text) or EMPTY}")
     uniforms = torch.rand(1, G, cfg.max_new_tokens, generator=torch.Generator().manual_seed(cfg.seed))
     rollout, texts = answer(policy, asked, row, G, sampling, uniforms)
     logprobs = rollout.logprobs.sum(dim=1).cpu()  # (G,)
-    columns = {"sampled answer": texts[0], "probability": [f"{p:.4f}" for p in logprobs.exp().tolist()]}
+    columns = {"sampled answer": [text or EMPTY for text in texts[0]]}
+    columns["probability"] = [f"{p:.4f}" for p in logprobs.exp().tolist()]
     if cfg.gold or cfg.oracle:
         oracle = FunctionOracle(load_function(cfg.oracle)) if cfg.oracle else RuleOracle()
         ranking = oracle.rank(asked.questions, texts)

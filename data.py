@@ -263,7 +263,7 @@ def main() -> int:
     from videoqa.questions import check
 
     parser = ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check|convert")
     checker = commands.add_parser("check", help="decode every video once and report each")
     checker.add_argument("file", help="questions, one JSON object a line")
     checker.add_argument("--videos", required=True, help="the folder that video paths are relative to")

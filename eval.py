@@ -119,8 +119,8 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
     computed in the run's own dtype."""
     from videoqa.questions import load_questions
 
-    if videos and not data:
-        raise BadInput(f"--videos {videos}: only the paths in --data are relative to it; give --data too")
+    if bool(data) != bool(videos):
+        raise BadInput("--data and --videos go together: questions, and their videos' folder; give both")
     policy, tokenizer, config = load_run(folder, pick_device())
     set_up(policy.decoder, MachineOptions(dtype=config["dtype"]))
     if data:
@@ -178,15 +178,15 @@ def main() -> int:
     from plumbing.progress import compare, differences, show_table
 
     parser = ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|score|compare|merge")
     run = commands.add_parser("run", help="a run's tables again, or on other data")
     run.add_argument("run")
-    run.add_argument("--data", default="")
-    run.add_argument("--videos", default="")
+    run.add_argument("--data", default="", help="JSONL of other questions than the run's held-out ones")
+    run.add_argument("--videos", default="", help="folder that its video paths are relative to")
     scorer = commands.add_parser("score", help="any model's predictions, lines {id, prediction}")
-    scorer.add_argument("--data", required=True)
-    scorer.add_argument("--predictions", required=True)
-    scorer.add_argument("--json", default="")
+    scorer.add_argument("--data", required=True, help="JSONL of questions with their right answers")
+    scorer.add_argument("--predictions", required=True, help="JSONL of {id, prediction}")
+    scorer.add_argument("--json", default="", help="JSON file to write: the metrics")
     scorer.add_argument("--rows", default="", help="JSONL to write: what was read in each prediction")
     scorer.add_argument("--judge_url", default="", help="of an OpenAI-compatible server; key: ORACLE_API_KEY")
     scorer.add_argument("--judge_model", default="")
@@ -196,7 +196,7 @@ def main() -> int:
     comparer.add_argument("runs", nargs="+")
     merger = commands.add_parser("merge", help="a run's policy as a checkpoint of its own")
     merger.add_argument("run")
-    merger.add_argument("--out", required=True)
+    merger.add_argument("--out", required=True, help="the folder to write")
     args = parser.parse_args()
     if args.command == "merge":
         merge_run(args.run, args.out)

@@ -1,8 +1,8 @@
 """Where weights/ come from: draw the world, train CLIP, align the bridge, fine-tune on a faulty corpus.
 
-    python pretrain.py [--out weights] [--seed N] [--stage all|clip|align|sft] [--preset quick]
+    python pretrain.py [--out runs/weights] [--seed N] [--stage all|clip|align|sft] [--preset quick]
     cp -r weights HARD; python pretrain.py --world hard --stage sft --out HARD --world_dir world/hard
-    python pretrain.py --stage ranker [--pairs FILE.jsonl --videos DIR]     # an oracle, from the weights
+    cp -r weights DIR; python pretrain.py --stage ranker --out DIR [--pairs FILE.jsonl --videos DIR2]
     python pretrain.py --stage bridge --policy DECODER --clip CLIP --out DIR [--data FILE.jsonl --videos DIR]
     python pretrain.py --stage sft --policy DECODER_OR_DIR --out DIR2       # LoRA on a pretrained decoder
 
@@ -38,7 +38,7 @@ class Config(WorldOptions, RankerOptions, SupervisedOptions, PolicyOptions):
 
     preset: Literal["full", "quick"] = "full"  # quick: minutes on two CPU cores, for trying a change
     stage: Literal["all", "clip", "align", "sft", "ranker", "bridge"] = "all"  # all: clip, align, sft
-    out: str = "weights"  # folder of the result
+    out: str = "runs/weights"  # folder of the result, of which a later stage takes what it starts from
     world: Literal["default", "hard"] = "default"  # hard: see videoqa/world.py
     world_dir: str = "world/pretrain"  # folder of the drawn clips
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -25,6 +25,7 @@ from plumbing.options import (
     read_bytes,
     read_from,
     read_json,
+    shipped,
     write_json,
 )
 from plumbing.run_folder import fingerprint
@@ -55,6 +56,11 @@ class PolicyOptions(Options):
     think: bool = False  # pretrained: the prompt and the reward's form ask for a <think> part
     random_weights: bool = False  # draw the weights of a pretrained layout's folder that holds none
     seed: Seed = 0  # of everything that is drawn
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.policy == PolicyOptions.policy:
+            self.policy = shipped(self.policy)
 
 
 def kind_of(folder: str) -> str:

@@ -165,7 +165,9 @@ def save_pretrained(model: VideoLM, source: str, folder: str, end_ids) -> None:
         content = {name: tensors[name] for name, of in tensors.file_of.items() if of == file}
         for name in content.keys() & changed.keys():
             content[name] = changed[name].to("cpu", content[name].dtype).contiguous()
-        save_file(content, os.path.join(folder, os.path.basename(file)), metadata={"format": "pt"})
+        written = os.path.join(folder, os.path.basename(file))
+        save_file(content, written, metadata={"format": "pt"})
+        shutil.copymode(file, written)  # safetensors lets nobody else read it
     for name in sorted(os.listdir(source)):
         if name.endswith(COPIED) and os.path.isfile(os.path.join(source, name)):
             shutil.copy(os.path.join(source, name), folder)

@@ -61,9 +61,10 @@ FILL = {
 
 
 def rivals_study(folder: str, seeds: int, options: list[str], page_path: str, rates=RATES) -> str:
-    """Trains every line of RIVALS with every seed at its own best rate; writes figures/rivals.svg too."""
+    """Trains every line of RIVALS with every seed at its own best rate; writes figures/rivals.svg, beside the
+    page or in the folder, too."""
     table = study_at_best_rates("rivals_study", RIVALS, folder, seeds, options, page_path, rates)
-    path = os.path.join(os.path.dirname(page_path), "figures", "rivals.svg")
+    path = os.path.join(os.path.dirname(page_path) if page_path else folder, "figures", "rivals.svg")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     write_whole(path, curves(RIVALS, folder, seeds).encode())
     return table
@@ -88,6 +89,8 @@ def fill_study(folder: str, seeds: int, options: list[str], page_path: str) -> s
 
 def check_looks(name: str, every: int, steps: int, words: str) -> None:
     """The area under a curve needs two evaluations, the first of which is made at the start."""
+    if steps < 1:
+        raise BadInput(f"{name}: {words} are {steps} steps; give more --num_steps behind --")
     if not 1 <= every <= steps:
         raise BadInput(f"{name}: needs --eval_every N, from 1 to {words} ({steps}); give both behind --")
 

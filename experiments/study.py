@@ -1,5 +1,5 @@
-"""Studies of many training runs, a table in RESULTS.md each. A run that has ended is not run again; one that
-was broken off goes on.
+"""Studies of many training runs, a table each, in DIR/table.md and, with --page RESULTS.md, in that page. A run
+that has ended is not run again; one that was broken off goes on.
 
     python -m experiments.study oracle [--out DIR] [--seeds N] [-- OPTIONS OF train.py]  # faulty oracles
     python -m experiments.study reward [--out DIR] [--seeds N] [-- OPTIONS OF train.py]  # the dual reward
@@ -55,9 +55,10 @@ def oracle_study(folder: str, seeds: int, options: list[str], page: str) -> str:
 
 
 def begin(name: str, folder: str, options: list[str], page: str, *more) -> None:
-    """Before hours of training: `page` has the place, train.py has the options, and all runs that `folder`
-    holds were made with these. more: what else decides them."""
-    between(page, name)
+    """Before hours of training: `page`, if one is named, has the place, train.py has the options, and all
+    runs that `folder` holds were made with these. more: what else decides them."""
+    if page:
+        between(page, name)
     settings(options)
     own = {"--out", "--seed", "--resume"} | ({"--lr"} if "--rates" in more else set())
     if given := own & {word.partition("=")[0] for word in options}:
@@ -96,12 +97,15 @@ def train_run(out: str, options: list[str]):
 
 def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list[str], page: str, **blanks):
     """Trains each of `lines` (options of train.py) with each seed. After each run the `table` so far goes
-    into `page`, between its lines <!-- name -->. blanks: what `lines` leave open. Returns the table."""
+    into `page`, between its lines <!-- name -->, and into the folder's table.md. blanks: what `lines` leave
+    open. Returns the table."""
     for seed in range(seeds):
         for line, special in lines.items():
             special = [word.format(folder=folder, seed=seed, **blanks) for word in special.split()]
             train_run(study_run(folder, line, seed), ["--seed", str(seed), *options, *special])
-            write_whole(page, between(page, name, table(folder, seeds)).encode())
+            write_whole(os.path.join(folder, "table.md"), f"{table(folder, seeds)}\n".encode())
+            if page:
+                write_whole(page, between(page, name, table(folder, seeds)).encode())
     return table(folder, seeds)
 
 
@@ -272,9 +276,9 @@ def main() -> int:
     }
     for name, (_, words) in studies.items():
         study = commands.add_parser(name, help=words)
-        study.add_argument("--out", default=f"runs/{name}_study")
-        study.add_argument("--seeds", type=int, default=3)
-        study.add_argument("--page", default=os.path.join(HOUSE, "RESULTS.md"), help="has the table's place")
+        study.add_argument("--out", default=f"runs/{name}_study", help="folder of all its runs")
+        study.add_argument("--seeds", type=int, default=3, help="runs of each line, from seed 0 on")
+        study.add_argument("--page", default="", help="Markdown file with a place for the table (RESULTS.md)")
         study.add_argument("options", nargs="*", help="options of train.py for every run")
         if name in ("rivals", "feedback"):
             study.add_argument("--rates", type=float, nargs="+", default=rivals.RATES, help="learning rates")

@@ -11,7 +11,17 @@ from tqdm import tqdm
 
 from oracle import READS, FunctionOracle, Ranking, RewardOracle, RuleOracle, load_function
 from plumbing.machine import process_info, reduce_sum, say
-from plumbing.options import BadInput, Bounds, Count, CountOrNone, NotNegative, Options, Share, one_line
+from plumbing.options import (
+    BadInput,
+    Bounds,
+    Count,
+    CountOrNone,
+    NotNegative,
+    Options,
+    Share,
+    one_line,
+    shipped,
+)
 from plumbing.run_folder import fingerprint
 
 ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
@@ -45,6 +55,8 @@ class OracleOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.ranker == OracleOptions.ranker:
+            self.ranker = shipped(self.ranker)
         if self.oracle not in ORACLES and ":" not in self.oracle:
             raise BadInput(f"--oracle {self.oracle}: choose one of {', '.join(ORACLES)}, module:function")
         if self.oracle == "llm" and not (self.oracle_url and self.oracle_model):

@@ -161,6 +161,9 @@ def train_ranker(cfg) -> dict:
     began, rng, generator = time.time(), random.Random(cfg.seed), torch.Generator().manual_seed(cfg.seed)
     torch.manual_seed(cfg.seed)
     device = pick_device(cfg.device)
+    if not os.path.exists(os.path.join(cfg.out, "config.json")):
+        remedy = f"copy one: cp -r weights {cfg.out}"
+        raise BadInput(f"--out {cfg.out}: the ranker starts from a policy that is there already; {remedy}")
     model = load_model(cfg.out, device)
     tokenizer = WordTokenizer.load(os.path.join(cfg.out, "tokenizer.json"), model.cfg.vocab_size)
     pairs = pairs_to_learn(cfg)

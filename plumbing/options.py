@@ -96,6 +96,13 @@ def checked(name: str, kind, value):
     return value
 
 
+def shipped(folder: str) -> str:
+    """A folder of this repository, from wherever a script is started: as it is written where the working
+    directory has it, or else as an absolute path."""
+    own = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), folder)
+    return own if os.path.exists(own) and not os.path.exists(folder) else folder
+
+
 @contextlib.contextmanager
 def read_from(path: str):
     """Within it, a BadInput about an option also names the file that the option stands in."""
@@ -132,8 +139,9 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def parse_args(self, args=None):
-        """An unknown name is answered with the nearest known one."""
-        parsed, unknown = self.parse_known_args(args)
+        """An unknown name is answered with the nearest known one. Options may stand between the words."""
+        parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
+        parsed, unknown = parse(args)
         if unknown:
             known = [name for action in self._actions for name in action.option_strings]
             near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
@@ -153,7 +161,7 @@ def add_options(parser: ArgumentParser, config_class) -> None:
         names = [name for name in vars(record).get("__annotations__", ()) if name in ours]
         group = parser.add_argument_group((record.__doc__ or "").partition("\n")[0] or None)
         source = inspect.getsource(record) if names else ""
-        meaning = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.M))
+        meaning = dict(re.findall(r"^    (\w+): (?:.*\(\n)?.*?  # (.*)", source, re.M))
         for field in (ours.pop(name) for name in names):
             kind, choices = (get_args(field.type) or (field.type,))[0], ""
             if get_origin(field.type) is Literal:
@@ -165,9 +173,9 @@ def add_options(parser: ArgumentParser, config_class) -> None:
 
 
 def true_or_false(text: str) -> bool:
-    """The value of a word on the command line. argparse reports the ValueError for any other word."""
+    """The value of a word on the command line. argparse reports its error for any other word."""
     if text.lower() not in ("true", "false"):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
 
 

@@ -115,7 +115,10 @@ def share_bars(bars: list[tuple[str, float, tuple | None, str]]) -> Html:
             rows.append(f'<path d="{whisker}" stroke="var(--ink)"/>')
         rows.append(f'<text x="54" y="{y + 10}" text-anchor="end">{text(label)}</text>')
         rows.append(f'<text x="266" y="{y + 10}">{100 * share:.1f} %</text>')
-    return Html(f'<svg viewBox="0 0 318 {height}" role="img">{"".join(rows)}</svg>')
+    words = ", ".join(f"{label} {100 * share:.1f} %" for label, share, *_ in bars)
+    return Html(
+        f'<svg viewBox="0 0 318 {height}" role="img" aria-label="{text(words)}">{"".join(rows)}</svg>'
+    )
 
 
 def chart(title: str, curves: list[tuple[str, list[tuple]]], percent=False) -> str:
@@ -124,7 +127,8 @@ def chart(title: str, curves: list[tuple[str, list[tuple]]], percent=False) -> s
     curves = [(name, points) for name, points in curves if points]
     if not curves:
         return ""
-    picture = f'<svg viewBox="0 0 312 150" role="img">{drawn(curves, percent)}</svg>'
+    drawing = drawn(curves, percent)
+    picture = f'<svg viewBox="0 0 312 150" role="img" aria-label="{text(title)}">{drawing}</svg>'
     legend = [
         f'<span class="key"><i style="background:{color}"></i>{text(name)}</span>'
         for (name, _), color in zip(curves, cycle(COLORS), strict=False)

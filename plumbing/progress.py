@@ -17,16 +17,23 @@ NO_SIGNAL = (
     " a better answer. Raise --temperature and --group_size, or fine-tune the policy first (pretrain.py)"
 )
 
+FEW = 0.1  # share of groups with an order below which a run has learned from next to nothing
+LITTLE_SIGNAL = (
+    "note: hardly a group had an order to learn from; docs/questions.md, 'All groups are dead from the start',"
+    " says what helps"
+)
+
 
 class Bar(tqdm):
-    """The progress line of a run: step, accuracy, kl, dead and failed groups, time. It fits 80 columns.
+    """The progress line of a run: step, accuracy, kl, dead and failed groups, time. It fits 80 columns. Where
+    standard output is no terminal: a line for each tenth of the steps.
     board: TensorBoard's folder, which gets the numbers too, or ""."""
 
     def __init__(self, total: int, first: int, shown: bool, board: str = ""):
         layout = "step {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}] {bar}"
-        where = dict(disable=not shown, file=sys.stdout, dynamic_ncols=True)
+        where = dict(disable=not shown or not sys.stdout.isatty(), file=sys.stdout, dynamic_ncols=True)
         super().__init__(total=total, initial=first, bar_format=layout, **where)
-        self.numbers, self.board = "", None
+        self.numbers, self.board, self.steps = "", None, total
         if shown and board:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -44,6 +51,8 @@ class Bar(tqdm):
         self.numbers = " ".join(parts)
         self.set_postfix_str(self.numbers, refresh=False)
         self.update(1)
+        if not sys.stdout.isatty() and (step + 1) * 10 // self.steps > step * 10 // self.steps:
+            print(f"step {step + 1}/{self.steps} {self.numbers}", flush=True)
 
     def doing(self, part: str):
         """Names the part of a step that is under way, in a terminal."""
@@ -51,7 +60,7 @@ class Bar(tqdm):
             self.set_postfix_str(f"{self.numbers} {part}".strip())
 
     def help_without_signal(self, step: int):
-        if step == min(SILENT_STEPS, self.total) - 1:
+        if step == min(SILENT_STEPS, self.steps) - 1:
             self.say(NO_SIGNAL)
 
     def say(self, line: str):
@@ -222,6 +231,8 @@ def finish(run, device: str, after: dict, gain: dict, table: str) -> None:
         f"{oracle['groups']} groups of answers: {oracle['dead_groups']} tied throughout,"
         f" {oracle['failed_groups']} not ranked{causes and f' ({causes})'}"
     )
+    if oracle["groups"] - oracle["dead_groups"] - oracle["failed_groups"] < FEW * oracle["groups"]:
+        print(fitted(LITTLE_SIGNAL))
     if "judge_calls" in oracle:
         print(f"judge: {oracle['judge_calls']} calls, {oracle.get('judge_tokens', 0)} tokens")
     print(fitted(f"{results['wall_s']} s on {device}; results and adapter in {run.out}"))

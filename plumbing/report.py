@@ -198,7 +198,7 @@ def curves(runs: list[Run]) -> str:
             series = [(run.name, points(run.metrics, names[0])) for run in runs]
             title = f"{title} ({names[0]})" if len(names) > 1 else title
         cards.append(page.chart(title, series, percent))
-    return page.section("Learning curves", "", cards)
+    return page.section("Learning curves", "docs/metrics.md says what each number is.", cards)
 
 
 def evaluation_points(run: Run) -> list[tuple]:
@@ -257,13 +257,19 @@ def changed_answers(run: Run) -> str:
         rows = [[old["question"], old["greedy"], new["greedy"], old["gold"]] for old, new in dozen_of(found)]
         table = page.table(["question", "before", "after", "right answer"], rows)
         table = table if rows else page.note("none")
-        cards.append(page.card(f"{title}: {len(found)} of {len(after)}", table))
+        part = f", {len(rows)} of them shown" if len(rows) < len(found) else ""
+        cards.append(page.card(f"{title}: {len(found)} of {len(after)}{part}", table))
     return page.section("Answers that changed", "", cards if after else [])
 
 
 def configuration(run: Run) -> str:
     options = {name: value for name, value in run.config.items() if name != "made"}
-    tables = {"The oracle": oracle_summary(run.metrics), "Made with": run.config["made"], "Options": options}
+    made = {}
+    for name, value in run.config["made"].items():  # versions of packages, fingerprints: a row each
+        made |= (
+            {f"{name}: {key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    tables = {"The oracle": oracle_summary(run.metrics), "Made with": made, "Options": options}
     cards = [page.card(title, page.table(["", ""], list(of.items()))) for title, of in tables.items()]
     cards.append(page.card("Sessions", *map(page.note, run.sessions.splitlines())))
     return page.section("How it was made", "", cards)

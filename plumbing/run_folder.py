@@ -101,7 +101,8 @@ def stored_options(given: dict, config_class) -> dict:
             checked(name, kind, stored[name])
     for name, value in given.items():
         if name not in MAY_CHANGE and stored[name] != value:
-            raise BadInput(f"--{name} {value}: the run in {out} has {stored[name]!r}; leave it out to resume")
+            remedy = "leave it out to resume, or start anew in another --out"
+            raise BadInput(f"--{name} {value}: the run in {out} has {stored[name]!r}; {remedy}")
     if stored.get("oracle") == "llm" and "oracle_url" not in given and os.environ.get("ORACLE_API_KEY"):
         raise BadInput(
             f"--oracle_url: only {path} names {stored['oracle_url']}; give the address again, so that"
@@ -433,6 +434,9 @@ class RunFolder:
         path = os.path.join(self.out, CHECKPOINT)
         tensors, self.progress = read_checkpoint(path)
         self.step = self.progress.pop("step")
+        if self.step > self.options.num_steps:
+            words = f"the run has taken {self.step} already; give more, or leave it out"
+            raise BadInput(f"--num_steps {self.options.num_steps}: {words}")
         try:
             self.learner.restore(tensors)
         except ValueError as error:

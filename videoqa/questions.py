@@ -163,7 +163,8 @@ def check(jsonl_path: str, videos_dir: str) -> bool:
     """Print a line for every distinct video and a summary; True if all are sound."""
     ends = {}  # of every video, the last moment that is asked for
     for question in load_questions(jsonl_path, videos_dir):
-        ends[question.video] = max(ends.get(question.video, 0.0), (question.clip or (0.0, 0.0))[1])
+        asked = [end for _, end in (*question.spans, question.clip or (0.0, 0.0))]
+        ends[question.video] = max(ends.get(question.video, 0.0), *asked)
     num_ok = 0
     for video, end in ends.items():
         facts = check_video(video, end)
