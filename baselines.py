@@ -33,9 +33,10 @@ VALUE_CLIP, VALUE_COEF = 0.2, 0.1  # how far a value may move in a step; weight 
 def check_objective(cfg) -> None:
     """Raises BadInput if the objective cannot use the feedback that the options choose. cfg: train.Config."""
     name, noisy = cfg.objective, cfg.swap_prob or cfg.position_bias
-    scored = cfg.oracle in ("rule", "sum", "trained") or cfg.oracle_asks == "scores"
+    gives_scores = cfg.oracle in ("rule", "sum", "trained") and cfg.oracle_asks == "lists"  # no duels
+    scored = gives_scores or cfg.oracle_asks == "scores"
     if name in READS and (not scored or noisy or cfg.anchor or cfg.canary):
-        wants = "--oracle sum | trained, or llm with --oracle_asks scores; no swapped order, no anchor"
+        wants = "--oracle sum | trained, or llm with --oracle_asks scores; no duels, swapped order or anchor"
         raise BadInput(f"--objective {name} takes scores: {wants}; choose these, or --objective grpo_rank")
     if name in ORDERED and (cfg.anchor or cfg.oracle_agreement == "scale"):
         option = "--anchor" if cfg.anchor else "--oracle_agreement scale"

@@ -137,6 +137,8 @@ def choose_judge(cfg):
         raise BadInput(f"--group_size {cfg.group_size}: {words}")
     cache = cfg.oracle_cache or os.path.join(cfg.out, "judge.sqlite")
     if cfg.oracle == "replay" and not is_cache(cache):
+        if cfg.oracle_asks == "scores":
+            raise BadInput(f"--oracle_cache {cache}: a JSONL has ranks, no scores; name an sqlite file")
         return ReplayOracle(cache)
     names = "url model body frames gold concurrency timeout patience max_calls max_tokens".split()
     options = {name: getattr(cfg, f"oracle_{name}") for name in names}

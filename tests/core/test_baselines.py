@@ -234,6 +234,7 @@ def test_every_rival_trains(tmp_path_factory, tmp_path, script, objective):
     [
         (["--objective", "ppo", "--swap_prob", "0.1"], ["ppo takes scores", "--oracle sum", "grpo_rank"]),
         (["--objective", "rloo", "--oracle", "lexicographic"], ["rloo takes scores", "grpo_rank"]),
+        (["--objective", "ppo", "--oracle_asks", "pairs"], ["ppo takes scores", "no duels"]),
         (
             ["--objective", "grpo", "--oracle", "replay", "--oracle_cache", str(ROOT / "README.md")],
             ["grpo takes scores", "--oracle_asks scores"],  # a replayed judge's ranks hold none
