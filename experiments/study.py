@@ -1,5 +1,5 @@
-"""Studies of many training runs, a table each, in DIR/table.md and, with --page RESULTS.md, in that page. A run
-that has ended is not run again; one that was broken off goes on.
+"""Studies of many training runs, a table each: in DIR/table.md, and with --page in that page (RESULTS.md). A
+run that has ended is not run again; one that was broken off goes on.
 
     python -m experiments.study oracle [--out DIR] [--seeds N] [-- OPTIONS OF train.py]  # faulty oracles
     python -m experiments.study reward [--out DIR] [--seeds N] [-- OPTIONS OF train.py]  # the dual reward

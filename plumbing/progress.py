@@ -19,8 +19,8 @@ NO_SIGNAL = (
 
 FEW = 0.1  # share of groups with an order below which a run has learned from next to nothing
 LITTLE_SIGNAL = (
-    "note: hardly a group had an order to learn from; docs/questions.md, 'All groups are dead from the start',"
-    " says what helps"
+    "note: hardly a group had an order to learn from; what helps: docs/questions.md, 'All groups are dead"
+    " from the start'"
 )
 
 
