@@ -103,10 +103,14 @@ def questions_of(cfg: AskOptions, words: list[str]) -> tuple[str, list[Question]
     if len(words) not in (least, least + 1):
         raise BadInput("give [RUN] VIDEO QUESTION, or [RUN] --data FILE.jsonl --videos DIR --out FILE")
     run, rest = words[0] if len(words) > least else "", words[-2:]
+    if not all(words):
+        raise BadInput("a RUN, VIDEO or QUESTION is empty; name it, or leave it out")
     if cfg.data:
         return run, load_questions(cfg.data, cfg.videos)
     if not rest[1].strip():
         raise BadInput("the question is empty; ask something")
+    if "second" in cfg.gold and not parse_span(cfg.gold):
+        raise BadInput(f"--gold {cfg.gold}: no span of time; write it as '1.5 to 4.0 seconds'")
     names = sorted(os.listdir(rest[0])) if os.path.isdir(rest[0]) else []
     videos = [os.path.join(rest[0], name) for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
     span = parse_span(cfg.gold) if "second" in cfg.gold else None

@@ -76,7 +76,8 @@ def load_sets(options: DataOptions, seed: int) -> tuple[list[Question], list[Que
     questions = load_questions(options.data, options.videos)
     if options.eval_data:
         held = load_questions(options.eval_data, options.eval_videos or options.videos)
-        if both := {q.video for q in questions} & {q.video for q in held}:
+        learned, tested = ({os.path.realpath(q.video) for q in of_set} for of_set in (questions, held))
+        if both := learned & tested:
             say(f"{len(both)} videos are in both sets: the tables do not show what is new")
         return questions, held
     videos = sorted({q.video for q in questions})
@@ -263,7 +264,7 @@ def main() -> int:
     from videoqa.questions import check
 
     parser = ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="check|convert")
+    commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser("check", help="decode every video once and report each")
     checker.add_argument("file", help="questions, one JSON object a line")
     checker.add_argument("--videos", required=True, help="the folder that video paths are relative to")

@@ -24,7 +24,16 @@ import lora
 from checkpoints.policies import data_of, load_run, refuse_changed, save_policy
 from data import DataOptions, PromptSet, load_sets
 from plumbing.machine import MachineOptions, pick_device, set_up, show_progress
-from plumbing.options import ArgumentParser, BadInput, cell, read_from, refuse_same, run_script, write_json
+from plumbing.options import (
+    ArgumentParser,
+    BadInput,
+    cell,
+    read_from,
+    refuse_same,
+    run_script,
+    some_text,
+    write_json,
+)
 from rollout import EVALUATED_AT_ONCE, Sampling, answer
 from videoqa.answers import bootstrap_ci, by_video, grade, is_correct, summarize
 
@@ -147,8 +156,8 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
 
 def merge_run(folder: str, out: str):
     """Writes the run's policy, its adapter folded into the weights, in the layout that it came in."""
-    if os.path.exists(out):
-        raise BadInput(f"--out {out}: exists already; name another folder")
+    if not out.strip() or os.path.exists(out):
+        raise BadInput(f"--out {out!r}: exists already, or is no name; name another folder")
     policy, tokenizer, config = load_run(folder)
     lora.merge(policy.decoder)
     save_policy(policy, tokenizer, config["policy"], out)
@@ -178,11 +187,11 @@ def main() -> int:
     from plumbing.progress import compare, differences, show_table
 
     parser = ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run|score|compare|merge")
+    commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="a run's tables again, or on other data")
     run.add_argument("run")
-    run.add_argument("--data", default="", help="JSONL of other questions than the run's held-out ones")
-    run.add_argument("--videos", default="", help="folder that its video paths are relative to")
+    run.add_argument("--data", type=some_text, help="JSONL of other questions than the run's held-out ones")
+    run.add_argument("--videos", type=some_text, help="folder that its video paths are relative to")
     scorer = commands.add_parser("score", help="any model's predictions, lines {id, prediction}")
     scorer.add_argument("--data", required=True, help="JSONL of questions with their right answers")
     scorer.add_argument("--predictions", required=True, help="JSONL of {id, prediction}")
@@ -201,7 +210,7 @@ def main() -> int:
     if args.command == "merge":
         merge_run(args.run, args.out)
     elif args.command == "run":
-        show_table(evaluate_run(args.run, args.data, args.videos))
+        show_table(evaluate_run(args.run, args.data or "", args.videos or ""))
     elif args.command == "compare":
         show_table(compare(args.runs))
         if unlike := differences(args.runs):

@@ -171,8 +171,8 @@ def load_function(spec: str):
     except (Exception, SystemExit) as error:  # the module is the user's: whatever its import raises is shown
         words = one_line(f"{type(error).__name__}: {error}")
         raise BadInput(f"--oracle {spec}: {words}; put its folder on PYTHONPATH") from error
-    if not callable(function):
-        raise BadInput(f"--oracle {spec}: {module} has no function {name!r}; define it there")
+    if not callable(function) or inspect.iscoroutinefunction(function):
+        raise BadInput(f"--oracle {spec}: {module} has no plain function {name!r}; define it there")
     try:
         signature = inspect.signature(function)
         item = {"item": 0} if "item" in signature.parameters else {}

@@ -51,7 +51,7 @@ class Config(PolicyOptions):
 
     videos: str = ""  # the folder that the questions' video paths are relative to
     out: str = ""  # the JSONL file to write
-    k: Annotated[int, Bounds(2)] = 8  # answers to each question
+    k: Annotated[int, Bounds(2, 10**9)] = 8  # answers to each question
     share: PositiveShare = 1.0  # of n questions of a task at most round(share * n) are kept
     max_new_tokens: Count = 10  # tokens of an answer at most
     batch: Count = 64  # questions answered together
@@ -161,9 +161,9 @@ def main() -> int:
     given = vars(parser.parse_args())
     data = given.pop("data")
     cfg = Config(**given)
-    for path in (cfg.out, f"{cfg.out}.samples"):
-        refuse_same(path, data)
     questions, device = load_questions(data, cfg.videos), pick_device(cfg.device)
+    for path in (cfg.out, f"{cfg.out}.samples"):
+        refuse_same(path, data, *{question.video for question in questions})
     policy, tokenizer = load_policy(cfg, device)
     dtype = "float32" if device == "cpu" else "bfloat16"
     set_up(policy.decoder, MachineOptions(dtype=dtype))

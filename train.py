@@ -66,7 +66,7 @@ class Config(
     num_epochs: CountOrNone = 0  # passes over the questions, where num_steps is 0
     batch_prompts: Count = 48  # P: prompts a step, over all processes
     fill: Count = 1  # batches a step may ask until batch_prompts groups carry a signal (DAPO); 1: no more
-    group_size: Annotated[int, Bounds(2)] = 5  # G: completions a prompt, ordered by the oracle
+    group_size: Annotated[int, Bounds(2, 10**9)] = 5  # G: completions a prompt, ordered by the oracle
     max_new_tokens: Count = 10  # tokens of an answer at most
     temperature: Positive = 1.0
     top_p: PositiveShare = 1.0

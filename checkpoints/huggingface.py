@@ -91,7 +91,7 @@ def decoder_config(config: dict, where: str, **ours) -> ModelConfig:
         supported = ", ".join([*DECODERS, "clip", "llava"])
         raise BadInput(f"{where}: model_type {kind} is not supported; those that are: {supported}")
     config = DECODERS[kind] | config
-    rope = entry(config, "rope_parameters", where) or entry(config, "rope_scaling", where)
+    rope = entry(config, "rope_scaling", where) or entry(config, "rope_parameters", where)
     scaling = str(rope.get("rope_type", rope.get("type", "default")))
     refuse_unsupported(config, where, kind, scaling)
     if config.get("num_key_value_heads") is None:
@@ -134,6 +134,7 @@ def refuse_unsupported(config: dict, where: str, kind: str, scaling: str):
         "mlp_bias true": entry(config, "mlp_bias", where, bool),
         f"hidden_act {config['hidden_act']}": config["hidden_act"] != "silu",
         "a sliding window in some layers": kind != "mistral" and "sliding_attention" in layer_types,
+        f"layer_types {layer_types}": not {"full_attention", "sliding_attention"}.issuperset(layer_types),
         f"rope type {scaling}": scaling not in ROPE_KEYS,
         f"quantization_config (packed weights, {packed})": packed,
     }

@@ -212,7 +212,7 @@ def data_of(*sets: list) -> dict[str, str]:
     """Fingerprints of sets of questions and their videos, as train.py keeps them of its run."""
     videos = sorted({question.video for questions in sets for question in questions})
     data = hashlib.sha256(repr(list(sets)).encode()).hexdigest()
-    return {"the data": data, "a video": fingerprint(*videos, ends=2**16)}
+    return {"the data": data, "a video": fingerprint(*videos, whole=2**22, block=2**14)}
 
 
 def policy_of(options: PolicyOptions) -> dict:

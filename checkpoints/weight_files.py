@@ -58,8 +58,9 @@ class Tensors:
         self.file_of, self.handles = {}, {}
         self.path = path  # the file that names all tensors
         if os.path.isdir(path):
-            index = os.path.join(path, "model.safetensors.index.json")
-            self.path = index if os.path.exists(index) else os.path.join(path, "model.safetensors")
+            index, self.path = (os.path.join(path, f"model.safetensors{x}") for x in (".index.json", ""))
+            if os.path.exists(index) and not os.path.exists(self.path):  # of both transformers takes the file
+                self.path = index
         if self.path.endswith(".json"):
             self.open_shards(path, self.path)
         elif path:

@@ -165,7 +165,8 @@ def selection_study(folder: str, seeds: int, options: list[str], page: str, clip
             steps = ["--objective", "grpo", "--num_steps", str(warm_up)]
             train_run(start, ["--seed", str(seed), *options, *steps])
             policy["adapter"] = os.path.join(start, "adapter")
-        command += [f"--{name}={value}" for name, value in policy.items()]  # selected by what is trained
+        # by the policy that is trained
+        command += [f"--{name}={value}" for name, value in policy.items() if value != ""]
         if not os.path.exists(f"{out}.jsonl"):
             started("selection", out, command)
         with open(data, "rb") as every, open(f"{out}.jsonl", "rb") as kept:

@@ -133,7 +133,7 @@ class Chat:
             data = response.read(MAX_BYTES + 1)
             if response.length and len(data) <= MAX_BYTES:
                 raise http.client.IncompleteRead(data, response.length)
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # the last: of a chunk's size
             late = overdue.is_set() or isinstance(error, TimeoutError)
             words = f"{type(error).__name__}: {error}"
             raise Failed("timeout" if late else "connection", words) from error

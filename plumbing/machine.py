@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,9 @@ def start_processes(wanted_device: str) -> torch.device:
         numbers = [given.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")]
         if not all(x.isdecimal() for x in numbers) or not given.get("MASTER_ADDR"):
             raise BadInput(f"WORLD_SIZE={numbers[0]}: not set by torchrun; unset it, or start with torchrun")
+        if int(numbers[1]) >= int(numbers[0]) or int(numbers[3]) >= 2**16:
+            words = f"RANK={numbers[1]}, WORLD_SIZE={numbers[0]}, MASTER_PORT={numbers[3]}"
+            raise BadInput(f"{words}: no such process or port; start with torchrun")
         dist.init_process_group("nccl" if cuda else "gloo")
     index = int(given["LOCAL_RANK"]) if several else 0
     if cuda:
@@ -190,6 +194,15 @@ def optimizer_step(optimizer, lr: float, max_norm: float) -> float:
     return norm.item()
 
 
+def works(compiler: str) -> bool:
+    """Whether this C or C++ compiler is there and takes a program."""
+    words = shlex.split(compiler)
+    if not words or not shutil.which(words[0]):
+        return False
+    program = dict(input=b"int main() { return 0; }", capture_output=True)
+    return subprocess.run([*words, "-fsyntax-only", "-x", "c++", "-"], **program).returncode == 0
+
+
 @functools.cache
 def compiled(fn, device_type: str):
     """torch.compile(fn), made once; where its tools are missing fn itself, with a line on stderr."""
@@ -197,7 +210,7 @@ def compiled(fn, device_type: str):
     header = os.path.join(sysconfig.get_path("include"), "Python.h")  # of Debian's python3-dev
     tools = {
         "Triton for this GPU": device_type != "cuda" or has_triton(),
-        f"compiler {compiler!r}": shutil.which(compiler),
+        f"compiler {compiler!r} that works": works(compiler),
         header: os.path.isfile(header),
     }
     missing = [name for name, found in tools.items() if not found]
@@ -336,6 +349,8 @@ def environment() -> dict:
     here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
     def git(*words):
+        if not shutil.which("git"):
+            return ""
         found = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
         return found.stdout.strip() if found.returncode == 0 else ""
 

@@ -167,9 +167,18 @@ def add_options(parser: ArgumentParser, config_class) -> None:
             if get_origin(field.type) is Literal:
                 kind, choices = str, "|".join(map(str, get_args(field.type)))
             words = filter(None, [choices, meaning.get(field.name, ""), f"({field.default!r})"])
-            reading = {"type": true_or_false, "nargs": "?", "const": True} if kind is bool else {"type": kind}
+            reading = {"type": some_text if kind is str else kind}
+            if kind is bool:
+                reading = {"type": true_or_false, "nargs": "?", "const": True}
             reading |= {"default": argparse.SUPPRESS, "metavar": "X"}
             group.add_argument(f"--{field.name}", help=" ".join(words).replace("%", "%%"), **reading)
+
+
+def some_text(text: str) -> str:
+    """A text on the command line. An empty one is most often a variable of the shell that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; name something, or leave it out")
+    return text
 
 
 def true_or_false(text: str) -> bool:
@@ -215,7 +224,7 @@ class Stdout:
     """Standard output that a reader may close (`| head`): then the script goes on and prints to nowhere."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # closed from the start
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

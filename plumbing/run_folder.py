@@ -126,8 +126,9 @@ def check_folder(options: RunOptions) -> None:
         raise BadInput(f"--out {out}: exists already and holds no run; name another folder")
 
 
-def fingerprint(*paths: str, ends: int = 2**20) -> str:
-    """SHA-256 over names, sizes and both ends (bytes) of files, of a folder's files in their order."""
+def fingerprint(*paths: str, whole: int = 2**26, block: int = 2**20) -> str:
+    """SHA-256 over names, sizes and content of files, of a folder's files in their order. Of a file of more
+    than `whole` bytes: 64 blocks of `block` bytes, evenly spread, from its start to its end."""
     digest = hashlib.sha256()
     for path in filter(None, paths):
         is_folder = os.path.isdir(path)
@@ -136,9 +137,12 @@ def fingerprint(*paths: str, ends: int = 2**20) -> str:
             size = os.path.getsize(name)
             digest.update(f"{os.path.basename(name)} {size}".encode())
             with open(name, "rb") as file:
-                digest.update(file.read(ends))
-                file.seek(max(size - ends, 0))
-                digest.update(file.read(ends))
+                if size <= whole:
+                    digest.update(file.read())
+                    continue
+                for i in range(64):
+                    file.seek(i * (size - block) // 63)
+                    digest.update(file.read(block))
     return digest.hexdigest()
 
 
@@ -170,13 +174,16 @@ def locked(path: str, refusal: str):
 class Kept:
     """The results of a long job, a row a question, in a JSONL file: a job that was killed goes on from it.
     of: rows by their id. kinds: the types of a row's fields. settings: all that decides the rows. same:
-    fields that all of the job's rows share."""
+    fields that all of the job's rows share. then: called after each batch of rows, if there is one."""
 
-    def __init__(self, path: str, kinds: dict[str, type], writes: bool = True, settings=None, **same):
-        self.path, self.writes, self.same = path, writes, same
-        if settings and (os.path.isfile(path) or not os.path.exists(path)):
+    def __init__(self, path: str, kinds: dict[str, type], writes=True, settings=None, then=None, **same):
+        self.path, self.writes, self.then, self.same = path, writes, then, same
+        if os.path.isdir(path):
+            raise BadInput(f"{path}: a folder; name a file")
+        is_file = os.path.isfile(path) or not os.path.lexists(path)  # a device holds nothing to go on from
+        if settings and is_file:
             self.hold(json.dumps(settings))
-        rows = cut_back(path, {"id": str} | kinds) if writes else []
+        rows = cut_back(path, {"id": str} | kinds) if writes and is_file else []
         self.of = {row["id"]: row for row in rows if same.items() <= row.items()}
 
     def hold(self, settings: str):
@@ -200,6 +207,8 @@ class Kept:
         self.of |= {row["id"]: row for row in rows}
         if self.writes:
             append_rows(self.path, [self.same | row for row in rows])
+        if self.then:
+            self.then()
 
 
 def append_rows(path: str, rows: list[dict]):
@@ -222,6 +231,7 @@ class RunFolder:
         self.device, self.out = device, options.out
         self.writes = process_info()[0] == 0
         self.step, self.progress, self.seconds = 0, {"bad_steps": 0, "bad_in_a_row": 0}, {}
+        self.saved_step = 0
         self.began, self.signals = time.monotonic(), []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
@@ -233,6 +243,9 @@ class RunFolder:
             config["made"] = made_before(self.out, config["made"])
             if os.path.exists(os.path.join(self.out, CHECKPOINT)):
                 self.load()
+            if self.step > options.num_steps:
+                words = f"the run has taken {self.step} already; give more, or leave it out"
+                raise BadInput(f"--num_steps {options.num_steps}: {words}")
         if self.writes:
             self.cut_logs()
             write_json(os.path.join(self.out, "config.json"), config)
@@ -285,8 +298,13 @@ class RunFolder:
         """The evaluation of the policy of a step, by default this one. Its answers are kept."""
         step = self.step if step is None else step
         kinds = {"greedy": str, "sampled": list[str]}
-        kept = Kept(os.path.join(self.out, "answers.jsonl"), kinds, self.writes, step=step)
-        return self.evaluation(subset=subset, kept=kept)
+        path, then = os.path.join(self.out, "answers.jsonl"), self.end_evaluation
+        return self.evaluation(subset=subset, kept=Kept(path, kinds, self.writes, then=then, step=step))
+
+    def end_evaluation(self):
+        """Ends the run early between two batches of an evaluation, where one process alone is running it."""
+        if self.interrupted() and process_info()[1] == 1:
+            raise EndedEarly(f"stopped in an evaluation; its answers are kept; {self.go_on()}")
 
     def end(self, load_adapter) -> tuple[dict, dict]:
         """The evaluation of what the run ends with: the last adapter, or with --keep best the best."""
@@ -349,7 +367,7 @@ class RunFolder:
 
     def go_on(self) -> str:
         command = shlex.join(["python", "train.py", "--out", self.out, "--resume"])
-        return f"saved at step {self.step}; go on with: {command}"
+        return f"saved at step {self.saved_step}; go on with: {command}"
 
     def stop_if(self, dead: str):
         """Saves and ends early if the judge is dead in any process: dead says why, "" if it is not. The step
@@ -418,7 +436,7 @@ class RunFolder:
             if os.path.exists(path):
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        progress = self.progress | {"step": self.step, "wall_s": self.wall_s()}
+        self.saved_step, progress = self.step, self.progress | {"step": self.step, "wall_s": self.wall_s()}
         write_checkpoint(os.path.join(self.out, CHECKPOINT), self.learner.tensors(), progress)
         self.write_adapter()
 
@@ -433,10 +451,7 @@ class RunFolder:
 
         path = os.path.join(self.out, CHECKPOINT)
         tensors, self.progress = read_checkpoint(path)
-        self.step = self.progress.pop("step")
-        if self.step > self.options.num_steps:
-            words = f"the run has taken {self.step} already; give more, or leave it out"
-            raise BadInput(f"--num_steps {self.options.num_steps}: {words}")
+        self.step = self.saved_step = self.progress.pop("step")
         try:
             self.learner.restore(tensors)
         except ValueError as error:

@@ -14,7 +14,16 @@ import os
 import re
 from collections import defaultdict
 
-from plumbing.options import BadInput, is_kind, json_lines, one_line, parse_json, read_text, write_whole
+from plumbing.options import (
+    BadInput,
+    is_kind,
+    json_lines,
+    one_line,
+    parse_json,
+    read_text,
+    refuse_same,
+    write_whole,
+)
 from videoqa.questions import is_number, is_span, is_text
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".webm", ".mkv", ".mov", ".gif")
@@ -408,10 +417,13 @@ def convert(name: str, annotations: list[str], videos: str, out: str, bad_spans:
     if key is None:
         raise BadInput(f"data set {name!r} is not known; give one of {', '.join(NAMES)}")
     reader, patterns = NAMES[key]
-    found, rows, place_of = _index_videos(videos), {}, {}
+    annotations, found = _files(annotations, patterns), _index_videos(videos)
+    read = {os.path.join(videos, path) for paths in found.values() for path in paths}
+    refuse_same(out, *annotations, *read)
+    rows, place_of = {}, {}
     num_read = num_repeats = num_clipped = 0
     is_there, faults = {}, []
-    for where, row in (pair for path in _files(annotations, patterns) for pair in reader(path)):
+    for where, row in (pair for path in annotations for pair in reader(path)):
         num_read += 1
         video, there = _place_video(row.pop("videos"), row.pop("folder", ""), found, where)
         is_there[video] = there

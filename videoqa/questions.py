@@ -74,7 +74,7 @@ def _read_question(row: dict, videos_dir: str, where: str) -> Question:
     need(good, "marks", "give a text of its own for each of 'options' or leave it out")
     texts = {name: row[name] for name in (*NEEDED, *OPTIONAL) if name in row}
     question = Question(
-        **texts | {"video": os.path.join(videos_dir, row["video"])},
+        **texts | {"video": os.path.normpath(os.path.join(videos_dir, row["video"]))},
         options=tuple(options or ()), answer_index=index, marks=tuple(marks or ()),
         spans=tuple(map(tuple, spans or ())), duration=duration, clip=tuple(clip) if clip else None,
     )  # fmt: skip

@@ -165,7 +165,7 @@ def test_a_runs_own_questions_and_videos_must_be_those_that_it_was_made_with(tmp
     monkeypatch.setattr(evaluation, "set_up", lambda *given: None)
     monkeypatch.setattr(evaluation, "load_run", lambda *given: (policy, None, config))
     monkeypatch.setattr(evaluation, "PromptSet", lambda *given: pytest.fail("its questions are asked"))
-    with pytest.raises(BadInput, match="--videos .*give --data too"):
+    with pytest.raises(BadInput, match="--data and --videos go together"):
         evaluate_run("run", "", str(tmp_path))
     video.write_bytes(b"another")
     with pytest.raises(BadInput, match="config.json: a video changed since .* put it back, or"):
@@ -193,5 +193,5 @@ def test_a_run_is_evaluated_with_as_many_prompts_at_once_as_it_sampled(made, wan
     monkeypatch.setattr(questions, "load_questions", lambda *x: [])
     monkeypatch.setattr(evaluation, "evaluate", lambda *x, **options: asked.append(x[2]) or (None, None))
     monkeypatch.setattr(evaluation, "table", lambda *x: "")
-    evaluate_run("run", "a.jsonl", "")
+    evaluate_run("run", "a.jsonl", ".")
     assert [options["prompts_at_once"] for options in asked] == [wanted, wanted]

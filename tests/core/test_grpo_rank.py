@@ -660,7 +660,7 @@ def test_compile_falls_back_where_the_tools_are_missing_and_says_so_once(monkeyp
 
 
 def test_compile_is_asked_for_where_the_tools_are_there(monkeypatch):
-    monkeypatch.setenv("CXX", "sh")  # any program that exists
+    monkeypatch.setattr(machine, "works", bool)  # any compiler does
     monkeypatch.setattr(machine.os.path, "isfile", lambda path: True)
     seen = []
     monkeypatch.setattr(torch, "compile", lambda fn, **options: seen.append(options) or fn)

@@ -134,8 +134,8 @@ def test_a_resume_needs_a_row_of_metrics_for_each_step(tmp_path, steps):
 def test_the_best_adapter_is_written_from_the_checkpoint_that_names_its_step(tmp_path):
     """So a kill between the two is mended by the resume: both name the same step."""
     out, accuracies = tmp_path / "run", iter([0.3, 0.5, 0.4])
-    run = trained(out, eval_every=1, keep="best")
-    run = folder_of(out, resume=True, eval_every=1, keep="best")
+    run = trained(out, eval_every=1, keep="best", num_steps=4)
+    run = folder_of(out, resume=True, eval_every=1, keep="best", num_steps=4)
     run.bar = SimpleNamespace(say=lambda line: None)
 
     def evaluate(subset):
@@ -151,7 +151,7 @@ def test_the_best_adapter_is_written_from_the_checkpoint_that_names_its_step(tmp
     assert folders == [["adapter", "best"], ["adapter", "best"], []]
     run.lock_file.close()
     (out / "metrics.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in range(4)))
-    run = folder_of(out, resume=True, eval_every=1, keep="best")
+    run = folder_of(out, resume=True, eval_every=1, keep="best", num_steps=4)
     assert run.step == run.progress["best"]["step"] == 3
     assert [os.path.basename(folder) for folder in run.saved] == ["adapter", "best"]
     rows = [json.loads(line)["step"] for line in (out / "evaluations.jsonl").read_text().splitlines()]
