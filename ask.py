@@ -109,11 +109,11 @@ def questions_of(cfg: AskOptions, words: list[str]) -> tuple[str, list[Question]
         return run, load_questions(cfg.data, cfg.videos)
     if not rest[1].strip():
         raise BadInput("the question is empty; ask something")
-    if "second" in cfg.gold and not parse_span(cfg.gold):
-        raise BadInput(f"--gold {cfg.gold}: no span of time; write it as '1.5 to 4.0 seconds'")
     names = sorted(os.listdir(rest[0])) if os.path.isdir(rest[0]) else []
     videos = [os.path.join(rest[0], name) for name in names if name.lower().endswith(VIDEO_SUFFIXES)]
     span = parse_span(cfg.gold) if "second" in cfg.gold else None
+    if span and not span[0] < span[1]:
+        raise BadInput(f"--gold {cfg.gold}: ends before it begins; write it as '1.5 to 4.0 seconds'")
     gold = dict(answer=cfg.gold, spans=(span,) if span else ())
     return run, [Question(os.path.basename(v), v, rest[1], **gold) for v in videos or rest[:1]]
 

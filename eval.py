@@ -29,6 +29,7 @@ from plumbing.options import (
     BadInput,
     cell,
     read_from,
+    read_json,
     refuse_same,
     run_script,
     some_text,
@@ -156,13 +157,17 @@ def evaluate_run(folder: str, data: str, videos: str) -> str:
 
 def merge_run(folder: str, out: str):
     """Writes the run's policy, its adapter folded into the weights, in the layout that it came in."""
-    if not out.strip() or os.path.exists(out):
-        raise BadInput(f"--out {out!r}: exists already, or is no name; name another folder")
+    if os.path.exists(out):
+        raise BadInput(f"--out {out}: exists already; name another folder")
     policy, tokenizer, config = load_run(folder)
     lora.merge(policy.decoder)
     save_policy(policy, tokenizer, config["policy"], out)
     size = sum(os.path.getsize(os.path.join(out, name)) for name in os.listdir(out))
     print(f"wrote {out}: {size / 1e6:.1f} MB, {', '.join(sorted(os.listdir(out)))}")
+    beneath = read_json(os.path.join(config["policy"], "config.json"), "its policy's").get("clip")
+    clip = config["clip"] or (beneath if isinstance(beneath, str) else "")  # a supervised policy's own
+    if clip:  # a text decoder does not know its CLIP, nor how many frames it was taught with
+        print(f"use it: --policy {out} --clip {clip} --num_frames {policy.cfg.num_frames}")
 
 
 def score(args) -> None:
@@ -205,7 +210,7 @@ def main() -> int:
     comparer.add_argument("runs", nargs="+")
     merger = commands.add_parser("merge", help="a run's policy as a checkpoint of its own")
     merger.add_argument("run")
-    merger.add_argument("--out", required=True, help="the folder to write")
+    merger.add_argument("--out", type=some_text, required=True, help="the folder to write")
     args = parser.parse_args()
     if args.command == "merge":
         merge_run(args.run, args.out)

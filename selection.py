@@ -161,9 +161,12 @@ def main() -> int:
     given = vars(parser.parse_args())
     data = given.pop("data")
     cfg = Config(**given)
+    written = cfg.out, f"{cfg.out}.samples"
+    for path in written:
+        refuse_same(path, data)
     questions, device = load_questions(data, cfg.videos), pick_device(cfg.device)
-    for path in (cfg.out, f"{cfg.out}.samples"):
-        refuse_same(path, data, *{question.video for question in questions})
+    for path in written:
+        refuse_same(path, *{question.video for question in questions})
     policy, tokenizer = load_policy(cfg, device)
     dtype = "float32" if device == "cpu" else "bfloat16"
     set_up(policy.decoder, MachineOptions(dtype=dtype))

@@ -111,6 +111,21 @@ def test_sharded_half_precision_files_load_as_stored(dtype, tmp_path):
 
 
 @torch.no_grad()
+def test_of_two_files_and_of_two_ropes_the_ones_that_transformers_takes_are_taken(tmp_path):
+    saved(theirs("llama3"), tmp_path, max_shard_size="10KB")
+    torch.manual_seed(5)
+    other = transformers.LlamaForCausalLM(theirs("llama3").config)
+    save_file(other.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ropes = {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}
+    ropes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    change(tmp_path, **ropes)
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(2, 60, (2, 100), generator=torch.Generator().manual_seed(1))
+    ours = logits(load_decoder(str(tmp_path)), ids, 8)
+    assert (ours - wanted(ids).logits[:, 7:-1]).abs().max() <= 1e-4
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_decoder_is_a_plain_checkpoint_that_transformers_loads(family, tmp_path):
     decoder = load_decoder(saved(theirs(family), tmp_path / "base"))
@@ -452,6 +467,8 @@ def test_a_runs_policy_merges_into_a_checkpoint_of_its_kind(tokenizer_files, tmp
     assert again.cfg.video_start == tokenizer.video_start and tokenizer.placeholder_id == 3
     with pytest.raises(BadInput, match="exists already; name another folder"):
         merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
+    written, read = (tmp_path / x / "model.safetensors" for x in ("merged", "base"))
+    assert written.stat().st_mode == read.stat().st_mode  # others may read what others could read
 
 
 def test_a_tokenizer_whose_ids_exceed_the_embedding_is_refused(tokenizer_files, tmp_path):
@@ -812,6 +829,7 @@ def test_a_clip_whose_mlp_is_not_four_times_its_width_gives_transformers_feature
         ({"rope_parameters": "linear"}, ("rope_parameters is 'linear'",)),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config", "gptq")),
         ({"layer_types": ["sliding_attention"] * 2}, ("a sliding window in some layers",)),
+        ({"layer_types": ["chunked_attention"] * 2}, ("layer_types ['chunked_attention', ",)),
         ({"tie_word_embeddings": "false"}, ("tie_word_embeddings is 'false'", "true or false")),
         ({"attention_bias": "no"}, ("attention_bias is 'no'", "true or false")),
     ],

@@ -112,6 +112,25 @@ def test_predictions_of_another_question_policy_or_run_are_not_continued(home, s
     assert out.read_text() == before
 
 
+def test_options_may_stand_between_the_words_and_the_start_may_be_any_folder(home, script, monkeypatch):
+    monkeypatch.chdir(home)  # where there is no weights/
+    words = ["--policy", "weights", "what color appears last", "--group_size", "2"]
+    done = script(ask.main, "ask.py", clip(home), *words)
+    assert done.returncode == 0 and done.stdout.startswith("without training: "), done.stderr
+
+
+def test_an_answer_without_a_word_is_shown_as_empty(home, script, monkeypatch):
+    monkeypatch.setattr(PromptSet, "texts", lambda self, rollout: [""] * len(rollout.ended))
+    done = script(ask.main, "ask.py", clip(home), "what color appears last", "--policy", ROOT / "weights")
+    assert "without training: (empty)\n" in done.stdout and done.stdout.count("| (empty) |") == 5
+
+
+def test_predictions_go_to_a_device_as_well(home, script):
+    words = [home / "clips", "what color appears last", "--policy", ROOT / "weights"]
+    done = script(ask.main, "ask.py", *words, "--out", "/dev/null")
+    assert done.returncode == 0 and "2 predictions in /dev/null" in done.stdout, done.stderr
+
+
 def test_a_file_of_something_else_is_no_file_of_predictions(home, script, tmp_path):
     (tmp_path / "one.json").write_text('{"a": 1}')  # one row without a line end, as of a kill
     words = [home / "clips", "what color appears last", "--policy", ROOT / "weights"]
@@ -141,6 +160,9 @@ def test_a_file_of_something_else_is_no_file_of_predictions(home, script, tmp_pa
         (["{clip}", "what?", "--out", "{home}/new", "--oracle", "no:such"], "--oracle no:such: --out takes"),
         (["--data", "{home}/clips/questions.jsonl", "--out", "{home}/clips/questions.jsonl"], "written over"),
         (["{clip}", "what?", "--videos", "{home}"], "--videos {home}: only the paths in --data"),
+        (["", "{clip}", "what?"], "a RUN, VIDEO or QUESTION is empty"),
+        (["{clip}", "what?", "--oracle", ""], "argument --oracle: it is empty"),
+        (["{clip}", "what?", "--gold", "5 to 1 seconds"], "--gold 5 to 1 seconds: ends before it begins"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(home, script, words, names):

@@ -43,6 +43,32 @@ def test_check_fails_a_video_that_ends_before_a_part_that_is_asked_about(script,
     assert "ends at 3.5 s" in done.stdout
     done = run_check(script, write_lines(tmp_path / "q.jsonl", *rows[::2]), "--videos", tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("ok")
+    row = GOOD | {"video": "good.mp4", "span": [1, 300]}  # a right answer that nobody can see
+    done = run_check(script, write_lines(tmp_path / "q.jsonl", row), "--videos", tmp_path)
+    assert done.returncode == 2 and "ends at 300.0 s" in done.stdout
+
+
+def test_a_conversion_writes_over_none_of_its_inputs(script, tmp_path):
+    write_video(tmp_path / "AAAAA.mp4", range(20))
+    (tmp_path / "a.txt").write_text("AAAAA 0.1 1.0##somebody sits\n")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path in before:
+        words = ["charades_sta", tmp_path / "a.txt", "--videos", tmp_path, "--out", path]
+        done = script(data.main, "data.py", "convert", *words)
+        assert done.returncode == 2 and "would be written over" in done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_video_in_both_sets_is_told_however_its_path_is_written(tmp_path, capsys):
+    for name, video in (("one", "v/a.mp4"), ("two", "v/./a.mp4")):
+        write_lines(tmp_path / f"{name}.jsonl", GOOD | {"id": name, "video": video})
+    same = dict(videos=str(tmp_path), eval_data=str(tmp_path / "two.jsonl"), eval_videos=f"{tmp_path}/.")
+    data.load_sets(data.DataOptions(data=str(tmp_path / "one.jsonl"), **same), 0)
+    assert "1 videos are in both sets" in capsys.readouterr().out
+    rows = [GOOD | {"id": video, "video": video} for video in ("v/a.mp4", "v/./a.mp4")]
+    write_lines(tmp_path / "both.jsonl", *rows)
+    with pytest.raises(BadInput, match="only 1 video"):
+        data.load_sets(data.DataOptions(data=str(tmp_path / "both.jsonl"), videos=str(tmp_path)), 0)
 
 
 def test_check_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):

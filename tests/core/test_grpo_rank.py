@@ -641,8 +641,9 @@ def test_wrong_arguments_of_the_walk_are_refused():
             rollout_loss(**(good | change))
 
 
-def test_compile_falls_back_where_the_tools_are_missing_and_says_so_once(monkeypatch, capsys):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "''"])  # the second is there, and broken
+def test_compile_falls_back_where_the_tools_are_missing_and_says_so_once(monkeypatch, capsys, compiler):
+    monkeypatch.setenv("CXX", compiler)
     machine.compiled.cache_clear()
     hidden, head, ref_hidden, completions, advantages = walk_inputs(True)
     monkeypatch.setattr(grpo_rank, "CHUNK_BYTES", 4 * 8 * head.shape[0])  # 4 rows: 11 are no multiple
@@ -653,7 +654,7 @@ def test_compile_falls_back_where_the_tools_are_missing_and_says_so_once(monkeyp
         results.append((loss, *torch.autograd.grad(loss, hidden)))
     assert_close(results[1:], [results[0]] * 2, atol=1e-12, rtol=0)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "no-such-compiler" in said
+    assert said.count("\n") == 1 and f"no compiler {compiler!r} that works" in said
     completions.completion_mask = completions.completion_mask & False
     assert rollout_loss(*args, ref_hidden=ref_hidden, compile=machine.compiled)[0] == 0
     machine.compiled.cache_clear()

@@ -230,7 +230,9 @@ def test_what_a_function_gets_wrong_fails_its_group_alone_with_the_cause(returns
     assert numbers["failed_by_cause"] == {"function": 1}
 
 
-@pytest.mark.parametrize("spec", ["no_such_module:f", "json:no_such_function", "json:decoder"])
+@pytest.mark.parametrize(
+    "spec", ["no_such_module:f", "json:no_such_function", "json:decoder", "asyncio:open_connection"]
+)
 def test_a_function_that_is_not_there_is_one_line(spec):
     with pytest.raises(BadInput, match=f"--oracle {spec}: ") as error:
         load_function(spec)

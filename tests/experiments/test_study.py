@@ -77,6 +77,9 @@ def test_the_study_trains_each_line_once_goes_on_where_it_was_and_writes_its_tab
     page.write_text("no place for it")
     with pytest.raises(BadInput, match="page.md: not such a page"):
         study.oracle_study(*where)
+    assert study.oracle_study(*where[:3], "") == found  # no page: into the study's own folder alone
+    assert (tmp_path / "study" / "table.md").read_text() == f"{found}\n"
+    assert page.read_text() == "no place for it"
 
 
 @pytest.fixture

@@ -190,6 +190,10 @@ def test_a_reply_is_bounded_may_be_compressed_and_its_count_is_no_weapon(serve, 
         server.brain = lambda request, answer=answer: (200, {}, answer, 0)
         asked = client(server.url)
         assert asked.ask({}, tries=1) == ("x", "stop") and 0 < asked.tokens < 1000
+    server.brain = lambda request: (200, {"Transfer-Encoding": "chunked"}, "-5\r\nabcde\r\n0\r\n\r\n", 0)
+    with pytest.raises(Failed, match="ValueError") as failed:
+        client(server.url).ask({}, tries=1)
+    assert failed.value.cause == "connection"
     for damaged in (b"\x1f\x8bnothing packed", b"x^nothing packed"):
         assert chat._text_of(damaged).endswith("nothing packed")
 

@@ -208,6 +208,12 @@ def test_a_ranker_that_is_not_there_or_of_other_weights_is_one_line(made, tmp_pa
         load_ranker(str(tmp_path / "w" / "ranker"))
 
 
+def test_a_ranker_in_a_folder_without_a_policy_is_one_line(script, tmp_path):
+    done = script(pretrain.main, "pretrain.py", "--stage", "ranker", "--out", tmp_path / "new")
+    assert done.returncode == 2 and "the ranker starts from a policy" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_run_with_the_trained_ranker_as_oracle(home, made, monkeypatch):
     command = f"train.py --oracle trained --ranker {made[0]} --policy {home / 'weights'} --out {home / 'run'}"
     command += f" --world_dir {home / 'world'} --num_train_clips 6 --num_eval_clips 3 --eval_samples 1"

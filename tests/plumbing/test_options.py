@@ -137,6 +137,13 @@ def test_help_tells_what_each_option_means_and_its_default(script, monkeypatch):
     told = " ".join(done.stdout.split())
     assert done.returncode == 0 and "fine-tune a video-language policy" in told
     assert "--clip_eps X (0.2)" in told and "G: completions a prompt, ordered by the oracle (5)" in told
+    assert "7b: the paper's" in told and "the rivals on the same rollouts ('grpo_rank')" in told
+
+
+def test_an_empty_text_on_the_command_line_is_a_variable_that_is_not_set_and_never_a_default(script):
+    for name in ("--adapter", "--data", "--out"):
+        done = script(train.main, "train.py", name, "")
+        assert done.returncode == 2 and f"argument {name}: it is empty; name something" in done.stderr
 
 
 def test_an_option_that_is_true_or_false_refuses_other_words(script):
@@ -217,6 +224,24 @@ run_script(main)
     process.stdout.close()
     assert process.wait(timeout=60) == 0 and (tmp_path / "ended").exists()
     assert process.stderr.read() == b""
+
+
+def test_a_script_without_standard_output_runs():
+    done = subprocess.run(["sh", "-c", f"{sys.executable} eval.py compare no_run >&-"], cwd=ROOT, stderr=-1)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: no_run/"), done.stderr
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "given", [{"RANK": "2", "MASTER_PORT": "29500"}, {"RANK": "0", "MASTER_PORT": "99999"}]
+)
+def test_a_process_or_a_port_that_cannot_be_is_named(monkeypatch, given):
+    for name, value in (TORCHRUN | given).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match="no such process or port"):
+        start_processes("cpu")
 
 
 @pytest.mark.parametrize(

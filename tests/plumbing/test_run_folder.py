@@ -14,8 +14,8 @@ import torch
 import train
 from checkpoints.policies import data_of
 from oracles import choose
-from plumbing.options import BadInput
-from plumbing.run_folder import Kept, RunFolder, RunOptions, check_folder, stored_options
+from plumbing.options import BadInput, EndedEarly
+from plumbing.run_folder import Kept, RunFolder, RunOptions, check_folder, fingerprint, stored_options
 from videoqa.answers import Question
 
 
@@ -166,6 +166,41 @@ def test_a_run_of_an_earlier_version_is_refused_with_that_reason(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(BadInput, match="of an earlier version; start it anew"):
         folder_of(tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("place", [0, 5000, 99_999])
+@pytest.mark.parametrize("limits", [{}, {"whole": 1000, "block": 2000}])
+def test_a_file_that_differs_anywhere_has_another_fingerprint(tmp_path, place, limits):
+    """Of a large file in any of 64 blocks, here so large that they meet."""
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(100_000))
+    before = fingerprint(str(path), **limits)
+    path.write_bytes(bytes(place) + b"x" + bytes(100_000 - place - 1))
+    assert fingerprint(str(path), **limits) != before
+
+
+def test_a_resume_to_fewer_steps_than_were_taken_is_refused_and_stores_nothing(tmp_path):
+    trained(tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(BadInput, match="--num_steps 1: the run has taken 2 already"):
+        folder_of(tmp_path / "run", resume=True, num_steps=1)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_ctrl_c_in_an_evaluation_ends_the_run_behind_the_batch_whose_answers_are_kept(tmp_path):
+    run, row = folder_of(tmp_path / "run"), {"greedy": "a", "sampled": ["a"]}
+
+    def evaluation(subset, kept):
+        kept.add([{"id": "1"} | row])
+        signal.raise_signal(signal.SIGINT)
+        kept.add([{"id": "2"} | row])
+        raise AssertionError("it went on")
+
+    run.evaluation = evaluation
+    with pytest.raises(EndedEarly, match="stopped in an evaluation; its answers are kept; .*--resume"):
+        run.evaluate()
+    run.lock_file.close()
+    assert len((tmp_path / "run" / "answers.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("changed", ["clip.mp4", "ranker", "replay.jsonl", "own_oracle.py"])

@@ -15,6 +15,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from test_train import ROOT, adapter, command
 
+from plumbing.progress import Bar
+
 
 def cpu_seconds(pid: int) -> float:
     """Of a process, without its children; a busy machine does not change them as it changes the clock."""
@@ -38,6 +40,15 @@ def in_terminal(command, columns=80) -> tuple[list[str], tuple[float, bytes]]:
     os.waitpid(pid, 0)
     silence = max((after[0] - before[0], before[1]) for before, after in pairwise(times))
     return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.decode())), silence
+
+
+def test_a_file_gets_a_line_for_each_tenth_of_the_steps(capsys):
+    bar, numbers = Bar(40, 20, True), {"accuracy": 0.5, "kl": None, "dead_groups": 1, "failed_groups": 0}
+    for step in range(20, 40):
+        bar.show(step, numbers)
+    told = capsys.readouterr()
+    assert told.out.splitlines() == [f"step {n}/40 acc 50.0% dead 1 failed 0" for n in (24, 28, 32, 36, 40)]
+    assert told.err == ""
 
 
 def test_a_run_fits_80_columns_looks_at_itself_and_keeps_its_best_adapter_answers_and_report(
