@@ -33,6 +33,11 @@ VALUE_CLIP, VALUE_COEF = 0.2, 0.1  # how far a value may move in a step; weight 
 def check_objective(cfg) -> None:
     """Raises BadInput if the objective cannot use the feedback that the options choose. cfg: train.Config."""
     name, noisy = cfg.objective, cfg.swap_prob or cfg.position_bias
+    for option in ("advantage_form", "gain"):
+        if (value := getattr(cfg, option)) != getattr(type(cfg), option):
+            raise BadInput(f"--{option} {value}: is grpo_rank's, not of --objective {name}; leave it out")
+    if cfg.beta != type(cfg).beta and name not in ("dpo", "plackett_luce"):
+        raise BadInput(f"--beta {cfg.beta}: is dpo's and plackett_luce's, not {name}'s; leave it out")
     gives_scores = cfg.oracle in ("rule", "sum", "trained") and cfg.oracle_asks == "lists"  # no duels
     scored = gives_scores or cfg.oracle_asks == "scores"
     if name in READS and (not scored or noisy or cfg.anchor or cfg.canary):

@@ -44,6 +44,10 @@ class DataOptions(Options):
         super().__post_init__()
         if self.eval_data and not self.data:
             raise BadInput("--eval_data holds out questions of --data; give both, or neither")
+        if self.eval_videos and not self.eval_data:
+            raise BadInput(f"--eval_videos {self.eval_videos}: needs --eval_data; give it, or leave it out")
+        if self.data and self.world != "default":
+            raise BadInput(f"--world {self.world}: --data takes its place; leave one of them out")
         if bool(self.data) != bool(self.videos):
             wanted = "a JSONL file and the folder its paths are relative to"
             raise BadInput(f"--data and --videos go together: {wanted}; give both")

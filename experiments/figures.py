@@ -84,11 +84,12 @@ def main() -> int:
     shown, words = learned(runs[0])
     if not shown:
         raise BadInput(f"{runs[0].folder}: no answer became right, so there is nothing to show; {WANTS}")
-    cells = ((plain(x) for x in (old["question"], old["greedy"], new["greedy"])) for old, new in shown)
-    rows = ["| {} | {} | **{}** |".format(*texts) for texts in cells]
+    names = ("greedy", "gold")
+    cells = [[old["question"], old["greedy"], *(new[name] for name in names)] for old, new in shown]
+    rows = ["| {} | {} | **{}** | {} |".format(*map(plain, texts)) for texts in cells]
     folder = os.path.relpath(args.out, os.path.dirname(args.page) or ".")
     lines = [f"![three clips, six frames of each]({folder}/clips.jpg)", ""]
-    lines += ["| asked about these clips | before | after |", "|---|---|---|", *rows, ""]
+    lines += ["| asked about these clips | before | after | right answer |", "|---|---|---|---|", *rows, ""]
     lines.append(f"{words} Below: held-out accuracy by step, mean and range of {len(runs)} seeds.")
     lines.append(f"![held-out accuracy by step]({folder}/learning.svg)")
     text = between(args.page, "figures", "\n".join(lines))

@@ -25,6 +25,10 @@ from plumbing.options import (
 from plumbing.run_folder import fingerprint
 
 ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
+# Options that do nothing with any other oracle; a replay repeats those of its judge
+JUDGES = "url model body frames gold cache max_calls max_tokens".split()
+BELONG = {f"oracle_{name}": ("llm", "replay") for name in JUDGES}
+BELONG |= dict.fromkeys(("ranker", "ranker_margin"), ("trained",))
 Limited = Annotated[float, Bounds(0, 10**6)]  # no sum or product of such numbers leaves a float's range
 
 
@@ -55,10 +59,14 @@ class OracleOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.ranker == OracleOptions.ranker:
-            self.ranker = shipped(self.ranker)
         if self.oracle not in ORACLES and ":" not in self.oracle:
             raise BadInput(f"--oracle {self.oracle}: choose one of {', '.join(ORACLES)}, module:function")
+        for name, oracles in BELONG.items():
+            value = getattr(self, name)
+            if self.oracle not in oracles and value != getattr(OracleOptions, name):
+                raise BadInput(f"--{name} {value}: needs --oracle {oracles[0]}; choose it, or leave it out")
+        if self.ranker == OracleOptions.ranker:
+            self.ranker = shipped(self.ranker)
         if self.oracle == "llm" and not (self.oracle_url and self.oracle_model):
             raise BadInput("--oracle llm needs --oracle_url and --oracle_model; give both")
         if self.oracle_asks == "scores" and self.oracle not in ("llm", "replay"):

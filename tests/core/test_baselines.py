@@ -241,6 +241,8 @@ def test_every_rival_trains(tmp_path_factory, tmp_path, script, objective):
         ),
         (["--objective", "dpo", "--anchor"], ["dpo", "--anchor", "grpo_rank"]),
         (["--objective", "best_of", "--norm", "token"], ["best_of", "--norm sequence"]),
+        (["--objective", "grpo", "--gain", "appendix"], ["--gain appendix: is grpo_rank's"]),
+        (["--objective", "best_of", "--beta", "3"], ["--beta 3.0: is dpo's"]),
     ],
 )
 def test_an_objective_that_cannot_use_the_feedback_is_refused_with_one_that_can(script, options, words):

@@ -269,6 +269,13 @@ def write_lines(path, *lines):
         (["--policy", "{home}/misfit"], ["misfit", "config.json"]),
         (["--objective", "grpo", "--canary"], ["--objective grpo", "--oracle sum", "grpo_rank"]),
         (["--resume"], ["config.json", "--resume"]),
+        (["--group_size", str(10**20)], ["--group_size 1000", "at most"]),
+        # what would do nothing beside what was chosen
+        (["--oracle_url", "http://127.0.0.1:9/v1"], ["--oracle_url http", "needs --oracle llm"]),
+        (["--oracle_gold"], ["--oracle_gold True: needs --oracle llm"]),
+        (["--ranker_margin", "3"], ["--ranker_margin 3.0: needs --oracle trained"]),
+        (["--eval_videos", "{home}"], ["--eval_videos", "needs --eval_data"]),
+        (["--data", "x.jsonl", "--videos", "{home}", "--world", "hard"], ["--world hard", "--data"]),
     ],
 )
 def test_bad_input_is_one_line_that_names_it_status_2_and_nothing_written(home, script, options, words):

@@ -22,7 +22,14 @@ FOLDERS = ("videoqa", "oracles", "checkpoints", "plumbing", "experiments", "test
 MODULES = {path.stem for path in HOUSE.glob("*.py")} | set(FOLDERS[:5])
 SUFFIXES = {"py", "md", "json", "jsonl", "safetensors", "txt", "sqlite", "cff"}
 THE_READERS_OWN = {"my_judge.py"}  # files that a page tells its reader to write
-THE_RUNS_OWN = {"adapter/", "bad_batches/", "best/", "tensorboard/"}  # folders of a run folder
+THE_RUNS_OWN = {
+    "adapter/",
+    "bad_batches/",
+    "best/",
+    "tensorboard/",
+    "frames/",
+    "table.md",
+}  # folders of a run folder
 OTHER_PROGRAMS = ("pip", "llama-server", "vllm", "ollama", "transformers")
 
 
