@@ -2,6 +2,7 @@
 
     python eval.py run RUN [--data FILE.jsonl --videos DIR]      # a run's tables again, or on other data
     python eval.py compare RUN RUN ...                           # finished runs side by side
+    python eval.py merge RUN --out DIR                           # its policy as a checkpoint of its own
     python eval.py score --data FILE.jsonl --predictions PRED.jsonl [--json OUT]
     python eval.py score .. --judge_url URL --judge_model NAME   # open answers that match in other words
 

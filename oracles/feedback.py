@@ -55,7 +55,7 @@ def feedback_numbers(groups: Groups, policy_ranks: Tensor, advantages: Tensor) -
     graded = zip(groups.questions, groups.texts, strict=True)
     right = torch.tensor([[is_correct(text, question) for text in group] for question, group in graded])
     sums = {
-        "right": right.sum(), "best_right": (right & (ranking.ranks == 0)).any(dim=1).sum(),
+        "right": right.sum(), "best_right": (right & (ranking.ranks == 0)).any(dim=1)[ranking.ok].sum(),
         "policy_tokens": rollout.completion_mask.sum(), "ended": rollout.ended.sum(),
         "squares": (advantages**2).sum(),
     }  # fmt: skip
@@ -65,7 +65,7 @@ def feedback_numbers(groups: Groups, policy_ranks: Tensor, advantages: Tensor) -
     n = dict(zip(sums, reduce_sum(*sums.values(), device=rollout.ended.device), strict=True))
     return {
         "accuracy": n["right"] / n["texts"],
-        "oracle_best_accuracy": n["best_right"] / n["groups"],
+        "oracle_best_accuracy": n["best_right"] / max(n["groups"] - n["failed"], 1),
         "ndcg": n["ndcg"] / max(n["num_ndcg"], 1),
         "kendall_tau": n["tau"] / max(n["num_tau"], 1),
         "groups": int(n["groups"]),
@@ -129,8 +129,8 @@ def pair_sums(right: Tensor, ranking: Ranking) -> dict[str, float]:
 
 
 def feedback_sums(texts: list[list[str]], ranking: Ranking) -> dict[str, float]:
-    """Failed groups by cause, signs that the policy games the oracle, and the oracle's own counts: sums that
-    add up over processes."""
+    """Failed groups by cause, signs that the policy games the oracle, and the oracle's own counts, to be
+    added up over processes (of repeated openings: each process's own commonest)."""
     flat = [text for group in texts for text in group]
     failed = [note for note, ok in zip(ranking.notes, ranking.ok.tolist(), strict=True) if not ok]
     causes = Counter(note.partition(":")[0] for note in failed)

@@ -395,7 +395,7 @@ class RunFolder:
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - began
 
     def report(self, numbers: dict, examples: list[dict], batch: dict):
-        """Writes a row of metrics.jsonl and the examples as rows of rollouts.jsonl. numbers["bad"]: a loss or
+        """Writes a row of metrics.jsonl and the examples as rows of rollouts.jsonl. numbers["bad"]: a
         gradient was not finite; the batch is saved to be looked into."""
         from plumbing.resume import write_bad_batch
 
@@ -409,7 +409,7 @@ class RunFolder:
         if numbers["bad"]:
             path = write_bad_batch(self.out, self.step, batch)
             self.bar.say(
-                f"step {self.step}: loss or gradient not finite; step skipped, batch saved in {path}"
+                f"step {self.step}: a gradient was not finite; its update is left out, batch saved in {path}"
             )
         self.progress["signal"] = self.progress.get("signal") or numbers["dead_groups"] < numbers["groups"]
         if not self.progress["signal"]:

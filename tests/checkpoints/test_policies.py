@@ -421,7 +421,9 @@ def test_a_merged_run_is_the_folder_that_it_came_from_with_other_weights(dtype, 
     (run / "config.json").write_text(json.dumps(made))
     capsys.readouterr()
     merge_run(str(run), str(out))
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"wrote {out}: ")
+    wrote, use = capsys.readouterr().out.splitlines()[-2:]
+    assert wrote.startswith(f"wrote {out}: ")
+    assert use == f"use it: --policy {out} --clip {folders[1]} --num_frames 2"
     kept = {path.name for path in source.iterdir()}
     assert {path.name for path in out.iterdir()} == kept | {"bridge.safetensors"}
     assert not list(tmp_path.glob("*.tmp"))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from plumbing.run_folder import Kept
 from rollout import Sampling
 from train import Config
 from videoqa import world
+from videoqa.answers import Question
 from videoqa.questions import load_questions
 
 ROOT = Path(__file__).parents[2]
@@ -196,3 +198,35 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(home, tmp_pa
     part, _ = evaluation.evaluate(policy, asked, sampling, samples=2, subset=5, kept=Kept(path, {}, step=0))
     assert part["greedy"]["n"] == 5
     assert torch.equal(torch.tensor(straight[1]["greedy"]), torch.tensor(right, dtype=torch.float64).float())
+
+
+def test_sampled_answers_stand_likeliest_first_with_the_probability_of_the_whole_answer(monkeypatch, capsys):
+    """Sums of log-probabilities of -1, -0.2 and -3; the right answer is the second likeliest."""
+    logprobs, drawn = torch.tensor([[-0.5, -0.5], [-0.2, 0.0], [-3.0, 0.0]]), []
+
+    def answer(policy, asked, row, G, sampling, uniforms):
+        drawn.append(uniforms)
+        texts = ["blue"] if uniforms is None else ["red", "blue", "green"]
+        return SimpleNamespace(logprobs=logprobs), [texts]
+
+    monkeypatch.setattr(ask, "answer", answer)
+    asked = SimpleNamespace(questions=[Question("0", "a.mp4", "what?", "red")])
+    for seed in (0, 1):
+        cfg = ask.AskOptions(gold="red", group_size=3, seed=seed)
+        ask.show_answers(SimpleNamespace(decoder=torch.nn.Module()), asked, None, cfg, trained=False)
+    rows = capsys.readouterr().out.splitlines()
+    cells = [[x.strip() for x in row.strip("|").split("|")][:4] for row in rows[3:6]]
+    assert cells == [["blue", "0.8187", "1", "0"], ["red", "0.3679", "0", "1"], ["green", "0.0498", "1", "2"]]
+    assert drawn[0] is drawn[2] is None and drawn[1].shape == (1, 3, 10) and not drawn[1].equal(drawn[3])
+
+
+def test_predictions_of_a_run_are_made_of_its_options_its_adapter_and_its_best(tmp_path):
+    questions, found = [Question("0", str(tmp_path / "a.mp4"), "what?", "red")], []
+    (tmp_path / "a.mp4").write_text("")
+    for name in ("config.json", "adapter", "best"):
+        (tmp_path / name).write_text(name)
+    found.append(ask.settings_of(ask.AskOptions(), str(tmp_path), questions))
+    for name in ("config.json", "adapter", "best"):
+        (tmp_path / name).write_text("another")
+        found.append(ask.settings_of(ask.AskOptions(), str(tmp_path), questions))
+    assert len({json.dumps(one) for one in found}) == 4

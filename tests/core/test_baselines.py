@@ -265,3 +265,44 @@ def test_a_resume_finds_the_critic_as_it_was():
     assert (first.critic.head.weight != 0).all()
     for name, x in first.tensors().items():
         assert_close(second.tensors()[name], x, atol=0, rtol=0)
+
+
+def test_a_resume_finds_the_critics_own_weights():
+    model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4)})
+    learner = lora.Learner(model, 2, 4.0, 0, baselines.Critic(4))
+    learner.critic.head.weight.data.fill_(0.5)
+    stored = {name: x.clone() for name, x in learner.tensors().items()}
+    learner.critic.head.weight.data.zero_()
+    learner.restore(stored)
+    assert (learner.critic.head.weight == 0.5).all()
+
+
+def test_the_critic_looks_back_with_the_score_at_the_last_token_less_kl_and_whitens(monkeypatch):
+    """Values .1 and .2, one answer of three tokens with score 1, one of a single token with score -1."""
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    old, ref = torch.tensor([[-1.0, -1, -1], [-2, 0, 0]]), torch.tensor([[-3.0, -0.5, -1], [-2, 0, 0]])
+    rollout = Completions(mask.long(), mask, old, None, mask[:, 0])
+    policy = SimpleNamespace(decoder=SimpleNamespace(head=torch.zeros(5, 1)))
+    states = torch.tensor([[[1.0], [2], [1]], [[2], [9], [9]]])
+    monkeypatch.setattr(baselines, "completion_states", lambda *given: states)
+    monkeypatch.setattr(baselines, "answer_logprobs", lambda *given: ref)
+    critic = baselines.Critic(1)
+    critic.head.weight.data.fill_(0.1)
+    scores = torch.tensor([[1.0, -1.0]])
+    critic.look_back(policy, [None], rollout, scores, [states], [slice(0, 1)], kl_coef=0.1)
+    # the first token is 2 nats likelier than under the reference; the second, less likely, costs nothing
+    to_come = torch.tensor([[1 - 0.2, 1, 1], [-1, 0, 0]])
+    values = torch.tensor([[0.1, 0.2, 0.1], [0.2, 0, 0]])
+    assert_close(critic.returns * mask, to_come)
+    assert_close(critic.advantages, whitened(to_come - values, mask))
+    assert critic.num_tokens == 4
+
+
+def test_the_critics_loss_is_a_mean_over_the_tokens_of_the_step():
+    critic, hidden = baselines.Critic(1), torch.ones(2, 2, 1)
+    mask = torch.tensor([[True, True], [True, False]])
+    part = SimpleNamespace(completion_mask=mask)
+    critic.G, critic.num_tokens, critic.advantages = 2, 10, torch.zeros(2, 2)  # 7 tokens are elsewhere
+    critic.values, critic.returns = torch.zeros(2, 2), torch.full((2, 2), 2.0)
+    critic.signal(slice(0, 1), part, hidden, None, None)
+    assert_close(critic.head.bias.grad.item(), baselines.VALUE_COEF * 3 * -2.0 / 10)

@@ -143,3 +143,18 @@ def test_image_tower_is_transformers_clip():
         torch.testing.assert_close(clip.patch_tokens(pixels), patches, atol=1e-5, rtol=1e-5)
         embeds = wanted.image_embeds / wanted.image_embeds.norm(dim=-1, keepdim=True)
         torch.testing.assert_close(clip.vision_model(pixels), embeds, atol=1e-5, rtol=1e-5)
+
+
+def test_the_text_tower_reads_the_end_token_itself():
+    clip, (_, captions, lengths) = build(), pairs(8)
+    text, rows = clip.text_model(captions, lengths), torch.arange(8)
+    captions[rows, lengths - 1] = (captions[rows, lengths - 1] + 1) % 40
+    assert (clip.text_model(captions, lengths) - text).abs().amax(dim=1).min() > 1e-3
+
+
+def test_a_caption_finds_the_images_that_it_is_right_for_not_those_that_have_it():
+    same = torch.tensor([[True, True], [False, True]])  # caption 1 is right for both images, 0 for the first
+    similarity = torch.tensor([[1.0, 2.0], [0.5, 3.0]])
+    rows = torch.nn.functional.cross_entropy(similarity, torch.tensor([[0.5, 0.5], [0, 1]]))
+    columns = torch.nn.functional.cross_entropy(similarity.T, torch.tensor([[1, 0], [0.5, 0.5]]))
+    torch.testing.assert_close(contrastive_loss(similarity, same), (rows + columns) / 2)

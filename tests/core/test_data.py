@@ -159,3 +159,65 @@ def test_check_names_the_broken_files(script):
     }
     names = {"empty.mp4", "text.mp4", "truncated.mp4", "damaged.avi", "audio_only.mp4", "missing.mp4"}
     assert failed == names and done.returncode == 2
+
+
+def batches(num_questions, P, process=(0, 1), seed=0, fill=1):
+    return data.Batches([None] * num_questions, P, seed, torch.Generator(), process, fill)
+
+
+def test_an_epoch_asks_every_question_once_in_an_order_of_its_own_that_the_seed_decides():
+    sets = [batches(12, 4, seed=seed) for seed in (0, 1)]
+    orders = [
+        torch.cat([one.rows(3 * epoch + i) for i in range(3)]).tolist() for one in sets for epoch in range(3)
+    ]
+    assert sets[0].steps_an_epoch == 3 and all(sorted(order) == list(range(12)) for order in orders)
+    assert len(set(map(tuple, orders))) == 6
+
+
+def test_attempts_to_fill_a_step_ask_further_questions_of_the_epoch_with_draws_of_their_own():
+    one, asked, draws = batches(13, 2, fill=3), [], []
+    assert (one.fill, one.steps_an_epoch) == (3, 2) and batches(13, 2, fill=9).fill == 6
+    for step in range(2):
+        for attempt in range(3):
+            rows, uniforms = one.of_step(step, 2, 5, attempt)
+            asked += rows.tolist()
+            draws.append(uniforms)
+    assert len(set(asked)) == 12 and len(torch.stack(draws).unique()) == 6 * 2 * 2 * 5
+
+
+def test_processes_share_a_steps_questions_and_draws_and_each_has_noise_of_its_own():
+    whole, halves, noises = batches(12, 4).of_step(2, 3, 5), [], set()
+    for index in range(2):
+        half = batches(12, 4, (index, 2))
+        halves.append(half.of_step(2, 3, 5))
+        noises.add(half.noise.initial_seed())
+        half.of_step(3, 3, 5)
+        noises.add(half.noise.initial_seed())
+        again = batches(12, 4, (index, 2))
+        assert again.of_step(2, 3, 5)[1].equal(halves[-1][1]) and again.noise.initial_seed() in noises
+    for part, of_all in zip(zip(*halves, strict=True), whole, strict=True):
+        assert torch.cat(part).equal(of_all)
+    assert len(noises) == 4  # of two processes in two steps
+
+
+def test_held_out_videos_are_a_share_that_the_seed_draws_and_none_is_learned_from(tmp_path):
+    rows = [GOOD | {"id": f"{i}{j}", "video": f"{i}.mp4"} for i in range(11) for j in range(2)]
+    path, held = write_lines(tmp_path / "q.jsonl", *rows), set()
+    for seed in range(3):
+        for share, count in ((0.25, 3), (0.01, 1), (1.0, 10)):  # round(2.75); both sets have a video at least
+            options = data.DataOptions(data=path, videos=str(tmp_path), eval_share=share)
+            sets = data.load_sets(options, seed)
+            learn, test = ({question.video for question in part} for part in sets)
+            assert len(test) == count and not learn & test and len(sets[0]) + len(sets[1]) == 22
+        held.add(tuple(sorted(question.id for question in sets[0])))
+    assert len(held) > 1
+
+
+def test_videos_of_held_out_questions_may_lie_in_a_folder_of_their_own(tmp_path):
+    path = write_lines(tmp_path / "q.jsonl", GOOD | {"video": "a.mp4"})
+    for folder, wanted in (("", "here"), ("there", "there")):
+        options = data.DataOptions(data=path, videos="here", eval_data=path, eval_videos=folder)
+        assert [q.video for part in data.load_sets(options, 0) for q in part] == [
+            "here/a.mp4",
+            f"{wanted}/a.mp4",
+        ]

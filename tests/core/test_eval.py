@@ -4,13 +4,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import eval as evaluation
+import lora
 from checkpoints.policies import data_of
 from data import DataOptions, load_sets
 from eval import evaluate_run, gains, main, table
 from plumbing.options import BadInput
 from plumbing.progress import compare
+from rollout import Sampling
 from videoqa import questions
 from videoqa.answers import Question, summarize
 
@@ -195,3 +198,71 @@ def test_a_run_is_evaluated_with_as_many_prompts_at_once_as_it_sampled(made, wan
     monkeypatch.setattr(evaluation, "table", lambda *x: "")
     evaluate_run("run", "a.jsonl", ".")
     assert [options["prompts_at_once"] for options in asked] == [wanted, wanted]
+
+
+def test_intervals_of_a_gain_resample_videos():
+    questions = [question(i, f"{i % 2}.mp4", "Color") for i in range(40)]
+    gain = gains(questions, {"greedy": [0.0] * 40}, {"greedy": [float(i % 2) for i in range(40)]})
+    assert gain["greedy"] == {"accuracy": 0.5, "ci95": [0.0, 1.0]}  # about 0.35 to 0.65 by question
+
+
+def evaluated(monkeypatch, tmp_path, data=""):
+    """What evaluate_run asks for, of a run with a seed, dtype and length of its own."""
+    rows = [{"id": str(i), "video": f"{i}.mp4", "question": "q", "answer": "red"} for i in range(8)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = DataOptions(data=str(tmp_path / "d.jsonl"), videos=str(tmp_path))
+    config = asdict(options) | {"seed": 5, "dtype": "bfloat16", "max_new_tokens": 7, "eval_samples": 3}
+    held = load_sets(options, 5)
+    config["made"] = data_of(*held)
+    linear = lora.LoRALinear(torch.nn.Linear(2, 2), 1, 1.0)
+    decoder, seen = torch.nn.Sequential(linear), []
+    decoder.head = linear.lora_A
+    monkeypatch.setattr(evaluation, "load_run", lambda *x: (SimpleNamespace(decoder=decoder), None, config))
+    monkeypatch.setattr(evaluation, "set_up", lambda decoder, options: seen.append(options.dtype))
+    monkeypatch.setattr(evaluation, "PromptSet", lambda policy, tokenizer, questions: questions)
+    monkeypatch.setattr(evaluation, "Sampling", SimpleNamespace(of=lambda *x, **options: options))
+    monkeypatch.setattr(evaluation, "refuse_changed", lambda *x: None)
+
+    def evaluate(policy, questions, sampling, **options):
+        seen.append((linear.use, questions, sampling["max_new_tokens"], options))
+        return linear.use, None
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "table", lambda before, after: (before, after))
+    return evaluate_run("run", "", ""), seen, held[1]
+
+
+def test_a_run_is_evaluated_on_its_held_out_questions_with_its_own_settings_before_and_after(
+    monkeypatch, tmp_path
+):
+    table, (dtype, *asked), held = evaluated(monkeypatch, tmp_path)
+    assert table == ("off", "policy") and dtype == "bfloat16"
+    assert asked == [(use, held, 7, {"samples": 3, "seed": 5}) for use in ("off", "policy")]
+
+
+def test_an_evaluation_is_at_temperature_1_over_all_ids_greedy_first_whatever_the_trainings(monkeypatch):
+    asked = []
+
+    def answer(policy, questions, rows, G, sampling, uniforms):
+        asked.append((rows.tolist(), sampling.temperature, sampling.top_p, G, uniforms))
+        return None, [["red"] + ["blue"] * (G - 1) for _ in rows]
+
+    class Set:
+        questions = [question(i, "a.mp4", "Color") for i in range(6)]
+
+        def __len__(self):
+            return 6
+
+    monkeypatch.setattr(evaluation, "answer", answer)
+    sampling = Sampling(3, torch.tensor([1]), temperature=0.2, top_p=0.5, prompts_at_once=4)
+    results, values = evaluation.evaluate(None, Set(), sampling, samples=2, seed=1)
+    assert [row[:4] for row in asked] == [([0, 1, 2, 3], 1.0, 1.0, 3), ([4, 5], 1.0, 1.0, 3)]
+    uniforms = torch.cat([row[4] for row in asked])
+    assert uniforms[:, 0].isnan().all() and len(uniforms[:, 1:].unique()) == 6 * 2 * 3
+    assert results["greedy"]["accuracy"] == 1 and results["sampled"]["accuracy"] == 0
+    evaluation.evaluate(None, Set(), sampling, samples=2, seed=2)
+    assert not torch.cat([row[4] for row in asked[2:]])[:, 1:].equal(uniforms[:, 1:])
+    evaluation.evaluate(None, Set(), sampling, samples=2, seed=1, subset=3)
+    assert asked[-1][0] == sorted(asked[-1][0]) and asked[-1][4].nan_to_num().equal(
+        uniforms[asked[-1][0]].nan_to_num()
+    )

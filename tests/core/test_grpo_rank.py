@@ -670,3 +670,40 @@ def test_compile_is_asked_for_where_the_tools_are_there(monkeypatch):
     monkeypatch.setattr(machine, "has_triton", lambda: False)
     assert machine.compiled(F.relu, "cuda") is F.relu and len(seen) == 1  # no Triton: not even tried
     machine.compiled.cache_clear()
+
+
+def test_a_nucleus_that_has_reached_top_p_exactly_takes_no_further_id():
+    probs = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
+    assert probs.log().exp().equal(probs)  # so that the border is met exactly
+    for top_p, size in ((0.5, 1), (0.75, 2), (0.875, 3)):
+        assert nucleus(probs.log(), top_p).sum() == size
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_far_ratios_are_exact_up_to_the_bound_and_flat_behind_it_in_the_walk_as_in_the_equation(sign):
+    hidden, head, _, completions, advantages = walk_inputs(False)
+    completions.logprobs[0] += torch.tensor([-24.0, 24.0, -5.0, 5.0, 0.0])  # of the policy that sampled
+    args = hidden, head, completions, sign * advantages, Objective()
+    results = []
+    for loss, stats in (rollout_loss(*args), plain_loss(*args)):
+        results.append((loss, *torch.autograd.grad(loss, hidden), stats["ratio"]))
+    assert_close(*results, atol=1e-9, rtol=1e-9)
+    rows = dict(
+        logprobs=torch.zeros(1, 2), old_logprobs=torch.tensor([[-19.0, 0.5]]), advantages=torch.ones(1)
+    )
+    _, stats = policy_loss(**rows, mask=torch.ones(1, 2).bool(), clip_eps=0.2)
+    assert_close(stats["ratio"].item(), math.exp(19) + math.exp(-0.5), atol=0, rtol=1e-6)
+
+
+def test_the_gap_is_of_either_sign():
+    hidden, head, _, completions, advantages = walk_inputs(False)  # log pi_old - log pi in -0.7 .. 0.6
+    for off, gap in ((2.0, 2.6), (-2.0, 2.7)):
+        moved = changed(completions, logprobs=completions.logprobs + off)
+        _, stats = rollout_loss(hidden, head, moved, advantages, Objective())
+        assert_close(stats["gap"].item(), gap, atol=1e-6, rtol=0)
+
+
+def test_log_probabilities_of_logits_in_16_bits_are_float32():
+    logits = torch.tensor([[1.0, 2.0, 4.0]]).bfloat16()
+    found = sampling_logprobs(logits, 0.7, None, None)
+    assert_close(found, (logits.float() / 0.7).log_softmax(-1), atol=1e-6, rtol=0)

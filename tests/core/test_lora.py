@@ -372,3 +372,51 @@ def test_an_adapter_of_another_scale_is_refused_not_rescaled(tmp_path):
     peft_files.save_adapter(build(alpha=16.0)[0], tmp_path)
     with pytest.raises(peft_files.BadInput, match="alpha 16"):
         peft_files.load_adapter(build(alpha=8.0)[0], tmp_path)
+
+
+def test_off_is_the_start_also_when_a_later_policy_is_the_reference():
+    decoder, trainable = build()
+    start = out(decoder)
+    learn(trainable)
+    lora.freeze_reference(decoder)
+    with lora.using(decoder, "off"):
+        assert torch.equal(out(decoder), start)
+    with lora.using(decoder, "reference"):
+        assert not torch.equal(out(decoder), start)
+
+
+def test_fresh_adapters_are_drawn_by_the_seed_evenly_around_zero():
+    def drawn(seed):
+        return lora.Learner(torch.nn.ModuleDict({"q_proj": torch.nn.Linear(100, 7)}), 50, 4.0, seed)
+
+    first, again, other = (drawn(seed).model["q_proj"] for seed in (1, 1, 2))
+    assert first.lora_A.equal(again.lora_A) and not first.lora_A.equal(other.lora_A)
+    assert first.lora_B.eq(0).all() and first.reference_A.equal(first.lora_A)
+    low, high = first.lora_A.aminmax()  # kaiming uniform with a = sqrt(5): the bound is 1 / sqrt(in)
+    assert -0.1 <= low < -0.099 and 0.099 < high <= 0.1 and first.lora_A.mean().abs() < 0.005
+
+
+def test_a_resume_brings_the_frozen_reference_back_and_refuses_another_dtype():
+    ours, resumed = (lora.Learner(build(adapters=False)[0], 4, 8.0, seed) for seed in (0, 1))
+    learn(ours.optimizer.param_groups[0]["params"])
+    lora.freeze_reference(ours.model)
+    learn(ours.optimizer.param_groups[0]["params"], seed=3)
+    stored = {name: x.clone() for name, x in ours.tensors().items()}
+    resumed.restore(stored)
+    for which in ("policy", "reference"):
+        with lora.using(ours.model, which), lora.using(resumed.model, which):
+            assert torch.equal(out(ours.model), out(resumed.model)), which
+    name = next(iter(stored))
+    with pytest.raises(ValueError, match="does not fit"):
+        resumed.restore(stored | {name: stored[name].double()})
+
+
+def test_a_gradient_longer_than_the_bound_is_scaled_to_it_and_a_shorter_one_stays():
+    from plumbing.machine import optimizer_step
+
+    for gradient, moved in (([3.0, 4.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4])):
+        p = torch.zeros(2, requires_grad=True)
+        p.grad = torch.tensor(gradient)
+        norm = optimizer_step(torch.optim.SGD([p], lr=9.0), 2.0, 1.0)
+        torch.testing.assert_close(p.detach(), -2 * torch.tensor(moved), atol=1e-5, rtol=0)
+        assert norm == pytest.approx(torch.tensor(gradient).norm().item()) and p.grad is None

@@ -267,3 +267,53 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_line(tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="^.*pytorch_model.bin: a pickle, which can run code.*$"):
         load_model(tmp_path)
+
+
+def test_times_are_told_by_periods_from_half_a_second_to_512_seconds():
+    features = model.time_features(torch.tensor([0.125, 128.0]))  # 32 periods in equal ratios
+    periods = 0.5 * 1024 ** (torch.arange(32) / 31)
+    angles = 2 * torch.pi * torch.tensor([[0.125], [128.0]]) / periods
+    torch.testing.assert_close(features, torch.cat([angles.sin(), angles.cos()], dim=1), atol=2e-3, rtol=0)
+    assert features[0, 0] > 0.999 < features[1, 31]  # a quarter of the shortest, and of the longest
+
+
+def test_a_q_former_is_told_how_a_patch_changes_from_frame_to_frame():
+    bridge = build(Bridge, replace(CFG, num_frames=4), CLIP)
+    moving, times = torch.randn(P, 4, 4, CLIP.width), torch.arange(4.0).expand(P, 4)
+    still = moving[:, :1].expand_as(moving)
+    before = [bridge(x, times) for x in (still, moving)]
+    bridge.motion.weight.data.mul_(3)
+    after = [bridge(x, times) for x in (still, moving)]
+    torch.testing.assert_close(after[0], before[0], atol=1e-6, rtol=0)
+    assert (after[1] - before[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_sliding_window_hides_what_lies_before_it_in_every_pass():
+    """In one layer a state sees its window alone: changing what lies before it changes nothing."""
+    window = 2
+    decoder = build(cfg=replace(CFG, num_layers=1, sliding_window=window))
+    prompt, _ = embeddings()
+    tokens = torch.randint(0, 40, (P, G, T), generator=torch.Generator().manual_seed(3))
+    full, cache = decoder(prompt, MASK, decoder.embed_tokens(tokens)), KVCache(MASK, G, T)
+    states = [decoder(prompt, MASK, cache=cache).expand(P, G, 1, -1)[:, :, 0]]
+    states += [decoder.step(tokens[:, :, t], t, cache) for t in range(T - 1)]
+    torch.testing.assert_close(torch.stack(states, dim=2), full, atol=1e-5, rtol=0)
+    for seen in range(S):  # state t stands on token S + t - 1, which sees itself and the window - 1 before it
+        changed = prompt.clone()
+        changed[:, seen] += 1
+        differs = (decoder(changed, MASK, decoder.embed_tokens(tokens)) != full).any(dim=-1)  # (P, G, T)
+        wanted = torch.tensor([seen > S + t - 1 - window for t in range(T)]) & MASK[:, seen, None, None]
+        assert differs.equal(wanted.expand(P, G, T)), seen
+
+
+def test_the_frames_that_a_head_of_the_q_former_looks_at_are_shifted_as_it_has_learned():
+    layer = build(model.QFormerLayer, 32, 4)
+    layer.slopes.data.fill_(5.0)  # each head sees one frame alone
+    queries, patches = torch.randn(1, 1, 32), torch.randn(1, 3, 32)
+    for shift in (-1.0, 0.0, 1.0):  # frames ahead of the query
+        layer.shifts.data.fill_(shift)
+        ahead, nowhere = torch.tensor([[[-1.0, 0.0, 1.0]]]), torch.zeros(1, 3)
+        found, seen = layer(queries, patches, ahead, nowhere), int(shift) + 1
+        alone = layer(queries, patches[:, seen : seen + 1], ahead[..., seen : seen + 1], nowhere[:, :1])
+        torch.testing.assert_close(found, alone, atol=1e-5, rtol=0)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo_rank import ranks_from_scores
 from oracle import (
     FunctionOracle,
     Ranking,
@@ -29,6 +30,7 @@ from oracles.combine import (
 )
 from oracles.feedback import feedback_means, feedback_sums, kendall_tau, ndcg_agreement
 from plumbing.options import BadInput
+from rollout import Completions
 from videoqa.answers import Question
 
 COLOR = Question("0", "a.mp4", "What color is the circle?", "red")
@@ -552,3 +554,147 @@ def test_agreement_does_not_depend_on_the_order_of_the_group(pairs, random):
         value, again = (agreement(*map(list, zip(*rows, strict=True))) for rows in (pairs, shuffled))
         assert value is None or lowest - 1e-9 <= value <= 1 + 1e-9
         assert value == (None if value is None else pytest.approx(again))
+
+
+class Scored:
+    """Scores that it is told, and their order."""
+
+    def __init__(self, scores):
+        self.scores = torch.tensor(scores, dtype=torch.float64)
+
+    def rank(self, batch, texts):
+        return Ranking(ranks_from_scores(self.scores), scores=self.scores)
+
+
+def bent(scores, bend, noise, seed=0, top=2.0):
+    return combine.BentOracle(Scored(scores), torch.Generator().manual_seed(0), bend, noise, top, seed)
+
+
+def test_bent_scores_are_shares_of_ten_by_a_curve_of_each_question():
+    texts, scores = [["a", "b", "c"]] * 2, [[0.0, 1.0, 2.0]] * 2
+    plain = bent(scores, bend=0.0, noise=0.0).rank([COLOR, PLACE], texts)
+    assert plain.scores.tolist() == [[0, 5, 10]] * 2 and plain.ranks.tolist() == [[2, 1, 0]] * 2
+    curves = {
+        seed: bent(scores, bend=1.0, noise=0.0, seed=seed).rank([COLOR, PLACE], texts).scores
+        for seed in range(5)
+    }
+    for found in curves.values():
+        assert (found == found.round()).all() and (found.diff(dim=1) >= 0).all()
+        assert (found[:, 0] <= 6).all() and (found[:, 2] >= 7).all()
+    flat = torch.stack(list(curves.values())).flatten(0, 1)
+    assert len({tuple(row) for row in flat.tolist()}) > 3  # apart by question and by seed
+    shares = (flat[:, 1] - flat[:, 0]) / (flat[:, 2] - flat[:, 0]).clamp(min=1)
+    assert shares.min() < 0.4 and shares.max() > 0.6  # a straight line would have 1 / 2
+
+
+def test_a_bent_oracles_noise_is_of_each_text_and_equal_texts_tie():
+    texts = [["a", " a", "b", "c", "d"]] * 20
+    ranking = bent([[1.0] * 5] * 20, bend=0.0, noise=0.3).rank([COLOR] * 20, texts)
+    assert (ranking.scores[:, 0] == ranking.scores[:, 1]).all() and ranking.ranks.equal(
+        ranks_from_scores(ranking.scores)
+    )
+    for one, other in itertools.combinations(range(1, 5), 2):
+        assert (ranking.scores[:, one] != ranking.scores[:, other]).any()
+    assert (ranking.scores >= 0).all() and (ranking.scores <= 10).all() and ranking.scores.std() > 1
+
+
+def test_orders_shown_depend_on_the_seed():
+    shown = []
+
+    class Watching(RuleOracle):
+        def rank(self, batch, texts):
+            shown.append(texts)
+            return super().rank(batch, texts)
+
+    for seed in (0, 0, 1):
+        PermutedOracle(Watching(), 1, "off", seed).rank([COLOR] * 4, [["a", "b", "c", "d"]] * 4)
+    assert shown[0] == shown[1] != shown[2]
+
+
+def test_a_swap_and_the_bias_for_the_first_place_are_drawn_apart():
+    oracle = noisy(FixedOracle([[0, 1]] * 4000), swap_prob=0.5, position_bias=0.5)
+    ranks = oracle.rank([COLOR] * 4000, [["a", "b"]] * 4000).ranks
+    assert (ranks[:, 0] == 0).float().mean().item() == pytest.approx(0.75, abs=0.03)  # not swapped, or lifted
+
+
+def completions(lengths, T):
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
+    ids = mask.long()
+    return Completions(ids, mask, -ids.float(), None, torch.tensor(lengths) < T)
+
+
+def test_a_steps_numbers_by_hand_and_of_a_failed_group_no_order_is_read():
+    """Two ranked groups and one whose ranking failed; the oracle's best of the second is wrong."""
+    texts = [["red", "blue", "green"], ["blue", "red", "red"], ["blue", "blue", "green"]]
+    ranks, notes = torch.tensor([[0, 1, 2], [0, 1, 1], [0, 1, 2]]), ["", "", "cut: words"]
+    ranking = Ranking(ranks, torch.tensor([True, True, False]), notes)
+    rollout = completions([1, 2, 3, 4, 1, 2, 3, 4, 1], 4)  # two are cut
+    groups = feedback.Groups(torch.arange(3), [COLOR] * 3, texts, rollout, ranking)
+    policy_ranks = torch.tensor([[0, 1, 2], [0, 1, 1], [2, 1, 0]])
+    advantages = torch.tensor([[1.0, -1, 0], [2, 0, -2], [0, 0, 0]])
+    numbers = feedback.feedback_numbers(groups, policy_ranks, advantages)
+    wanted = {
+        "accuracy": 3 / 9, "oracle_best_accuracy": 1 / 2, "ndcg": 1, "kendall_tau": 1, "groups": 3,
+        "asked_groups": 3, "advantage_rms": (10 / 9) ** 0.5, "mean_tokens": 21 / 9, "cut_share": 2 / 9,
+        "tokens": 21, "dead_groups": 0, "failed_groups": 1, "order_right": 2 / 4,
+    }  # fmt: skip
+    assert {name: numbers[name] for name in wanted} == pytest.approx(wanted)
+    assert numbers["failed_by_cause"] == {"cut": 1}
+
+
+def test_a_step_is_full_when_as_many_groups_carry_a_signal_and_further_ones_stand_behind():
+    live, dead = torch.tensor([[0, 1], [0, 1]]), torch.tensor([[0, 0], [0, 1]])
+
+    def groups(name, ranks, T):
+        rollout = completions([T] * 4, T)
+        return feedback.Groups(torch.arange(2), [COLOR, PLACE], [[name] * 2] * 2, rollout, Ranking(ranks))
+
+    first, second = groups("a", dead, 2), groups("b", live, 3)
+    assert first.after(None) is first and not first.fill(2) and first.fill(1) and second.fill(2)
+    both = second.after(first)
+    assert both.fill(3) and not both.fill(4) and both.texts == first.texts + second.texts
+    assert both.ranking.live.tolist() == [False, True, True, True] and both.rows.tolist() == [0, 1, 0, 1]
+    assert both.rollout.completion_mask.sum(dim=1).tolist() == [2] * 4 + [3] * 4
+
+
+def test_openings_are_of_three_words_and_tied_pairs_say_nothing_of_a_place():
+    said = [["it is red", "it is blue"], ["It is RED now", "no"]]
+    assert feedback_sums(said, Ranking(torch.tensor([[0, 1], [0, 1]])))["repeated"] == 2
+    counts = combine.settle([{"a": 0, "b": 0, "c": 2}], False)[2]
+    assert (counts["early"], counts["late"]) == (2, 0)
+
+
+def test_a_failed_ranking_says_nothing_of_the_canary_and_rewards_of_the_planted_answers_are_not_counted():
+    failed = AnchoredOracle(FixedOracle([[0, 1, 2, 2], [0, 1, 2, 3]], [False, True]), False, True)
+    sums = failed.rank([COLOR, PLACE], [["a", "b"]] * 2).sums
+    assert (sums["canaries"], sums["canary_errors"]) == (1, 0)
+    anchored = AnchoredOracle(RewardOracle("sum", (1.0, 1.0, 0.1)), True, True).rank(
+        [COLOR], [["red", "blue"]]
+    )
+    assert anchored.scores.shape == (1, 2) and not [name for name in anchored.sums if "reward_" in name]
+
+
+def test_weights_overlap_and_think_of_the_dual_reward_are_those_given_and_rounding_noise_ties():
+    question = Question("0", "a.mp4", "Which color?", "red", spans=((2.0, 8.0),))
+    texts = ["red", "blue, 2 to 5 s", "<think>so</think><answer>red, 2 to 8 s</answer>"]
+    weighed_scores = RewardOracle("sum", (2.0, 3.0, 0.5)).rank([question], [texts]).scores
+    assert weighed_scores.tolist() == [[2.0, 3 * 0.5 + 0.5, 2 + 3]]  # a think part is no form here ...
+    iop = RewardOracle("sum", (1.0, 1.0, 0.1), "iop", True).rank([question], [texts]).scores
+    assert iop.tolist() == [[1.0, 1.0, 2.1]]  # ... and with think it is
+    event = Question("0", "a.mp4", "When?", "", spans=((0.0, 1.0),))
+    spans = ["0.1 to 0.2", "0.7 to 0.8", "0.3 to 0.4", "2 to 3"]  # IoU .1 but for rounding
+    for by in ("sum", "lexicographic"):
+        assert RewardOracle(by, (1.0, 1.0, 0.1)).rank([event], [spans]).ranks.tolist() == [[0, 0, 0, 3]]
+
+
+def test_a_function_is_told_the_options_and_not_asked_about_equal_texts():
+    asked = []
+    oracle = FunctionOracle(lambda question, texts, **_: asked.append(question) or [0, 1])
+    quiz = Question("2", "a.mp4", "Which?", "red", options=("red", "blue"), answer_index=0)
+    assert oracle.rank([quiz, COLOR], [["A", "B"], ["a", "a "]]).ranks.tolist() == [[0, 1], [0, 0]]
+    assert asked == ["Which?\n(A) red (B) blue"]
+
+
+def test_counts_that_one_part_alone_has_are_joined_too():
+    parts = [Ranking(torch.tensor([[0, 1]]), sums=sums) for sums in ({"a": 1}, {"a": 2, "b": 3})]
+    assert Ranking.joined(parts).sums == {"a": 3, "b": 3}

@@ -259,3 +259,63 @@ def test_questions_about_one_video_share_its_pass_and_get_the_states_of_their_ow
     assert rows[0] - rows[1] == (3 * opening * CFG.dim if dtype == torch.float32 else 0)
     for own, shared in zip(*results, strict=True):
         torch.testing.assert_close(shared, own, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_prompts_sampled_in_parts_give_the_completions_of_all_at_once(model, prompts, top_p):
+    """The parts end after different numbers of tokens: they are put together padded on the right."""
+    options = dict(seed=5, end_ids=torch.arange(8, 24), top_p=top_p)
+    whole = sample(model, prompts, **options)
+    alone = [sample(model, prompts, rows=slice(p, p + 1), **options) for p in range(P)]
+    assert len({part.completion_ids.shape[1] for part in alone}) > 1
+    parts = sample(model, prompts, prompts_at_once=1, **options)
+    for name in ("completion_ids", "completion_mask", "support", "ended"):
+        one, other = getattr(parts, name), getattr(whole, name)
+        assert one is other is None if top_p == 1 and name == "support" else one.equal(other), name
+    torch.testing.assert_close(parts.logprobs, whole.logprobs, atol=1e-5, rtol=0)
+
+
+def test_the_completions_of_chosen_prompts_are_all_of_theirs_and_no_others(model, prompts):
+    whole = sample(model, prompts, top_p=0.9)
+    part = whole.of_prompts(torch.tensor([True, False, True]))
+    rows = [*range(G), *range(2 * G, 3 * G)]
+    for name in ("completion_ids", "completion_mask", "logprobs", "support", "ended"):
+        assert getattr(part, name).equal(getattr(whole, name)[rows]), name
+
+
+def test_of_several_prompts_that_go_on_each_keeps_its_own_keys_and_draws(model, monkeypatch):
+    generator, left = torch.Generator().manual_seed(3), []
+    mask = torch.arange(16) >= torch.tensor([[3], [0], [2], [0], [5], [1]])
+    ids = torch.randint(0, V, (6, 16), generator=generator)
+    prompts = Prompts(ids, mask, torch.randn(6, 8, CFG.dim, generator=generator))
+    real = KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda cache, going: left.append(len(going)) or real(cache, going))
+    sampling = Sampling(T, torch.arange(8, 28), BANNED)
+    for seed in range(10):
+        uniforms = torch.rand(6, G, T, generator=torch.Generator().manual_seed(seed))
+        shrinking = generate(model, prompts, G, sampling, uniforms)
+        with monkeypatch.context() as patch:  # never looking, all stay to the end
+            patch.setitem(rollout_module.LOOK_EVERY, "cpu", T)
+            whole = generate(model, prompts, G, sampling, uniforms)
+        assert shrinking.completion_ids.equal(whole.completion_ids)
+        torch.testing.assert_close(shrinking.logprobs, whole.logprobs, atol=1e-5, rtol=0)
+    assert 3 in left
+
+
+def test_reference_states_are_those_of_the_frozen_adapters_prompt_by_prompt_whatever_the_micro_batch(prompts):
+    torch.manual_seed(0)
+    model = VideoLM(CFG, CLIP)
+    parameters = lora.add_adapters(model.decoder, 4, 8.0)
+    wanted = []
+    for seed in (0, 1):  # the policy that is frozen, then the one that has moved on
+        for parameter in parameters:
+            parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(seed))
+        if seed == 0:
+            lora.freeze_reference(model.decoder)
+            rollout = sample(model, prompts)
+            wanted = completion_states(model, prompts, rollout)
+    mask = rollout.completion_mask
+    for size in (0, 1, 2):
+        parts = rollout_module.reference_states(model, prompts, rollout, size)
+        assert len(parts) == (-(-P // size) if size else 1) and not parts[0].requires_grad
+        torch.testing.assert_close(torch.cat(parts)[mask], wanted[mask], atol=1e-4, rtol=1e-4)

@@ -2,6 +2,7 @@ import json
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,3 +194,34 @@ def test_the_questions_are_not_overwritten(tmp_path, script, name):
     done = script(selection.main, *command)
     assert done.returncode == 2 and f"{tmp_path / name}; name another file" in done.stderr
     assert (tmp_path / name).read_text() == "{}\n" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_rounding_noise_of_overlaps_is_no_disagreement():
+    noise = [spread(continuous(0.3, 0.3 + 1e-9))]
+    assert noise[0]["iou_std"] > 0 and select(noise, ["grounding"], 2) == ["dropped: all overlaps equal"]
+
+
+def test_histograms_are_of_right_answers_and_of_stds_in_bins_of_a_twentieth():
+    spreads = [spread(discrete(1, 0)), spread(discrete(1, 1))]
+    spreads += [spread(continuous(*pair)) for pair in ((0.0, 1.0), (0.0, 0.14), (0.5, 0.5))]
+    assert selection.histogram(spreads, 2) == {"right": [0, 1, 1], "iou_std": [1, 1, *[0] * 7, 1]}
+
+
+def test_a_question_draws_by_the_seed_and_its_number_alone(monkeypatch):
+    drawn = {}
+
+    def answer(policy, prompts, rows, k, sampling, uniforms):
+        assert sampling.temperature == 1 and uniforms.shape == (len(rows), 2, 3)
+        drawn[len(drawn)] = uniforms
+        return None, [["x"] * k for _ in rows]
+
+    asked = SimpleNamespace(video_embeds=torch.zeros(1))
+    monkeypatch.setattr(selection, "answer", answer)
+    monkeypatch.setattr(selection, "PromptSet", lambda *given: asked)
+    monkeypatch.setattr(
+        selection.Sampling, "of", lambda *x, **given: selection.Sampling(3, torch.tensor([1]))
+    )
+    for seed, first, n in ((0, 0, 4), (0, 2, 2), (1, 0, 4)):
+        cfg = selection.Config(videos="v", out="o", k=2, max_new_tokens=3, seed=seed)
+        selection.sample(None, None, [None] * n, first, cfg)
+    assert drawn[0][2:].equal(drawn[1]) and len(torch.cat([drawn[0], drawn[2]]).unique()) == 2 * 4 * 2 * 3

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -408,3 +410,72 @@ def test_a_killed_first_evaluation_goes_on_and_a_new_start_does_not(home, script
     asked[:] = [0] * 3
     done = script(train.main, *start)
     assert done.returncode == 0 and sum(asked) == 2 * n, done.stderr
+
+
+def test_advantages_have_the_form_the_gain_and_the_weights_that_are_asked_for():
+    ranks, policy_ranks = torch.tensor([[0, 1, 2]]), torch.tensor([[2, 0, 1]])
+    ranking = Ranking(
+        ranks, agreement=torch.tensor([0.25]), below_anchor=torch.tensor([[True, False, False]])
+    )
+    for form in ("ideal", "printed", "inverted"):
+        for gain in ("divided", "appendix"):
+            cfg = train.Config(advantage_form=form, gain=gain)
+            wanted = train.rank_advantages(ranks, policy_ranks, form, gain) / 4
+            wanted[0, 0] = wanted[0, 0].clamp(max=0)
+            assert train.advantages_of(cfg, ranking, policy_ranks).equal(wanted)
+
+
+def test_an_update_has_the_objective_of_the_options_and_a_rate_that_falls_to_zero(small_step, monkeypatch):
+    cfg, policy, learner, prompts, rollout, advantages = small_step
+    cfg.clip_eps, cfg.kl_coef, cfg.num_steps, cfg.lr, cfg.updates_per_rollout = 0.3, 0.5, 4, 8.0, 2
+    seen, rates, real = [], [], train.rollout_loss
+    monkeypatch.setattr(train, "rollout_loss", lambda *x, **more: seen.append(x[4]) or real(*x, **more))
+    monkeypatch.setattr(train, "optimizer_step", lambda optimizer, lr, norm: rates.append((lr, norm)) or 1.0)
+    states = train.reference_states(policy, prompts, rollout, 0)
+    batch = dict(prompts=prompts, rollout=rollout, advantages=advantages, ref_states=states)
+    numbers = [train.update(cfg, policy, learner, step=step, **batch) for step in (0, 3)]
+    assert rates == [(8.0, 1e9)] * 2 + [(2.0, 1e9)] * 2
+    assert set(seen) == {train.Objective(0.3, "sequence", cfg.max_new_tokens, 0.5, 0.01)} and len(seen) == 4
+    hidden = train.completion_states(policy, prompts, rollout)
+    loss, _ = real(hidden, policy.decoder.head, rollout, advantages.flatten(), seen[0], ref_hidden=states[0])
+    assert [row["loss"] for row in numbers] == pytest.approx([loss.item()] * 2)  # the mean of two alike
+
+
+def test_the_reference_is_frozen_as_each_epoch_begins_and_a_step_asks_no_more_than_it_needs(monkeypatch):
+    frozen, attempts = [], []
+
+    class Enough(Exception):
+        pass
+
+    class Groups:
+        def __init__(self, *given):
+            pass
+
+        def after(self, earlier):
+            return self
+
+        def fill(self, P):
+            return len(attempts) == 2
+
+        @property
+        def ranking(self):
+            raise Enough
+
+    fake = SimpleNamespace
+    ranking = fake(dead="")
+    batches = fake(steps_an_epoch=3, fill=4, P=1, asked=fake(questions=[]),
+                   of_step=lambda step, G, T, attempt: attempts.append(attempt) or ([], None))  # fmt: skip
+    monkeypatch.setattr(train, "answer", lambda *given: (None, None))
+    monkeypatch.setattr(train, "steady_products", lambda decoder: nullcontext())
+    monkeypatch.setattr(train, "Groups", Groups)
+    monkeypatch.setattr(train, "freeze_reference", lambda decoder: frozen.append(step))
+    for step in range(8):
+        attempts.clear()
+        run = fake(
+            steps=lambda n, step=step: [step], clock=lambda name: nullcontext(), stop_if=lambda dead: None
+        )
+        oracle = fake(rank=lambda *given: ranking)
+        with pytest.raises(Enough):
+            train.learn(train.Config(), fake(decoder=None), None, oracle, batches, None, run)
+        assert attempts == [0, 1]
+    assert frozen == [0, 3, 6]

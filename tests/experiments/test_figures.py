@@ -79,7 +79,7 @@ def test_answers_stand_in_the_page_as_they_are_and_are_no_html_no_markdown_and_n
         told = page.read_text()
         (row,) = (line for line in told.splitlines() if line.startswith("| color 0?"))
         cells = row.split("|")
-        assert len(cells) == 5 and html.unescape(cells[3]).strip() == f"**{said}**".replace("|", "/").replace(
+        assert len(cells) == 6 and html.unescape(cells[3]).strip() == f"**{said}**".replace("|", "/").replace(
             "\n", " "
         )
         assert not set("<[!`") & set(cells[3]) and told.count("<!-- /figures -->") == 1

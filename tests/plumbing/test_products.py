@@ -63,3 +63,16 @@ def test_a_gpu_computes_no_padding_for_the_cpus_library():
     one = decoder(dtype=torch.bfloat16)
     machine.pick_products(one, torch.device("cuda"))
     assert (one.row_block, one.one_dnn) == (1, False) and Decoder(ModelConfig()).row_block == 1
+
+
+def test_auto_is_bfloat16_on_a_cpu_that_has_it_for_a_wide_decoder_and_what_is_asked_for_stays(monkeypatch):
+    for units, width, chosen in (
+        ({"AMX"}, 512, "bfloat16"),
+        ({"AMX"}, 511, "float32"),
+        (set(), 4096, "float32"),
+    ):
+        has = {name: lambda name=name, units=units: name in units for name in machine.BFLOAT16_UNITS}
+        monkeypatch.setattr(machine, "BFLOAT16_UNITS", has)
+        assert machine.pick_dtype("auto", CPU, width) == chosen
+        assert machine.pick_dtype("bfloat16", CPU, 8) == "bfloat16"
+    assert machine.pick_dtype("auto", torch.device("cuda"), 8) == "bfloat16"

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from videoqa import answers
 from videoqa.answers import (
     Question,
     Reward,
@@ -479,3 +480,34 @@ def test_bootstrap_weighs_values_not_clusters_and_repeats_with_its_seed():
     assert low < 0.9 < high  # the mean over values; over clusters it is 0.5
     with pytest.raises(ValueError, match="at least one value"):
         bootstrap_ci([[]])
+
+
+def test_an_option_is_none_where_it_is_negated_or_two_are_alike_and_the_longer_of_two_named():
+    quiz = answers.Question(
+        "0", "v", "Which?", "ball", options=("ball", "red ball", "Red ball"), answer_index=0
+    )
+    assert answers.read("It is not (A).", quiz).option is None and answers.read("(A)", quiz).option == 0
+    assert answers.read("red ball", quiz).option is None  # two are spelt so
+    two = answers.Question("0", "v", "Which?", "ball", options=("ball", "red ball"), answer_index=0)
+    assert answers.read("it must be that red ball there", two).option == 1
+    worded = answers.Question("0", "v", "Which?", "the first", options=("ball", "cube"), answer_index=0)
+    assert answers.gold_option(worded) == 0
+
+
+def test_a_span_before_the_video_or_of_no_length_is_no_form_and_half_an_answer_is_not_right():
+    event = answers.Question("0", "v", "When?", "1 to 4 s", spans=((1.0, 4.0),))
+    forms = [answers.reward(text, event).format for text in ("1 to 4", "3 to 3", "-1 to 4")]
+    assert forms == [1, 0, 0]
+    place = answers.Question("1", "v", "Where?", "top left")
+    assert 0 < answers.grade("top", place) < 1 and answers.reward("top", place).discrete == 0
+
+
+def test_yes_is_yes_whatever_follows_and_a_start_has_the_unit_of_its_end():
+    moves = answers.Question("0", "v", "Is it so?", "yes")
+    assert answers.grade("Yes, it moves down.", moves) == 1
+    assert answers.parse_span("500 to 900 ms") == (0.5, 0.9)
+
+
+def test_an_interval_leaves_out_a_fortieth_on_each_side():
+    low, high = answers.bootstrap_ci([[float(i % 2)] for i in range(400)])
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.06)  # of 5 % on each side: 2 * 1.645 * ..

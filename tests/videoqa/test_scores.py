@@ -148,3 +148,19 @@ def test_the_score_command_counts_and_refuses_by_line(tmp_path):
         said.write_text(line)
         with pytest.raises(BadInput, match=cause):
             score_file(str(data), str(said))
+
+
+def test_bounds_are_inclusive_half_a_prediction_inside_is_grounded_and_two_minutes_are_short():
+    assert scores.grounded_qa([True, True], [(0.3, 0.5), (0.2, 0.49)])["Acc@GQA"] == 50
+    question = lambda seconds: Question("0", "v", "q", "a", duration=seconds)  # noqa: E731
+    found = [scores.duration_class(question(x)) for x in (120.0, 120.5, 900.0, 901.0, None)]
+    assert found == ["short", "medium", "medium", "long", ""]
+
+
+def test_a_number_that_is_no_option_s_index_is_unread_or_unclear():
+    quiz = Question("0", "v", "q", "red", options=("red", "blue"), answer_index=0)
+    texts = [scores.prediction_text(x, quiz) for x in (0, 1.0, -1, 2, 0.5, True)]
+    assert texts == ["A", "B", "", "", None, None]
+    span = Question("0", "v", "q", "a", spans=((0.0, 9.0),))
+    assert scores.prediction_text([[5, 12, 0.9]], span) == "[5, 12]"
+    assert scores.prediction_text([5, 12, 0.9], span) is None
