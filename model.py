@@ -62,6 +62,8 @@ class ModelConfig:
     def __post_init__(self):
         if max(self.num_layers, self.qformer_layers) > MOST_LAYERS:
             raise ValueError(f"a decoder of {self.num_layers} and a Q-Former of {self.qformer_layers} layers")
+        if self.bridge == "qformer" and (self.num_queries < 8 or self.num_queries % 8):
+            raise ValueError(f"num_queries {self.num_queries}: a Q-Former asks equally often at 8 times")
 
 
 # ------------------------------------------------------------------------------------------------ the decoder

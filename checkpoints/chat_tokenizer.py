@@ -139,7 +139,7 @@ class ChatTokenizer:
         parts = [{"type": "image"}, {"type": "text", "text": text}]
         for content in [parts] * self.processor + [f"{self.video}\n{text}"]:
             rendered = self.fill_in([{"role": "user", "content": content}], add_generation_prompt=True)
-            if rendered.count(self.video) == 1:
+            if rendered.count(self.video) == 1 and text.strip() in rendered:
                 return rendered
         raise BadInput(f"{self.path}: its chat template leaves the user's text out; name a --template")
 

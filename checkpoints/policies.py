@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -13,8 +13,8 @@ from clip import ClipConfig
 from model import ModelConfig, VideoLM
 from plumbing.options import (
     BadInput,
+    Bounds,
     Count,
-    CountOrNone,
     Options,
     Positive,
     Seed,
@@ -41,6 +41,8 @@ POLICIES = (
 )
 SUPERVISED = "supervised_policy"  # model_type of what checkpoints/supervised.py writes
 
+Frames = Annotated[int, Bounds(0, 4096)]
+
 
 @dataclass
 class PolicyOptions(Options):
@@ -50,7 +52,7 @@ class PolicyOptions(Options):
     clip: str = ""  # text decoder: folder or OpenAI file of the CLIP to put before it
     adapter: str = ""  # folder of a LoRA that PEFT or a run saved: merged into the start
     base: Literal["float32", "bfloat16", "nf4"] = "float32"  # how the decoder's frozen weights are held
-    num_frames: CountOrNone = 0  # K: frames of a clip; 0: as the policy's config says; pretrained 50
+    num_frames: Frames = 0  # K: frames of a clip; 0: as the policy's config says; pretrained 50
     video_tokens: Literal["auto", "pooled", "patches", "qformer"] = "auto"  # pretrained: K + N, K * N, 32
     template: str = "auto"  # pretrained: the conversation; auto: the tokenizer's own, or else vicuna_v1
     think: bool = False  # pretrained: the prompt and the reward's form ask for a <think> part

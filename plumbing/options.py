@@ -93,6 +93,8 @@ def checked(name: str, kind, value):
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
     if type(value) is not kind or (bounds and not bounds[0].hold(value)) or "\0" in str(value):
         raise BadInput(f"--{name} {value}: give {' '.join([words, *map(str, bounds)])}")
+    if kind is str and not value.isascii() and re.search("[\ud800-\udfff]", value):
+        raise BadInput(f"--{name} {value}: not a text in UTF-8; rename the file")
     return value
 
 
@@ -205,6 +207,7 @@ def parse_args(config_class, presets: dict[str, dict] | None = None, stored=lamb
 
 # What PyTorch says where memory ends, on a GPU, on a CPU, and where a size is beyond any memory
 NO_MEMORY = "out of memory|not enough memory|can't allocate memory|calculation overflowed"
+LOST_PROCESS = r"gloo|NCCL.*(remote process|connection|peer)"  # what is told where one of several has died
 LESS_MEMORY = "take smaller sizes: --micro_batch_prompts and --sample_prompts, --max_new_tokens, --group_size"
 
 
@@ -269,9 +272,12 @@ def run_script(main) -> None:
     except OSError as error:  # a full disk, no permission: the operating system names the file and the cause
         fault = f"{one_line(error)}; make room or choose another folder, then run again"
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
+        if isinstance(error, RuntimeError) and re.search(LOST_PROCESS, str(error)):
+            fault = f"another process of this run has ended ({one_line(error)[-80:]}); see what it said"
+        elif isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error)):
             raise
-        fault = f"not enough memory ({one_line(error)[:200]}); {LESS_MEMORY}"
+        else:
+            fault = f"not enough memory ({one_line(error)[:200]}); {LESS_MEMORY}"
     except UnicodeEncodeError as error:  # a file's name, or a word of the command line
         near = error.object[max(error.start - 40, 0) : error.end + 40]
         fault = f"{one_line(near)}: not a text in UTF-8; rename the file"

@@ -73,6 +73,7 @@ class RunOptions(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        self.out = os.path.normpath(self.out) if self.out.strip() else self.out
         if not self.eval_every and (self.keep == "best" or self.stop_after):
             option = "--keep best" if self.keep == "best" else "--stop_after"
             raise BadInput(f"{option}: the best of which evaluations? give --eval_every N too")

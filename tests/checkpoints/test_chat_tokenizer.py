@@ -201,6 +201,12 @@ BROKEN = [
 ]  # fmt: skip
 
 
+def test_a_template_that_keeps_the_video_and_drops_the_question_is_refused(tmp_path):
+    tokenizer_folder(tmp_path, r"{{ messages[0].content.split('\n')[0] }}")
+    with pytest.raises(BadInput, match="chat template leaves the user's text out"):
+        ChatTokenizer(str(tmp_path), "auto", None, V).prompt(QUESTION, 1)
+
+
 @pytest.mark.parametrize("template", BROKEN, ids=range(len(BROKEN)))
 def test_a_broken_template_is_one_line_that_names_the_way_out(template, tmp_path):
     tokenizer_folder(tmp_path, template)

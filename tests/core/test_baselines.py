@@ -239,7 +239,9 @@ def test_every_rival_trains(tmp_path_factory, tmp_path, script, objective):
             ["--objective", "grpo", "--oracle", "replay", "--oracle_cache", str(ROOT / "README.md")],
             ["grpo takes scores", "--oracle_asks scores"],  # a replayed judge's ranks hold none
         ),
+        (["--objective", "grpo", "--position_bias", "0.1"], ["grpo takes scores", "swapped order"]),
         (["--objective", "dpo", "--anchor"], ["dpo", "--anchor", "grpo_rank"]),
+        (["--objective", "dpo", "--oracle_agreement", "scale"], ["dpo", "--oracle_agreement scale"]),
         (["--objective", "best_of", "--norm", "token"], ["best_of", "--norm sequence"]),
         (["--objective", "grpo", "--gain", "appendix"], ["--gain appendix: is grpo_rank's"]),
         (["--objective", "best_of", "--beta", "3"], ["--beta 3.0: is dpo's"]),

@@ -272,6 +272,8 @@ def write_lines(path, *lines):
         (["--objective", "grpo", "--canary"], ["--objective grpo", "--oracle sum", "grpo_rank"]),
         (["--resume"], ["config.json", "--resume"]),
         (["--group_size", str(10**20)], ["--group_size 1000", "at most"]),
+        (["--num_frames", "1000000000"], ["--num_frames 1000000000", "at most 4096"]),
+        (["--adapter", "a\udcff"], ["--adapter", "not a text in UTF-8"]),
         # what would do nothing beside what was chosen
         (["--oracle_url", "http://127.0.0.1:9/v1"], ["--oracle_url http", "needs --oracle llm"]),
         (["--oracle_gold"], ["--oracle_gold True: needs --oracle llm"]),

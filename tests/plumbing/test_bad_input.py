@@ -42,7 +42,7 @@ from videoqa.answers import Question
 from videoqa.datasets import convert
 
 WEIGHTS = Path(__file__).parents[2] / "weights"
-TINY = ModelConfig(vocab_size=16, dim=16, num_layers=1, ffn_dim=16, num_queries=4, qformer_layers=1)
+TINY = ModelConfig(vocab_size=16, dim=16, num_layers=1, ffn_dim=16, num_queries=8, qformer_layers=1)
 CLIP = ClipConfig(image_size=16, patch_size=8, width=16, num_layers=1, text_layers=1, vocab_size=16)
 
 
@@ -77,6 +77,14 @@ def test_no_reader_of_weights_takes_a_number_that_is_not_finite(tmp_path, value)
     for name, read in readers.items():
         with pytest.raises(BadInput, match=rf"{name}: \S+ holds NaN or infinity"):
             read()
+
+
+def test_a_q_former_whose_queries_do_not_divide_into_its_times_is_refused(tmp_path):
+    sizes = json.loads((WEIGHTS / "config.json").read_text())
+    sizes["model"]["num_queries"] = 30
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    with pytest.raises(BadInput, match="config.json: .*num_queries 30: a Q-Former asks equally often"):
+        load_policy(PolicyOptions(policy=str(tmp_path)))
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])

@@ -63,6 +63,7 @@ def test_ctrl_c_ends_at_once_in_one_line_even_if_a_thread_still_waits():
     [
         (options.BadInput("--lr x: no number"), 2, "error: --lr x: no number\n"),
         (OSError(28, "No space left on device", "a.json"), 2, "make room or choose another folder"),
+        (RuntimeError("[gloo/pair.cc:553] Connection closed by peer"), 2, "another process of this run has"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(capsys, error, status, said):

@@ -75,6 +75,12 @@ def test_a_run_never_begins_in_a_folder_of_something_else(tmp_path):
         folder_of(tmp_path / out)
 
 
+def test_a_folders_name_is_taken_without_detours(tmp_path):
+    run = trained(f"{tmp_path}/missing/../run/")
+    assert run.out == str(tmp_path / "run") and (tmp_path / "run" / "checkpoint.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_run_that_ended_there_while_this_one_loaded_is_not_overwritten(tmp_path):
     trained(tmp_path / "run", seed=5)
     with pytest.raises(BadInput, match="exists already; add --resume"):
