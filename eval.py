@@ -51,7 +51,8 @@ def evaluate(
     ({"greedy": R, "sampled": R}, {"greedy": values, "sampled": values}): R as in results.json (`summarize`);
     values are the shares of right answers per question, to compare two policies pairwise.
     """
-    at_once = sampling.prompts_at_once or EVALUATED_AT_ONCE
+    fewer = max(1, 5 * EVALUATED_AT_ONCE // (1 + samples))  # prompts, where each is answered many times
+    at_once = sampling.prompts_at_once or min(EVALUATED_AT_ONCE, fewer)
     sampling = replace(sampling, temperature=1.0, top_p=1.0, prompts_at_once=at_once)
     generator, n = torch.Generator().manual_seed(seed), len(questions)
     # One prefill for the greedy answer, whose uniforms are NaN, and the sampled ones
