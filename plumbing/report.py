@@ -9,6 +9,7 @@ are passed over and counted.
 import hashlib
 import math
 import os
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -263,7 +264,8 @@ def changed_answers(run: Run) -> str:
 
 
 def configuration(run: Run) -> str:
-    options = {name: value for name, value in run.config.items() if name != "made"}
+    given = [name for name in re.findall(r"--(\w+)", run.sessions) if name in run.config]
+    options = {name: run.config[name] for name in [*given, *run.config] if name != "made"}  # given ones first
     made = {}
     for name, value in run.config["made"].items():  # versions of packages, fingerprints: a row each
         made |= (

@@ -72,6 +72,16 @@ def test_the_page_tells_gains_changed_answers_and_what_was_taught(tmp_path):
     assert not re.search(r"<script|https?:|<link|@import", html)
 
 
+def test_the_options_that_were_given_stand_first_and_every_chart_is_named(tmp_path):
+    folder = make_run(tmp_path / "a", made={"torch": "2", "packages": {"av": "14"}})
+    (tmp_path / "a" / "sessions.log").write_text("2026-01-01 10:00:00  train.py --lr 0.001 --out a\n")
+    html = report.html([folder])
+    options = re.findall(r"<tr><td>(\w+)</td>", html.split("<h3>Options</h3>")[1])
+    assert options == ["lr", "out", "seed", "num_steps"]
+    assert "<td>packages: av</td><td>14</td>" in html
+    assert html.count("<svg") == html.count("aria-label")
+
+
 def test_broken_rows_are_passed_over_and_counted_and_a_row_under_way_is_none(tmp_path):
     run = make_run(tmp_path / "a", ended=False)
     with open(f"{run}/metrics.jsonl", "a") as file:
