@@ -29,7 +29,7 @@ def home(tmp_path_factory):
     """Two drawn clips, and a run folder whose adapter turns every answer into something else."""
     folder = tmp_path_factory.mktemp("ask")
     world.make_world(folder / "clips", range(2_000_000, 2_000_002))
-    config = Config(policy=str(ROOT / "weights"), dtype="float32", lora_r=2)
+    config = Config(policy=str(ROOT / "weights"), dtype="float32", lora_r=2, max_new_tokens=9)
     policy, _ = load_policy(config)
     lora.add_adapters(policy.decoder, config.lora_r, config.lora_alpha)
     for layer in lora.layers(policy.decoder).values():
@@ -119,6 +119,16 @@ def test_options_may_stand_between_the_words_and_the_start_may_be_any_folder(hom
     words = ["--policy", "weights", "what color appears last", "--group_size", "2"]
     done = script(ask.main, "ask.py", clip(home), *words)
     assert done.returncode == 0 and done.stdout.startswith("without training: "), done.stderr
+
+
+def test_temperature_and_length_are_those_asked_for_and_of_a_run_its_own_length(home, script, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ask, "show_answers", lambda policy, asked, sampling, *more: seen.append(sampling))
+    question = [clip(home), "what color appears last", "--temperature", "0.3"]
+    done = script(ask.main, "ask.py", *question, "--policy", ROOT / "weights", "--max_new_tokens", "3")
+    assert done.returncode == 0 and (seen[0].temperature, seen[0].max_new_tokens) == (0.3, 3), done.stderr
+    script(ask.main, "ask.py", home / "run", *question)
+    assert (seen[1].temperature, seen[1].max_new_tokens) == (0.3, 9)
 
 
 def test_an_answer_without_a_word_is_shown_as_empty(home, script, monkeypatch):

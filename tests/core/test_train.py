@@ -481,3 +481,58 @@ def test_the_reference_is_frozen_as_each_epoch_begins_and_a_step_asks_no_more_th
             train.learn(train.Config(), fake(decoder=None), None, oracle, batches, None, run)
         assert attempts == [0, 1]
     assert frozen == [0, 3, 6]
+
+
+def test_the_policys_ranks_are_by_the_summed_log_probability_of_each_answer_highest_first(monkeypatch):
+    class Enough(Exception):
+        pass
+
+    fake = SimpleNamespace
+    logprobs = torch.tensor([[-3.0, 0.0], [-1.0, -1.0], [-0.5, 0.0], [-9.0, 0.0]])  # P = G = 2
+    groups = fake(ranking=None, rollout=fake(logprobs=logprobs), fill=lambda P: True)
+    groups.after = lambda earlier: groups
+
+    def advantages_of(cfg, ranking, policy_ranks):
+        assert policy_ranks.tolist() == [[1, 0], [0, 1]]
+        raise Enough
+
+    batches = fake(steps_an_epoch=1, fill=1, P=2, asked=fake(questions=[]), of_step=lambda *given: ([], None))
+    stubs = dict(
+        answer=lambda *given: (None, None), steady_products=lambda decoder: nullcontext(),
+        Groups=lambda *given: groups, freeze_reference=lambda decoder: None, advantages_of=advantages_of,
+    )  # fmt: skip
+    for name, stub in stubs.items():
+        monkeypatch.setattr(train, name, stub)
+    run = fake(steps=lambda n: [0], clock=lambda name: nullcontext(), stop_if=lambda dead: None)
+    oracle = fake(rank=lambda *given: fake(dead=""))
+    with pytest.raises(Enough):
+        train.learn(train.Config(group_size=2), fake(decoder=None), None, oracle, batches, None, run)
+
+
+def test_ppo_has_the_kl_in_its_rewards_and_not_in_its_loss_as_well(small_step, monkeypatch):
+    cfg, *batch = small_step
+    kept = SimpleNamespace(signal=lambda p, part, *states: (part, torch.zeros(len(part.ended))))
+    monkeypatch.setattr(train, "rivals", lambda: SimpleNamespace(rival=lambda *given: kept))
+    real, seen = train.rollout_loss, []
+
+    def rollout_loss(hidden, head, part, signal, objective, **more):
+        seen.append(objective.kl_coef)
+        return real(hidden, head, part, signal, objective, **more)
+
+    monkeypatch.setattr(train, "rollout_loss", rollout_loss)
+    for cfg.objective in ("grpo_rank", "ppo", "grpo"):
+        update(cfg, *batch)
+    assert seen == [0.02, 0.0, 0.02]
+
+
+def test_the_options_of_sampling_and_of_the_adapter_reach_them(home, script, monkeypatch):
+    seen, of, Learner = {}, train.Sampling.of, train.Learner
+    monkeypatch.setattr(
+        train.Sampling, "of", lambda *given, **chosen: seen.update(chosen) or of(*given, **chosen)
+    )
+    monkeypatch.setattr(train, "Learner", lambda *given: seen.update(learner=given[1:4]) or Learner(*given))
+    options = "--num_steps 1 --top_p 0.5 --temperature 0.7 --max_new_tokens 4 --sample_prompts 3".split()
+    done = script(train.main, *command(home, "reached", *options, "--seed", "9", "--lora_alpha", "5"))
+    assert done.returncode == 0, done.stderr
+    wanted = dict(top_p=0.5, temperature=0.7, max_new_tokens=4, prompts_at_once=3)
+    assert {name: seen[name] for name in wanted} == wanted and seen["learner"][1:] == (5.0, 9)
