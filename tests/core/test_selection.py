@@ -187,6 +187,15 @@ def test_a_full_disk_names_the_file_of_answers(tmp_path, monkeypatch):
     assert answers() == 4 * [["red", "blue"]] and len(path.read_text().splitlines()) == 4
 
 
+def test_no_video_is_written_over(clips, script):
+    path = next(clips.glob("*.mp4"))
+    before = path.read_bytes()
+    command = ["selection.py", clips / "questions.jsonl", "--videos", clips, "--out", path]
+    done = script(selection.main, *command)
+    assert done.returncode == 2 and "would be written over" in done.stderr
+    assert path.read_bytes() == before and not list(clips.glob("*.samples*"))
+
+
 @pytest.mark.parametrize("name", ["questions.jsonl", "questions.jsonl.samples"])
 def test_the_questions_are_not_overwritten(tmp_path, script, name):
     (tmp_path / name).write_text("{}\n")

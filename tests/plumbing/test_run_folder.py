@@ -75,6 +75,12 @@ def test_a_run_never_begins_in_a_folder_of_something_else(tmp_path):
         folder_of(tmp_path / out)
 
 
+def test_a_machine_without_git_trains_and_names_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    trained(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["made"]["commit"] == ""
+
+
 def test_a_folders_name_is_taken_without_detours(tmp_path):
     run = trained(f"{tmp_path}/missing/../run/")
     assert run.out == str(tmp_path / "run") and (tmp_path / "run" / "checkpoint.safetensors").exists()
