@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import lora
-from checkpoints.policies import data_of, load_run, refuse_changed, save_policy
+from checkpoints.policies import RUN, data_of, kind_of, load_run, refuse_changed, save_policy
 from data import DataOptions, PromptSet, load_sets
 from plumbing.machine import MachineOptions, pick_device, set_up, show_progress
 from plumbing.options import (
@@ -166,10 +166,12 @@ def merge_run(folder: str, out: str):
     save_policy(policy, tokenizer, config["policy"], out)
     size = sum(os.path.getsize(os.path.join(out, name)) for name in os.listdir(out))
     print(f"wrote {out}: {size / 1e6:.1f} MB, {', '.join(sorted(os.listdir(out)))}")
-    beneath = read_json(os.path.join(config["policy"], "config.json"), "its policy's").get("clip")
-    clip = config["clip"] or (beneath if isinstance(beneath, str) else "")  # a supervised policy's own
-    if clip:  # a text decoder does not know its CLIP, nor how many frames it was taught with
-        print(f"use it: --policy {out} --clip {clip} --num_frames {policy.cfg.num_frames}")
+    if kind_of(out):  # what the files of a pretrained layout do not tell, a supervised policy's do
+        made = config | read_json(os.path.join(config["policy"], "config.json"), RUN)
+        chosen = {name: made[name] for name in ("clip", "template", "video_tokens")}
+        chosen |= {"policy": out, "num_frames": policy.cfg.num_frames}
+        words = [f"--{name} {value}" for name, value in sorted(chosen.items()) if value not in ("", "auto")]
+        print(f"use it: {' '.join(words)}")
 
 
 def score(args) -> None:

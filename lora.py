@@ -174,9 +174,10 @@ class AdamW:
     @torch.no_grad()
     def step(self):
         """One step at the group's lr. Every parameter has a gradient."""
-        parameters, lr = self.param_groups[0].values()
+        group = self.param_groups[0]
+        parameters, grads = group["params"], [p.grad for p in group["params"]]
         adamw(
-            parameters, [p.grad for p in parameters], self.exp_avg, self.exp_avg_sq, [], self.steps, lr=lr,
+            parameters, grads, self.exp_avg, self.exp_avg_sq, [], self.steps, lr=group["lr"],
             beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False, fused=True,
         )  # fmt: skip
 

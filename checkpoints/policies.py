@@ -28,7 +28,7 @@ from plumbing.options import (
     shipped,
     write_json,
 )
-from plumbing.run_folder import fingerprint
+from plumbing.run_folder import OR_EARLIER, fingerprint
 
 RUN = "name a folder that train.py made"
 RUN_KINDS = {  # what else of train.py's options it takes to use its policy
@@ -231,7 +231,7 @@ def refuse_changed(path: str, config: dict, now: dict[str, str], remedy: str) ->
         raise BadInput(f"{path}: 'made' is damaged; {RUN}")
     for name, value in now.items():
         if made.get(name, value) != value:
-            raise BadInput(f"{path}: {name} changed since the run was made; {remedy}")
+            raise BadInput(f"{path}: {name} changed since the run was made{OR_EARLIER}; {remedy}")
 
 
 def save_policy(policy: VideoLM, tokenizer, source: str, folder: str) -> None:

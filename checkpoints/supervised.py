@@ -53,7 +53,7 @@ from plumbing.options import (
     write_json,
     write_whole,
 )  # fmt: skip
-from plumbing.run_folder import fingerprint
+from plumbing.run_folder import OR_EARLIER, fingerprint
 from videoqa import world
 from videoqa.questions import load_questions
 
@@ -365,7 +365,8 @@ def decoder_options(options: PolicyOptions) -> tuple[PolicyOptions, dict]:
             raise BadInput(f"--{name} {getattr(options, name)}: {folder} has {value}; leave it out")
     for name in ("decoder", "clip"):
         if fingerprint(config[name]) != config["fingerprints"].get(name):
-            raise BadInput(f"{config[name]}: not the {name} that {folder} was trained with; put it back")
+            words = f"not the {name} that {folder} was trained with{OR_EARLIER}; put it back"
+            raise BadInput(f"{config[name]}: {words}")
     adapter = os.path.join(folder, "adapter")
     fixed |= {"policy": config["decoder"], "adapter": adapter if os.path.isdir(adapter) else ""}
     own = {field.name: getattr(options, field.name) for field in fields(PolicyOptions)}

@@ -84,8 +84,7 @@ def main() -> int:
     shown, words = learned(runs[0])
     if not shown:
         raise BadInput(f"{runs[0].folder}: no answer became right, so there is nothing to show; {WANTS}")
-    names = ("greedy", "gold")
-    cells = [[old["question"], old["greedy"], *(new[name] for name in names)] for old, new in shown]
+    cells = [[old["question"], old["greedy"], new["greedy"], new["gold"]] for old, new in shown]
     rows = ["| {} | {} | **{}** | {} |".format(*map(plain, texts)) for texts in cells]
     folder = os.path.relpath(args.out, os.path.dirname(args.page) or ".")
     lines = [f"![three clips, six frames of each]({folder}/clips.jpg)", ""]

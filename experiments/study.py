@@ -103,9 +103,10 @@ def train_lines(name, lines: dict, table, folder: str, seeds: int, options: list
         for line, special in lines.items():
             special = [word.format(folder=folder, seed=seed, **blanks) for word in special.split()]
             train_run(study_run(folder, line, seed), ["--seed", str(seed), *options, *special])
-            write_whole(os.path.join(folder, "table.md"), f"{table(folder, seeds)}\n".encode())
+            so_far = table(folder, seeds)
+            write_whole(os.path.join(folder, "table.md"), f"{so_far}\n".encode())
             if page:
-                write_whole(page, between(page, name, table(folder, seeds)).encode())
+                write_whole(page, between(page, name, so_far).encode())
     return table(folder, seeds)
 
 
@@ -184,8 +185,8 @@ def settings(options: list[str]) -> dict:
     parser = ArgumentParser(prog="train.py")
     add_options(parser, Config)
     given = vars(parser.parse_args(options))
-    defaults = {field.name: field.default for field in fields(Config) if field.name not in ("out", "resume")}
-    return {**defaults, **PRESETS.get(given.get("preset"), {}), **given}
+    chosen = vars(Config(**{**PRESETS.get(given.get("preset"), {}), **given}))
+    return {name: value for name, value in chosen.items() if name not in ("out", "resume")}
 
 
 def answers_table(names, folder: str, seeds: int) -> str:

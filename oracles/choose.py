@@ -26,8 +26,8 @@ from plumbing.run_folder import fingerprint
 
 ORACLES = ("rule", "sum", "lexicographic", "llm", "trained", "replay")
 # Options that do nothing with any other oracle; a replay repeats those of its judge
-JUDGES = "url model body frames gold cache max_calls max_tokens".split()
-BELONG = {f"oracle_{name}": ("llm", "replay") for name in JUDGES}
+JUDGES = "url model body frames gold concurrency timeout patience max_calls max_tokens".split()
+BELONG = {f"oracle_{name}": ("llm", "replay") for name in [*JUDGES, "cache"]}
 BELONG |= dict.fromkeys(("ranker", "ranker_margin"), ("trained",))
 Limited = Annotated[float, Bounds(0, 10**6)]  # no sum or product of such numbers leaves a float's range
 
@@ -148,8 +148,7 @@ def choose_judge(cfg):
         if cfg.oracle_asks == "scores":
             raise BadInput(f"--oracle_cache {cache}: a JSONL has ranks, no scores; name an sqlite file")
         return ReplayOracle(cache)
-    names = "url model body frames gold concurrency timeout patience max_calls max_tokens".split()
-    options = {name: getattr(cfg, f"oracle_{name}") for name in names}
+    options = {name: getattr(cfg, f"oracle_{name}") for name in JUDGES}
     options |= {"scored": cfg.oracle_asks == "scores", "replay": cfg.oracle == "replay", "cache": cache}
     judge = LLMOracle(**options, key=os.environ.get("ORACLE_API_KEY", ""))
     judge.check()

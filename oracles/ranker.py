@@ -4,8 +4,8 @@ It reads video, question and one answer and gives a score; only differences of s
 P(a is preferred to b) = sigmoid(score_a - score_b) (Bradley and Terry, 1952). It is given no caption and no
 known answer. CLIP and the bridge stay those of the folder that it started from; the decoder is its own.
 
-    python pretrain.py --stage ranker      # makes weights/ranker, from weights/
-    python train.py --oracle trained       # ranks with it
+    python pretrain.py --stage ranker --out DIR      # makes DIR/ranker, from the policy in DIR
+    python train.py --oracle trained --ranker DIR/ranker
 """
 
 import os
@@ -58,7 +58,7 @@ def save_ranker(ranker: Ranker, base: str):
 def load_ranker(folder: str, device="cpu") -> Ranker:
     """What save_ranker wrote, float32, frozen; its base is the folder above. BadInput: none, or another's."""
     path, base = os.path.join(folder, "ranker.safetensors"), os.path.dirname(os.path.abspath(folder))
-    remedy = "make it with python pretrain.py --stage ranker"
+    remedy = f"make it with python pretrain.py --stage ranker --out {base}"
     tensors, metadata = read_tensors(path, remedy)
     if (digest := model_digest(base)) and metadata.get("base") != digest:
         raise BadInput(f"{path}: was trained from another {base}/model.safetensors; {remedy}")

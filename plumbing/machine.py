@@ -194,23 +194,24 @@ def optimizer_step(optimizer, lr: float, max_norm: float) -> float:
     return norm.item()
 
 
-def works(compiler: str) -> bool:
-    """Whether this C or C++ compiler is there and takes a program."""
+def works(compiler: str, language: str) -> bool:
+    """Whether this compiler is there and takes a program. language: c | c++."""
     words = shlex.split(compiler)
     if not words or not shutil.which(words[0]):
         return False
     program = dict(input=b"int main() { return 0; }", capture_output=True)
-    return subprocess.run([*words, "-fsyntax-only", "-x", "c++", "-"], **program).returncode == 0
+    return subprocess.run([*words, "-fsyntax-only", "-x", language, "-"], **program).returncode == 0
 
 
 @functools.cache
 def compiled(fn, device_type: str):
     """torch.compile(fn), made once; where its tools are missing fn itself, with a line on stderr."""
-    compiler = os.environ.get("CC", "gcc") if device_type == "cuda" else os.environ.get("CXX", "g++")
+    language, name, usual = ("c", "CC", "gcc") if device_type == "cuda" else ("c++", "CXX", "g++")
+    compiler = os.environ.get(name, usual)
     header = os.path.join(sysconfig.get_path("include"), "Python.h")  # of Debian's python3-dev
     tools = {
         "Triton for this GPU": device_type != "cuda" or has_triton(),
-        f"compiler {compiler!r} that works": works(compiler),
+        f"compiler {compiler!r} that works": works(compiler, language),
         header: os.path.isfile(header),
     }
     missing = [name for name, found in tools.items() if not found]

@@ -9,7 +9,7 @@ from safetensors.torch import save
 
 from plumbing.machine import process_info, say
 from plumbing.options import BadInput, finite, is_kind, parse_json, read_json, read_tensors, write_whole
-from plumbing.run_folder import COPY_AGAIN
+from plumbing.run_folder import COPY_AGAIN, OR_EARLIER
 
 PROGRESS = {  # what a checkpoint has beside its tensors
     "step": int, "bad_steps": int, "bad_in_a_row": int, "wall_s": int | float,
@@ -28,7 +28,8 @@ def made_before(out: str, now: dict) -> dict:
         raise BadInput(f"{path}: a run of an earlier version; start it anew")
     for name, value in now["from"].items():
         if made["from"][name] != value:
-            raise BadInput(f"--out {out}: {name} changed since the run began; put it back to resume")
+            words = f"{name} changed since the run began{OR_EARLIER}; put it back to resume"
+            raise BadInput(f"--out {out}: {words}")
     pairs = {name: (made.get(name), now[name]) for name in ("threads", "processes", "torch")}
     changed = [f"{name} {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
     if changed:

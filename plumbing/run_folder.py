@@ -52,6 +52,7 @@ from plumbing.options import (
 # With --resume these may be given anew: they say nothing about the update
 MAY_CHANGE = {"resume", "out", "num_steps", "oracle_url", "oracle_concurrency", "oracle_timeout"}
 MAY_CHANGE |= {"oracle_patience", "oracle_max_calls", "oracle_max_tokens", "stop_after", "tensorboard"}
+OR_EARLIER = " (or an earlier version of this code, which compared less of a file, made it)"
 LOGS = {"metrics": -1, "rollouts": -1, "answers": 0, "evaluations": 0}  # their last row is of step + this
 CHECKPOINT = "checkpoint.safetensors"
 COPY_AGAIN = "the run's own file is needed; start the run anew in another --out"

@@ -460,6 +460,8 @@ def test_a_runs_policy_merges_into_a_checkpoint_of_its_kind(tokenizer_files, tmp
     run |= {"max_new_tokens": 5, "eval_samples": 1, "dtype": "float32"}
     peft_files.save_adapter(policy.decoder, str(tmp_path / "run" / "adapter"))
     (tmp_path / "run" / "config.json").write_text(json.dumps(run))
+    written, read = (tmp_path / x / "model.safetensors" for x in ("merged", "base"))
+    read.chmod(0o640)
     merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
     lora.merge(policy.decoder)
     again, tokenizer = load_policy(chosen(str(tmp_path / "merged"), num_frames=2))
@@ -467,7 +469,6 @@ def test_a_runs_policy_merges_into_a_checkpoint_of_its_kind(tokenizer_files, tmp
     assert again.cfg.video_start == tokenizer.video_start and tokenizer.placeholder_id == 3
     with pytest.raises(BadInput, match="exists already; name another folder"):
         merge_run(str(tmp_path / "run"), str(tmp_path / "merged"))
-    written, read = (tmp_path / x / "model.safetensors" for x in ("merged", "base"))
     assert written.stat().st_mode == read.stat().st_mode  # others may read what others could read
 
 

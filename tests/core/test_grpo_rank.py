@@ -660,8 +660,24 @@ def test_compile_falls_back_where_the_tools_are_missing_and_says_so_once(monkeyp
     machine.compiled.cache_clear()
 
 
+@pytest.mark.parametrize("language", ["c", "c++"])
+def test_a_compiler_of_one_language_alone_is_enough_where_no_other_is_needed(tmp_path, monkeypatch, language):
+    """Triton needs C, torch.compile for a CPU C++."""
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\ntest "$3" = "{language}"\n')  # behind -fsyntax-only -x
+    script.chmod(0o755)
+    found = {other: machine.works(str(script), other) for other in ("c", "c++")}
+    assert found == {"c": language == "c", "c++": language == "c++"}
+    asked = []
+    monkeypatch.setattr(machine, "works", lambda compiler, language: asked.append(language))
+    monkeypatch.setattr(machine, "has_triton", lambda: True)
+    for device in ("cuda", "cpu"):
+        machine.compiled.__wrapped__(F.relu, device)
+    assert asked == ["c", "c++"]
+
+
 def test_compile_is_asked_for_where_the_tools_are_there(monkeypatch):
-    monkeypatch.setattr(machine, "works", bool)  # any compiler does
+    monkeypatch.setattr(machine, "works", lambda compiler, language: True)
     monkeypatch.setattr(machine.os.path, "isfile", lambda path: True)
     seen = []
     monkeypatch.setattr(torch, "compile", lambda fn, **options: seen.append(options) or fn)
